@@ -1,0 +1,61 @@
+# Everything runs in .venv, which the first target that needs it builds. `make help` lists the targets.
+
+PYTHON ?= python3
+# torch is installed first and by itself: the release that was tested, and the CPU build where pip is told of an index
+# or a wheel folder that holds it. Another build: make install TORCH="torch==2.13.0 --index-url <index>".
+TORCH ?= torch==2.13.0
+# The oldest supported releases, for `make test-oldest`.
+OLDEST ?= diffusers==0.36.0 "huggingface_hub<1" "transformers<5"
+PYTEST_ARGS ?=
+
+SOURCES := src tests examples benchmarks
+# Two makes at once take turns in building an environment, where the system has flock.
+LOCK := $(if $(shell command -v flock),flock Makefile,)
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-oldest style quality clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
+
+install: .venv/.installed ## build .venv with the package (editable) and all that the other targets need
+
+demo: .venv/.installed ## train, sample and save a small TREAD model on real images, in a few minutes
+	.venv/bin/python examples/demo.py
+
+test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
+	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-oldest: .venv-oldest/.installed ## run the tests with the oldest supported diffusers, in .venv-oldest
+	$(TEST_ENVIRONMENT) .venv-oldest/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+style: .venv/.installed ## format the code and repair what ruff can repair
+	.venv/bin/ruff check --fix $(wildcard $(SOURCES))
+	.venv/bin/ruff format $(wildcard $(SOURCES))
+
+quality: .venv/.installed ## check style, lint and the citation file; changes nothing
+	.venv/bin/ruff check $(wildcard $(SOURCES))
+	.venv/bin/ruff format --check $(wildcard $(SOURCES))
+	.venv/bin/cffconvert --validate
+
+clean: ## remove the environments, caches and builds
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last: an environment whose build broke off is built on, not taken for done.
+.venv/.installed: pyproject.toml src/diffusers_tread/version.py
+	$(call build_environment,.venv,,dev)
+
+.venv-oldest/.installed: pyproject.toml src/diffusers_tread/version.py
+	$(call build_environment,.venv-oldest,$(OLDEST),test)
+
+# $(1) folder, $(2) further requirements, $(3) extra of the package
+define build_environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	"Expected Python 3.10 or newer, got " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12 ...")'
+	$(LOCK) $(PYTHON) -m venv $(1)
+	$(LOCK) $(1)/bin/python -m pip install $(TORCH)
+	$(LOCK) $(1)/bin/python -m pip install $(2) -e ".[$(3)]"
+	@touch $@
+endef

@@ -1,0 +1,96 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What pip installs, and what importing it costs."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+import diffusers_tread
+
+
+ROOT = Path(__file__).parents[1]
+CORE = {"torch", "diffusers", "safetensors", "huggingface-hub", "numpy"}
+# Import names of the optional packages, ours and those that diffusers picks up where it finds them.
+OPTIONAL = [
+    "accelerate",
+    "cleanfid",
+    "datasets",
+    "matplotlib",
+    "peft",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "transformers",
+]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def read_metadata(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+def test_the_public_api_imports_without_any_optional_package():
+    # None in sys.modules makes Python, and diffusers' own checks, take a package for absent.
+    program = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))\n"
+    program += "import diffusers_tread\nfor name in diffusers_tread.__all__: getattr(diffusers_tread, name)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_loads_no_package_that_only_the_examples_need():
+    program = "import sys, diffusers_tread; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"cleanfid", "datasets", "matplotlib", "sklearn", "tensorboard"} & set(result.stdout.split())
+
+
+def test_every_name_in_all_exists_once():
+    names = diffusers_tread.__all__
+    assert len(names) == len(set(names))
+    assert [name for name in names if not hasattr(diffusers_tread, name)] == []
+
+
+def test_the_version_is_that_of_the_installed_package_and_of_the_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert diffusers_tread.__version__ == metadata.version("diffusers-tread") == citation["version"]
+
+
+def test_the_citation_names_both_papers():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    papers = {reference["identifiers"][0]["value"] for reference in citation["references"]}
+    assert papers == {"arXiv:2501.04765", "arXiv:2601.01608"}
+
+
+def test_the_wheel_holds_the_source_tree_its_type_marker_and_the_licence(wheel):
+    source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == source | {"diffusers_tread/py.typed"}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_the_wheel_requires_the_core_packages_and_no_other(wheel):
+    requirements = [line for line in read_metadata(wheel).get_all("Requires-Dist") if "extra ==" not in line]
+    assert {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in requirements} == CORE
+
+
+def test_every_source_file_opens_with_the_licence_line():
+    line = "# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0."
+    folders = ("src", "tests", "examples", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert [str(path) for path in files if path.read_text(encoding="utf-8").split("\n")[0] != line] == []
