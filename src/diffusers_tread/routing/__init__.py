@@ -1,0 +1,18 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .ops import put_tokens, take_tokens
+from .route import TokenRoute, default_route, num_kept_tokens, resolve_routes
+from .router import TokenRouter, draw_routing_seed, get_token_router, token_routing
+
+
+__all__ = [
+    "TokenRoute",
+    "TokenRouter",
+    "default_route",
+    "draw_routing_seed",
+    "get_token_router",
+    "num_kept_tokens",
+    "put_tokens",
+    "resolve_routes",
+    "take_tokens",
+    "token_routing",
+]

@@ -1,0 +1,147 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Where a route starts and ends, and what share of the tokens takes it (TREAD, arXiv 2501.04765, section 3)."""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRoute:
+    """A route r(start -> end): routed tokens skip blocks start..end and rejoin after `end` in the state they had.
+
+    Example:
+        >>> from diffusers_tread import TokenRoute
+        >>> TokenRoute(start=2, end=-4).resolve(12)
+        TokenRoute(start=2, end=8, selection_ratio=0.5)
+    """
+
+    start: int
+    """First block that sees only the kept tokens, 0-based. Negative counts from the end of the model."""
+
+    end: int
+    """Last block that sees only the kept tokens, 0-based, **inclusive**. Negative counts from the end of the model."""
+
+    selection_ratio: float = 0.5
+    """Share of tokens routed **away** from blocks start..end, in [0, 1). 0.0 is dense. The paper trains with 0.5."""
+
+    def __post_init__(self):
+        for name in ("start", "end"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise ValueError(f"Expected `{name}` to be a block index (int), got {getattr(self, name)!r}.")
+        check_selection_ratio(self.selection_ratio)
+
+    def resolve(self, num_layers: int) -> "TokenRoute":
+        """The same route with absolute indices, checked against a model of `num_layers` blocks.
+
+        Raises:
+            ValueError: The route lies outside the model, is empty, or leaves fewer than two blocks after the rejoin
+                (routes that reach the last two blocks hurt: arXiv 2501.04765, ablation of the route's position).
+
+        Warns:
+            UserWarning: Fewer than three blocks are left after the rejoin.
+        """
+        start = self.start + num_layers if self.start < 0 else self.start
+        end = self.end + num_layers if self.end < 0 else self.end
+        largest_end = num_layers - 3
+
+        if not (0 <= start < num_layers and 0 <= end < num_layers):
+            raise ValueError(
+                f"Expected a route inside the model's {num_layers} blocks (0 to {num_layers - 1}), got start={self.start}, "
+                f"end={self.end}. Both count from 0, `end` is inclusive, negative values count from the end."
+            )
+        if end < start:
+            raise ValueError(
+                f"Expected start <= end, got start={self.start}, end={self.end}, which is an empty route "
+                f"({start} to {end}) in a model of {num_layers} blocks. Use end >= {start}."
+            )
+        if end > largest_end:
+            raise ValueError(
+                f"Expected at least two blocks after the route, got end={self.end} in a model of {num_layers} blocks, "
+                f"which leaves {num_layers - 1 - end}. Use end <= {largest_end} (the paper: {num_layers - 4})."
+            )
+        if end == largest_end:
+            warnings.warn(
+                f"The route ends at block {end} of {num_layers}: only two blocks are left after the rejoin. The paper "
+                f"leaves three (end={num_layers - 4}); shorter tails hurt the samples.",
+                stacklevel=2,
+            )
+        return TokenRoute(start=start, end=end, selection_ratio=self.selection_ratio)
+
+    def to_dict(self) -> dict[str, int | float]:
+        """The route as JSON-serialisable values; `TokenRoute(**route.to_dict())` gives it back."""
+        return asdict(self)
+
+
+def check_selection_ratio(selection_ratio: float) -> None:
+    """Raises ValueError unless `selection_ratio`, the share of tokens routed away, is a number in [0, 1)."""
+    is_number = isinstance(selection_ratio, (int, float)) and not isinstance(selection_ratio, bool)
+    if not is_number or not 0.0 <= selection_ratio < 1.0:
+        raise ValueError(
+            f"Expected a selection ratio in [0, 1), the share of tokens routed away, got {selection_ratio!r}. "
+            "0.0 is dense, the paper trains with 0.5; 1.0 would leave no token in the routed blocks."
+        )
+
+
+def default_route(num_layers: int) -> TokenRoute:
+    """The paper's route for a model of `num_layers` blocks: start 2, end num_layers - 4 (inclusive), ratio 0.5.
+
+    Placement is absolute, not relative to the depth: S/2 and B/2 2 -> 8, L/2 2 -> 20, XL/2 2 -> 24.
+
+    Raises:
+        ValueError: The model has fewer than six blocks, which leaves nothing to route.
+    """
+    if num_layers < 6:
+        raise ValueError(
+            f"Expected at least 6 blocks for the default route (start 2, end num_layers - 4), got {num_layers}. "
+            "Use a deeper model, give a TokenRoute of your own, or routes=None for a model without routing."
+        )
+    return TokenRoute(start=2, end=num_layers - 4, selection_ratio=0.5)
+
+
+def resolve_routes(
+    routes: "TokenRoute | Mapping[str, Any] | Iterable[TokenRoute | Mapping[str, Any]] | None", num_layers: int
+) -> tuple[TokenRoute, ...]:
+    """Checks routes against a model of `num_layers` blocks; gives them with absolute indices, in the model's order.
+
+    Args:
+        routes: One route or several, as `TokenRoute` or as the mapping of `TokenRoute.to_dict`; None for no route.
+        num_layers: Number of transformer blocks of the model.
+
+    Raises:
+        ValueError: As `TokenRoute.resolve`, or two routes overlap, or a mapping has unknown or missing keys.
+    """
+    if routes is None:
+        return ()
+    if isinstance(routes, (TokenRoute, Mapping)):
+        routes = [routes]
+    if isinstance(routes, str) or not isinstance(routes, Iterable):
+        raise ValueError(f"Expected a TokenRoute, its mapping, or a list of them, got {routes!r}.")
+
+    resolved = sorted((_as_route(route).resolve(num_layers) for route in routes), key=lambda route: route.start)
+    for first, second in zip(resolved, resolved[1:], strict=False):
+        if second.start <= first.end:
+            raise ValueError(
+                f"Expected routes that do not overlap, got blocks {first.start}-{first.end} and "
+                f"{second.start}-{second.end} (both ends inclusive). Start the second at {first.end + 1} or later."
+            )
+    return tuple(resolved)
+
+
+def num_kept_tokens(num_tokens: int, selection_ratio: float) -> int:
+    """N - floor(N * ratio): how many of `num_tokens` tokens go through the routed blocks.
+
+    The tiny constant undoes the rounding of products such as 100 * 0.29 = 28.999…
+    """
+    return num_tokens - math.floor(num_tokens * selection_ratio + 1e-9)
+
+
+def _as_route(route: TokenRoute | Mapping[str, Any]) -> TokenRoute:
+    if isinstance(route, TokenRoute):
+        return route
+    names = [field.name for field in fields(TokenRoute)]
+    if not isinstance(route, Mapping) or not {"start", "end"} <= set(route) <= set(names):
+        raise ValueError(f"Expected a TokenRoute or a mapping with the keys {names}, got {route!r}.")
+    return TokenRoute(**route)
