@@ -332,7 +332,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         return F.silu(embedding).to(hidden_states.dtype)
 
     def _positions_for(self, height: int, width: int) -> torch.Tensor:
-        """[N, D] for a grid of height x width tokens: the stored table or, for another size, one scaled to its range."""
+        """[N, D] for height x width tokens: the stored table or, for another size, one scaled to its range."""
         base = self.config.sample_size // self.config.patch_size
         if height == width == base:
             return self.positions

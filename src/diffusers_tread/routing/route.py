@@ -49,8 +49,9 @@ class TokenRoute:
 
         if not (0 <= start < num_layers and 0 <= end < num_layers):
             raise ValueError(
-                f"Expected a route inside the model's {num_layers} blocks (0 to {num_layers - 1}), got start={self.start}, "
-                f"end={self.end}. Both count from 0, `end` is inclusive, negative values count from the end."
+                f"Expected a route inside the model's {num_layers} blocks (0 to {num_layers - 1}), got "
+                f"start={self.start}, end={self.end}. Both count from 0, `end` is inclusive, negative values count "
+                "from the end."
             )
         if end < start:
             raise ValueError(

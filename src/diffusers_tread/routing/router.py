@@ -69,7 +69,7 @@ class TokenRouter:
 
     @seed.setter
     def seed(self, value: "int | torch.Tensor | None") -> None:
-        # A tensor, never a Python int, which a compiled forward would take for a constant and recompile at each change.
+        # A tensor, never a Python int, for which a compiled forward would recompile at each change.
         if value is not None and not isinstance(value, torch.Tensor):
             value = torch.tensor(value, dtype=torch.int64)
         if value is not None and (value.dtype != torch.int64 or value.dim() > 1):
