@@ -1,0 +1,5 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .sparse_guidance import SparseGuidance
+
+
+__all__ = ["SparseGuidance"]

@@ -1,0 +1,5 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .pipeline_tread import TREADPipeline
+
+
+__all__ = ["TREADPipeline"]

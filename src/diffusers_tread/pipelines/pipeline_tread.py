@@ -1,0 +1,370 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Class-conditional sampling with EDM or flow schedulers, classifier-free guidance or any diffusers guider.
+
+Shapes: B images (labels x images per label), C latent channels, H and W latent size.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Optional
+
+import torch
+from diffusers import BaseGuidance, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..models import TREADTransformer2DModel
+from ..routing import draw_routing_seed, get_token_router, token_routing
+
+
+class TREADPipeline(DiffusionPipeline):
+    r"""Samples images of given classes from a `TREADTransformer2DModel`.
+
+    Args:
+        transformer: The denoiser.
+        scheduler: Any diffusers scheduler of the kind that the transformer was trained for: EDM (`EDMHeunScheduler`,
+            `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`) or flow matching (`FlowMatchEulerDiscreteScheduler`,
+            `FlowMatchHeunDiscreteScheduler`, or a solver with `prediction_type="flow_prediction"`).
+        vae: Decodes latents to images; None for a model of pixels.
+        guider: `SparseGuidance` or any other guider of diffusers that needs nothing but the class labels. None for
+            plain classifier-free guidance by `guidance_scale`.
+        id2label: Class id to name; integer keys become strings, as in JSON. A name may hold several, separated by
+            commas, as ImageNet's do.
+
+    Raises:
+        ValueError: The scheduler does not match the transformer's objective.
+
+    Example:
+        >>> from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
+        >>> transformer = TREADTransformer2DModel(num_layers=6, sample_size=8, in_channels=3, num_classes=10)
+        >>> pipe = TREADPipeline(transformer, EDMHeunScheduler(), guider=SparseGuidance())
+        >>> pipe(class_labels=[1, 7], num_inference_steps=2).images[0].size
+        (8, 8)
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae", "guider"]
+    _callback_tensor_inputs = ["latents", "class_labels"]
+
+    def __init__(
+        self,
+        transformer: TREADTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers 0.36 does not read `X | None`
+        guider: Optional[BaseGuidance] = None,  # noqa: UP045
+        id2label: Optional[dict[str, str]] = None,  # noqa: UP045
+    ):
+        super().__init__()
+        check_scheduler(scheduler, transformer.config.objective)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guider=guider)
+        id2label = None if id2label is None else {str(index): name for index, name in id2label.items()}
+        self.register_to_config(id2label=id2label)
+
+        self.vae_scale_factor = _vae_scale_factor(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._guidance_scale = None
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Scale of the classifier-free guidance of the current or last call; None where a guider was used."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Model evaluations per branch in the current or last call (2N - 1 for the N steps of Heun's method)."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: "int | str | Sequence[int | str] | torch.Tensor",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 40,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: "torch.Generator | list[torch.Generator] | None" = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["TREADPipeline", int, torch.Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> "ImagePipelineOutput | tuple":
+        r"""Generates images.
+
+        Args:
+            class_labels: Class ids in [0, num_classes), the null class `num_classes`, or names of `id2label`; one or
+                several.
+            height: In pixels of the image; None for the size of training.
+            width: As `height`.
+            num_inference_steps: Steps N of the sampler; Heun's method calls the model 2N - 1 times.
+            guidance_scale: Plain classifier-free guidance w: uncond + w * (cond - uncond), both in one forward.
+                Values of at most 1 mean no guidance. If given, the pipeline's guider is not used in this call.
+            num_images_per_prompt: Images for each label.
+            generator: One generator, or one per image: then each image depends on its own generator alone, whatever
+                else is in the batch, routing included.
+            latents: [B, C, H, W] standard normal noise to start from; None draws it from `generator`.
+            output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent".
+            return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each scheduler step; may
+                return changed tensors.
+            callback_on_step_end_tensor_inputs: What the callback gets: "latents", "class_labels".
+
+        Returns:
+            `images`: B images of the output type.
+
+        Raises:
+            ValueError: An argument out of range, before any work.
+        """
+        class_labels = self.get_label_ids(class_labels)
+        image_size = self.transformer.config.sample_size * self.vae_scale_factor
+        height, width = height or image_size, width or image_size
+        self.check_inputs(
+            class_labels,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        guider = self.guider if guidance_scale is None else None
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # Labels, noise and timesteps.
+        device = self._execution_device
+        class_labels = torch.tensor(class_labels, device=device).repeat_interleave(num_images_per_prompt)  # B
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = self._prepare_latents(len(class_labels), height, width, generator, latents, device)  # B C H W
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)  # spares a search, and with it a wait for the device
+
+        # Denoising.
+        step_generator = {"generator": generator} if _step_takes_generator(self.scheduler) else {}
+        with self._evaluation_mode(), self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for step, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                prediction = self._predict(latents, timestep, step, class_labels, guider, generator)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_generator, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "class_labels": class_labels}
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, step, timestep, tensors) or {}
+                    latents = changed.get("latents", latents)
+                    class_labels = changed.get("class_labels", class_labels)
+                progress_bar.update()
+
+        # Decoding.
+        images = latents if output_type == "latent" else self._decode(latents)
+        images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def get_label_ids(self, class_labels: "int | str | Sequence[int | str] | torch.Tensor") -> list[int]:
+        """Class ids of ids or names, nested or not.
+
+        Raises:
+            ValueError: An unknown name, a name of several classes, or something that is no label.
+        """
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.flatten().tolist()
+        if isinstance(class_labels, (list, tuple, range)):
+            return [label for entry in class_labels for label in self.get_label_ids(entry)]
+        if isinstance(class_labels, str):
+            return [self._label_id(class_labels)]
+        if isinstance(class_labels, bool) or not hasattr(class_labels, "__index__"):
+            raise ValueError(f"Expected class ids (int) or names (str), got {class_labels!r}.")
+        return [class_labels.__index__()]
+
+    def check_inputs(
+        self,
+        class_labels: list[int],
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        num_images_per_prompt: int,
+        generator: "torch.Generator | list[torch.Generator] | None",
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises ValueError for the first argument of `__call__` that cannot work."""
+        config = self.transformer.config
+        check_scheduler(self.scheduler, config.objective)
+        batch_size = len(class_labels) * num_images_per_prompt
+        stride = self.vae_scale_factor * config.patch_size
+
+        if batch_size < 1:
+            raise ValueError(
+                f"Expected at least one label and one image per label, got {len(class_labels)} labels and "
+                f"num_images_per_prompt={num_images_per_prompt}."
+            )
+        wrong = [label for label in class_labels if not 0 <= label <= config.num_classes]
+        if wrong:
+            raise ValueError(
+                f"Expected class ids in [0, {config.num_classes}] (the last is the null class), got {wrong}."
+            )
+        if height < stride or width < stride or height % stride or width % stride:
+            raise ValueError(f"Expected height and width divisible by {stride}, got {height}x{width}.")
+        if num_inference_steps < 1:
+            raise ValueError(f"Expected num_inference_steps >= 1, got {num_inference_steps}.")
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+            raise ValueError(f"Expected one generator per image ({batch_size}), got {len(generator)}.")
+        shape = (batch_size, config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"Expected latents of shape {list(shape)}, got {list(latents.shape)}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"Expected output_type 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"Expected callback tensors among {self._callback_tensor_inputs}, got {sorted(unknown)}.")
+
+    def _prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        generator: "torch.Generator | list[torch.Generator] | None",
+        latents: torch.Tensor | None,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """[B, C, H, W] float32 (the trajectory stays in fp32 whatever the model's dtype) at the first noise level."""
+        factor = self.vae_scale_factor
+        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        step: int,
+        class_labels: torch.Tensor,
+        guider: BaseGuidance | None,
+        generator: "torch.Generator | list[torch.Generator] | None",
+    ) -> torch.Tensor:
+        """[B, C, H, W] float32: the guided prediction of one step."""
+        if hasattr(self.scheduler, "scale_model_input"):
+            latents = self.scheduler.scale_model_input(latents, timestep)
+        null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
+
+        # A guider runs its branches one by one.
+        if guider is not None:
+            guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
+            branches = guider.prepare_inputs({"class_labels": (class_labels, null_labels)})
+            for branch in branches:
+                guider.prepare_models(self.transformer)
+                try:
+                    branch.noise_pred = self._denoise(latents, timestep, branch.class_labels, generator)
+                finally:
+                    guider.cleanup_models(self.transformer)
+            return guider(branches)[0]
+
+        # Plain classifier-free guidance runs both in one forward.
+        if self.guidance_scale is not None and self.guidance_scale > 1.0:
+            labels = torch.cat([class_labels, null_labels])  # 2B
+            both = self._denoise(torch.cat([latents, latents]), timestep, labels, generator)
+            conditional, unconditional = both.chunk(2)
+            return torch.lerp(unconditional, conditional, self.guidance_scale)
+        return self._denoise(latents, timestep, class_labels, generator)
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        generator: "torch.Generator | list[torch.Generator] | None",
+    ) -> torch.Tensor:
+        """One forward in the model's dtype. Where it routes, its subset is drawn from the caller's generators."""
+        router = get_token_router(self.transformer)
+        seed = router.seed
+        if seed is None and generator is not None and router.is_routing(training=False):
+            if isinstance(generator, (list, tuple)) and len(generator) != len(latents):
+                generator = [*generator, *generator]  # both halves of classifier-free guidance
+            seed = draw_routing_seed(generator, device=latents.device)
+        with token_routing(self.transformer, seed=seed):
+            return self.transformer(
+                latents.to(self.transformer.dtype), timestep, class_labels=class_labels, return_dict=False
+            )[0].float()
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents to images in [-1, 1]; a model of pixels has them already."""
+        if self.vae is None:
+            return latents
+        latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    def _label_id(self, name: str) -> int:
+        id2label = self.config.id2label or {}
+        ids = [
+            int(index)
+            for index, names in id2label.items()
+            if name.strip() == names or name.strip() in [one.strip() for one in names.split(",")]
+        ]
+        if len(ids) == 1:
+            return ids[0]
+        if ids:
+            raise ValueError(f"Expected a name of one class, got {name!r}, which names classes {ids}. Give the id.")
+        known = list(id2label.values())
+        hint = f"among {known[:10]}{' …' if len(known) > 10 else ''}" if known else "only with id2label; give ids"
+        raise ValueError(f"Expected class names {hint}, got {name!r}.")
+
+    @contextmanager
+    def _evaluation_mode(self):
+        """Evaluation mode inside, whatever a training loop left; restored also on error."""
+        was_training = self.transformer.training
+        self.transformer.eval()
+        try:
+            yield
+        finally:
+            self.transformer.train(was_training)
+
+
+def check_scheduler(scheduler: SchedulerMixin, objective: str | None) -> None:
+    """Raises ValueError if `scheduler` cannot sample from a model trained with `objective`; None is not checked."""
+    prediction = scheduler.config.get("prediction_type")
+    if "sigma_data" in scheduler.config:
+        kind = "edm" if prediction == "epsilon" else None
+    else:
+        is_flow = type(scheduler).__name__.startswith("FlowMatch") or prediction == "flow_prediction"
+        kind = "flow" if is_flow else None
+
+    if objective is not None and kind != objective:
+        advice = {
+            "edm": "EDMHeunScheduler, EDMEulerScheduler or EDMDPMSolverMultistepScheduler, prediction_type 'epsilon'",
+            "flow": "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction'",
+        }[objective]
+        raise ValueError(
+            f"Expected a scheduler for the transformer's objective {objective!r}, got {type(scheduler).__name__} "
+            f"(prediction_type {prediction!r}). Use {advice}."
+        )
+
+
+def _vae_scale_factor(vae: ModelMixin | None) -> int:
+    """Image pixels on the side of a latent pixel."""
+    if vae is None:
+        return 1
+    if hasattr(vae, "spatial_compression_ratio"):
+        return vae.spatial_compression_ratio
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _step_takes_generator(scheduler: SchedulerMixin) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
