@@ -199,6 +199,14 @@ def test_flow_scheduler_starts_from_pure_noise_and_calls_the_network_with_1000_s
         torch.testing.assert_close(scheduler.timesteps, 1000 * scheduler.sigmas[:-1])
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_flow_scheduler_spends_its_steps_with_the_shift_of_training(shift):
+    scheduler = FlowMatchingObjective(shift=shift).scheduler()
+    scheduler.set_timesteps(20)
+    t = np.linspace(1, 0.001, 20)
+    np.testing.assert_allclose(scheduler.sigmas[:-1], shift * t / (1 + (shift - 1) * t), atol=0.01)
+
+
 def test_ideal_denoiser_has_the_lowest_loss():
     latents = MEAN + STD * torch.randn(64, 3, 16, 16, generator=seeded(7))
     labels = torch.zeros(64)
@@ -308,6 +316,14 @@ def test_bfloat16_latents_keep_times_and_loss_in_float32(objective):
     assert denoiser.timestep.dtype == loss.dtype == torch.float32
     assert torch.equal(denoiser.timestep, reference.timestep)
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("objective", [EDMObjective(), FlowMatchingObjective()], ids=str)
+def test_float64_latents_give_a_float32_loss(objective):
+    latents, labels = batch()
+    loss = objective.loss(Denoiser(), latents.double(), labels, generator=seeded())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, objective.loss(Denoiser(), latents, labels, generator=seeded()))
 
 
 @pytest.mark.parametrize("objective", [EDMObjective(), FlowMatchingObjective()], ids=str)
