@@ -174,7 +174,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 f"Expected a width divisible by 4 for the 2D positions, got {num_attention_heads} heads x "
                 f"{attention_head_dim} = {dim}."
             )
-        if sample_size % patch_size:
+        if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
             raise ValueError(f"Expected sample_size divisible by patch_size {patch_size}, got {sample_size}.")
         if num_classes < 0:
             raise ValueError(f"Expected num_classes >= 0 (0: unconditional), got {num_classes}.")
@@ -274,10 +274,10 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             `sample`: [B, out_channels, H, W] in the dtype of `hidden_states`.
 
         Raises:
-            ValueError: Wrong number of channels, a size not divisible by the patch size, or not one entry in
-                `kept_token_ids` for each route.
+            ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size, or
+                `kept_token_ids` that do not fit the routes and the batch.
         """
-        height, width = self._check_latents(hidden_states)
+        height, width = self._check_inputs(hidden_states, timestep, class_labels, kept_token_ids)
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)  # B N D
         # Cast to the input's dtype: under autocast the residual stream stays in fp32.
         tokens = (tokens + self._positions_for(height, width)).to(hidden_states.dtype)
@@ -285,10 +285,6 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
         if kept_token_ids is None:
             kept_token_ids = self.token_router.plan(tokens, training=self.training)
-        elif len(kept_token_ids) != len(self.token_router.routes):
-            raise ValueError(
-                f"Expected kept_token_ids for {len(self.token_router.routes)} routes, got {len(kept_token_ids)}."
-            )
 
         tokens = self._run_blocks(tokens, conditioning, kept_token_ids)
 
@@ -344,15 +340,34 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         grid = patches.unflatten(2, (patch_size, patch_size, self.out_channels)).unflatten(1, (height, width))
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # B C h P w P -> B C H W
 
-    def _check_latents(self, hidden_states: torch.Tensor) -> tuple[int, int]:
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        kept_token_ids: list[torch.Tensor | None] | None,
+    ) -> tuple[int, int]:
+        """Compares shapes, nothing that waits for the device; gives the grid's height and width in tokens."""
         patch_size, in_channels = self.config.patch_size, self.config.in_channels
         if hidden_states.dim() != 4 or hidden_states.shape[1] != in_channels:
             raise ValueError(f"Expected latents [B, {in_channels}, H, W], got {list(hidden_states.shape)}.")
-        height, width = hidden_states.shape[2:]
+        batch_size, _, height, width = hidden_states.shape
         if height % patch_size or width % patch_size:
             raise ValueError(
                 f"Expected height and width divisible by the patch size {patch_size}, got {height}x{width}."
             )
+        if timestep.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(f"Expected one timestep or {batch_size}, got shape {list(timestep.shape)}.")
+        if class_labels is not None and class_labels.shape != (batch_size,):
+            raise ValueError(f"Expected {batch_size} class labels, got shape {list(class_labels.shape)}.")
+        if kept_token_ids is not None:
+            shapes = [None if ids is None else list(ids.shape) for ids in kept_token_ids]
+            fits = [shape is None or (len(shape) == 2 and shape[0] == batch_size) for shape in shapes]
+            if len(shapes) != len(self.token_router.routes) or not all(fits):
+                raise ValueError(
+                    f"Expected kept_token_ids of shape [{batch_size}, K], or None, for each of the "
+                    f"{len(self.token_router.routes)} routes, got {shapes}."
+                )
         return height // patch_size, width // patch_size
 
     def _init_weights(self) -> None:
@@ -377,7 +392,9 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 def sincos_positions(
     dim: int, height: int, width: int, *, base: int | None = None, device: "torch.device | str | None" = None
 ) -> torch.Tensor:
-    """Fixed 2D sine-cosine positions (arXiv 2111.06377): half the channels for the row, half for the column.
+    """Fixed 2D sine-cosine positions (arXiv 2111.06377): half the channels for the column, half for the row.
+
+    The order of the halves is that of MAE, DiT and diffusers, so that DiT's weights fit.
 
     Args:
         dim: D, divisible by 4.
@@ -396,4 +413,4 @@ def sincos_positions(
     rows, columns = rows.unsqueeze(1) * omega, columns.unsqueeze(1) * omega  # h D/4, w D/4
     rows = torch.cat([rows.sin(), rows.cos()], dim=1).unsqueeze(1).expand(-1, width, -1)  # h w D/2
     columns = torch.cat([columns.sin(), columns.cos()], dim=1).unsqueeze(0).expand(height, -1, -1)  # h w D/2
-    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)

@@ -134,9 +134,11 @@ def resolve_routes(
 def num_kept_tokens(num_tokens: int, selection_ratio: float) -> int:
     """N - floor(N * ratio): how many of `num_tokens` tokens go through the routed blocks.
 
-    The tiny constant undoes the rounding of products such as 100 * 0.29 = 28.999…
+    The tiny constant undoes the rounding of products such as 100 * 0.29 = 28.999…; as the ratio is below 1, at least
+    one token is kept.
     """
-    return num_tokens - math.floor(num_tokens * selection_ratio + 1e-9)
+    num_routed = math.floor(num_tokens * selection_ratio + 1e-9)
+    return max(num_tokens - num_routed, 1)
 
 
 def _as_route(route: TokenRoute | Mapping[str, Any]) -> TokenRoute:

@@ -33,9 +33,11 @@ class TokenRouter:
         generator (`torch.Generator`, *optional*): Where fresh seeds come from; None (default) is torch's default
             generator of the tokens' device. Not copied nor pickled. A generator cannot be used inside a compiled
             forward: set `seed` there.
-        shared_subset (`bool`): One subset for all samples of the batch. False by default.
+        shared_subset (`bool`): One random draw, and so one subset, for all samples of the batch. False by default. A
+            [B, N] `force_keep` or a `magnitude_mix` still makes the samples' subsets differ.
         force_keep (`torch.Tensor`, *optional*): [N] or [B, N] bool, tokens that are never routed (text, padding,
-            masked losses). If a sample forces more tokens than the ratio keeps, all samples keep that many.
+            masked losses). If a sample forces more tokens than the ratio keeps, all samples keep that many. Each new
+            largest count per sample recompiles a compiled forward: there, give the model `kept_token_ids`.
         magnitude_mix (`float`): l in [-1, 1] mixes the tokens' magnitude into the choice, see `magnitude_priority`.
 
     Raises:
@@ -46,7 +48,7 @@ class TokenRouter:
         self.num_layers = num_layers
         self.routes = resolve_routes(routes, num_layers)
         self.enabled: bool | None = None
-        self.generator: torch.Generator | None = None
+        self.generator = None
         self.shared_subset = False
         self.selection_ratio = None
         self.seed = None
@@ -70,11 +72,25 @@ class TokenRouter:
     @seed.setter
     def seed(self, value: "int | torch.Tensor | None") -> None:
         # A tensor, never a Python int, for which a compiled forward would recompile at each change.
-        if value is not None and not isinstance(value, torch.Tensor):
+        if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
             value = torch.tensor(value, dtype=torch.int64)
-        if value is not None and (value.dtype != torch.int64 or value.dim() > 1):
-            raise ValueError(f"Expected an int64 seed of shape [] or [B], got {value.dtype} {list(value.shape)}.")
+        is_seed = isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.dim() <= 1
+        if value is not None and not is_seed:
+            raise ValueError(f"Expected a 64-bit int or an int64 tensor [] or [B] as seed, got {_describe(value)}.")
         self._seed = value
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        return self._generator
+
+    @generator.setter
+    def generator(self, value: torch.Generator | None) -> None:
+        if value is not None and not isinstance(value, torch.Generator):
+            raise ValueError(
+                f"Expected a torch.Generator or None, got {value!r}. For one generator per sample, set "
+                "seed=draw_routing_seed(generators)."
+            )
+        self._generator = value
 
     @property
     def force_keep(self) -> torch.Tensor | None:
@@ -82,8 +98,9 @@ class TokenRouter:
 
     @force_keep.setter
     def force_keep(self, value: torch.Tensor | None) -> None:
-        if value is not None and (value.dtype != torch.bool or value.dim() not in (1, 2)):
-            raise ValueError(f"Expected a bool mask [N] or [B, N], got {value.dtype} {list(value.shape)}.")
+        is_mask = isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() in (1, 2)
+        if value is not None and not is_mask:
+            raise ValueError(f"Expected a bool tensor [N] or [B, N] as force_keep, got {_describe(value)}.")
         # Counted here, once, so that no forward has to wait for the device.
         self._num_forced = 0 if value is None else int(value.sum(dim=-1).max())
         self._force_keep = value
@@ -94,7 +111,7 @@ class TokenRouter:
 
     @magnitude_mix.setter
     def magnitude_mix(self, value: float) -> None:
-        if not -1.0 <= value <= 1.0:
+        if not isinstance(value, (int, float)) or not -1.0 <= value <= 1.0:
             raise ValueError(f"Expected magnitude_mix in [-1, 1], got {value!r}.")
         self._magnitude_mix = value
 
@@ -147,13 +164,13 @@ class TokenRouter:
         return kept_token_ids if any(ids is not None for ids in kept_token_ids) else None
 
     def _forward_seed(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.seed is not None:
-            if self.seed.dim() == 1 and self.seed.shape[0] != hidden_states.shape[0]:
-                raise ValueError(
-                    f"Expected one routing seed per sample ({hidden_states.shape[0]}), got {self.seed.shape[0]}."
-                )
-            return self.seed.to(hidden_states.device, non_blocking=True)
-        return draw_routing_seed(self.generator, device=hidden_states.device)
+        if self.seed is None:
+            return draw_routing_seed(self.generator, device=hidden_states.device)
+        if self.seed.dim() == 1 and self.seed.shape[0] != hidden_states.shape[0]:
+            raise ValueError(
+                f"Expected one routing seed per sample ({hidden_states.shape[0]}), got {self.seed.shape[0]}."
+            )
+        return self.seed.to(hidden_states.device, non_blocking=True)
 
     def _forward_mask(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if self.force_keep is None:
@@ -167,7 +184,7 @@ class TokenRouter:
         return self.force_keep.to(hidden_states.device, non_blocking=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "generator": None}
+        return {**self.__dict__, "_generator": None}
 
     def __repr__(self) -> str:
         return f"TokenRouter(routes={list(self.routes)}, num_layers={self.num_layers})"
@@ -249,6 +266,10 @@ def token_routing(denoiser: torch.nn.Module, **settings: Any) -> Iterator[TokenR
     finally:
         for name, value in before.items():
             setattr(router, name, value)
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
 _SETTINGS = ("enabled", "selection_ratio", "seed", "generator", "shared_subset", "force_keep", "magnitude_mix")
