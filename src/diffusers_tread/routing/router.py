@@ -124,13 +124,16 @@ class TokenRouter:
         """The ratio in force for one of the routes: the override if there is one, else its own."""
         return route.selection_ratio if self.selection_ratio is None else self.selection_ratio
 
-    def plan(self, hidden_states: torch.Tensor, *, training: bool) -> list[torch.Tensor | None] | None:
+    def plan(
+        self, hidden_states: torch.Tensor, *, training: bool, seed: torch.Tensor | None = None
+    ) -> list[torch.Tensor | None] | None:
         """Chooses the kept tokens of one forward. Call it once per forward, outside any checkpointed block.
 
         Args:
             hidden_states: [B, N, D], the tokens that may be routed. Only the shape and device count, and the values
                 with `magnitude_mix`.
             training: The denoiser's mode.
+            seed: What `forward_seed` gave for this forward; None (default) asks it now.
 
         Returns:
             None for a dense forward; else per route the ids of the kept tokens, [B, K] int64 sorted ascending, or None
@@ -142,7 +145,9 @@ class TokenRouter:
         if not self.is_routing(training):
             return None
         batch_size, num_tokens = hidden_states.shape[:2]
-        seed = self._forward_seed(hidden_states)
+        seed = self.forward_seed(hidden_states.device) if seed is None else seed
+        if seed.dim() == 1 and seed.shape[0] != batch_size:
+            raise ValueError(f"Expected one routing seed per sample ({batch_size}), got {seed.shape[0]}.")
         force_keep = self._forward_mask(hidden_states)
 
         kept_token_ids = []
@@ -163,14 +168,11 @@ class TokenRouter:
             kept_token_ids.append(select_kept_tokens(priority, num_kept))
         return kept_token_ids if any(ids is not None for ids in kept_token_ids) else None
 
-    def _forward_seed(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.seed is None:
-            return draw_routing_seed(self.generator, device=hidden_states.device)
-        if self.seed.dim() == 1 and self.seed.shape[0] != hidden_states.shape[0]:
-            raise ValueError(
-                f"Expected one routing seed per sample ({hidden_states.shape[0]}), got {self.seed.shape[0]}."
-            )
-        return self.seed.to(hidden_states.device, non_blocking=True)
+    def forward_seed(self, device: "torch.device | str") -> torch.Tensor:
+        """The seed of one forward: `seed` if it is set, else a fresh one from `generator`. int64, [] or [B]."""
+        if self.seed is not None:
+            return self.seed.to(device, non_blocking=True)
+        return draw_routing_seed(self.generator, device=device)
 
     def _forward_mask(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if self.force_keep is None:
