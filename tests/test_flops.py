@@ -1,0 +1,115 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The analytic count against torch's counter, which sees the operators that run, and against the papers' figures."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_tread import TokenRoute, TREADTransformer2DModel, token_routing
+from diffusers_tread.flops import block_flops_saved, flop_ceiling, forward_flops
+
+
+def preset(name, **settings):
+    """A model without memory: the counters look at shapes only."""
+    with torch.device("meta"):
+        return TREADTransformer2DModel.from_preset(name, **settings)
+
+
+def counted_flops(model, *, size, selection_ratio, backward=False):
+    """What torch counts for one sample: (linear layers and convolutions, attention)."""
+    device = next(model.parameters()).device
+    inputs = torch.zeros(1, model.config.in_channels, size, size, device=device), torch.zeros(1, device=device)
+    # Decomposed attention: not every torch release knows the fused CPU kernel.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with token_routing(model, enabled=True, selection_ratio=selection_ratio):
+            output = model(*inputs).sample
+        if backward:
+            output.sum().backward()
+    by_operator = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    attention = by_operator.pop("aten.bmm", 0)
+    return sum(by_operator.values()), attention
+
+
+@pytest.mark.parametrize("name", ["S/2", "B/4", "XL/2"])
+@pytest.mark.parametrize("selection_ratio", [0.0, 0.5, 0.9])
+def test_a_forward_has_the_flops_that_torch_counts(name, selection_ratio):
+    model = preset(name)
+    flops = forward_flops(model, selection_ratio=selection_ratio)
+    assert (flops.linear, flops.attention) == counted_flops(model, size=32, selection_ratio=selection_ratio)
+
+
+def test_a_forward_has_the_flops_that_torch_counts_with_odd_settings_and_two_routes():
+    routes = [TokenRoute(start=1, end=2, selection_ratio=0.3), TokenRoute(start=4, end=5, selection_ratio=0.7)]
+    model = TREADTransformer2DModel(
+        num_attention_heads=3,
+        attention_head_dim=20,
+        num_layers=9,
+        in_channels=3,
+        out_channels=5,
+        sample_size=12,
+        patch_size=3,
+        num_classes=0,
+        mlp_ratio=2.5,
+        routes=routes,
+    )
+    flops = forward_flops(model, 5 * 5)
+    assert (flops.linear, flops.attention) == counted_flops(model, size=15, selection_ratio=None)
+
+
+def test_the_config_alone_gives_the_same_count():
+    model = preset("S/2")
+    assert forward_flops(dict(model.config)) == forward_flops(model)
+
+
+def test_the_ceiling_of_a_whole_training_step_is_that_of_its_forward():
+    # The backward of the first layer has no gradient for the input, which is the whole difference.
+    model = preset("B/2")
+    dense = sum(counted_flops(model, size=32, selection_ratio=0.0, backward=True))
+    routed = sum(counted_flops(model, size=32, selection_ratio=0.5, backward=True))
+    assert dense / routed == pytest.approx(flop_ceiling(model), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, num_tokens, ceiling",
+    [
+        ("S/2", 256, 1.43),
+        ("B/2", 256, 1.43),
+        ("L/2", 256, 1.67),
+        ("XL/2", 256, 1.72),
+        ("XL/2", 1024, 1.78),
+        ("XL/2", 4096, 1.95),
+    ],
+)
+def test_the_ceilings_are_those_known_for_the_paper_s_models(name, num_tokens, ceiling):
+    # Known to two decimals, some rounded and some cut off.
+    assert flop_ceiling(preset(name), num_tokens) == pytest.approx(ceiling, abs=0.0101)
+
+
+def test_the_linear_layers_of_xl_2_take_the_gflops_of_the_sparse_guidance_paper():
+    # arXiv 2601.01608: multiply-adds, linear layers only, two forwards per step.
+    def step(first_ratio, second_ratio):
+        ratios = (first_ratio, second_ratio)
+        return sum(forward_flops(preset("XL/2"), selection_ratio=ratio).linear for ratio in ratios) / 2e9
+
+    assert step(0.0, 0.0) == pytest.approx(228.84, rel=5e-4)
+    assert step(0.5, 0.9) == pytest.approx(97.67, rel=5e-4)
+
+
+def test_the_saved_share_follows_from_the_number_of_routed_blocks():
+    # A routed block of width 384 with 128 of 256 tokens: half the linear part, a quarter of the attention.
+    linear, attention, modulation = 12 * 384**2 * 256, 2 * 256**2 * 384, 6 * 384**2
+    saved = 7 * (linear / 2 + attention * 3 / 4) / (12 * (linear + attention + modulation))
+    assert block_flops_saved(preset("S/2")) == pytest.approx(saved, rel=1e-12)
+
+
+def test_a_model_without_routes_saves_nothing():
+    model = preset("S/2", routes=None)
+    assert (block_flops_saved(model), flop_ceiling(model)) == (0.0, 1.0)
+    assert flop_ceiling(model, selection_ratio=0.5) == 1.0
+
+
+@pytest.mark.parametrize("num_tokens, selection_ratio", [(0, None), (-4, 0.5), (256, 1.0), (256, -0.1)])
+def test_impossible_arguments_are_refused(num_tokens, selection_ratio):
+    with pytest.raises(ValueError, match="Expected"):
+        forward_flops(preset("S/2"), num_tokens, selection_ratio=selection_ratio)
