@@ -1,0 +1,135 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Routes: where they may lie, and how many tokens they keep (counted in exact fractions)."""
+
+import dataclasses
+import json
+import math
+import warnings
+from fractions import Fraction
+
+import pytest
+
+from diffusers_tread import TokenRoute
+from diffusers_tread.routing import default_route, num_kept_tokens, resolve_routes
+
+
+@pytest.mark.parametrize("num_layers, start, end", [(12, 2, 8), (24, 2, 20), (28, 2, 24), (34, 2, 30)])
+def test_default_route_is_the_papers(num_layers, start, end):
+    route = default_route(num_layers)
+    assert (route.start, route.end, route.selection_ratio) == (start, end, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert route.resolve(num_layers) == route
+
+
+def test_default_route_of_the_shallowest_model_has_one_block():
+    assert default_route(6).resolve(6) == TokenRoute(start=2, end=2)
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 5])
+def test_default_route_of_a_shallower_model_is_refused(num_layers):
+    with pytest.raises(ValueError, match=f"at least 6 blocks.*got {num_layers}"):
+        default_route(num_layers)
+
+
+def test_negative_ends_count_from_the_end_as_in_a_list():
+    blocks = list(range(12))
+    for start in range(-12, 9):
+        for end in range(-12, 9):
+            if blocks[start] <= blocks[end] <= 8:
+                resolved = TokenRoute(start=start, end=end, selection_ratio=0.3).resolve(12)
+                assert resolved == TokenRoute(start=blocks[start], end=blocks[end], selection_ratio=0.3)
+
+
+@pytest.mark.parametrize("start, end", [(0, 12), (12, 12), (-13, 3), (2, -13), (40, 41)])
+def test_a_route_outside_the_model_is_refused(start, end):
+    with pytest.raises(ValueError, match=r"inside the model's 12 blocks \(0 to 11\), got start=.*"):
+        TokenRoute(start=start, end=end).resolve(12)
+
+
+@pytest.mark.parametrize("start, end", [(5, 4), (-4, 2), (8, -5)])
+def test_an_empty_route_is_refused(start, end):
+    with pytest.raises(ValueError, match="empty route"):
+        TokenRoute(start=start, end=end).resolve(12)
+
+
+@pytest.mark.parametrize("end", [10, 11, -1, -2])
+def test_fewer_than_two_blocks_after_the_rejoin_are_refused(end):
+    with pytest.raises(ValueError, match="at least two blocks after the route.*Use end <= 9"):
+        TokenRoute(start=2, end=end).resolve(12)
+
+
+@pytest.mark.parametrize("end", [9, -3])
+def test_two_blocks_after_the_rejoin_warn(end):
+    with pytest.warns(UserWarning, match="only two blocks are left"):
+        assert TokenRoute(start=2, end=end).resolve(12).end == 9
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1, 1.5, -0.1, float("nan"), float("inf"), True, "0.5", None])
+def test_a_ratio_outside_zero_to_one_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"selection ratio in \[0, 1\)"):
+        TokenRoute(start=2, end=8, selection_ratio=ratio)
+
+
+@pytest.mark.parametrize("start, end", [(2.0, 8), (2, "8"), (None, 8), (True, 8)])
+def test_block_indices_that_are_no_integers_are_refused(start, end):
+    with pytest.raises(ValueError, match="block index"):
+        TokenRoute(start=start, end=end)
+
+
+def test_a_route_cannot_be_changed_nor_given_by_position():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TokenRoute(start=2, end=8).start = 3
+    with pytest.raises(TypeError):
+        TokenRoute(2, 8)
+
+
+def test_routes_survive_json():
+    route = TokenRoute(start=2, end=-4, selection_ratio=0.75)
+    assert TokenRoute(**json.loads(json.dumps(route.to_dict()))) == route
+
+
+def test_routes_may_be_given_in_any_form_and_order():
+    first, second = TokenRoute(start=1, end=3), TokenRoute(start=4, end=-4, selection_ratio=0.25)
+    resolved = (first, TokenRoute(start=4, end=8, selection_ratio=0.25))
+    assert resolve_routes([second, first], 12) == resolved
+    assert resolve_routes((route.to_dict() for route in (second, first)), 12) == resolved
+    assert resolve_routes(first, 12) == resolve_routes(first.to_dict(), 12) == (first,)
+    assert resolve_routes({"start": 1, "end": 3}, 12) == (first,)
+    assert resolve_routes(None, 12) == resolve_routes([], 12) == ()
+
+
+@pytest.mark.parametrize("second", [(2, 5), (3, 4), (4, 8), (0, 2), (-10, -7)])
+def test_overlapping_routes_are_refused(second):
+    routes = [TokenRoute(start=2, end=4), TokenRoute(start=second[0], end=second[1])]
+    for given in (routes, routes[::-1]):
+        with pytest.raises(ValueError, match="do not overlap.*Start the second at"):
+            resolve_routes(given, 12)
+
+
+@pytest.mark.parametrize(
+    "routes", ["2-8", 3, [3], ["default"], {"start": 2}, [{"start": 2, "end": 8, "ratio": 0.5}], [None]]
+)
+def test_what_is_no_route_is_refused(routes):
+    with pytest.raises(ValueError, match="Expected a TokenRoute"):
+        resolve_routes(routes, 12)
+
+
+def test_the_number_of_kept_tokens_is_exact():
+    for percent in range(100):
+        exact = Fraction(percent, 100)
+        for num_tokens in [*range(1, 130), 256, 1000, 1024, 4096, 10_000, 16_384, 65_536, 1_000_000]:
+            expected = num_tokens - math.floor(num_tokens * exact)
+            assert num_kept_tokens(num_tokens, percent / 100) == expected, (num_tokens, percent)
+
+
+def test_the_number_of_kept_tokens_is_exact_for_ratios_of_three_digits():
+    for permille in range(1000):
+        for num_tokens in (7, 64, 100, 250, 256, 1000, 4096):
+            expected = num_tokens - math.floor(num_tokens * Fraction(permille, 1000))
+            assert num_kept_tokens(num_tokens, permille / 1000) == expected, (num_tokens, permille)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 256])
+def test_one_token_is_kept_at_the_largest_ratio_below_one(num_tokens):
+    assert num_kept_tokens(num_tokens, math.nextafter(1.0, 0.0)) == 1
