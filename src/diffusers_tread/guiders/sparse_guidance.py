@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Sparse Guidance: the difference between a lightly and a heavily routed prediction guides (arXiv 2601.01608)."""
 
+import math
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ class SparseGuidance(BaseGuidance):
                 f"Expected weak_ratio > strong_ratio (the weak branch routes more tokens away), got weak_ratio="
                 f"{weak_ratio}, strong_ratio={strong_ratio}."
             )
-        if not guidance_scale >= 0.0:
-            raise ValueError(f"Expected guidance_scale >= 0, got {guidance_scale}.")
+        if not 0.0 <= guidance_scale < math.inf:
+            raise ValueError(f"Expected a finite guidance_scale >= 0, got {guidance_scale}.")
         if not 0.0 <= guidance_rescale <= 1.0:
             raise ValueError(f"Expected guidance_rescale in [0, 1], got {guidance_rescale}.")
 
@@ -73,14 +74,22 @@ class SparseGuidance(BaseGuidance):
         self._changed_router: tuple[TokenRouter, dict[str, Any]] | None = None
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
-        """Sets the branch's ratio; call `cleanup_models` after the forward, also on error."""
+        """Sets the branch's ratio; call `cleanup_models` after the forward, also on error.
+
+        Raises:
+            ValueError: The denoiser has no routes, without which both branches would be the same.
+        """
         self.cleanup_models(denoiser)  # what a caller left behind that failed in between
+        router, guides = get_token_router(denoiser), self._is_within_range()
+        if guides and not router.routes:
+            raise ValueError(
+                f"Expected a denoiser with token routes, got {type(denoiser).__name__} with routes=None. Use a model "
+                "trained with routes, or another guider."
+            )
         self._count_prepared += 1
-        if self._is_within_range():
-            router = get_token_router(denoiser)
-            self._changed_router = (router, {"enabled": router.enabled, "selection_ratio": router.selection_ratio})
-            router.enabled = True
-            router.selection_ratio = self.strong_ratio if self.is_conditional else self.weak_ratio
+        self._changed_router = (router, {"enabled": router.enabled, "selection_ratio": router.selection_ratio})
+        router.enabled = guides
+        router.selection_ratio = self.strong_ratio if self.is_conditional else self.weak_ratio
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         """Puts the router's settings back."""
@@ -111,8 +120,8 @@ class SparseGuidance(BaseGuidance):
         pred = pred_cond
         if pred_uncond is not None:
             pred = torch.lerp(pred_uncond, pred_cond, self.guidance_scale)
-        if self.guidance_rescale > 0.0:
-            pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
+            if self.guidance_rescale > 0.0:
+                pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     @property
@@ -127,6 +136,7 @@ class SparseGuidance(BaseGuidance):
 
     def _branches(self) -> list[tuple[int, str]]:
         """Per branch the index into (conditional, unconditional) inputs and the prediction's name."""
+        self._count_prepared = 0  # the strong branch comes first, also in a loop that does not call `set_state`
         tuple_indices = [0, 1 if self.null_weak_branch else 0][: self.num_conditions]
         return list(zip(tuple_indices, self._input_predictions, strict=False))
 

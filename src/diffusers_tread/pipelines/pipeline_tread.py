@@ -10,12 +10,25 @@ from contextlib import contextmanager
 from typing import Optional
 
 import torch
-from diffusers import BaseGuidance, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import (
+    BaseGuidance,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models import TREADTransformer2DModel
 from ..routing import draw_routing_seed, get_token_router, token_routing
+
+
+# These say by their class, not by their `prediction_type`, that the network predicts noise - data.
+_FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 
 
 class TREADPipeline(DiffusionPipeline):
@@ -25,7 +38,8 @@ class TREADPipeline(DiffusionPipeline):
         transformer: The denoiser.
         scheduler: Any diffusers scheduler of the kind that the transformer was trained for: EDM (`EDMHeunScheduler`,
             `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`) or flow matching (`FlowMatchEulerDiscreteScheduler`,
-            `FlowMatchHeunDiscreteScheduler`, or a solver with `prediction_type="flow_prediction"`).
+            `FlowMatchHeunDiscreteScheduler`, or a solver with `prediction_type="flow_prediction"` and
+            `use_flow_sigmas=True`).
         vae: Decodes latents to images; None for a model of pixels.
         guider: `SparseGuidance` or any other guider of diffusers that needs nothing but the class labels. None for
             plain classifier-free guidance by `guidance_scale`.
@@ -33,7 +47,7 @@ class TREADPipeline(DiffusionPipeline):
             commas, as ImageNet's do.
 
     Raises:
-        ValueError: The scheduler does not match the transformer's objective.
+        ValueError: The scheduler does not match the transformer's objective, or the VAE its channels.
 
     Example:
         >>> from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
@@ -57,6 +71,7 @@ class TREADPipeline(DiffusionPipeline):
     ):
         super().__init__()
         check_scheduler(scheduler, transformer.config.objective)
+        check_channels(transformer, vae)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guider=guider)
         id2label = None if id2label is None else {str(index): name for index, name in id2label.items()}
         self.register_to_config(id2label=id2label)
@@ -126,7 +141,8 @@ class TREADPipeline(DiffusionPipeline):
         """
         class_labels = self.get_label_ids(class_labels)
         image_size = self.transformer.config.sample_size * self.vae_scale_factor
-        height, width = height or image_size, width or image_size
+        height = image_size if height is None else height
+        width = image_size if width is None else width
         self.check_inputs(
             class_labels,
             height=height,
@@ -176,13 +192,13 @@ class TREADPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def get_label_ids(self, class_labels: "int | str | Sequence[int | str] | torch.Tensor") -> list[int]:
-        """Class ids of ids or names, nested or not.
+        """Class ids of ids or names, nested or not, tensors and arrays included.
 
         Raises:
             ValueError: An unknown name, a name of several classes, or something that is no label.
         """
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.flatten().tolist()
+        if hasattr(class_labels, "tolist"):  # a tensor or an array, of any shape
+            class_labels = class_labels.tolist()
         if isinstance(class_labels, (list, tuple, range)):
             return [label for entry in class_labels for label in self.get_label_ids(entry)]
         if isinstance(class_labels, str):
@@ -222,10 +238,12 @@ class TREADPipeline(DiffusionPipeline):
             )
         if height < stride or width < stride or height % stride or width % stride:
             raise ValueError(f"Expected height and width divisible by {stride}, got {height}x{width}.")
-        if num_inference_steps < 1:
-            raise ValueError(f"Expected num_inference_steps >= 1, got {num_inference_steps}.")
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"Expected an integer num_inference_steps >= 1, got {num_inference_steps!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected one generator per image ({batch_size}), got {len(generator)}.")
+        if not isinstance(generator, (torch.Generator, list, type(None))):
+            raise ValueError(f"Expected a torch.Generator, a list of them or None, got {generator!r}.")
         shape = (batch_size, config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"Expected latents of shape {list(shape)}, got {list(latents.shape)}.")
@@ -296,7 +314,7 @@ class TREADPipeline(DiffusionPipeline):
         router = get_token_router(self.transformer)
         seed = router.seed
         if seed is None and generator is not None and router.is_routing(training=False):
-            if isinstance(generator, (list, tuple)) and len(generator) != len(latents):
+            if isinstance(generator, list) and len(generator) != len(latents):
                 generator = [*generator, *generator]  # both halves of classifier-free guidance
             seed = draw_routing_seed(generator, device=latents.device)
         with token_routing(self.transformer, seed=seed):
@@ -343,17 +361,33 @@ def check_scheduler(scheduler: SchedulerMixin, objective: str | None) -> None:
     if "sigma_data" in scheduler.config:
         kind = "edm" if prediction == "epsilon" else None
     else:
-        is_flow = type(scheduler).__name__.startswith("FlowMatch") or prediction == "flow_prediction"
-        kind = "flow" if is_flow else None
+        is_flow_solver = prediction == "flow_prediction" and scheduler.config.get("use_flow_sigmas", True)
+        kind = "flow" if isinstance(scheduler, _FLOW_SCHEDULERS) or is_flow_solver else None
 
     if objective is not None and kind != objective:
         advice = {
             "edm": "EDMHeunScheduler, EDMEulerScheduler or EDMDPMSolverMultistepScheduler, prediction_type 'epsilon'",
-            "flow": "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction'",
+            "flow": "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction', "
+            "use_flow_sigmas=True",
         }[objective]
         raise ValueError(
             f"Expected a scheduler for the transformer's objective {objective!r}, got {type(scheduler).__name__} "
             f"(prediction_type {prediction!r}). Use {advice}."
+        )
+
+
+def check_channels(transformer: TREADTransformer2DModel, vae: ModelMixin | None) -> None:
+    """Raises ValueError if the transformer's output is not of its input's kind, or the VAE cannot decode it."""
+    config = transformer.config
+    if config.out_channels not in (None, config.in_channels):
+        raise ValueError(
+            f"Expected a transformer with as many output as input channels ({config.in_channels}), "
+            f"got out_channels={config.out_channels}."
+        )
+    if vae is not None and vae.config.latent_channels != config.in_channels:
+        raise ValueError(
+            f"Expected a VAE with the transformer's {config.in_channels} channels, got {type(vae).__name__} with "
+            f"{vae.config.latent_channels}. Use the VAE that made the training latents."
         )
 
 
