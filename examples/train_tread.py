@@ -243,7 +243,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
             f"Expected {os.environ['WORLD_SIZE']} processes that train together, got {accelerator.num_processes}. "
-            "Accelerate does not support this launch; on CPUs use `accelerate launch --cpu` or torchrun."
+            "Accelerate does not support this launch; on CPUs use torchrun."
         )
     refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
     is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
@@ -564,7 +564,7 @@ class Trainer:
             seeds = [derive_seed(args.seed, "validation", index) for index in range(args.num_validation_images)]
             model.eval()
             # Eager: a grid's batch is not worth a compilation.
-            with averaged_weights(self.ema, self.parameters), torch.compiler.set_stance("force_eager"):
+            with averaged_weights(self.ema, self.model), torch.compiler.set_stance("force_eager"):
                 images = self.make_pipeline(model)(
                     class_labels=labels,
                     num_inference_steps=args.validation_inference_steps,
@@ -592,7 +592,7 @@ class Trainer:
     def save_pipeline(self) -> None:
         """`output_dir/pipeline`, whole or not at all, with the averaged weights if there are any."""
         folder = Path(self.args.output_dir, "pipeline.tmp")
-        with averaged_weights(self.ema, self.parameters):
+        with averaged_weights(self.ema, self.model):
             weights = self.accelerator.get_state_dict(self.model)  # sharded weights are gathered on the main process
             if self.accelerator.is_main_process:
                 transformer = TREADTransformer2DModel(**self.settings["model"])
@@ -628,9 +628,9 @@ def print_settings(settings: dict[str, Any]) -> None:
     copies = 5 if settings["use_ema"] else 4  # weights, gradients, two Adam moments, average
     gibibytes = copies * settings["num_parameters"] * 4 / 2**30
     print(
-        f"{settings['num_parameters'] / 1e6:.1f}M parameters, {gibibytes:.2f} GiB of training state in all; {settings['max_train_steps']} steps of {settings['total_batch_size']} images; "
-        f"routes {settings['model']['routes']}; {settings['block_flops_saved']:.0%} of the blocks' FLOPs saved while "
-        "routing"
+        f"{settings['num_parameters'] / 1e6:.1f}M parameters, {gibibytes:.2f} GiB of training state in all; "
+        f"{settings['max_train_steps']} steps of {settings['total_batch_size']} images; routes "
+        f"{settings['model']['routes']}, which save {settings['block_flops_saved']:.0%} of the blocks' FLOPs"
     )
 
 

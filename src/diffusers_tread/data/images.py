@@ -223,7 +223,7 @@ def _count_classes(
     if num_classes is None:
         if names is None and labels is None:
             raise ValueError(
-                f"Expected num_classes for a streamed data set whose column {label_column!r} does not name its classes."
+                f"Expected num_classes for a stream whose column {label_column!r} does not name its classes."
             )
         num_classes = len(names) if names is not None else int(labels.max()) + 1
     if names is not None and len(names) > num_classes:

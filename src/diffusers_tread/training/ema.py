@@ -8,31 +8,31 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @contextmanager
 @torch.no_grad()
-def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Puts the averaged weights into the parameters inside the `with` block, and the trained ones back after it.
+def averaged_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
+    """Puts the averaged weights into the model inside the `with` block, and the trained ones back after it.
 
     `EMAModel.store` and `copy_to` do not serve here: with `foreach=True` they fail on sharded parameters, for which
     torch has no `_foreach_copy_`.
 
     Args:
-        ema: The average; None leaves the parameters alone.
-        parameters: Those that `ema` was made from, in the same order.
+        ema: The average; None leaves the model alone.
+        model: The one whose parameters `ema` was made from; DDP and FSDP2 wrap it as they like.
     """
     if ema is None:
         yield
         return
-    parameters = list(parameters)
-    trained = [parameter.detach().clone() for parameter in parameters]
+    trained = [parameter.detach().clone() for parameter in _own_parameters(model)]
     try:
-        _copy(ema.shadow_params, parameters)
+        _copy(ema.shadow_params, _own_parameters(model))
         yield
     finally:
-        _copy(trained, parameters)
+        _copy(trained, _own_parameters(model))
 
 
 def gather_ema(ema: EMAModel, names: list[str]) -> dict[str, torch.Tensor]:
@@ -58,6 +58,15 @@ def load_ema(ema: EMAModel, path: Path, names: list[str]) -> None:
         if isinstance(shadow, DTensor):
             weight = distribute_tensor(weight, shadow.device_mesh, shadow.placements)
         shadow.copy_(weight)
+
+
+def _own_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    # After a forward without a backward FSDP2 leaves the outermost weights gathered: the model then shows, and its next
+    # forward uses, a copy of them.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return list(model.parameters())
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ def open_run_folder(
         A whole checkpoint, or None to start from step 0.
 
     Raises:
-        ValueError: The folder holds another run; the checkpoint does not exist, is damaged or has other fixed settings.
+        ValueError: The folder holds another run; the checkpoint is missing, damaged or has other fixed settings.
     """
     output_dir = Path(output_dir)
     settings = json.loads(json.dumps(settings))
@@ -79,7 +79,7 @@ def _check_owner(output_dir: Path, settings: dict[str, Any], free_settings: set[
     if not (output_dir / SETTINGS).exists():
         if list_checkpoints(output_dir):
             raise ValueError(
-                f"Expected an empty output folder or one of this run, got {output_dir} with checkpoints but no {SETTINGS}. "
+                f"Expected an empty folder or one of this run, got {output_dir} with checkpoints but no {SETTINGS}. "
                 "Use another --output_dir or --overwrite_output_dir."
             )
         return
@@ -104,8 +104,8 @@ def _check_fixed(checkpoint: Path, settings: dict[str, Any], fixed_settings: Ite
     for key in fixed_settings:
         if before[key] != settings[key]:
             raise ValueError(
-                f"Expected the {key} settings of {checkpoint}, {before[key]}, got {settings[key]}. Restore them or use "
-                "another --output_dir."
+                f"Expected the {key} settings of {checkpoint}, {before[key]}, got {settings[key]}. Restore them or "
+                "use another --output_dir."
             )
 
 
