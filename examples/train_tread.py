@@ -14,7 +14,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +30,6 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_tread import (
@@ -41,18 +39,10 @@ from diffusers_tread import (
     TREADTransformer2DModel,
     get_token_router,
 )
-from diffusers_tread.data import (
-    DigitsDataset,
-    EpochBatchSampler,
-    ImageDataset,
-    StreamingImageDataset,
-    collate_images,
-    derive_seed,
-    encode_images,
-    open_images,
-)
-from diffusers_tread.routing import num_kept_tokens
+from diffusers_tread.data import derive_seed, encode_images, make_batches, open_training_data
+from diffusers_tread.flops import block_flops_saved
 from diffusers_tread.training.checkpoints import load_checkpoint, replace_folder, save_checkpoint
+from diffusers_tread.training.config import config_flags, read_json
 from diffusers_tread.training.ema import averaged_weights
 from diffusers_tread.training.run_folder import open_run_folder
 
@@ -93,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Data.
     add("--dataset_name", help="A `datasets` repository; without it and --train_data_dir: scikit-learn's digits.")
     add("--dataset_config_name", help="Its configuration.")
-    add("--dataset_split", default="train", help="The split to train on.")
+    add("--dataset_split", help="The split to train on; by default train.")
     add("--train_data_dir", help="A folder with one sub-folder of images per class.")
     add("--image_column", default="image", help="Column with images.")
     add("--label_column", default="label", help="Column with class labels.")
@@ -161,33 +151,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.config is None and args.dataset_name is None and args.train_data_dir is None:
         args.config = str(DIGITS_CONFIG)
     known = set(vars(args)) - {"config"}
-    return check_args(parser.parse_args(config_flags(args.config, known) + argv))
-
-
-def config_flags(path: str | None, known: set[str]) -> list[str]:
-    """A JSON config as command-line flags."""
-    values = {} if path is None else read_json(path)
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"Expected the names of flags in {path}, got {unknown}. `--help` lists the flags.")
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
-    return flags
-
-
-def read_json(text: str) -> dict[str, Any]:
-    """A JSON object, from a file, a model folder or the text itself."""
-    path = Path(text, "config.json") if not text.lstrip().startswith("{") and Path(text).is_dir() else Path(text)
-    try:
-        content = json.loads(text if text.lstrip().startswith("{") else path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected a JSON object or a file with one, got {text!r} ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected a JSON object, got {type(content).__name__} in {text!r}.")
-    return content
+    flags = [] if args.config is None else config_flags(args.config, known=known)
+    return check_args(parser.parse_args(flags + argv))
 
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
@@ -206,18 +171,6 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         raise ValueError("Expected one of --overwrite_output_dir and --resume_from_checkpoint, got both.")
 
-    # Data.
-    digits = args.dataset_name is None and args.train_data_dir is None
-    if digits and (args.streaming or args.random_flip or args.pretrained_vae_name_or_path or args.num_classes):
-        raise ValueError(
-            "Expected the digits without --streaming, --random_flip (a mirrored digit is another sign), "
-            "--pretrained_vae_name_or_path and --num_classes. Drop the flag, or name data with --dataset_name or "
-            "--train_data_dir."
-        )
-    if digits and args.resolution not in (None, DigitsDataset.resolution):
-        raise ValueError(f"Expected --resolution {DigitsDataset.resolution} for the digits, got {args.resolution}.")
-    if not digits and args.resolution is None:
-        raise ValueError("Expected --resolution, the side of the training images in pixels, got none.")
     if args.streaming and args.max_train_steps is None:
         raise ValueError("Expected --max_train_steps with --streaming, whose length is not known.")
     if (args.preset is None) == (args.model_config_name_or_path is None):
@@ -256,68 +209,22 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 def open_data(args: argparse.Namespace, accelerator: Accelerator):
-    """The data set: map-style as it is, streaming as a function of the position to start at."""
-    if args.dataset_name is None and args.train_data_dir is None:
-        return DigitsDataset()
-    with accelerator.main_process_first():  # one process fills the cache
-        source, id2label = open_images(
+    with accelerator.main_process_first():  # one process fills the cache of `datasets`
+        return open_training_data(
             args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
             train_data_dir=args.train_data_dir,
-            split=args.dataset_split,
+            resolution=args.resolution,
+            random_flip=args.random_flip,
+            seed=args.seed,
             image_column=args.image_column,
             label_column=args.label_column,
-            num_classes=args.num_classes,
             streaming=args.streaming,
+            shuffle_buffer=args.shuffle_buffer,
+            dataset_config_name=args.dataset_config_name,
+            split=args.dataset_split,
+            num_classes=args.num_classes,
             cache_dir=args.cache_dir,
         )
-    columns = {"image_column": args.image_column, "label_column": args.label_column, "id2label": id2label}
-    if not args.streaming:
-        flip_seed = args.seed if args.random_flip else None
-        return ImageDataset(source, resolution=args.resolution, flip_seed=flip_seed, **columns)
-    return StreamingImageDataset(
-        source,
-        resolution=args.resolution,
-        batch_size=args.train_batch_size,
-        seed=args.seed,
-        random_flip=args.random_flip,
-        shuffle_buffer=args.shuffle_buffer,
-        num_threads=max(args.dataloader_num_workers, 1),
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        **columns,
-    )
-
-
-def make_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, state: dict[str, Any]) -> Iterator[dict]:
-    """This process's endless batches, from where `state` left off."""
-    pin_memory = accelerator.device.type == "cuda"
-    if args.streaming:
-        positions = state.get("stream_positions") or [(0, 0)] * accelerator.num_processes
-        if len(positions) != accelerator.num_processes:
-            raise ValueError(
-                f"Expected {len(positions)} processes to go on with a streamed run, got {accelerator.num_processes}."
-            )
-        dataset.position = tuple(positions[accelerator.process_index])
-        workers = min(args.dataloader_num_workers, 1)
-        return iter(DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory))
-    sampler = EpochBatchSampler(
-        len(dataset),
-        batch_size=args.train_batch_size,
-        seed=args.seed,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        first_sample=state.get("samples_seen", 0),
-    )
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collate_images,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=pin_memory,
-        )
-    )
 
 
 def make_objective(args: argparse.Namespace):
@@ -345,25 +252,6 @@ def make_model(args: argparse.Namespace, *, channels: int, sample_size: int, num
         if config[key] not in (None, given[key]):
             raise ValueError(f"Expected {key}={given[key]!r} for these data and flags, got {config[key]!r}.")
     return TREADTransformer2DModel(**{**config, **given})
-
-
-def block_flops(config: dict[str, Any], num_tokens: int) -> float:
-    """Multiply-adds times two of one block and sample: projections, attention (quadratic) and feed-forward."""
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    per_token = (8 + 4 * config["mlp_ratio"]) * width**2
-    return num_tokens * per_token + 4 * num_tokens**2 * width
-
-
-def saved_flops(config: dict[str, Any]) -> float:
-    """The share of the blocks' FLOPs that the routes save, in [0, 1)."""
-    num_tokens = (config["sample_size"] // config["patch_size"]) ** 2
-    dense = block_flops(config, num_tokens)
-    saved = 0.0
-    for route in config["routes"] or []:
-        num_blocks = route["end"] - route["start"] + 1
-        kept = num_kept_tokens(num_tokens, route["selection_ratio"])
-        saved += num_blocks * (dense - block_flops(config, kept))
-    return saved / (config["num_layers"] * dense)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -410,7 +298,17 @@ class Trainer:
             num_training_steps=args.max_train_steps,
             last_epoch=self.step - 1,
         )
-        self.batches = make_batches(args, accelerator, dataset, state)
+        self.batches = make_batches(
+            dataset,
+            batch_size=args.train_batch_size,
+            seed=args.seed,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            samples_seen=self.samples_seen,
+            stream_positions=state.get("stream_positions"),
+        )
         self.position, self.corrupt = None, set(state.get("corrupt_images", []))
         self.generator = torch.Generator(accelerator.device)
         self.loss_sum, self.logged_step, self.logged_time = torch.zeros((), device=accelerator.device), self.step, 0.0
@@ -618,7 +516,7 @@ def resolve_settings(args, accelerator, *, dataset, model: TREADTransformer2DMod
         "num_classes": dataset.num_classes,
         "steps_per_epoch": None if num_images is None else num_images / total_batch_size,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "block_flops_saved": saved_flops(config),
+        "block_flops_saved": block_flops_saved(config),
         "model": config,
     }
 

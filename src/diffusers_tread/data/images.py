@@ -87,7 +87,8 @@ class ImageDataset(Dataset):
         label_column: Its column with class labels, as integers.
         id2label: Names of the classes.
         resolution: R; images are cropped and resized to R x R.
-        flip_seed: The run's seed if images are to be flipped at random, None for no flip.
+        seed: The run's seed.
+        random_flip: Whether to flip images at random.
     """
 
     channels = 3
@@ -100,11 +101,12 @@ class ImageDataset(Dataset):
         label_column: str,
         id2label: dict[int, str],
         resolution: int,
-        flip_seed: int | None = None,
+        seed: int,
+        random_flip: bool = False,
     ):
         self.source, self.image_column, self.label_column = source, image_column, label_column
         self.id2label, self.num_classes = id2label, len(id2label)
-        self.resolution, self.flip_seed = resolution, flip_seed
+        self.resolution, self.seed, self.random_flip = resolution, seed, random_flip
 
     def __len__(self) -> int:
         return len(self.source)
@@ -115,7 +117,7 @@ class ImageDataset(Dataset):
         for offset in range(len(self)):
             place = (index + offset) % len(self)
             record = self.source[place]
-            flip = self.flip_seed is not None and derive_seed(self.flip_seed, "flip", epoch, place) % 2 == 1
+            flip = self.random_flip and derive_seed(self.seed, "flip", epoch, place) % 2 == 1
             pixels = read_image(record[self.image_column], resolution=self.resolution, flip=flip)
             if pixels is not None:
                 return {"pixel_values": pixels, "class_labels": record[self.label_column], "corrupt": corrupt}
@@ -142,7 +144,7 @@ def open_images(
     *,
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     image_column: str = "image",
     label_column: str = "label",
     num_classes: int | None = None,
@@ -155,7 +157,7 @@ def open_images(
         dataset_name: A repository on the Hub, or a local folder that `datasets.load_dataset` understands.
         dataset_config_name: Its configuration.
         train_data_dir: A folder with one sub-folder of images per class. Exactly one of the two is given.
-        split: The split to read.
+        split: The split to read; None for "train".
         image_column: Column with images.
         label_column: Column with class labels.
         num_classes: Number of classes; None for the number that the label column names or, without names, the highest
@@ -176,7 +178,7 @@ def open_images(
         raise ValueError(
             f"Expected either dataset_name or train_data_dir, got {dataset_name!r} and {train_data_dir!r}."
         )
-    options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+    options = {"split": split or "train", "streaming": streaming, "cache_dir": cache_dir}
     if train_data_dir is not None:
         source = datasets.load_dataset("imagefolder", data_dir=train_data_dir, drop_labels=False, **options)
     else:

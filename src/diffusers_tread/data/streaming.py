@@ -12,14 +12,8 @@ from .images import collate_images, read_image
 from .sampling import derive_seed
 
 
-class StreamingImageDataset(IterableDataset):
-    """The endless batches of one rank; batches are whole, so a `DataLoader` takes it with `batch_size=None`.
-
-    Each epoch is shuffled by a buffer with a seed of its own. A stream has no random access: starting at a position
-    reads, but does not decode, all records of that epoch before it.
-
-    Use it with at most one `DataLoader` worker: several would read the stream in an order that depends on their speed.
-    Decoding runs in threads instead.
+class StreamingImageDataset:
+    """The images and labels of a streamed data set, shuffled by a buffer with another seed in each epoch.
 
     Args:
         source: A data set as `open_images` returns it with `streaming=True`.
@@ -27,17 +21,9 @@ class StreamingImageDataset(IterableDataset):
         label_column: Its column with class labels.
         id2label: Names of the classes.
         resolution: R; images are cropped and resized to R x R.
-        batch_size: B, images per batch and rank.
         seed: The run's seed.
         random_flip: Whether to flip images at random.
         shuffle_buffer: Records that the shuffle holds in memory.
-        num_threads: Threads that decode.
-        rank: This process.
-        num_ranks: Processes that share the stream.
-        position: (epoch, records of this rank already used) to start at, as `batch["position"]` gave it.
-
-    Raises:
-        ValueError: While reading: a label outside [0, num_classes), an epoch without a readable image.
     """
 
     channels = 3
@@ -50,24 +36,54 @@ class StreamingImageDataset(IterableDataset):
         label_column: str,
         id2label: dict[int, str],
         resolution: int,
-        batch_size: int,
         seed: int,
         random_flip: bool = False,
         shuffle_buffer: int = 1000,
-        num_threads: int = 1,
-        rank: int = 0,
-        num_ranks: int = 1,
-        position: tuple[int, int] = (0, 0),
     ):
-        from datasets.distributed import split_dataset_by_node
-
-        source = source.shuffle(seed=derive_seed(seed, "stream") % 2**32, buffer_size=shuffle_buffer)
-        self.source = split_dataset_by_node(source, rank=rank, world_size=num_ranks)
+        self.source = source.shuffle(seed=derive_seed(seed, "stream") % 2**32, buffer_size=shuffle_buffer)
         self.image_column, self.label_column = image_column, label_column
         self.id2label, self.num_classes = id2label, len(id2label)
-        self.resolution, self.batch_size, self.seed = resolution, batch_size, seed
-        self.random_flip, self.num_threads, self.rank = random_flip, num_threads, rank
-        self.position = tuple(position)
+        self.resolution, self.seed, self.random_flip = resolution, seed, random_flip
+
+    def batches(
+        self,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        num_threads: int = 1,
+        position: tuple[int, int] = (0, 0),
+    ) -> "StreamBatches":
+        """The endless batches of one rank, as a torch data set of whole batches (`DataLoader(batch_size=None)`).
+
+        Args:
+            batch_size: B, images per batch and rank.
+            rank: This process.
+            num_ranks: Processes that share the stream.
+            num_threads: Threads that decode.
+            position: (epoch, records of this rank used in it) to start at, as `batch["position"]` gave it.
+        """
+        return StreamBatches(
+            self, batch_size=batch_size, rank=rank, num_ranks=num_ranks, num_threads=num_threads, position=position
+        )
+
+
+class StreamBatches(IterableDataset):
+    """See `StreamingImageDataset.batches`.
+
+    A stream has no random access: starting at a position reads, but does not decode, all of this rank's records before
+    it in the epoch. Use at most one `DataLoader` worker: several would each read a part of the stream, and one position
+    would not say where they all are. Decoding runs in threads instead.
+
+    Raises:
+        ValueError: While reading: a label outside [0, num_classes), no record, an epoch without a readable image.
+    """
+
+    def __init__(self, images: StreamingImageDataset, *, batch_size, rank, num_ranks, num_threads, position):
+        from datasets.distributed import split_dataset_by_node
+
+        self.images, self.source = images, split_dataset_by_node(images.source, rank=rank, world_size=num_ranks)
+        self.batch_size, self.rank, self.num_threads, self.position = batch_size, rank, num_threads, position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         records, last_good_epoch = self._records(), self.position[0]
@@ -76,16 +92,15 @@ class StreamingImageDataset(IterableDataset):
                 items, corrupt = [], []
                 while len(items) < self.batch_size:
                     # Only as many records as the batch still needs: the position then says exactly what was used.
-                    chunk = list(islice(records, self.batch_size - len(items)))
-                    for record, item in zip(chunk, pool.map(self._read, chunk), strict=True):
+                    for item in list(pool.map(self._read, islice(records, self.batch_size - len(items)))):
+                        position = (item["epoch"], item["place"] + 1)
                         if item["pixel_values"] is None:
                             corrupt.append(item["name"])
                         else:
                             items.append(item)
-                            last_good_epoch = record["epoch"]
-                        if record["epoch"] > last_good_epoch + 1:
+                            last_good_epoch = item["epoch"]
+                        if item["epoch"] > last_good_epoch + 1:
                             raise ValueError("Expected at least one readable image per epoch, got none.")
-                        position = (record["epoch"], record["place"] + 1)
                 yield collate_images(items) | {"corrupt": corrupt, "position": position}
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -96,21 +111,20 @@ class StreamingImageDataset(IterableDataset):
             place = -1
             for place, record in enumerate(self.source):
                 if place >= start:
-                    yield {"epoch": epoch, "place": place, **self._check(record)}
+                    yield {"epoch": epoch, "place": place, "record": record}
             if place < 0:
-                raise ValueError("Expected at least one record per process in the stream, got an empty stream.")
+                raise ValueError("Expected at least one record per process in the stream, got none.")
             epoch, start = epoch + 1, 0
 
-    def _check(self, record: dict[str, Any]) -> dict[str, Any]:
-        label = record[self.label_column]
-        if not isinstance(label, int) or not 0 <= label < self.num_classes:
+    def _read(self, item: dict[str, Any]) -> dict[str, Any]:
+        images, record = self.images, item["record"]
+        label, image = record[images.label_column], record[images.image_column]
+        if not isinstance(label, int) or not 0 <= label < images.num_classes:
             raise ValueError(
-                f"Expected integer labels in [0, {self.num_classes}), got {label!r} in column {self.label_column!r}."
+                f"Expected integer labels in [0, {images.num_classes}), got {label!r} in column "
+                f"{images.label_column!r}."
             )
-        return {"image": record[self.image_column], "label": label}
-
-    def _read(self, record: dict[str, Any]) -> dict[str, Any]:
-        draw = derive_seed(self.seed, "flip", self.rank, record["epoch"], record["place"])
-        pixels = read_image(record["image"], resolution=self.resolution, flip=self.random_flip and draw % 2 == 1)
-        name = record["image"].get("path") or f"record {record['place']} of epoch {record['epoch']}"
-        return {"pixel_values": pixels, "class_labels": record["label"], "corrupt": [], "name": name}
+        draw = derive_seed(images.seed, "flip", self.rank, item["epoch"], item["place"])
+        pixels = read_image(image, resolution=images.resolution, flip=images.random_flip and draw % 2 == 1)
+        name = image.get("path") or f"record {item['place']} of epoch {item['epoch']}"
+        return item | {"pixel_values": pixels, "class_labels": label, "corrupt": [], "name": name}

@@ -61,8 +61,8 @@ def load_ema(ema: EMAModel, path: Path, names: list[str]) -> None:
 
 
 def _own_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    # After a forward without a backward FSDP2 leaves the outermost weights gathered: the model then shows, and its next
-    # forward uses, a copy of them.
+    # After a forward without a backward FSDP2 leaves the outermost weights gathered: the model then shows a copy of
+    # them, which its next forward uses.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
