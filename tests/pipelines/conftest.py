@@ -1,0 +1,79 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Tiny models for the pipeline tests."""
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+
+from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel
+
+
+@pytest.fixture
+def make_transformer():
+    """Makes routed models whose output depends on everything: at initialisation it would be 0."""
+
+    def make(**settings):
+        defaults = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "in_channels": 3}
+        defaults |= {"sample_size": 8, "patch_size": 2, "num_classes": 5}
+        model = TREADTransformer2DModel(**(defaults | settings))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_pipeline(make_transformer):
+    """Makes quiet pipelines; what is not given is a model of pixels with Heun's method."""
+
+    def make(scheduler=None, transformer=None, **components):
+        pipe = TREADPipeline(transformer or make_transformer(), scheduler or EDMHeunScheduler(), **components)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def make_vae():
+    """Makes VAEs that shrink images four (KL) or two (DC) times, with scale and shift."""
+
+    def make(kind, latent_channels=3):
+        if kind == "kl":
+            vae = AutoencoderKL(
+                down_block_types=["DownEncoderBlock2D"] * 3,
+                up_block_types=["UpDecoderBlock2D"] * 3,
+                block_out_channels=[8, 8, 8],
+                norm_num_groups=4,
+                latent_channels=latent_channels,
+                scaling_factor=0.18,
+                shift_factor=0.1,
+            )
+        else:
+            vae = AutoencoderDC(
+                latent_channels=latent_channels,
+                attention_head_dim=3,
+                encoder_block_types=["ResBlock", "ResBlock"],
+                decoder_block_types=["ResBlock", "ResBlock"],
+                encoder_block_out_channels=[6, 6],
+                decoder_block_out_channels=[6, 6],
+                encoder_layers_per_block=[1, 1],
+                decoder_layers_per_block=[1, 1],
+                encoder_qkv_multiscales=[[], []],
+                decoder_qkv_multiscales=[[], []],
+                decoder_norm_types="rms_norm",
+                decoder_act_fns="silu",
+                upsample_block_type="interpolate",
+                downsample_block_type="conv",
+                scaling_factor=0.4,
+            )
+        return vae.eval()
+
+    return make
+
+
+@pytest.fixture
+def generators():
+    """Makes one generator per seed."""
+    return lambda *seeds: [torch.Generator().manual_seed(seed) for seed in seeds]

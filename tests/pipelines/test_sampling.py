@@ -1,0 +1,447 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What `TREADPipeline` computes: guidance, seeds, schedulers, decoding, state."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    TangentialClassifierFreeGuidance,
+    UniPCMultistepScheduler,
+)
+from packaging.version import Version
+
+from diffusers_tread import EDMHeunScheduler, SparseGuidance, TokenRoute, get_token_router, token_routing
+
+
+FLOW_SOLVER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+EDM_SCHEDULERS = [
+    EDMHeunScheduler(),
+    EDMHeunScheduler(s_churn=10.0),
+    EDMEulerScheduler(),
+    EDMDPMSolverMultistepScheduler(),
+]
+FLOW_SCHEDULERS = [
+    FlowMatchEulerDiscreteScheduler(),
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+    FlowMatchHeunDiscreteScheduler(),
+    UniPCMultistepScheduler(**FLOW_SOLVER),
+    DPMSolverMultistepScheduler(**FLOW_SOLVER),
+]
+
+
+@pytest.fixture
+def record_calls():
+    """Records (latents, timestep, labels, kept ids or None) of every forward of a model."""
+
+    def record(model):
+        calls, plans = [], []
+        router = get_token_router(model)
+        plan = router.plan
+        router.plan = lambda *args, **kwargs: plans.append(plan(*args, **kwargs)) or plans[-1]
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args[0].clone(), args[1], kwargs["class_labels"])), with_kwargs=True
+        )
+        return calls, plans
+
+    return record
+
+
+def latents_of(pipe, labels, generator, **settings):
+    settings = {"num_inference_steps": 3, "output_type": "latent"} | settings
+    return pipe(labels, generator=generator, **settings).images
+
+
+# Guidance.
+
+
+@torch.no_grad()
+def test_classifier_free_guidance_equals_two_separate_calls(make_pipeline):
+    pipe = make_pipeline(FlowMatchEulerDiscreteScheduler())
+    x = torch.randn(2, 3, 8, 8)
+    images = pipe([1, 4], num_inference_steps=4, guidance_scale=2.5, latents=x, output_type="latent").images
+
+    # Euler from sigma = 1 to 0 with uncond + w (cond - uncond); timesteps are 1000 sigma.
+    sigmas = [*np.linspace(1.0, 1e-3, 4), 0.0]
+    for sigma, next_sigma in zip(sigmas, sigmas[1:], strict=False):
+        timestep = torch.tensor(1000.0 * sigma, dtype=torch.float32)
+        conditional = pipe.transformer(x, timestep, torch.tensor([1, 4])).sample
+        unconditional = pipe.transformer(x, timestep, torch.tensor([5, 5])).sample
+        x = x + (next_sigma - sigma) * (2.5 * conditional - 1.5 * unconditional)
+    torch.testing.assert_close(images, x, atol=1e-4, rtol=1e-4)
+
+
+def test_classifier_free_guidance_is_one_forward_per_step(make_pipeline, record_calls):
+    pipe = make_pipeline()
+    calls, plans = record_calls(pipe.transformer)
+    pipe([1, 4], num_inference_steps=3, guidance_scale=1.5)
+    assert [call[2].tolist() for call in calls] == [[1, 4, 5, 5]] * 5
+    assert plans == [None] * 5  # dense
+    assert pipe.guidance_scale == 1.5 and pipe.num_timesteps == 5
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 0.0, 1.0])
+def test_without_guidance_the_null_class_is_not_run(make_pipeline, record_calls, generators, guidance_scale):
+    pipe = make_pipeline()
+    calls, _ = record_calls(pipe.transformer)
+    images = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=guidance_scale)
+    assert [call[2].tolist() for call in calls] == [[1, 4]] * 5
+    assert torch.equal(images, latents_of(pipe, [1, 4], generators(0, 1)))
+
+
+@torch.no_grad()
+def test_sparse_guidance_equals_its_equation_through_euler_steps(make_pipeline):
+    guider = SparseGuidance(guidance_scale=1.6, strong_ratio=0.25, weak_ratio=0.75)
+    pipe = make_pipeline(FlowMatchEulerDiscreteScheduler(), guider=guider)
+    x = torch.randn(2, 3, 8, 8)
+    with token_routing(pipe.transformer, seed=torch.tensor([3, 4])):
+        images = pipe([1, 4], num_inference_steps=3, latents=x, output_type="latent").images
+
+    labels = torch.tensor([1, 4])
+    sigmas = [*np.linspace(1.0, 1e-3, 3), 0.0]
+    for sigma, next_sigma in zip(sigmas, sigmas[1:], strict=False):
+        timestep = torch.tensor(1000.0 * sigma, dtype=torch.float32)
+        with token_routing(pipe.transformer, seed=torch.tensor([3, 4]), selection_ratio=0.25):
+            strong = pipe.transformer(x, timestep, labels).sample
+        with token_routing(pipe.transformer, seed=torch.tensor([3, 4]), selection_ratio=0.75):
+            weak = pipe.transformer(x, timestep, labels).sample
+        assert (strong - weak).abs().max() > 0.05
+        x = x + (next_sigma - sigma) * (1.6 * strong - 0.6 * weak)
+    torch.testing.assert_close(images, x, atol=1e-4, rtol=1e-4)
+
+
+def test_sparse_guidance_conditions_both_branches_of_every_step(make_pipeline, record_calls, generators):
+    pipe = make_pipeline(guider=SparseGuidance(strong_ratio=0.25, weak_ratio=0.75))
+    calls, plans = record_calls(pipe.transformer)
+    pipe([1, 4], num_inference_steps=3, generator=generators(0, 1))
+    assert [call[2].tolist() for call in calls] == [[1, 4]] * 10
+    assert [ids[0].shape[1] for ids in plans] == [12, 4] * 5
+    assert pipe.guidance_scale is None
+
+
+def test_sparse_samples_depend_on_the_label(make_pipeline, generators):
+    pipe = make_pipeline(guider=SparseGuidance())
+    images = [latents_of(pipe, [label], generators(0)) for label in (0, 1)]
+    assert (images[0] - images[1]).abs().max() > 0.05
+
+
+def test_subsets_are_new_in_every_branch_step_and_sample(make_pipeline, record_calls, generators):
+    pipe = make_pipeline(guider=SparseGuidance(strong_ratio=0.5, weak_ratio=0.55))  # both keep 8 of 16 tokens
+    _, plans = record_calls(pipe.transformer)
+    pipe([1, 4, 0], num_inference_steps=3, generator=generators(0, 1, 2))
+    assert len({tuple(row.tolist()) for ids in plans for row in ids[0]}) == 5 * 2 * 3
+
+
+def test_guidance_scale_replaces_the_guider_for_one_call(make_pipeline, record_calls):
+    pipe = make_pipeline(guider=SparseGuidance())
+    calls, plans = record_calls(pipe.transformer)
+    pipe(1, num_inference_steps=1, guidance_scale=2.0)
+    assert [call[2].tolist() for call in calls] == [[1, 5]] and plans == [None]
+
+
+def test_diffusers_classifier_free_guider_equals_guidance_scale(make_pipeline, generators):
+    pipe = make_pipeline()
+    plain = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=2.5)
+    pipe.guider = ClassifierFreeGuidance(guidance_scale=2.5)
+    torch.testing.assert_close(latents_of(pipe, [1, 4], generators(0, 1)), plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "guider_class", [AdaptiveProjectedGuidance, ClassifierFreeZeroStarGuidance, TangentialClassifierFreeGuidance]
+)
+def test_other_guiders_of_diffusers_guide(make_pipeline, record_calls, generators, guider_class):
+    pipe = make_pipeline(guider=guider_class(guidance_scale=2.5))
+    unguided = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=1.0)
+    calls, _ = record_calls(pipe.transformer)
+    images = latents_of(pipe, [1, 4], generators(0, 1))
+    assert [call[2].tolist() for call in calls] == [[1, 4], [5, 5]] * 5
+    assert images.isfinite().all() and (images - unguided).abs().max() > 0.05
+
+
+# Seeds: each image depends on its own generator alone.
+
+
+@pytest.mark.parametrize("scheduler", EDM_SCHEDULERS + FLOW_SCHEDULERS[:3], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("guidance", ["dense", "cfg", "sparse"])
+def test_an_image_does_not_depend_on_its_batch(make_pipeline, record_calls, generators, scheduler, guidance):
+    pipe = make_pipeline(scheduler, guider=SparseGuidance() if guidance == "sparse" else None)
+    settings = {"guidance_scale": 2.0} if guidance == "cfg" else {}
+    _, plans = record_calls(pipe.transformer)
+    batch = latents_of(pipe, [1, 4, 0], generators(10, 11, 12), **settings)
+    batch_plans = plans.copy()
+    plans.clear()
+    alone = latents_of(pipe, [4], generators(11), **settings)
+    torch.testing.assert_close(batch[1:2], alone, atol=1e-4, rtol=1e-4)
+
+    # The subsets are the same to the bit.
+    if guidance == "sparse":
+        assert len(plans) == len(batch_plans) > 0
+        assert all(torch.equal(many[0][1:2], one[0]) for many, one in zip(batch_plans, plans, strict=True))
+
+
+def test_a_router_switched_on_keeps_classifier_free_guidance_batch_invariant(make_pipeline, generators):
+    pipe = make_pipeline()
+    with token_routing(pipe.transformer, selection_ratio=0.5):
+        batch = latents_of(pipe, [1, 4], generators(10, 11), guidance_scale=2.0)
+        alone = latents_of(pipe, [4], generators(11), guidance_scale=2.0)
+    torch.testing.assert_close(batch[1:2], alone, atol=1e-4, rtol=1e-4)
+    assert (latents_of(pipe, [4], generators(11), guidance_scale=2.0) - alone).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("guider", [None, SparseGuidance()])
+def test_same_seeds_give_the_same_images(make_pipeline, generators, guider):
+    pipe = make_pipeline(EDMHeunScheduler(s_churn=10.0), guider=guider)
+    first, second, other = (latents_of(pipe, [1, 4], torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    torch.manual_seed(5)
+    first = latents_of(pipe, [1, 4], None)
+    torch.manual_seed(5)
+    assert torch.equal(latents_of(pipe, [1, 4], None), first)
+
+
+def test_latents_are_the_noise_that_a_generator_would_give(make_pipeline, generators):
+    pipe = make_pipeline()
+    noise = torch.cat([torch.randn(1, 3, 8, 8, generator=generator) for generator in generators(0, 1)])
+    assert torch.equal(latents_of(pipe, [1, 4], None, latents=noise), latents_of(pipe, [1, 4], generators(0, 1)))
+
+
+def test_the_first_model_input_is_scaled_noise(make_pipeline, record_calls):
+    # EDM: c_in * sigma_max * noise, c_in = 1 / sqrt(sigma_max^2 + sigma_data^2), at ln(sigma_max) / 4.
+    pipe, noise = make_pipeline(), torch.randn(1, 3, 8, 8)
+    calls, _ = record_calls(pipe.transformer)
+    latents_of(pipe, [1], None, latents=noise)
+    torch.testing.assert_close(calls[0][0], noise * 80.0 / (80.0**2 + 0.5**2) ** 0.5)
+    assert abs(calls[0][1].item() - np.log(80.0) / 4) < 1e-6
+
+
+def test_images_of_a_label_lie_side_by_side(make_pipeline, generators):
+    pipe = make_pipeline(guider=SparseGuidance())
+    batch = latents_of(pipe, [1, 4], generators(0, 1, 2, 3), num_images_per_prompt=2)
+    expected = latents_of(pipe, [1, 1, 4, 4], generators(0, 1, 2, 3))
+    assert torch.equal(batch, expected)
+
+
+# Schedulers.
+
+
+@pytest.mark.parametrize("scheduler", EDM_SCHEDULERS + FLOW_SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+def test_every_matching_scheduler_samples_twice_the_same(make_transformer, make_pipeline, generators, scheduler):
+    objective = "edm" if scheduler in EDM_SCHEDULERS else "flow"
+    pipe = make_pipeline(scheduler, make_transformer(objective=objective), guider=SparseGuidance())
+    first = latents_of(pipe, [1, 4], generators(0, 1), num_inference_steps=4)
+    assert first.shape == (2, 3, 8, 8) and first.dtype == torch.float32 and first.isfinite().all()
+    assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), num_inference_steps=4), first)
+
+
+def test_solvers_of_one_ode_agree(make_transformer, make_pipeline, generators):
+    # A gentle field, so that few steps suffice: the solvers approach the same image.
+    transformer = make_transformer(objective="flow")
+    with torch.no_grad():
+        transformer.proj_out.weight.mul_(0.1)
+    images = [
+        latents_of(make_pipeline(scheduler, transformer), [1, 4], generators(0, 1), num_inference_steps=100)
+        for scheduler in (FLOW_SCHEDULERS[0], FLOW_SCHEDULERS[2], FLOW_SCHEDULERS[4])
+    ]
+    assert images[0].std() > 0.3
+    for other in images[1:]:
+        torch.testing.assert_close(other, images[0], atol=0.03, rtol=0)
+
+
+# Sizes and decoding.
+
+
+def test_height_and_width_need_not_be_equal(make_pipeline, make_vae, generators):
+    pipe = make_pipeline(guider=SparseGuidance())
+    assert latents_of(pipe, [1], generators(0), height=6, width=12).shape == (1, 3, 6, 12)
+    assert pipe(1, height=6, width=12, num_inference_steps=1).images[0].size == (12, 6)
+    pipe = make_pipeline(vae=make_vae("kl"))
+    assert latents_of(pipe, [1], generators(0), height=24, width=48).shape == (1, 3, 6, 12)
+    assert pipe(1, height=24, width=48, num_inference_steps=1).images[0].size == (48, 24)
+    assert pipe(1, num_inference_steps=1).images[0].size == (32, 32)  # 8 latent pixels of 4
+
+
+@pytest.mark.parametrize("kind, factor, scale, shift", [("kl", 4, 0.18, 0.1), ("dc", 2, 0.4, 0.0)])
+@torch.no_grad()
+def test_the_vae_decodes_unscaled_latents(make_pipeline, make_vae, generators, kind, factor, scale, shift):
+    pipe = make_pipeline(vae=make_vae(kind))
+    assert pipe.vae_scale_factor == factor
+    latents = latents_of(pipe, [1, 4], generators(0, 1))
+    images = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    expected = (pipe.vae.decode(latents / scale + shift).sample / 2 + 0.5).clamp(0, 1)
+    assert images.shape == (2, 3, 8 * factor, 8 * factor) and images.std() > 0.01
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_output_type_shows_the_same_image(make_pipeline, generators):
+    pipe = make_pipeline()
+    latents = latents_of(pipe, [1, 4], generators(0, 1))
+    pt = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    array = latents_of(pipe, [1, 4], generators(0, 1), output_type="np")
+    pil = latents_of(pipe, [1, 4], generators(0, 1), output_type="pil")
+    torch.testing.assert_close(pt, (latents / 2 + 0.5).clamp(0, 1))
+    assert array.shape == (2, 8, 8, 3) and np.array_equal(array, pt.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.stack([np.asarray(image) for image in pil]), np.round(array * 255).astype("uint8"))
+
+
+def test_one_channel_gives_grey_images(make_transformer, make_pipeline):
+    pipe = make_pipeline(transformer=make_transformer(in_channels=1))
+    assert pipe(1, num_inference_steps=1).images[0].mode == "L"
+
+
+def test_return_dict_false_gives_a_tuple(make_pipeline, generators):
+    pipe = make_pipeline()
+    output = pipe([1], num_inference_steps=2, generator=generators(0), output_type="latent", return_dict=False)
+    assert isinstance(output, tuple) and len(output) == 1
+    assert torch.equal(output[0], latents_of(pipe, [1], generators(0), num_inference_steps=2))
+
+
+# Callbacks.
+
+
+def test_the_callback_sees_every_step_and_its_latents(make_pipeline, generators):
+    pipe, seen = make_pipeline(), []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].clone(), tensors["class_labels"].tolist()))
+
+    names = ["latents", "class_labels"]
+    settings = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    images = latents_of(pipe, [1, 4], generators(0, 1), **settings)
+    assert [step for step, *_ in seen] == list(range(5))
+    assert [timestep for _, timestep, *_ in seen] == pipe.scheduler.timesteps.tolist()
+    assert torch.equal(seen[-1][2], images) and seen[0][3] == [1, 4]
+
+
+def test_a_callback_can_change_latents_and_labels(make_pipeline, record_calls):
+    pipe = make_pipeline()
+    calls, _ = record_calls(pipe.transformer)
+
+    def callback(pipe, step, timestep, tensors):
+        return {"latents": torch.full_like(tensors["latents"], step), "class_labels": torch.tensor([3])}
+
+    settings = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "class_labels"]}
+    images = latents_of(pipe, [1], None, **settings)
+    assert torch.equal(images, torch.full((1, 3, 8, 8), 4.0))
+    assert [call[2].tolist() for call in calls] == [[1]] + [[3]] * 4
+
+
+def test_a_callback_can_interrupt(make_pipeline, record_calls, generators):
+    pipe, seen = make_pipeline(), []
+    calls, _ = record_calls(pipe.transformer)
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        pipe._interrupt = step == 1
+        return {}
+
+    images = latents_of(pipe, [1], generators(0), callback_on_step_end=callback)
+    assert len(calls) == 2 and torch.equal(images, seen[1]) and pipe.interrupt
+    latents_of(pipe, [1], generators(0))
+    assert len(calls) == 2 + 5 and not pipe.interrupt
+
+
+# State: a call leaves its components as they were.
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_leaves_mode_and_router_as_they_were(make_pipeline, generators, fails):
+    pipe = make_pipeline(guider=SparseGuidance())
+    dense = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=1.0)
+    router = get_token_router(pipe.transformer.train())
+    router.shared_subset = True
+    before = {name: value for name, value in vars(router).items()}
+    parameters = {name: parameter.clone() for name, parameter in pipe.transformer.named_parameters()}
+
+    if fails:
+
+        def error(module, inputs):
+            assert router.selection_ratio == 0.2 and not module.training
+            raise RuntimeError("out of memory")
+
+        handle = pipe.transformer.transformer_blocks[3].register_forward_pre_hook(error)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pipe([1, 4], num_inference_steps=3)
+        handle.remove()
+    else:
+        assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=1.0), dense)
+        latents_of(pipe, [1, 4], generators(0, 1))
+    assert vars(router) == before and router.seed is None
+    assert all(module.training for module in pipe.transformer.modules())
+    assert all(torch.equal(parameters[name], value) for name, value in pipe.transformer.named_parameters())
+
+
+def test_the_callers_latents_and_labels_are_untouched(make_pipeline):
+    pipe, noise, labels = make_pipeline(), torch.randn(2, 3, 8, 8), torch.tensor([1, 4])
+    before = noise.clone()
+    pipe(labels, num_inference_steps=2, latents=noise)
+    assert torch.equal(noise, before) and labels.tolist() == [1, 4]
+
+
+def test_sampling_builds_no_graph(make_pipeline, generators):
+    assert not latents_of(make_pipeline(), [1], generators(0)).requires_grad
+
+
+# Precision, compilation, offloading.
+
+
+@pytest.mark.parametrize("guider", [None, SparseGuidance()])
+def test_bfloat16_stays_near_float32(make_pipeline, make_vae, generators, guider):
+    pipe = make_pipeline(vae=make_vae("kl"), guider=guider)
+    exact = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    pipe.to(torch.bfloat16)
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    images = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    assert images.dtype == torch.float32
+    assert 0 < (images - exact).abs().mean() < 0.02
+
+
+def test_a_compiled_transformer_gives_the_same_images_guided(make_transformer, make_pipeline, generators):
+    transformer = make_transformer(num_layers=4, routes=TokenRoute(start=0, end=0))
+    pipe = make_pipeline(transformer=transformer, guider=SparseGuidance())
+    expected = latents_of(pipe, [1, 4], generators(0, 1))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager", fullgraph=True)
+    images = latents_of(pipe, [1, 4], generators(0, 1))
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one per branch, none for later steps
+
+
+@pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.42") and not torch.accelerator.is_available(),
+    reason="older diffusers (seen in 0.36) cannot make its group offloading hooks without an accelerator",
+)
+def test_group_offloading_gives_the_same_images(make_pipeline, make_vae, generators):
+    pipe = make_pipeline(vae=make_vae("kl"), guider=SparseGuidance())
+    expected = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    for component in (pipe.transformer, pipe.vae):
+        component.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), output_type="pt"), expected)
+
+
+def test_sequential_offloading_gives_the_same_images(make_pipeline, make_vae, generators):
+    accelerate = pytest.importorskip("accelerate")
+    pipe = make_pipeline(vae=make_vae("kl"), guider=SparseGuidance())
+    expected = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    for component in (pipe.transformer, pipe.vae):  # what enable_sequential_cpu_offload does, which wants a GPU
+        accelerate.cpu_offload(component, torch.device("cpu"))
+    assert next(pipe.transformer.parameters()).device.type == "meta"
+    assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), output_type="pt"), expected)
+
+
+def test_model_offloading_hooks_run_and_are_renewed(make_pipeline, make_vae, generators):
+    pytest.importorskip("accelerate")
+    pipe = make_pipeline(vae=make_vae("kl"), guider=SparseGuidance())
+    expected = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    pipe.enable_model_cpu_offload(device="cpu")  # the hooks of a GPU, with the CPU in its place
+    assert [type(hook.model).__name__ for hook in pipe._all_hooks] == ["TREADTransformer2DModel", "AutoencoderKL"]
+    for _ in range(2):
+        assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), output_type="pt"), expected)
