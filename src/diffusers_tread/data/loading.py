@@ -45,7 +45,7 @@ def open_training_data(
         given = [name for name, value in options.items() if value is not None]
         if streaming or random_flip or given or resolution not in (None, DigitsDataset.resolution):
             raise ValueError(
-                "Expected the digits at resolution 8, not streamed, not flipped (a mirrored digit is another sign), got "
+                "Expected digits at resolution 8, unstreamed, unflipped (a mirrored digit is another sign), got "
                 f"resolution={resolution}, streaming={streaming}, random_flip={random_flip} and options {given}. "
                 "Drop them, or name data with dataset_name or train_data_dir."
             )
@@ -83,7 +83,7 @@ def make_batches(
         seed: Of the order.
         rank: This process.
         num_ranks: Processes that share the data.
-        num_workers: Processes that decode; for a stream threads, in one process beside this one.
+        num_workers: Processes that decode; for a stream threads of this one.
         pin_memory: Whether to pin batches, for copies to a GPU that nothing waits for.
         samples_seen: Images that all processes together have had before; not for a stream.
         stream_positions: For a stream, each process's last `batch["position"]`.
@@ -99,10 +99,10 @@ def make_batches(
             batch_size=batch_size,
             rank=rank,
             num_ranks=num_ranks,
-            num_threads=max(num_workers, 1),
+            num_threads=num_workers,
             position=tuple(positions[rank]),
         )
-        return iter(DataLoader(batches, batch_size=None, num_workers=min(num_workers, 1), pin_memory=pin_memory))
+        return iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory))
 
     sampler = EpochBatchSampler(
         len(dataset), batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks, first_sample=samples_seen

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Batches from a streamed `datasets.IterableDataset`, with a position from which a later run can go on."""
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -51,7 +52,7 @@ class StreamingImageDataset:
         batch_size: int,
         rank: int = 0,
         num_ranks: int = 1,
-        num_threads: int = 1,
+        num_threads: int = 0,
         position: tuple[int, int] = (0, 0),
     ) -> "StreamBatches":
         """The endless batches of one rank, as a torch data set of whole batches (`DataLoader(batch_size=None)`).
@@ -60,7 +61,7 @@ class StreamingImageDataset:
             batch_size: B, images per batch and rank.
             rank: This process.
             num_ranks: Processes that share the stream.
-            num_threads: Threads that decode.
+            num_threads: Threads that decode, while one more reads ahead; 0 does all when a batch is asked for.
             position: (epoch, records of this rank used in it) to start at, as `batch["position"]` gave it.
         """
         return StreamBatches(
@@ -71,9 +72,9 @@ class StreamingImageDataset:
 class StreamBatches(IterableDataset):
     """See `StreamingImageDataset.batches`.
 
-    A stream has no random access: starting at a position reads, but does not decode, all of this rank's records before
-    it in the epoch. Use at most one `DataLoader` worker: several would each read a part of the stream, and one position
-    would not say where they all are. Decoding runs in threads instead.
+    A stream has no random access: starting at a position reads, without decoding, all records of this rank before it
+    in the epoch. Not for `DataLoader` workers: `datasets` gives them other orders than the main process, and several
+    would have no common position. Reading ahead and decoding run in threads instead.
 
     Raises:
         ValueError: While reading: a label outside [0, num_classes), no record, an epoch without a readable image.
@@ -86,8 +87,18 @@ class StreamBatches(IterableDataset):
         self.batch_size, self.rank, self.num_threads, self.position = batch_size, rank, num_threads, position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.num_threads == 0:
+            yield from self._batches()
+        batches = self._batches()
+        with ThreadPoolExecutor(1) as reader:
+            ahead = deque(reader.submit(next, batches) for _ in range(2))
+            while True:
+                yield ahead.popleft().result()
+                ahead.append(reader.submit(next, batches))
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
         records, last_good_epoch = self._records(), self.position[0]
-        with ThreadPoolExecutor(self.num_threads) as pool:
+        with ThreadPoolExecutor(max(self.num_threads, 1)) as pool:
             while True:
                 items, corrupt = [], []
                 while len(items) < self.batch_size:
