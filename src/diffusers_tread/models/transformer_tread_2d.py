@@ -278,7 +278,8 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 `kept_token_ids` that do not fit the routes and the batch.
         """
         height, width = self._check_inputs(hidden_states, timestep, class_labels, kept_token_ids)
-        tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)  # B N D
+        # Made contiguous once: the residual stream keeps its layout, and layer norms and products would copy it each.
+        tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # B N D
         # Cast to the input's dtype: under autocast the residual stream stays in fp32.
         tokens = (tokens + self._positions_for(height, width)).to(hidden_states.dtype)
         conditioning = self._embed_conditioning(timestep, class_labels, hidden_states)  # B D
