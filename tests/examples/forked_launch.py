@@ -1,0 +1,109 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Runs the training example several times, each in forked processes, for the price of one import.
+
+    python forked_launch.py '[{"argv": [...], "processes": 2, "fsdp": true, "kill": ["step", 7]}, ...]'
+
+The processes see the environment that torchrun gives them. "kill" ends a run by SIGKILL, on all its processes: "step"
+in the middle of an optimiser step, "seal" while a checkpoint lies on the disk but is not published. A run that is not
+killed must end well.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import torch  # noqa: E402
+import train_tread  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import PartialState  # noqa: E402
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
+
+from diffusers_tread.training import checkpoints  # noqa: E402
+
+
+def switch_on_fsdp2() -> None:
+    """Accelerate has FSDP for accelerators only, but torch's `fully_shard` works on CPUs.
+
+    Switches Accelerate's state over before the example makes its `Accelerator`; all that follows is the real thing.
+    """
+    state = Accelerator(cpu=True).state
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+    )
+
+
+def arm(kind: str, at: int) -> None:
+    """Makes this process kill itself at a step, or when it seals the checkpoint of a step."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    next_batch, seal = train_tread.Trainer.next_batch, checkpoints._seal
+
+    def deadly_next_batch(trainer, micro_step):
+        if trainer.step == at and micro_step == 1:
+            die()
+        return next_batch(trainer, micro_step)
+
+    def deadly_seal(folder):
+        seal(folder)
+        if folder.name == f"checkpoint-{at}.tmp":
+            die()
+
+    if kind == "step":
+        train_tread.Trainer.next_batch = deadly_next_batch
+    else:
+        checkpoints._seal = deadly_seal
+
+
+def run(argv: list[str], *, processes: int = 1, fsdp: bool = False, kill: tuple[str, int] | None = None) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            if processes > 1:
+                environment = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": processes,
+                    "LOCAL_WORLD_SIZE": processes,
+                }
+                os.environ.update({key: str(value) for key, value in environment.items()})
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            if fsdp:
+                switch_on_fsdp2()
+            if kill is not None:
+                arm(*kill)
+            train_tread.main(argv)
+            os._exit(0)
+        children.append(child)
+
+    # As a launcher does: when one process dies, the others go too.
+    _, status = os.wait()
+    failed = status != 0
+    for child in children:
+        try:
+            if failed:
+                os.kill(child, signal.SIGKILL)
+            failed |= os.waitpid(child, 0)[1] != 0
+        except (ProcessLookupError, ChildProcessError):
+            continue  # the one that was waited for
+    if failed != (kill is not None):
+        raise RuntimeError(f"Expected a run that {'dies' if kill else 'ends well'}: {argv}.")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for entry in json.loads(sys.argv[1]):
+        run(**entry)

@@ -1,0 +1,342 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+
+from diffusers_tread import EDMHeunScheduler, TREADPipeline, get_token_router
+from diffusers_tread.training.checkpoints import list_checkpoints, verify_checkpoint
+
+
+datasets = pytest.importorskip("datasets")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import train_tread  # noqa: E402
+
+
+TINY = {
+    "model_config_name_or_path": {
+        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "patch_size": 2,
+        "routes": [{"start": 1, "end": 3, "selection_ratio": 0.5}],
+    },
+    "train_batch_size": 3, "gradient_accumulation_steps": 2, "max_train_steps": 10, "checkpointing_steps": 3,
+    "learning_rate": 0.01, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "use_ema": True, "ema_decay": 0.9,
+    "logging_steps": 2, "class_dropout_prob": 0.3,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a tiny config with changes and gives its path."""
+
+    def write(**changes):
+        path = tmp_path / f"config-{len(list(tmp_path.glob('config-*')))}.json"
+        path.write_text(json.dumps(TINY | changes))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of four 20x24 noise images each, the last file cut off."""
+    for label, name in enumerate(("ant", "bee")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = np.random.RandomState(10 * label + index).randint(0, 256, (20, 24, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    damaged = tmp_path / "images" / "bee" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    return str(tmp_path / "images")
+
+
+def train(*argv):
+    AcceleratorState._reset_state(True)
+    train_tread.main([str(word) for word in argv])
+
+
+def launch(plan):
+    """Runs a plan of `forked_launch.py` in one process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
+    subprocess.run(command, env=environment, check=True, timeout=240)
+
+
+def weights_of(run):
+    """The final weights of a run: of the model (where one file holds them), of the average, of the pipeline."""
+    run = Path(run)
+    files = [list_checkpoints(run)[-1] / "model.safetensors", list_checkpoints(run)[-1] / "ema.safetensors"]
+    files.append(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    return [safetensors.torch.load_file(file) for file in files if file.exists()]
+
+
+def assert_bitwise_equal(run, other):
+    for weights, others in zip(weights_of(run), weights_of(other), strict=True):
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path, processes):
+    """Killed at a random step, then with a checkpoint on the disk but not published, then left to finish."""
+    step = random.Random(os.urandom(8)).randrange(4, 9)
+    print(f"killed in step {step}")
+    whole, killed = ["--config", config(), "--output_dir", str(tmp_path / "whole")], str(tmp_path / "killed")
+    again = [*whole[:-1], killed]
+    launch(
+        [
+            {"argv": whole, "processes": processes},
+            {"argv": again, "processes": processes, "kill": ["step", step]},
+            {"argv": again, "processes": processes, "kill": ["seal", 9]},
+            {"argv": again, "processes": processes},
+        ]
+    )
+    assert [path.name for path in list_checkpoints(killed)] == [f"checkpoint-{step}" for step in (3, 6, 9, 10)]
+    assert not list(Path(killed).glob("*.tmp"))
+    assert len(weights_of(killed)) == 3
+    assert_bitwise_equal(whole[-1], killed)
+    assert json.loads(Path(killed, "train_config.json").read_text())["num_processes"] == processes
+
+
+def test_fsdp2_resumes_bitwise_and_samples_on_the_way_change_nothing(config, tmp_path):
+    """One run with validation grids in it, one killed and without: also the pipelines, gathered from shards, agree."""
+    path = config()
+    whole = ["--config", path, "--output_dir", str(tmp_path / "whole"), "--validation_steps", "4"]
+    killed = ["--config", path, "--output_dir", str(tmp_path / "killed")]
+    alone = ["--config", path, "--output_dir", str(tmp_path / "ddp")]
+    launch(
+        [
+            {"argv": whole, "processes": 2, "fsdp": True},
+            {"argv": killed, "processes": 2, "fsdp": True, "kill": ["step", 7]},
+            {"argv": killed, "processes": 2, "fsdp": True},
+            {"argv": alone, "processes": 2},
+        ]
+    )
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "killed")
+    assert len(list((tmp_path / "whole" / "samples").glob("*.png"))) == 3
+
+    # The sharded average is what the pipeline holds, and what DDP finds up to rounding.
+    ema, pipeline = weights_of(tmp_path / "whole")
+    assert all(torch.equal(ema[name], pipeline[name]) for name in ema)
+    torch.testing.assert_close(pipeline, weights_of(tmp_path / "ddp")[2], atol=1e-3, rtol=0)
+
+
+def test_a_run_on_latents_of_damaged_images_ends_in_an_edm_pipeline_with_its_vae(config, folder, tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                  up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.1).save_pretrained(tmp_path / "vae")  # fmt: skip
+    output = tmp_path / "run"
+    train(
+        *("--config", config(objective="edm", max_train_steps=4), "--output_dir", output, "--random_flip"),
+        *("--train_data_dir", folder, "--resolution", 16, "--pretrained_vae_name_or_path", tmp_path / "vae"),
+        *("--validation_steps", 4, "--num_validation_images", 3, "--validation_inference_steps", 2),
+        *("--report_to", "tensorboard", "--gradient_checkpointing", "--objective_config", '{"P_mean": -1.0}'),
+    )
+    pipeline = TREADPipeline.from_pretrained(output / "pipeline")
+    assert isinstance(pipeline.scheduler, EDMHeunScheduler) and pipeline.config.id2label == {"0": "ant", "1": "bee"}
+    assert (pipeline.transformer.config.sample_size, pipeline.transformer.config.in_channels) == (8, 4)
+    images = pipeline(["bee"], num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
+
+    state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["corrupt_images"] == ["image 7"] and state["samples_seen"] == 24
+    assert PIL.Image.open(output / "samples" / "step-0000004.png").size == (3 * 64, 64)
+    assert list((output / "logs").rglob("events*"))
+
+
+def test_the_pipeline_holds_the_average_and_a_clean_config(config, tmp_path):
+    train("--config", config(), "--output_dir", tmp_path / "run")
+    model, ema, pipeline = weights_of(tmp_path / "run")
+    assert all(torch.equal(ema[name], pipeline[name]) for name in ema)
+    assert not all(torch.equal(model[name], pipeline[name]) for name in ema)
+    loaded = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert isinstance(loaded.scheduler, FlowMatchEulerDiscreteScheduler)
+    saved = json.loads((tmp_path / "run" / "pipeline" / "transformer" / "config.json").read_text())
+    settings = json.loads((tmp_path / "run" / "train_config.json").read_text())
+    assert {key for key in saved if key[0] != "_"} == set(settings["model"])
+    assert saved["routes"] == TINY["model_config_name_or_path"]["routes"] and saved["objective"] == "flow"
+    with pytest.raises(ValueError):
+        TREADPipeline(loaded.transformer, EDMEulerScheduler())
+
+
+def test_a_streamed_run_goes_on_exactly(config, folder, tmp_path, monkeypatch):
+    argv = ["--config", config(checkpointing_steps=4), "--train_data_dir", folder, "--resolution", 8]
+    argv += ["--streaming", "--shuffle_buffer", 4, "--random_flip", "--output_dir"]
+    train(*argv, tmp_path / "whole")
+
+    def stop(trainer, micro_step):
+        if trainer.step == 6:
+            raise KeyboardInterrupt
+        return next_batch(trainer, micro_step)
+
+    next_batch = train_tread.Trainer.next_batch
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tread.Trainer, "next_batch", stop)
+        train(*argv, tmp_path / "stopped")
+    train(*argv, tmp_path / "stopped", "--dataloader_num_workers", 2)
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_routing_is_on_until_the_dense_share_and_its_seeds_differ(config, tmp_path, monkeypatch):
+    seen = []
+    train_step = train_tread.Trainer.train_step
+
+    def watch(trainer):
+        loss = train_step(trainer)
+        router = get_token_router(trainer.model)
+        seen.append(
+            (router.is_routing(trainer.model.training), int(router.seed), trainer.optimizer.param_groups[0]["lr"])
+        )
+        return loss
+
+    monkeypatch.setattr(train_tread.Trainer, "train_step", watch)
+    train("--config", config(), "--output_dir", tmp_path / "run", "--dense_fraction", 0.3)
+    assert [routing for routing, _, _ in seen] == [True] * 7 + [False] * 3
+    assert len({seed for _, seed, _ in seen}) == 10
+
+    # Two warm-up steps, then half a cosine over the other eight; the rate in force after each step.
+    expected = [
+        0.01 * (step / 2 if step < 2 else 0.5 + 0.5 * math.cos(math.pi * (step - 2) / 8)) for step in range(1, 11)
+    ]
+    assert [rate for _, _, rate in seen] == pytest.approx(expected, abs=1e-12)
+
+
+def test_labels_are_dropped_at_the_asked_rate(config, tmp_path, monkeypatch):
+    labels = []
+    next_batch = train_tread.Trainer.next_batch
+
+    def watch(trainer, micro_step):
+        latents, class_labels = next_batch(trainer, micro_step)
+        labels.extend(class_labels.tolist())
+        return latents, class_labels
+
+    monkeypatch.setattr(train_tread.Trainer, "next_batch", watch)
+    train("--config", config(train_batch_size=60, max_train_steps=5), "--output_dir", tmp_path / "run")
+    dropped, total = labels.count(10), len(labels)
+    assert total == 600 and abs(dropped - 0.3 * total) < 4 * (total * 0.3 * 0.7) ** 0.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(config, tmp_path):
+    output = tmp_path / "run"
+    train("--config", config(max_train_steps=4), "--output_dir", output)
+    before = sorted(path.name for path in output.iterdir())
+    with pytest.raises(ValueError, match="finite loss|finite weights"):
+        train("--config", config(max_train_steps=40, learning_rate=1e30, lr_scheduler="constant"),
+              "--output_dir", output, "--resume_from_checkpoint", "latest", "--logging_steps", 20)  # fmt: skip
+    assert sorted(path.name for path in output.iterdir()) == before
+    verify_checkpoint(output / "checkpoint-4")
+    assert all(tensor.isfinite().all() for weights in weights_of(output) for tensor in weights.values())
+
+
+def test_weights_that_are_not_finite_are_never_written(config, tmp_path, monkeypatch):
+    """A finite loss may still leave broken weights in the very step that a checkpoint follows."""
+    train_step = train_tread.Trainer.train_step
+
+    def break_weights(trainer):
+        loss = train_step(trainer)
+        if trainer.step == 5:
+            trainer.parameters[0].data.view(-1)[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(train_tread.Trainer, "train_step", break_weights)
+    with pytest.raises(ValueError, match="finite weights, got others after step 6"):
+        train("--config", config(), "--output_dir", tmp_path / "run")
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+
+
+def test_a_damaged_latest_checkpoint_is_skipped_and_only_as_many_as_asked_are_kept(config, tmp_path):
+    path = config(checkpoints_total_limit=2)
+    train("--config", path, "--output_dir", tmp_path / "whole")
+    train("--config", path, "--output_dir", tmp_path / "damaged")
+    assert [checkpoint.name for checkpoint in list_checkpoints(tmp_path / "whole")] == [
+        "checkpoint-9",
+        "checkpoint-10",
+    ]
+    (tmp_path / "damaged" / "checkpoint-10" / "optimizer.bin").write_bytes(b"cut off")
+    train("--config", path, "--output_dir", tmp_path / "damaged")
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "damaged")
+
+
+def test_a_folder_of_another_run_or_model_is_refused_until_it_may_be_overwritten(config, tmp_path):
+    argv = ["--config", config(max_train_steps=2), "--output_dir", tmp_path / "run"]
+    train(*argv)
+    with pytest.raises(ValueError, match="learning_rate: 0.01 there, 0.02 now"):
+        train(*argv, "--learning_rate", 0.02)
+    with pytest.raises(ValueError, match="model settings"):
+        train(*argv, "--routes", "none", "--resume_from_checkpoint", "latest")
+    before = weights_of(tmp_path / "run")[0]
+    train(*argv, "--learning_rate", 0.02, "--overwrite_output_dir")
+    after = weights_of(tmp_path / "run")[0]
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_too_many_damaged_images_stop_the_run(config, folder, tmp_path):
+    with pytest.raises(ValueError, match="at most 0 unreadable images, got 1"):
+        train("--config", config(), "--train_data_dir", folder, "--resolution", 8, "--max_corrupt_images", 0,
+              "--output_dir", tmp_path / "run")  # fmt: skip
+
+
+def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train("--dry_run", "--learning_rate", 0.004)
+    assert not list(tmp_path.iterdir())
+    printed = capsys.readouterr().out
+    settings = json.loads(printed[: printed.rindex("}") + 1].rsplit("\n}", 1)[0] + "\n}")
+    assert (settings["learning_rate"], settings["adam_beta2"], settings["max_train_steps"]) == (0.004, 0.99, 2000)
+    assert settings["model"]["num_layers"] == 12 and settings["model"]["in_channels"] == 1
+    assert settings["model"]["routes"] == [{"start": 2, "end": 8, "selection_ratio": 0.5}]
+    assert settings["steps_per_epoch"] == 1797 / 16
+    assert "0.5M parameters" in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--preset", "S/3", "--model_config_name_or_path", ""], "either --preset or"),
+        (["--learning_rate", "0"], "learning_rate > 0"),
+        (["--dense_fraction", "1.5"], r"dense_fraction in \[0, 1\]"),
+        (["--resolution", "16"], "digits"),
+        (["--random_flip"], "digits"),
+        (["--routes", '[{"start": 2, "end": 9, "selection_ratio": 0.5}]'], "end"),
+        (["--objective_config", '{"shitf": 2.0}'], "shitf"),
+        (["--objective", "edm", "--objective_config", '{"sigma_data": -1}'], "sigma_data"),
+        (["--model_config_name_or_path", '{"depth": 3}'], "depth"),
+        (["--model_config_name_or_path", '{"num_classes": 3}'], "num_classes=10"),
+        (["--report_to", "nosuchtracker"], "nosuchtracker"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
+        (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "got both"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path, argv, message):
+    with pytest.raises(ValueError, match=message):
+        train("--config", config(), "--output_dir", tmp_path / "run", *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_keys_of_a_config_and_lonely_processes_are_refused(config, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="learnign_rate"):
+        train("--config", config(learnign_rate=1.0), "--output_dir", tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="Expected 2 processes"):
+        train("--config", config(), "--output_dir", tmp_path / "run")
