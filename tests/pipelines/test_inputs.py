@@ -175,6 +175,12 @@ def test_vaes_and_outputs_of_other_channels_are_refused(make_transformer, make_p
     with pytest.raises(ValueError, match=r"input channels \(3\), got out_channels=6"):
         make_pipeline(transformer=make_transformer(out_channels=6))
 
+    # A VAE put in later is checked by the call.
+    pipe = make_pipeline()
+    pipe.vae = make_vae("kl", latent_channels=4)
+    with pytest.raises(ValueError, match="the transformer's 3 channels"):
+        pipe(0, num_inference_steps=1)
+
 
 def test_sparse_guidance_of_a_model_without_routes_is_refused(make_transformer, make_pipeline):
     pipe = make_pipeline(transformer=make_transformer(routes=None), guider=SparseGuidance())

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline
 
@@ -113,6 +113,31 @@ def test_components_can_be_replaced_while_loading(saved):
     assert loaded(1, num_inference_steps=2).images[0].size == (8, 8)
     with pytest.raises(ValueError, match="objective 'edm'"):
         TREADPipeline.from_pretrained(folder, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+def test_components_put_in_place_of_none_are_saved(make_pipeline, make_vae, tmp_path):
+    pipe = make_pipeline()
+    pipe.guider, pipe.vae = SparseGuidance(weak_ratio=0.7), make_vae("kl")
+    pipe.save_pretrained(tmp_path / "with")
+    loaded = TREADPipeline.from_pretrained(tmp_path / "with")
+    assert loaded.guider.weak_ratio == 0.7 and loaded.vae_scale_factor == pipe.vae_scale_factor == 4
+
+    pipe.guider = None
+    pipe.save_pretrained(tmp_path / "without")
+    assert TREADPipeline.from_pretrained(tmp_path / "without").guider is None
+
+
+def test_diffusers_still_forgets_components_put_in_place_of_none():
+    class Plain(DiffusionPipeline):
+        _optional_components = ["guider"]
+
+        def __init__(self, guider=None):
+            super().__init__()
+            self.register_modules(guider=guider)
+
+    plain = Plain()
+    plain.guider = ClassifierFreeGuidance()
+    assert plain.config["guider"] == (None, None), "diffusers was repaired: delete TREADPipeline.__setattr__"
 
 
 def test_a_guider_of_diffusers_is_saved_and_loaded(make_pipeline, tmp_path):

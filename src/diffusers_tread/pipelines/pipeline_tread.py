@@ -7,7 +7,7 @@ Shapes: B images (labels x images per label), C latent channels, H and W latent 
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from diffusers import (
@@ -76,11 +76,25 @@ class TREADPipeline(DiffusionPipeline):
         id2label = None if id2label is None else {str(index): name for index, name in id2label.items()}
         self.register_to_config(id2label=id2label)
 
-        self.vae_scale_factor = _vae_scale_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = None
         self._num_timesteps = 0
         self._interrupt = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # diffusers (seen in 0.42) does not save a component that took the place of None: its entry stays (None, None).
+        if name in self._optional_components and value is not None and self.config[name][0] is None:
+            self.register_modules(**{name: value})
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels on the side of a latent pixel."""
+        if self.vae is None:
+            return 1
+        if hasattr(self.vae, "spatial_compression_ratio"):
+            return self.vae.spatial_compression_ratio
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def guidance_scale(self) -> float | None:
@@ -223,6 +237,7 @@ class TREADPipeline(DiffusionPipeline):
         """Raises ValueError for the first argument of `__call__` that cannot work."""
         config = self.transformer.config
         check_scheduler(self.scheduler, config.objective)
+        check_channels(self.transformer, self.vae)
         batch_size = len(class_labels) * num_images_per_prompt
         stride = self.vae_scale_factor * config.patch_size
 
@@ -389,15 +404,6 @@ def check_channels(transformer: TREADTransformer2DModel, vae: ModelMixin | None)
             f"Expected a VAE with the transformer's {config.in_channels} channels, got {type(vae).__name__} with "
             f"{vae.config.latent_channels}. Use the VAE that made the training latents."
         )
-
-
-def _vae_scale_factor(vae: ModelMixin | None) -> int:
-    """Image pixels on the side of a latent pixel."""
-    if vae is None:
-        return 1
-    if hasattr(vae, "spatial_compression_ratio"):
-        return vae.spatial_compression_ratio
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _step_takes_generator(scheduler: SchedulerMixin) -> bool:
