@@ -193,11 +193,6 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
         ),
     )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"Expected {os.environ['WORLD_SIZE']} processes that train together, got {accelerator.num_processes}. "
-            "Accelerate does not support this launch; on CPUs use torchrun."
-        )
     refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
     is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
     if accelerator.distributed_type in refused or is_fsdp1:
@@ -485,7 +480,8 @@ class Trainer:
         grid.save(path)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):  # not all have it
-                tracker.log_images({"validation": np.asarray(grid.convert("RGB"))[None]}, step=self.step)
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **options)
 
     def save_pipeline(self) -> None:
         """`output_dir/pipeline`, whole or not at all, with the averaged weights if there are any."""

@@ -19,6 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401 - FSDP2 imports it, and it takes seconds
+import torch.distributed.checkpoint  # noqa: E402, F401
+import torch.distributed.fsdp  # noqa: E402, F401
 import train_tread  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import PartialState  # noqa: E402
