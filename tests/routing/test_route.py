@@ -59,6 +59,11 @@ def test_fewer_than_two_blocks_after_the_rejoin_are_refused(end):
         TokenRoute(start=2, end=end).resolve(12)
 
 
+def test_a_start_that_is_too_late_is_told_apart_from_an_end():
+    with pytest.raises(ValueError, match="at least two blocks after the route.*Start earlier, or use a deeper model"):
+        TokenRoute(start=10, end=11).resolve(12)
+
+
 @pytest.mark.parametrize("end", [9, -3])
 def test_two_blocks_after_the_rejoin_warn(end):
     with pytest.warns(UserWarning, match="only two blocks are left"):

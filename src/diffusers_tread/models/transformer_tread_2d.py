@@ -15,7 +15,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -69,6 +68,16 @@ class TREADAttention(nn.Module, AttentionModuleMixin):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.processor(self, hidden_states)
 
+    def fuse_projections(self) -> None:
+        """Joins query, key and value into one matrix product; for inference.
+
+        Raises:
+            ValueError: There are LoRA layers that are not merged: the joined matrix would lack them.
+        """
+        if any(getattr(layer, "merged", True) is False for layer in (self.to_q, self.to_k, self.to_v)):
+            raise ValueError("Expected no LoRA layers, or merged ones, got layers to merge. Call `fuse_lora()` first.")
+        super().fuse_projections()
+
 
 class TREADTransformerBlock(nn.Module):
     """A DiT block with adaLN-Zero (arXiv 2212.09748, figure 3)."""
@@ -100,7 +109,7 @@ class TREADTransformerBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff, self.ff(ff_input))
 
 
-class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     r"""DiT whose middle blocks can be skipped by a random share of the tokens.
 
     In training mode the tokens take the routes; in evaluation mode the model is dense, unless `token_routing` asks for

@@ -59,14 +59,15 @@ class TokenRoute:
                 f"({start} to {end}) in a model of {num_layers} blocks. Use end >= {start}."
             )
         if end > largest_end:
+            remedy = f"Use end <= {largest_end}" if start <= largest_end else "Start earlier, or use a deeper model"
             raise ValueError(
                 f"Expected at least two blocks after the route, got end={self.end} in a model of {num_layers} blocks, "
-                f"which leaves {num_layers - 1 - end}. Use end <= {largest_end} (the paper: {num_layers - 4})."
+                f"which leaves {num_layers - 1 - end}. {remedy} (the paper leaves three)."
             )
         if end == largest_end:
             warnings.warn(
                 f"The route ends at block {end} of {num_layers}: only two blocks are left after the rejoin. The paper "
-                f"leaves three (end={num_layers - 4}); shorter tails hurt the samples.",
+                "leaves three; shorter tails hurt the samples.",
                 stacklevel=2,
             )
         return TokenRoute(start=start, end=end, selection_ratio=self.selection_ratio)
