@@ -140,6 +140,13 @@ def test_subsets_are_new_in_every_branch_step_and_sample(make_pipeline, record_c
     assert len({tuple(row.tolist()) for ids in plans for row in ids[0]}) == 5 * 2 * 3
 
 
+def test_start_and_stop_are_shares_of_the_model_calls(make_pipeline, record_calls):
+    pipe = make_pipeline(guider=SparseGuidance(start=0.2, stop=0.6))
+    _, plans = record_calls(pipe.transformer)
+    pipe(1, num_inference_steps=3)  # calls 0 to 4, of which 1 and 2 are guided: two branches each
+    assert [plan is not None for plan in plans] == [False, True, True, True, True, False, False]
+
+
 def test_guidance_scale_replaces_the_guider_for_one_call(make_pipeline, record_calls):
     pipe = make_pipeline(guider=SparseGuidance())
     calls, plans = record_calls(pipe.transformer)
@@ -399,7 +406,7 @@ def test_bfloat16_stays_near_float32(make_pipeline, make_vae, generators, guider
     pipe.to(torch.bfloat16)
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
     images = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
-    assert images.dtype == torch.float32
+    assert images.dtype == latents_of(pipe, [1, 4], None).dtype == torch.float32
     assert 0 < (images - exact).abs().mean() < 0.02
 
 
@@ -444,4 +451,6 @@ def test_model_offloading_hooks_run_and_are_renewed(make_pipeline, make_vae, gen
     pipe.enable_model_cpu_offload(device="cpu")  # the hooks of a GPU, with the CPU in its place
     assert [type(hook.model).__name__ for hook in pipe._all_hooks] == ["TREADTransformer2DModel", "AutoencoderKL"]
     for _ in range(2):
+        hooks = list(pipe._all_hooks)
         assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), output_type="pt"), expected)
+        assert len(pipe._all_hooks) == 2 and not set(pipe._all_hooks) & set(hooks)
