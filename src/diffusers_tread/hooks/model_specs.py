@@ -1,0 +1,148 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What routing has to know about models whose blocks do not tell which tokens are being denoised.
+
+Each function below finds the routable window in the arguments of a model's forward: all other tokens (text, padding,
+time, registers, reference images, history) are conditions and never routed.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .block_specs import ModelSpec, Window
+
+
+Arguments = Mapping[str, Any]
+
+
+def _patched_size(model: torch.nn.Module, size: torch.Size) -> int:
+    """Number of tokens of a grid [..., H, W] or [..., F, H, W] of latents."""
+    patch_size, patch_size_t = model.config.patch_size, model.config.get("patch_size_t") or 1
+    patch = (patch_size_t, patch_size, patch_size)[-len(size) :]
+    return math.prod(length // p for length, p in zip(size, patch, strict=True))
+
+
+def _grid_at_end(model: torch.nn.Module, arguments: Arguments) -> Window:
+    num_tokens = _patched_size(model, arguments["hidden_states"].shape[2:])
+    return Window(-num_tokens, num_tokens)
+
+
+def _grid_at_start(model: torch.nn.Module, arguments: Arguments) -> Window:
+    return Window(0, _patched_size(model, arguments["hidden_states"].shape[2:]))
+
+
+def _sequence_at_end(model: torch.nn.Module, arguments: Arguments) -> Window:
+    num_tokens = arguments["hidden_states"].shape[1]
+    return Window(-num_tokens, num_tokens)
+
+
+def _sequence_at_start(model: torch.nn.Module, arguments: Arguments) -> Window:
+    return Window(0, arguments["hidden_states"].shape[1])
+
+
+def _audio_at_end(model: torch.nn.Module, arguments: Arguments) -> Window:
+    num_tokens = arguments["hidden_states"].shape[2] // model.config.get("patch_size", 1)
+    return Window(-num_tokens, num_tokens)
+
+
+def _after_caption(model: torch.nn.Module, arguments: Arguments) -> Window:
+    """Lumina 2: [caption_i, image, padding], captions of different lengths."""
+    num_tokens = _patched_size(model, arguments["hidden_states"].shape[2:])
+    return Window(arguments["encoder_attention_mask"].sum(dim=1), num_tokens)
+
+
+def _z_image(model: torch.nn.Module, arguments: Arguments) -> Window:
+    """[image_i, padding, caption_i, padding], images given one by one as [C, F, H, W]."""
+    images = arguments["x"]
+    if isinstance(images[0], (list, tuple)):
+        raise ValueError("Expected one image per sample, got lists of them: Z-Image's omni mode cannot be routed.")
+    patch_size, patch_size_t = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
+    patch = (patch_size_t, patch_size, patch_size)
+    sizes = {math.prod(n // p for n, p in zip(image.shape[1:], patch, strict=True)) for image in images}
+    return Window(0, _only(sizes))
+
+
+def _fibo2(model: torch.nn.Module, arguments: Arguments) -> Window:
+    """The start differs with the text; the blocks' `noise_mask` tells it."""
+    return _grid_at_start(model, arguments)
+
+
+def _qwen_image(model: torch.nn.Module, arguments: Arguments) -> Window | None:
+    """[latents, reference images]; of a layered model all images but the last are latents."""
+    shapes = arguments.get("img_shapes")
+    if not shapes or not isinstance(shapes[0], (list, tuple)) or not isinstance(shapes[0][0], (list, tuple)):
+        return None
+    layered = model.config.get("use_layer3d_rope", False)
+    return Window(0, _only({sum(math.prod(s) for s in (x[:-1] if layered else x[:1])) for x in shapes}))
+
+
+def _qwen_image21(model: torch.nn.Module, arguments: Arguments) -> Window:
+    """[text and reference images, target image]."""
+    num_tokens = math.prod(arguments["img_shapes"][0][-1])
+    return Window(-num_tokens, num_tokens)
+
+
+def _joy_image(model: torch.nn.Module, arguments: Arguments) -> Window:
+    """Of several items [B, items, C, F, H, W] the model moves the target to the front."""
+    size = arguments["hidden_states"].shape[-3:]
+    return Window(0, math.prod(n // p for n, p in zip(size, model.config.patch_size, strict=True)))
+
+
+def _joy_image_plus(model: torch.nn.Module, arguments: Arguments) -> Window:
+    """[target, reference images, padding]."""
+    return Window(0, _only({math.prod(shapes[0]) for shapes in arguments["shape_list"]}))
+
+
+def _ideogram4(model: torch.nn.Module, arguments: Arguments) -> Window:
+    """`indicator` is 2 on image tokens, which are one stretch of each sample."""
+    is_image = arguments["indicator"] == 2
+    return Window(is_image.int().argmax(dim=1), _only(set(is_image.sum(dim=1).tolist())))
+
+
+def _minimax_h3(model: torch.nn.Module, arguments: Arguments) -> Window:
+    """The video tokens of a packed sequence; the audio is never routed."""
+    first, last = arguments["video_indices"][[0, -1]].tolist()
+    if last - first + 1 != len(arguments["video_indices"]):
+        raise ValueError("Expected the video tokens in one stretch of the packed sequence, got several.")
+    return Window(first, last - first + 1)
+
+
+def _only(sizes: set[int]) -> int:
+    if len(sizes) != 1:
+        raise ValueError(
+            f"Expected samples with the same number of image tokens, got {sorted(sizes)}. Sort the batches by size."
+        )
+    return sizes.pop()
+
+
+_KEY_CACHE = "cached keys stand for tokens by position"
+
+MODEL_SPECS: dict[str, ModelSpec] = {
+    "BriaFibo2Transformer2DModel": ModelSpec(window=_fibo2),
+    "ErnieImageTransformer2DModel": ModelSpec(window=_grid_at_start),
+    "Flux2Transformer2DModel": ModelSpec(must_be_none={"kv_cache_mode": _KEY_CACHE}),
+    "Flux3Transformer2DModel": ModelSpec(
+        stacks=("mode_blocks.image", "single_transformer_blocks"), window=_sequence_at_start
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": ModelSpec(window=_grid_at_end),
+    "Ideogram4Transformer2DModel": ModelSpec(window=_ideogram4),
+    "JoyImageEditPlusTransformer3DModel": ModelSpec(window=_joy_image_plus),
+    "JoyImageEditTransformer3DModel": ModelSpec(window=_joy_image),
+    "Krea2Transformer2DModel": ModelSpec(window=_sequence_at_end),
+    "Lumina2Transformer2DModel": ModelSpec(window=_after_caption),
+    "MiniMaxH3Transformer3DModel": ModelSpec(window=_minimax_h3),
+    "MiniMaxMusic3Transformer1DModel": ModelSpec(window=_audio_at_end),
+    "OmniGenTransformer2DModel": ModelSpec(window=_grid_at_end),
+    "QwenImage21Transformer2DModel": ModelSpec(window=_qwen_image21, must_be_none={"kv_cache": _KEY_CACHE}),
+    "QwenImageTransformer2DModel": ModelSpec(window=_qwen_image),
+    "StableAudio3DiTModel": ModelSpec(window=_audio_at_end),
+    "StableAudioDiTModel": ModelSpec(window=_audio_at_end),
+    "ZImageTransformer2DModel": ModelSpec(window=_z_image),
+}
+
+
+def register_model_spec(name: str, spec: ModelSpec) -> None:
+    """Tells `apply_token_routing` about models of the class called `name`, or of its subclasses."""
+    MODEL_SPECS[name] = spec

@@ -1,0 +1,276 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Token routing on an unmodified diffusers transformer: apply, remove, check, compile."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..routing import TokenRouter, token_routing
+from .block_specs import (
+    BLOCK_SPECS,
+    MAIN_STACKS,
+    REFUSED_BLOCKS,
+    REFUSED_MODELS,
+    BlockSpec,
+    ModelSpec,
+    find_by_class,
+)
+from .forward import BlockForward, ModelForward, forward_of_model
+from .model_specs import MODEL_SPECS
+
+
+def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | None = None) -> TokenRouter:
+    """Lets tokens skip blocks of a diffusers transformer, whose classes, weights, config and files stay as they are.
+
+    In training mode the tokens take the routes; in evaluation mode the model is dense unless `token_routing` asks for
+    a ratio. Only tokens of the image, video or audio that is being denoised are routed.
+
+    Args:
+        model: The transformer itself, not wrapped in DDP or `torch.compile`. Before or after adding LoRA.
+        routes: One `TokenRoute`, several, or their mappings.
+        stack: Attribute name of the stack whose blocks the routes count, such as "single_transformer_blocks". None
+            (default): they count all main stacks in the order they run.
+
+    Returns:
+        The router, also found by `get_token_router(model)`.
+
+    Raises:
+        ValueError: The model has routing already; it or one of its blocks cannot be routed, with the reason; a block
+            class is unknown; a route does not fit the model, see `TokenRoute.resolve`.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> from diffusers_tread import TokenRoute, apply_token_routing
+        >>> transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=8)
+        >>> apply_token_routing(transformer, TokenRoute(start=2, end=-4))
+        TokenRouter(routes=[TokenRoute(start=2, end=4, selection_ratio=0.5)], num_layers=8)
+    """
+    _check_routable(model)
+    spec = find_by_class(MODEL_SPECS, model) or ModelSpec()
+    stacks = _stack_names(model, spec, stack)
+    blocks = [block for name in stacks for block in model.get_submodule(name)]
+    specs = [_block_spec(block, model, name) for name in stacks for block in model.get_submodule(name)]
+    router = TokenRouter(routes, num_layers=len(blocks))
+    if not router.routes:
+        raise ValueError("Expected at least one route, got none. Use TokenRoute(start=2, end=-4).")
+
+    forward = ModelForward(model, spec=spec, router=router, argument_names=_argument_names(model))
+    wrappers = []
+    for index, (block, block_spec) in enumerate(zip(blocks, specs, strict=True)):
+        route_index = next((i for i, route in enumerate(router.routes) if route.start <= index <= route.end), None)
+        # The first block is wrapped in any case: it may be the one that tells text from image, see `_window`.
+        if route_index is not None or index == 0:
+            names = _argument_names(block)
+            _check_arguments(block, block_spec, names)
+            wrappers.append(
+                BlockForward(block, spec=block_spec, routing=forward, route_index=route_index, argument_names=names)
+            )
+
+    for wrapper in wrappers:
+        wrapper.module.forward = wrapper
+    model.forward = forward
+    model._token_routing = forward
+    forward.blocks = wrappers
+    model.token_router = router
+    return router
+
+
+def remove_token_routing(model: torch.nn.Module) -> None:
+    """Takes away what `apply_token_routing` set; the outputs are those of the untouched model again, bit for bit.
+
+    Raises:
+        ValueError: The model has no routing, or something else has wrapped a forward since and must be removed first.
+    """
+    forward = _model_forward(model)
+    wrappers = forward.blocks
+    top = model.__dict__.get("forward")
+    covered = [w.module for w in wrappers if w.module.__dict__.get("forward") is not w]
+    if top is not forward and getattr(top, "__func__", None) is not forward_of_model:
+        covered.append(model)
+    if covered:
+        raise ValueError(
+            f"Expected the forward of {type(covered[0]).__name__} as apply_token_routing left it, but it has been "
+            "wrapped since (accelerate, offloading, another hook). Remove that first."
+        )
+    for wrapper in [*wrappers, forward]:
+        if wrapper.before is None:
+            del wrapper.module.forward
+        else:
+            wrapper.module.forward = wrapper.before
+    del model._token_routing, model.token_router
+
+
+@torch.no_grad()
+def check_token_routing(model: torch.nn.Module, *, tolerance: float = 1e-4, **inputs: Any) -> float:
+    """Runs the routed blocks on all tokens in a random order per sample and compares the output with the dense one.
+
+    They agree only if everything that belongs to a token (positions, masks, modulations) was gathered with it. Do this
+    once for a model of your own or a spec you registered. It does not see text that is routed by mistake, and no
+    mistake at all through weights that are zero, such as the gates of a freshly initialised model.
+
+    Args:
+        model: A model with `apply_token_routing`.
+        tolerance: Largest difference allowed, relative to the largest value of the dense output.
+        inputs: The arguments of the model's forward. At least two samples.
+
+    Returns:
+        The largest relative difference found.
+
+    Raises:
+        ValueError: The outputs differ by more; names the block classes at fault.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DiTTransformer2DModel
+        >>> from diffusers_tread import TokenRoute, apply_token_routing, check_token_routing
+        >>> transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=8)
+        >>> router = apply_token_routing(transformer, TokenRoute(start=2, end=-4))
+        >>> latents, timestep, labels = torch.randn(2, 4, 32, 32), torch.tensor([10, 500]), torch.tensor([3, 7])
+        >>> error = check_token_routing(
+        ...     transformer, hidden_states=latents, timestep=timestep, class_labels=labels
+        ... )
+    """
+    forward, training = _model_forward(model), model.training
+    model.eval()
+    try:
+        with token_routing(model, enabled=False):
+            dense = _first_output(model(**inputs))
+        error = _permuted_error(model, inputs, dense)
+        if error > tolerance:
+            guilty = {
+                type(block.module).__name__
+                for block in forward.blocks
+                if block.route_index is not None and _permuted_error(model, inputs, dense, only=block) > tolerance
+            }
+            raise ValueError(
+                f"Expected the same output for permuted tokens, got a relative difference of {error:.1e}. Something "
+                f"that belongs to a token was not gathered in {sorted(guilty)}: correct the spec with "
+                "register_block_spec, see docs/routing-any-model.md."
+            )
+        return error
+    finally:
+        model.train(training)
+
+
+def compile_blocks(model: torch.nn.Module, **compile_options: Any) -> None:
+    """Compiles the blocks of a routed model, one graph per block class and token count.
+
+    Use this instead of `model.compile_repeated_blocks`, which would trace the routing around each block and recompile
+    for every one of them. `torch.compile(model)` works too.
+
+    Args:
+        model: A model with `apply_token_routing`.
+        compile_options: As `torch.compile` takes them.
+
+    Raises:
+        ValueError: The model has no routing.
+    """
+    forward = _model_forward(model)
+    wrapped = {id(wrapper.module) for wrapper in forward.blocks}
+    compiled = {}
+    for wrapper in forward.blocks:
+        block_class = type(wrapper.module)
+        if block_class not in compiled:
+            compiled[block_class] = torch.compile(block_class.forward, **compile_options)
+        wrapper.compiled = compiled[block_class]
+    for name in _stack_names(model, forward.spec, None):
+        for block in model.get_submodule(name):
+            if id(block) not in wrapped:
+                block.compile(**compile_options)
+
+
+def _check_routable(model: torch.nn.Module) -> None:
+    if hasattr(model, "_token_routing"):
+        raise ValueError(f"{type(model).__name__} has token routing already. Use remove_token_routing(model) first.")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"Expected a diffusers transformer, got {type(model).__name__}.")
+    reason = find_by_class(REFUSED_MODELS, model)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot be routed: {reason}.")
+
+
+def _stack_names(model: torch.nn.Module, spec: ModelSpec, stack: str | None) -> list[str]:
+    """The names of the stacks whose blocks the routes count."""
+    known = [name for name in spec.stacks or MAIN_STACKS if _is_stack(model, name)]
+    if stack is None:
+        if known:
+            return known
+        raise ValueError(
+            f"Expected {type(model).__name__} to have one of the stacks {list(MAIN_STACKS)}, found none. Name it: "
+            "apply_token_routing(..., stack=...), and if its blocks are unknown register_block_spec(...)."
+        )
+    if not _is_stack(model, stack):
+        raise ValueError(f"Expected a stack of {type(model).__name__} such as {known}, got {stack!r}.")
+    return [stack]
+
+
+def _is_stack(model: torch.nn.Module, name: str) -> bool:
+    module: Any = model
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return isinstance(module, torch.nn.ModuleList) and len(module) > 0
+
+
+def _block_spec(block: torch.nn.Module, model: torch.nn.Module, stack: str) -> BlockSpec:
+    reason = find_by_class(REFUSED_BLOCKS, block)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot be routed: {type(block).__name__} {reason}.")
+    spec = find_by_class(BLOCK_SPECS, block, stack=stack)
+    if spec is None:
+        raise ValueError(
+            f"Expected blocks that routing knows, got {type(block).__name__} in {type(model).__name__}. Tell which of "
+            f"its arguments belong to tokens: register_block_spec({type(block).__name__!r}, BlockSpec(...)), then run "
+            "check_token_routing."
+        )
+    return spec
+
+
+def _check_arguments(block: torch.nn.Module, spec: BlockSpec, names: tuple[str, ...]) -> None:
+    missing = sorted(spec.argument_names - set(names))
+    if missing:
+        raise ValueError(
+            f"Expected {type(block).__name__}.forward to take {missing}, as its spec says, but it takes "
+            f"{list(names)}. Correct the spec with register_block_spec."
+        )
+
+
+def _argument_names(module: torch.nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _model_forward(model: torch.nn.Module) -> ModelForward:
+    forward = model.__dict__.get("_token_routing")
+    if forward is None:
+        raise ValueError(f"Expected a model with apply_token_routing, got {type(model).__name__} without.")
+    return forward
+
+
+def _permuted_error(
+    model: torch.nn.Module, inputs: Mapping[str, Any], dense: torch.Tensor, *, only: BlockForward | None = None
+) -> float:
+    """Largest difference to `dense`, relative to its largest value, with the kept tokens being all, permuted."""
+    forward = _model_forward(model)
+    routed = [block for block in forward.blocks if block.route_index is not None]
+    before = [block.route_index for block in routed]
+    for block in routed:
+        if only is not None and block is not only:
+            block.route_index = None
+    forward.permute = True
+    try:
+        output = _first_output(model(**inputs))
+    finally:
+        forward.permute = False
+        for block, route_index in zip(routed, before, strict=True):
+            block.route_index = route_index
+    return ((output - dense).abs().max() / dense.abs().max().clamp_min(1e-30)).item()
+
+
+def _first_output(output: Any) -> torch.Tensor:
+    """The prediction among what a model returned; a list of samples is stacked."""
+    while not isinstance(output, torch.Tensor):
+        if isinstance(output, (tuple, list)) and all(isinstance(x, torch.Tensor) for x in output) and len(output) > 1:
+            return torch.stack(list(output)) if len({x.shape for x in output}) == 1 else output[0]
+        output = output[0]
+    return output

@@ -1,0 +1,282 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What routing promises, for every transformer class of diffusers that it supports."""
+
+import copy
+import dataclasses
+import inspect
+import io
+from functools import cache
+
+import pytest
+import tiny_transformers
+import torch
+from diffusers.training_utils import EMAModel
+from torch.utils.checkpoint import checkpoint
+
+from diffusers_tread import TokenRoute, get_token_router, token_routing
+from diffusers_tread.hooks import apply_token_routing, check_token_routing, remove_token_routing
+from diffusers_tread.hooks.block_specs import BLOCK_SPECS
+from diffusers_tread.hooks.forward import _map_leaves
+
+
+ROUTE = TokenRoute(start=1, end=-4, selection_ratio=0.5)
+SEED = 5
+
+built = cache(tiny_transformers.build)
+every_model = pytest.mark.parametrize("name", tiny_transformers.names())
+
+
+def untouched(name):
+    case = built(name)
+    return dataclasses.replace(case, model=copy.deepcopy(case.model))
+
+
+def routed(name):
+    case = untouched(name)
+    apply_token_routing(case.model, ROUTE).shared_subset = case.shared
+    return case
+
+
+def run(model, inputs):
+    """The prediction as one tensor."""
+    output = model(**inputs, return_dict=False)
+    output = output[0] if isinstance(output, tuple) else output  # Kandinsky 5 returns a tensor
+    return torch.stack(output) if isinstance(output, list) else output
+
+
+def routed_run(model, inputs, seed=SEED):
+    with token_routing(model, enabled=True, seed=seed):
+        return run(model, inputs)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys() and first
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=1e-5, atol=1e-7)
+
+
+@every_model
+@torch.no_grad()
+def test_off_and_ratio_zero_equal_the_untouched_model_bitwise(name):
+    plain, case = untouched(name), routed(name)
+    expected = run(plain.model, plain.inputs)
+
+    assert torch.equal(run(case.model, case.inputs), expected)  # evaluation mode
+    case.model.train()
+    plain.model.train()
+    expected = run(plain.model, plain.inputs)
+    with token_routing(case.model, enabled=False):
+        assert torch.equal(run(case.model, case.inputs), expected)
+    with token_routing(case.model, selection_ratio=0.0):
+        assert torch.equal(run(case.model, case.inputs), expected)
+    assert not torch.equal(run(case.model, case.inputs), expected)  # the default in training mode
+
+
+@every_model
+def test_permuted_tokens_give_the_dense_output(name):
+    case = routed(name)
+    assert check_token_routing(case.model, **case.inputs) < 1e-5
+
+
+@every_model
+def test_a_spec_without_one_of_its_tokens_entries_is_noticed(name, monkeypatch):
+    """So the test above cannot pass by luck: whatever is gathered for this model matters to its output."""
+    case = untouched(name)
+    for cls in {type(block).__name__ for block in case.model.modules()} & set(BLOCK_SPECS):
+        spec = BLOCK_SPECS[cls]
+        for key in set(spec.tokens) - used_nowhere(case, cls):
+            with monkeypatch.context() as patch:
+                tokens = {k: axis for k, axis in spec.tokens.items() if k != key}
+                patch.setitem(BLOCK_SPECS, cls, dataclasses.replace(spec, tokens=tokens))
+                mutant = routed(name).model
+                with pytest.raises((ValueError, RuntimeError, IndexError)):
+                    check_token_routing(mutant, tolerance=1e-4, **case.inputs)
+                    routed_run(mutant, case.inputs)  # a mask of ones survives a permutation, but has the wrong length
+
+
+@torch.no_grad()
+def used_nowhere(case, cls):
+    """The entries of a block's spec that this model does not give, or gives for all tokens at once."""
+    spec, used = BLOCK_SPECS[cls], set()
+
+    def look(module, args, kwargs):
+        arguments = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        length = arguments[spec.hidden].shape[0 if spec.sequence_first else 1]
+        for key, (name, path, axis) in zip(spec.tokens, spec.gathers, strict=True):
+            _map_leaves(arguments.get(name), path, lambda leaf: note(leaf, key, axis, length))  # noqa: B023
+
+    def note(leaf, key, axis, length):
+        if isinstance(leaf, torch.Tensor):
+            axes = axis.get(leaf.ndim, ()) if isinstance(axis, dict) else axis
+            if any(leaf.shape[a] >= length for a in ((axes,) if isinstance(axes, int) else axes)):
+                used.add(key)
+
+    handles = [
+        block.register_forward_pre_hook(look, with_kwargs=True)
+        for block in case.model.modules()
+        if type(block).__name__ == cls
+    ]
+    run(case.model, case.inputs)
+    for handle in handles:
+        handle.remove()
+    return set(spec.tokens) - used
+
+
+@every_model
+@torch.no_grad()
+def test_a_batch_equals_each_sample_alone(name):
+    case = routed(name)
+    seeds = torch.tensor([11, 12])
+    if case.shared:
+        seeds = torch.tensor([11, 11])
+    together = routed_run(case.model, case.inputs, seeds)
+    for index in range(2):
+        alone = routed_run(case.model, case.sample(index), seeds[index : index + 1])
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
+
+
+@every_model
+@torch.no_grad()
+def test_half_of_the_image_tokens_and_no_other_bypass_the_blocks_bitwise(name):
+    case = routed(name)
+    seen = []
+    for block in get_blocks(case.model):
+        block.register_forward_hook(record(block, seen), with_kwargs=True)
+    routed_run(case.model, case.inputs)
+
+    assert len(seen) == len(get_blocks(case.model))
+    chosen = []
+    for before, after in seen:
+        bypassed = (before == after).all(dim=2)  # B L
+        starts = case.starts.get(bypassed.shape[1], 0)
+        starts = starts if isinstance(starts, list) else [starts] * 2
+        rows = [row[start : start + case.num_tokens] for row, start in zip(bypassed, starts, strict=True)]
+        assert all(row.sum() == case.num_tokens // 2 for row in rows)
+        assert bypassed.sum() == case.num_tokens // 2 * 2  # none outside the window
+        chosen.append(torch.stack(rows))
+    assert all(torch.equal(chosen[0], other) for other in chosen[1:])  # one subset for the whole route
+    assert torch.equal(chosen[0][0], chosen[0][1]) == case.shared
+
+
+def get_blocks(model):
+    return [forward.module for forward in model._token_routing.blocks if forward.route_index is not None]
+
+
+def record(block, seen):
+    spec = block.forward.spec
+
+    def hook(module, args, kwargs, output):
+        before = block.forward._argument(args, kwargs, spec.hidden)
+        after = output[spec.output] if isinstance(output, tuple) else output
+        if spec.sequence_first:
+            before, after = before.transpose(0, 1), after.transpose(0, 1)
+        seen.append((before, after))
+
+    return hook
+
+
+@every_model
+@torch.no_grad()
+def test_removal_restores_the_model_bitwise(name):
+    plain, case = untouched(name), routed(name)
+    routed_run(case.model, case.inputs)
+    remove_token_routing(case.model)
+    case.model.train()
+    plain.model.train()
+    assert torch.equal(run(case.model, case.inputs), run(plain.model, plain.inputs))
+    assert not any("forward" in module.__dict__ for module in case.model.modules())
+    assert not hasattr(case.model, "token_router")
+
+
+@every_model
+@torch.no_grad()
+def test_a_deepcopy_and_a_pickle_route_alike_with_their_own_weights(name):
+    case = routed(name)
+    expected = routed_run(case.model, case.inputs)
+    buffer = io.BytesIO()
+    torch.save(case.model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(case.model), torch.load(buffer, weights_only=False)]
+    for parameter in case.model.parameters():
+        parameter.zero_()
+    for twin in copies:
+        assert get_token_router(twin) is not get_token_router(case.model)
+        assert torch.equal(routed_run(twin, case.inputs), expected)
+
+
+@every_model
+def test_saved_files_are_those_of_the_untouched_model(name, tmp_path):
+    plain, case = untouched(name), routed(name)
+    plain.model.save_pretrained(tmp_path / "plain")
+    case.model.save_pretrained(tmp_path / "routed")
+    files = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "routed").iterdir()) and "config.json" in files
+    for file in files:
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "routed" / file).read_bytes()
+
+
+@every_model
+@torch.no_grad()
+def test_an_ema_of_a_routed_model_follows_its_weights(name):
+    case = routed(name)
+    ema = EMAModel(case.model.parameters(), decay=0.0, model_cls=type(case.model), model_config=case.model.config)
+    for parameter in case.model.parameters():
+        parameter.mul_(1.1)
+    expected = routed_run(case.model, case.inputs)
+    ema.step(case.model.parameters())
+    twin = copy.deepcopy(case.model)
+    for parameter in twin.parameters():
+        parameter.zero_()
+    ema.copy_to(twin.parameters())
+    assert torch.equal(routed_run(twin, case.inputs), expected)
+
+
+@every_model
+@torch.no_grad()
+def test_lora_added_before_and_after_routing_is_the_same(name):
+    peft = pytest.importorskip("peft")
+    outputs = []
+    for lora_first in (True, False):
+        case = untouched(name)
+        if not hasattr(case.model, "add_adapter"):
+            pytest.skip("this class takes no adapters")
+        config = peft.LoraConfig(
+            r=2, init_lora_weights=False, target_modules=r".*(blocks|layers).*to_(q|v|query|value)"
+        )
+        for step in ("lora", "route") if lora_first else ("route", "lora"):
+            torch.manual_seed(0)
+            if step == "lora":
+                case.model.add_adapter(config)
+            else:
+                apply_token_routing(case.model, ROUTE).shared_subset = case.shared
+        outputs.append(routed_run(case.model, case.inputs))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], routed_run(routed(name).model, case.inputs))
+
+
+@every_model
+def test_checkpointed_gradients_equal_plain_ones_with_two_forwards_before_the_backward(name):
+    case = routed(name)
+    case.model.train()
+    if not case.model._supports_gradient_checkpointing:
+        pytest.skip("this class has no gradient checkpointing of its blocks")
+    if name == "ChromaTransformer2DModel":  # its single blocks lose the mask under checkpointing, routed or not
+        del case.inputs["attention_mask"]
+
+    def loss():
+        return sum(routed_run(case.model, case.inputs, seed).square().mean() for seed in (1, 2))
+
+    expected = gradients(case.model, loss())
+    case.model.enable_gradient_checkpointing(checkpoint_with_kwargs)
+    assert_same(gradients(case.model, loss()), expected)
+
+
+def checkpoint_with_kwargs(function, *args, **kwargs):
+    """As diffusers' default, which takes no keywords, so that HunyuanImage fails with it, routed or not."""
+    return checkpoint(function.__call__, *args, use_reentrant=False, **kwargs)
