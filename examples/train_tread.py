@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from functools import partial
@@ -281,6 +282,7 @@ class Trainer:
         # Resume. The learning rate is a function of the step, so that it needs no state.
         state = {"global_step": 0, "samples_seen": 0}
         if checkpoint is not None:
+            self.settle_buckets()
             state = load_checkpoint(accelerator, checkpoint, ema=self.ema, ema_names=self.names)
             accelerator.print(f"Resuming from {checkpoint}.")
         self.step, self.samples_seen = state["global_step"], state["samples_seen"]
@@ -307,6 +309,19 @@ class Trainer:
         self.position, self.corrupt = None, set(state.get("corrupt_images", []))
         self.generator = torch.Generator(accelerator.device)
         self.loss_sum, self.logged_step, self.logged_time = torch.zeros((), device=accelerator.device), self.step, 0.0
+
+    def settle_buckets(self) -> None:
+        """Lets DDP regroup its gradients, as it does after a first backward, before a checkpoint is loaded.
+
+        Sums over more than two processes depend on the groups: without this a resumed run rounds its first step
+        differently.
+        """
+        if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
+            config, device = self.settings["model"], self.accelerator.device
+            latents = torch.zeros(1, config["in_channels"], *[config["sample_size"]] * 2, device=device)
+            label = torch.zeros(1, dtype=torch.int64, device=device)
+            self.model(latents, torch.zeros(1, device=device), label).sample.sum().backward()
+            self.model.zero_grad()
 
     def train(self) -> None:
         args, accelerator = self.args, self.accelerator
@@ -491,6 +506,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 transformer = TREADTransformer2DModel(**self.settings["model"])
                 transformer.load_state_dict(weights)
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
                 self.make_pipeline(transformer).save_pretrained(folder)
                 replace_folder(folder, folder.with_name("pipeline"))
         self.accelerator.wait_for_everyone()

@@ -182,7 +182,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_folder(folder: Path, final: Path) -> None:
-    """Renames a finished folder to its final name, in place of what may stand there."""
+    """Flushes a finished folder to the disk and renames it to its final name, in place of what may stand there."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
     old = final.with_name(final.name + ".old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -193,14 +195,12 @@ def replace_folder(folder: Path, final: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Writes the manifest, with every file and folder flushed to the disk."""
+    """Writes the manifest of all files in the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
     }
     write_json(folder / MANIFEST, manifest)
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
 
 
 def _sha256(path: Path) -> str:
