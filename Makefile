@@ -14,7 +14,7 @@ LOCK := $(if $(shell command -v flock),flock Makefile,)
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest style quality clean
+.PHONY: help install demo bench test test-oldest style quality clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,9 @@ install: .venv/.installed ## build .venv with the package (editable) and all tha
 
 demo: .venv/.installed ## train, sample and save a small TREAD model on real images, in a few minutes
 	.venv/bin/python examples/demo.py
+
+bench: .venv/.installed ## measure dense and routed training steps on the CPU; wants a quiet machine
+	.venv/bin/python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
 
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
 	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from PIL import Image
 from diffusers_tread import TREADPipeline
 
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
