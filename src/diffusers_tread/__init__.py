@@ -1,5 +1,15 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .guiders import SparseGuidance
+from .hooks import (
+    BlockSpec,
+    ModelSpec,
+    apply_token_routing,
+    check_token_routing,
+    compile_blocks,
+    register_block_spec,
+    register_model_spec,
+    remove_token_routing,
+)
 from .models import TREADTransformer2DModel
 from .pipelines import TREADPipeline
 from .routing import TokenRoute, TokenRouter, default_route, get_token_router, token_routing
@@ -9,16 +19,24 @@ from .version import __version__
 
 
 __all__ = [
+    "BlockSpec",
     "EDMHeunScheduler",
     "EDMObjective",
     "FlowMatchingObjective",
+    "ModelSpec",
     "SparseGuidance",
     "TREADPipeline",
     "TREADTransformer2DModel",
     "TokenRoute",
     "TokenRouter",
+    "apply_token_routing",
+    "check_token_routing",
+    "compile_blocks",
     "default_route",
     "get_token_router",
+    "register_block_spec",
+    "register_model_spec",
+    "remove_token_routing",
     "token_routing",
     "__version__",
 ]

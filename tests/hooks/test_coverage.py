@@ -1,0 +1,105 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Every transformer of the installed diffusers is either routed and tested, or refused for a reason."""
+
+import inspect
+
+import diffusers
+import pytest
+import tiny_transformers
+import torch
+from diffusers.models import transformers as diffusers_transformers
+
+from diffusers_tread import TokenRoute, TREADTransformer2DModel, apply_token_routing
+from diffusers_tread.hooks.block_specs import BLOCK_SPECS, REFUSED_BLOCKS, REFUSED_MODELS
+
+
+ROUTE = TokenRoute(start=1, end=-4)
+
+
+def all_transformers():
+    """The models that `diffusers.models.transformers` exports, a lazy module on some versions."""
+    members = {name: getattr(diffusers_transformers, name) for name in dir(diffusers_transformers)}
+    return sorted(
+        name
+        for name, member in members.items()
+        if inspect.isclass(member) and issubclass(member, diffusers.ModelMixin) and member is not diffusers.ModelMixin
+    )
+
+
+def blocks_in_source(name):
+    """Names of refused blocks that the model's source builds."""
+    source = inspect.getsource(getattr(diffusers_transformers, name))
+    return [block for block in REFUSED_BLOCKS if f"{block}(" in source]
+
+
+@pytest.mark.parametrize("name", all_transformers())
+def test_each_transformer_of_diffusers_is_routed_or_refused(name):
+    tested = name in {case.split("-")[0] for case in tiny_transformers.names()}
+    refused = name in REFUSED_MODELS or bool(blocks_in_source(name))
+    assert tested != refused, (
+        f"{name} is new to routing: add its blocks to BLOCK_SPECS and a tiny model to tiny_transformers.py, or give a "
+        "reason in REFUSED_MODELS or REFUSED_BLOCKS."
+    )
+
+
+def test_the_walk_sees_the_transformers():
+    assert {"DiTTransformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel"} <= set(all_transformers())
+
+
+def test_at_least_46_classes_are_routed():
+    if len(all_transformers()) < 60:
+        pytest.skip(f"diffusers {diffusers.__version__} has {len(all_transformers())} transformers in all")
+    assert len({name.split("-")[0] for name in tiny_transformers.names()}) >= 46
+
+
+def test_every_block_of_the_table_is_tested_if_this_diffusers_has_it():
+    built = {
+        type(m).__name__ for name in tiny_transformers.names() for m in tiny_transformers.build(name).model.modules()
+    }
+    source = "".join(
+        inspect.getsource(inspect.getmodule(getattr(diffusers_transformers, name))) for name in all_transformers()
+    )
+    known = {name.split("/")[0] for name in BLOCK_SPECS}
+    assert {name for name in known if f"class {name}(" in source} <= built
+
+
+def test_refused_blocks_name_the_reason():
+    model = diffusers.SanaTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+    )
+    with pytest.raises(ValueError, match="SanaTransformer2DModel cannot be routed: .* convolves over the grid"):
+        apply_token_routing(model, ROUTE)
+    assert "forward" not in model.__dict__
+
+
+def test_refused_models_name_the_reason():
+    model = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=8, embedding_dim=8, num_embeddings=3
+    )
+    with pytest.raises(ValueError, match="PriorTransformer cannot be routed: its stream holds conditions"):
+        apply_token_routing(model, ROUTE)
+
+
+def test_our_own_model_is_told_to_route_by_itself():
+    with pytest.raises(ValueError, match="give TREADTransformer2DModel its `routes`"):
+        apply_token_routing(TREADTransformer2DModel(num_layers=8, routes=None, sample_size=8), ROUTE)
+
+
+def test_unknown_blocks_name_the_way_to_register_them():
+    class MyBlock(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states
+
+    class MyModel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(MyBlock() for _ in range(8))
+
+    with pytest.raises(ValueError, match=r"got MyBlock in MyModel.*register_block_spec\('MyBlock', BlockSpec"):
+        apply_token_routing(MyModel(), ROUTE)
