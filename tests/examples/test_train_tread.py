@@ -98,31 +98,34 @@ def assert_bitwise_equal(run, other):
         assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path, processes):
+@pytest.mark.slow
+def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path):
     """Killed at a random step, then with a checkpoint on the disk but not published, then left to finish.
 
-    Four processes, because the rounding of a sum over more than two depends on how DDP groups the gradients.
+    Also with four processes, because the rounding of a sum over more than two depends on how DDP groups the gradients.
     """
-    step = random.Random(os.urandom(8)).randrange(4, 9)
+    step, path, plan = random.Random(os.urandom(8)).randrange(4, 9), config(), []
     print(f"killed in step {step}")
-    whole, killed = ["--config", config(), "--output_dir", str(tmp_path / "whole")], str(tmp_path / "killed")
-    again = [*whole[:-1], killed]
-    launch(
-        [
+    for processes in (1, 2, 4):
+        whole = ["--config", path, "--output_dir", str(tmp_path / f"whole-{processes}")]
+        killed = ["--config", path, "--output_dir", str(tmp_path / f"killed-{processes}")]
+        plan += [
             {"argv": whole, "processes": processes},
-            {"argv": again, "processes": processes, "kill": ["step", step]},
-            {"argv": again, "processes": processes, "kill": ["seal", 9]},
-            {"argv": again, "processes": processes},
+            {"argv": killed, "processes": processes, "kill": ["step", step]},
+            {"argv": killed, "processes": processes, "kill": ["seal", 9]},
+            {"argv": killed, "processes": processes},
         ]
-    )
-    assert [path.name for path in list_checkpoints(killed)] == [f"checkpoint-{step}" for step in (3, 6, 9, 10)]
-    assert not list(Path(killed).glob("*.tmp"))
-    assert len(weights_of(killed)) == 3
-    assert_bitwise_equal(whole[-1], killed)
-    assert json.loads(Path(killed, "train_config.json").read_text())["num_processes"] == processes
+    launch(plan)
+    for processes in (1, 2, 4):
+        whole, killed = tmp_path / f"whole-{processes}", tmp_path / f"killed-{processes}"
+        assert [folder.name for folder in list_checkpoints(killed)] == [f"checkpoint-{at}" for at in (3, 6, 9, 10)]
+        assert not list(killed.glob("*.tmp"))
+        assert len(weights_of(killed)) == 3
+        assert_bitwise_equal(whole, killed)
+        assert json.loads((killed / "train_config.json").read_text())["num_processes"] == processes
 
 
+@pytest.mark.slow
 def test_fsdp2_resumes_bitwise_and_samples_on_the_way_change_nothing(config, tmp_path):
     """One run with validation grids in it, one killed and without: also the pipelines, gathered from shards, agree."""
     path = config()
@@ -315,6 +318,14 @@ def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_writes_nothi
     assert settings["model"]["routes"] == [{"start": 2, "end": 8, "selection_ratio": 0.5}]
     assert settings["steps_per_epoch"] == 1797 / 16
     assert "0.5M parameters" in printed
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet256_xl2"])
+def test_the_configs_that_come_along_are_readable(name):
+    path = ROOT / "examples" / "configs" / f"{name}.json"
+    args = train_tread.parse_args(["--config", str(path), "--no-use_ema"])
+    content = json.loads(path.read_text())
+    assert args.learning_rate == content["learning_rate"] and content["use_ema"] and not args.use_ema
 
 
 @pytest.mark.parametrize(
