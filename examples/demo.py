@@ -100,10 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"Training step: dense {dense_time * 1e3:.1f} ms, routed {routed_time * 1e3:.1f} ms (medians, this machine)."
     )
-    print(
-        f"Dense/routed {dense_time / routed_time:.2f}, FLOP ceiling {ceiling:.2f}. A model of width 48 spends much of "
-        "its time outside matrix products; benchmarks/train_step.py measures real sizes."
-    )
+    print(f"Dense/routed {dense_time / routed_time:.2f}, FLOP ceiling {ceiling:.2f}.")
     print(f"Same images from the pipeline loaded once more: {'yes' if is_same else 'NO'}.")
     print(f"Pipeline: {folder}   picture: {picture}   {time.perf_counter() - started:.0f} s in all")
 
