@@ -3,6 +3,7 @@ from .guiders import SparseGuidance
 from .hooks import (
     BlockSpec,
     ModelSpec,
+    Window,
     apply_token_routing,
     check_token_routing,
     compile_blocks,
@@ -29,6 +30,7 @@ __all__ = [
     "TREADTransformer2DModel",
     "TokenRoute",
     "TokenRouter",
+    "Window",
     "apply_token_routing",
     "check_token_routing",
     "compile_blocks",

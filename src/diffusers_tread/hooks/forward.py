@@ -112,6 +112,8 @@ class BlockForward:
         self.route_index = route_index
         self.positions = {name: index for index, name in enumerate(argument_names)}
         self.gathers = [gather for gather in spec.gathers if gather[0] in self.positions]
+        # The function itself: `type(block).forward` cannot be traced for classes that diffusers allows in graphs.
+        self.function = type(block).forward
         self.before = block.__dict__.get("forward")
         self.compiled: Callable | None = None
 
@@ -125,7 +127,7 @@ class BlockForward:
             return self.compiled(self.module, *args, **kwargs)
         if self.before is not None:
             return self.before(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self.function(self.module, *args, **kwargs)
 
     def route(
         self, running: ForwardPass | None, run: Callable, args: tuple, kwargs: dict[str, Any], *, inside: bool

@@ -57,22 +57,22 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
         raise ValueError("Expected at least one route, got none. Use TokenRoute(start=2, end=-4).")
 
     forward = ModelForward(model, spec=spec, router=router, argument_names=_argument_names(model))
-    wrappers = []
-    for index, (block, block_spec) in enumerate(zip(blocks, specs, strict=True)):
-        route_index = next((i for i, route in enumerate(router.routes) if route.start <= index <= route.end), None)
-        # The first block is wrapped in any case: it may be the one that tells text from image, see `_window`.
-        if route_index is not None or index == 0:
-            names = _argument_names(block)
-            _check_arguments(block, block_spec, names)
-            wrappers.append(
-                BlockForward(block, spec=block_spec, routing=forward, route_index=route_index, argument_names=names)
-            )
+    forward.blocks = [
+        _wrap(block, block_spec, forward, route_index)
+        for index, (block, block_spec) in enumerate(zip(blocks, specs, strict=True))
+        for route_index, route in enumerate(router.routes)
+        if route.start <= index <= route.end
+    ]
+    # The model's first block may be the one that tells text from image for later ones, see `BlockForward._window`.
+    first_stack = next((name for name in spec.stacks or MAIN_STACKS if _is_stack(model, name)), stacks[0])
+    first = model.get_submodule(first_stack)[0]
+    if all(wrapper.module is not first for wrapper in forward.blocks):
+        forward.blocks.insert(0, _wrap(first, _block_spec(first, model, first_stack), forward, None))
 
-    for wrapper in wrappers:
+    for wrapper in forward.blocks:
         wrapper.module.forward = wrapper
     model.forward = forward
     model._token_routing = forward
-    forward.blocks = wrappers
     model.token_router = router
     return router
 
@@ -227,13 +227,15 @@ def _block_spec(block: torch.nn.Module, model: torch.nn.Module, stack: str) -> B
     return spec
 
 
-def _check_arguments(block: torch.nn.Module, spec: BlockSpec, names: tuple[str, ...]) -> None:
+def _wrap(block: torch.nn.Module, spec: BlockSpec, routing: ModelForward, route_index: int | None) -> BlockForward:
+    names = _argument_names(block)
     missing = sorted(spec.argument_names - set(names))
     if missing:
         raise ValueError(
             f"Expected {type(block).__name__}.forward to take {missing}, as its spec says, but it takes "
             f"{list(names)}. Correct the spec with register_block_spec."
         )
+    return BlockForward(block, spec=spec, routing=routing, route_index=route_index, argument_names=names)
 
 
 def _argument_names(module: torch.nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,525 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Settings, stacks, checkpoints, compilers, wrappers and errors of routing on unmodified models."""
+
+import copy
+import dataclasses
+
+import pytest
+import tiny_transformers
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+    offload_wrapper,
+)
+from torch.utils.checkpoint import checkpoint
+
+from diffusers_tread import (
+    BlockSpec,
+    ModelSpec,
+    SparseGuidance,
+    TokenRoute,
+    TREADTransformer2DModel,
+    Window,
+    apply_token_routing,
+    check_token_routing,
+    compile_blocks,
+    get_token_router,
+    register_block_spec,
+    register_model_spec,
+    remove_token_routing,
+    token_routing,
+)
+from diffusers_tread.hooks import block_specs, model_specs
+
+
+ROUTE = TokenRoute(start=1, end=-4)
+
+
+def routed(name="FluxTransformer2DModel", route=ROUTE, **kwargs):
+    case = tiny_transformers.build(name)
+    apply_token_routing(case.model, route, **kwargs)
+    case.model.train()
+    return case
+
+
+def run(case):
+    return case.model(**case.inputs, return_dict=False)[0]
+
+
+def losses(case, seeds):
+    """The sum of one loss per seed: several forwards before one backward."""
+    total = 0.0
+    for seed in seeds:
+        with token_routing(case.model, seed=seed):
+            total = total + run(case).square().mean()
+    return total
+
+
+def gradients(case, seeds=(1, 2)):
+    case.model.zero_grad()
+    losses(case, seeds).backward()
+    names = (name.replace("_checkpoint_wrapped_module.", "") for name, _ in case.model.named_parameters())
+    parameters = case.model.parameters()
+    return {name: p.grad.clone() for name, p in zip(names, parameters, strict=True) if p.grad is not None}
+
+
+def assert_same(first, second, **tolerance):
+    assert first.keys() == second.keys() and first
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], **(tolerance or {"rtol": 1e-5, "atol": 1e-7}))
+
+
+# ------------------------------------------------------------------------------------------------------- our model
+
+
+class PlainTREAD(TREADTransformer2DModel):
+    """Our model with its blocks in a plain loop, as other people's models have them."""
+
+    def _run_blocks(self, tokens, conditioning, kept_token_ids):
+        for block in self.transformer_blocks:
+            tokens = block(tokens, conditioning)
+        return tokens
+
+
+@torch.no_grad()
+def test_blockwise_routing_equals_the_inline_route_of_our_model_bitwise(monkeypatch):
+    monkeypatch.setitem(block_specs.BLOCK_SPECS, "TREADTransformerBlock", BlockSpec())
+    monkeypatch.delitem(block_specs.REFUSED_BLOCKS, "TREADTransformerBlock")
+    config = {"num_layers": 8, "sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 3}
+    inline = TREADTransformer2DModel(**config, routes=[ROUTE])
+    tiny_transformers.randomise(inline)
+    plain = PlainTREAD(**config, routes=None)
+    plain.load_state_dict(inline.state_dict())
+    apply_token_routing(plain, ROUTE)
+
+    latents, timestep, labels = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 2])
+    outputs = []
+    for model in (inline, plain):
+        with token_routing(model.train(), seed=3):
+            outputs.append(model(latents, timestep, labels).sample)
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], inline.eval()(latents, timestep, labels).sample)
+
+
+# ------------------------------------------------------------------------------------------------ router and stacks
+
+
+@torch.no_grad()
+def test_each_forward_of_a_training_model_draws_a_fresh_subset():
+    case = routed()
+    assert not torch.equal(run(case), run(case))
+    with token_routing(case.model, seed=0):
+        assert torch.equal(run(case), run(case))
+
+
+@torch.no_grad()
+def test_tokens_that_are_forced_stay_in():
+    case = routed("SD3Transformer2DModel")
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, :8], mask[1, 8:] = True, True
+    block, seen = case.model.transformer_blocks[2], []
+    block.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((kwargs["hidden_states"] == output[1]).all(dim=2)),
+        with_kwargs=True,
+    )
+    with token_routing(case.model, force_keep=mask):
+        run(case)
+    assert torch.equal(seen[0], ~mask)
+
+
+@torch.no_grad()
+def test_a_shared_subset_is_the_same_for_all_samples():
+    case = routed()
+    get_token_router(case.model).shared_subset = True
+    twins = {k: v[:1].expand_as(v) if v.shape[0] == 2 else v for k, v in case.inputs.items()}
+    first, second = case.model(**twins, return_dict=False)[0]
+    torch.testing.assert_close(first, second)
+    get_token_router(case.model).shared_subset = False
+    first, second = case.model(**twins, return_dict=False)[0]
+    assert (first - second).abs().max() > 1e-2
+
+
+def test_routes_count_all_main_stacks_or_one_named_stack():
+    def wrapped(model):
+        return [
+            index
+            for index, block in enumerate([*model.transformer_blocks, *model.single_transformer_blocks])
+            if "forward" in block.__dict__ and block.forward.route_index is not None
+        ]
+
+    assert wrapped(routed(route=TokenRoute(start=1, end=4)).model) == [1, 2, 3, 4]  # 3 double, 5 single blocks
+    assert wrapped(routed(route=TokenRoute(start=1, end=2), stack="single_transformer_blocks").model) == [4, 5]
+    two = routed(route=[TokenRoute(start=0, end=1), TokenRoute(start=3, end=4, selection_ratio=0.75)])
+    assert wrapped(two.model) == [0, 1, 3, 4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stack", ["transformer_blocks", "single_transformer_blocks"])
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.filterwarnings("ignore:The route ends")
+def test_one_stack_alone_can_be_routed(name, stack):
+    """Flux 2's single blocks then learn the number of image tokens from a double block that is not routed."""
+    case = routed(name, TokenRoute(start=0, end=-3), stack=stack)
+    dense, error = (
+        run(dataclasses.replace(case, model=case.model.eval())),
+        check_token_routing(case.model, **case.inputs),
+    )
+    assert error < 1e-5
+    with token_routing(case.model, selection_ratio=0.5):
+        assert not torch.equal(run(case), dense)
+
+
+@torch.no_grad()
+def test_magnitude_counts_in_the_choice():
+    case = routed("Lumina2Transformer2DModel")  # image tokens start at a different position in each sample
+    router = get_token_router(case.model)
+    router.magnitude_mix = 1.0
+    ids = []
+    plan = router.plan
+    router.plan = lambda tokens, **kwargs: ids.append((tokens, plan(tokens, **kwargs)[0])) or [ids[-1][1]]
+    run(case)
+    tokens, kept = ids[0]
+    expected = tokens.abs().sum(dim=2).topk(8, dim=1).indices.sort(dim=1).values
+    assert torch.equal(kept, expected)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel", "PRXTransformer2DModel"])
+def test_gradients_are_the_same_under_the_models_own_checkpoints(name, use_reentrant):
+    case = routed(name)
+    expected = gradients(case)
+    case.model.enable_gradient_checkpointing(
+        lambda function, *args: checkpoint(function.__call__, *args, use_reentrant=use_reentrant)
+    )
+    assert_same(gradients(case), expected)
+
+
+def test_gradients_are_the_same_after_routing_is_switched_off_between_forward_and_backward():
+    case = routed()
+    expected = gradients(case)
+    case.model.enable_gradient_checkpointing()
+    loss = losses(case, (1, 2))
+    with token_routing(case.model, enabled=False):
+        case.model.zero_grad()
+        loss.backward()
+    assert_same({n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}, expected)
+
+
+def wrap_blocks(model, wrapper):
+    for stack in (model.transformer_blocks, getattr(model, "single_transformer_blocks", [])):
+        for index, block in enumerate(stack):
+            stack[index] = wrapper(block)
+
+
+def test_gradients_are_the_same_under_torchs_checkpoint_wrapper():
+    expected = gradients(routed())
+    case = routed()
+    wrap_blocks(case.model, lambda block: checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT))
+    assert_same(gradients(case), expected)
+
+
+def test_blocks_wrapped_before_routing_are_unknown_and_named():
+    model = tiny_transformers.build("FluxTransformer2DModel").model
+    wrap_blocks(model, checkpoint_wrapper)
+    with pytest.raises(ValueError, match="got CheckpointWrapper in FluxTransformer2DModel"):
+        apply_token_routing(model, ROUTE)
+
+
+def test_gradients_are_the_same_with_offloaded_activations():
+    expected = gradients(routed())
+    case = routed()
+    wrap_blocks(case.model, offload_wrapper)
+    assert_same(gradients(case), {k.replace("_offload", ""): v for k, v in expected.items()})
+
+
+def test_a_foreign_reentrant_checkpoint_is_refused_in_the_forward():
+    case = routed()
+    wrap_blocks(case.model, lambda block: checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.REENTRANT))
+    with pytest.raises(RuntimeError, match="re-entrant checkpoint.*use_reentrant=False"):
+        losses(case, (1,))
+
+
+def test_a_recomputation_that_lost_its_forward_is_an_error():
+    """Under hooks that copy saved tensors (offloading to another device) it gets other tensors than the forward."""
+    case = routed("DiTTransformer2DModel")
+    wrap_blocks(case.model, lambda block: checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT))
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        loss = losses(case, (1,))
+    with pytest.raises(RuntimeError, match="called outside a forward of its model"):
+        loss.backward()
+
+
+@torch.no_grad()
+def test_a_block_called_by_itself_is_an_error_while_routing_is_on():
+    case = routed("SD3Transformer2DModel")
+    arguments = {"hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": torch.randn(2, 5, 16)}
+    block = case.model.transformer_blocks[2]
+    with pytest.raises(RuntimeError, match="outside a forward of its model"):
+        block(**arguments, temb=torch.randn(2, 16))
+    with token_routing(case.model, enabled=False):
+        block(**arguments, temb=torch.randn(2, 16))
+
+
+# ---------------------------------------------------------------------------------------------------- compilers
+
+
+def shortened(name):
+    """The case with five blocks, which compile faster."""
+    case = tiny_transformers.build(name)
+    for stack in ("transformer_blocks", "single_transformer_blocks"):
+        if hasattr(case.model, stack):
+            blocks = getattr(case.model, stack)
+            setattr(case.model, stack, blocks[: 2 if hasattr(case.model, "single_transformer_blocks") else 4])
+    apply_token_routing(case.model, TokenRoute(start=1, end=1))
+    case.model.train()
+    return case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.filterwarnings("ignore")
+def test_one_full_graph_trains_with_eager_gradients_and_a_fresh_subset_each_step(name, checkpointing):
+    torch.compiler.reset()
+    case = shortened(name)
+    if checkpointing:
+        case.model.enable_gradient_checkpointing()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = dataclasses.replace(case, model=torch.compile(case.model, fullgraph=True, backend=backend))
+    outputs = []
+    for seed in (1, 2):
+        expected = gradients(case, (seed,))
+        case.model.zero_grad()
+        with token_routing(case.model, seed=seed):
+            outputs.append(run(compiled))
+        outputs[-1].square().mean().backward()
+        actual = {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
+        assert_same(actual, expected)
+    assert not torch.equal(*outputs)
+    assert len(graphs) == 1  # a new seed is not a new graph
+
+    with torch.no_grad():  # and without a seed the graph draws its own
+        assert not torch.equal(run(compiled), run(compiled))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_train_with_eager_gradients():
+    torch.compiler.reset()
+    case = routed("SD3Transformer2DModel")
+    expected = gradients(case)
+    compile_blocks(case.model, backend="aot_eager", fullgraph=True)
+    assert case.model.transformer_blocks[2].forward.compiled is not None
+    assert_same(gradients(case), expected)
+    assert copy.deepcopy(case.model).transformer_blocks[2].forward.compiled is None
+
+
+# ---------------------------------------------------------------------------------------------- other libraries
+
+
+@pytest.mark.parametrize("keep_wrapper", [False, True])
+def test_accelerate_prepares_and_unwraps_a_routed_model(keep_wrapper):
+    accelerate = pytest.importorskip("accelerate")
+    case = routed()
+    expected = gradients(case, (1,))
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(case.model)
+    with token_routing(prepared, seed=1):
+        prepared(**case.inputs, return_dict=False)[0].float().square().mean().backward()
+    model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=keep_wrapper)
+    assert_same(gradients(dataclasses.replace(case, model=model), (1,)), expected, rtol=0.2, atol=0.02)
+    if not keep_wrapper:
+        assert_same(gradients(dataclasses.replace(case, model=copy.deepcopy(model)), (1,)), expected)
+        remove_token_routing(model)
+        assert "forward" not in model.transformer_blocks[2].__dict__
+
+
+def test_removal_refuses_while_something_else_wraps_the_model():
+    case = routed()
+    inner = case.model.forward
+    case.model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    with pytest.raises(ValueError, match="has been wrapped since"):
+        remove_token_routing(case.model)
+    case.model.forward = inner
+    remove_token_routing(case.model)
+
+
+def test_the_signature_of_the_model_is_that_of_its_class():
+    from inspect import signature
+
+    case = routed()
+    assert signature(case.model.forward) == signature(tiny_transformers.build("FluxTransformer2DModel").model.forward)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel"])
+def test_sparse_guidance_is_the_combination_of_two_routed_predictions(name):
+    case = routed(name)
+    case.model.eval()
+    guider = SparseGuidance(guidance_scale=1.6, strong_ratio=0.25, weak_ratio=0.75)
+    guider.set_state(step=0, num_inference_steps=2, timestep=torch.tensor(1.0))
+    router = get_token_router(case.model)
+    router.seed = 7
+
+    batches = guider.prepare_inputs({"encoder_hidden_states": case.inputs["encoder_hidden_states"]})
+    for batch in batches:
+        guider.prepare_models(case.model)
+        arguments = case.inputs | {"encoder_hidden_states": batch.encoder_hidden_states}
+        batch.noise_pred = case.model(**arguments, return_dict=False)[0]
+        guider.cleanup_models(case.model)
+    guided = guider(batches)[0]
+
+    predictions = []
+    for ratio in (0.25, 0.75):
+        with token_routing(case.model, selection_ratio=ratio):
+            predictions.append(run(case))
+    strong, weak = predictions
+    torch.testing.assert_close(guided, 1.6 * strong - 0.6 * weak)
+    assert router.selection_ratio is None and (strong - weak).abs().max() > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+def test_routing_twice_is_an_error():
+    with pytest.raises(ValueError, match="has token routing already"):
+        apply_token_routing(routed().model, ROUTE)
+
+
+def test_functions_for_routed_models_refuse_others():
+    model = tiny_transformers.build("FluxTransformer2DModel").model
+    for function in (remove_token_routing, check_token_routing, compile_blocks):
+        with pytest.raises(ValueError, match="Expected a model with apply_token_routing"):
+            function(model)
+
+
+@pytest.mark.parametrize(
+    ("routes", "stack", "message"),
+    [
+        (TokenRoute(start=1, end=7), None, "at least two blocks after the route"),
+        (TokenRoute(start=1, end=4), "transformer_blocks", "inside the model's 3 blocks"),
+        ([], None, "at least one route"),
+        (ROUTE, "no_blocks", r"such as \['transformer_blocks', 'single_transformer_blocks'\], got 'no_blocks'"),
+        ("2-4", None, "Expected a TokenRoute"),
+    ],
+)
+def test_bad_routes_are_refused_before_anything_changes(routes, stack, message):
+    model = tiny_transformers.build("FluxTransformer2DModel").model
+    with pytest.raises(ValueError, match=message):
+        apply_token_routing(model, routes, stack=stack)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_spec_that_names_an_unknown_argument_is_refused(monkeypatch):
+    monkeypatch.setitem(block_specs.BLOCK_SPECS, "FluxTransformerBlock", BlockSpec(tokens={"rotary": 0}))
+    with pytest.raises(ValueError, match=r"FluxTransformerBlock.forward to take \['rotary'\]"):
+        apply_token_routing(tiny_transformers.build("FluxTransformer2DModel").model, ROUTE)
+
+
+def test_a_wrong_spec_is_named_by_the_check(monkeypatch):
+    spec = BlockSpec(output=1, tokens={}, text="first")
+    monkeypatch.setitem(block_specs.BLOCK_SPECS, "FluxSingleTransformerBlock", spec)
+    case = routed()
+    with pytest.raises(ValueError, match=r"not gathered in \['FluxSingleTransformerBlock'\]"):
+        check_token_routing(case.model, **case.inputs)
+    assert case.model.training
+
+
+def test_samples_of_different_sizes_are_refused():
+    case = routed("ZImageTransformer2DModel")
+    case.inputs["x"][1] = torch.randn(4, 1, 8, 12)
+    with pytest.raises(ValueError, match=r"same number of image tokens, got \[16, 24\]"):
+        run(case)
+
+
+def test_blocks_that_index_by_token_ask_for_a_shared_subset():
+    case = routed("MiniMaxH3Transformer3DModel")
+    with pytest.raises(ValueError, match="router.shared_subset = True"):
+        run(case)
+
+
+def test_sparse_attention_is_refused():
+    case = routed("Kandinsky5Transformer3DModel")
+    with pytest.raises(ValueError, match="Expected `sparse_params` .* to be None"):
+        case.model(**case.inputs, sparse_params={"to_fractal": False})
+
+
+def test_key_caches_are_refused():
+    case = routed("Flux2Transformer2DModel")
+    with pytest.raises(ValueError, match="`kv_cache_mode` .* to be None in a routed forward: cached keys"):
+        case.model(**case.inputs, kv_cache_mode="extract")
+
+
+def test_context_parallelism_is_refused():
+    from types import SimpleNamespace
+
+    case = routed()
+    case.model._parallel_config = SimpleNamespace(context_parallel_config=object())
+    with pytest.raises(ValueError, match="without context parallelism"):
+        run(case)
+
+
+# ---------------------------------------------------------------------------------------- other people's models
+
+
+class MyBlock(torch.nn.Module):
+    """Adds to each token the mean over all tokens, scaled by what the token's position says."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, states, positions):
+        return states + self.linear(states).mean(dim=1, keepdim=True) * positions
+
+
+class MyModel(torch.nn.Module):
+    """A stream of one time token and the image tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.my_blocks = torch.nn.ModuleList(MyBlock() for _ in range(8))
+
+    def forward(self, image, time):
+        states = torch.cat([time, image], dim=1)
+        positions = torch.arange(states.shape[1]).view(1, -1, 1) / 10
+        for block in self.my_blocks:
+            states = block(states, positions)
+        return states[:, 1:]
+
+
+def test_models_and_blocks_of_others_can_be_registered(monkeypatch):
+    monkeypatch.setattr(block_specs, "BLOCK_SPECS", block_specs.BLOCK_SPECS)
+    block_spec = BlockSpec(hidden="states", tokens={"positions": 1}, text="first", joint=True)
+    model_spec = ModelSpec(
+        stacks=("my_blocks",), window=lambda model, arguments: Window(1, arguments["image"].shape[1])
+    )
+    try:
+        register_block_spec("MyBlock", block_spec)
+        register_model_spec("MyModel", model_spec)
+        model = MyModel()
+        apply_token_routing(model, ROUTE)
+        assert check_token_routing(model, image=torch.randn(2, 6, 4), time=torch.randn(2, 1, 4)) < 1e-5
+        assert model(torch.randn(2, 6, 4), torch.randn(2, 1, 4)).shape == (2, 6, 4)
+    finally:
+        block_specs.BLOCK_SPECS.pop("MyBlock")
+        model_specs.MODEL_SPECS.pop("MyModel")
+
+
+def test_a_joint_stream_whose_image_part_nobody_tells_is_refused():
+    try:
+        register_block_spec("MyBlock", BlockSpec(hidden="states", tokens={"positions": 1}, text="first", joint=True))
+        model = MyModel()
+        apply_token_routing(model, ROUTE, stack="my_blocks")
+        with pytest.raises(ValueError, match="mixes text and image tokens.*register_model_spec"):
+            model(torch.randn(2, 6, 4), torch.randn(2, 1, 4))
+    finally:
+        block_specs.BLOCK_SPECS.pop("MyBlock")
