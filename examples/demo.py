@@ -54,8 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/demo"), help="Pipeline, picture, checkpoints."
     )
-    parser.add_argument("--num_images", type=int, default=1000, help="Samples to judge, per way of sampling.")
-    parser.add_argument("--max_train_steps", type=int, default=3000, help="Optimiser steps of the training.")
+    parser.add_argument("--num_images", type=int, default=500, help="Samples to judge, per way of sampling.")
+    parser.add_argument("--max_train_steps", type=int, default=2500, help="Optimiser steps of the training.")
     args = parser.parse_args(argv)
     if args.num_images < NUM_CLASSES or args.num_images % NUM_CLASSES:
         raise ValueError(f"Expected --num_images divisible by the {NUM_CLASSES} classes, got {args.num_images}.")

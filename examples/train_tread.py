@@ -274,7 +274,8 @@ class Trainer:
             "weight_decay": args.adam_weight_decay,
             "eps": args.adam_epsilon,
         }
-        self.model, self.optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **adam))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **adam)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.parameters = list(self.model.parameters())
         self.router = get_token_router(self.model)
         self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
