@@ -2,40 +2,26 @@
 """Every transformer of the installed diffusers is either routed and tested, or refused for a reason."""
 
 import inspect
+import re
 
 import diffusers
 import pytest
 import tiny_transformers
 import torch
 from diffusers.models import transformers as diffusers_transformers
+from support_table import GUIDE, all_transformers, reason_to_refuse, support_table
 
 from diffusers_tread import TokenRoute, TREADTransformer2DModel, apply_token_routing
-from diffusers_tread.hooks.block_specs import BLOCK_SPECS, REFUSED_BLOCKS, REFUSED_MODELS
+from diffusers_tread.hooks.block_specs import BLOCK_SPECS
 
 
 ROUTE = TokenRoute(start=1, end=-4)
 
 
-def all_transformers():
-    """The models that `diffusers.models.transformers` exports, a lazy module on some versions."""
-    members = {name: getattr(diffusers_transformers, name) for name in dir(diffusers_transformers)}
-    return sorted(
-        name
-        for name, member in members.items()
-        if inspect.isclass(member) and issubclass(member, diffusers.ModelMixin) and member is not diffusers.ModelMixin
-    )
-
-
-def blocks_in_source(name):
-    """Names of refused blocks that the model's source builds."""
-    source = inspect.getsource(getattr(diffusers_transformers, name))
-    return [block for block in REFUSED_BLOCKS if f"{block}(" in source]
-
-
 @pytest.mark.parametrize("name", all_transformers())
 def test_each_transformer_of_diffusers_is_routed_or_refused(name):
     tested = name in {case.split("-")[0] for case in tiny_transformers.names()}
-    refused = name in REFUSED_MODELS or bool(blocks_in_source(name))
+    refused = reason_to_refuse(name) is not None
     assert tested != refused, (
         f"{name} is new to routing: add its blocks to BLOCK_SPECS and a tiny model to tiny_transformers.py, or give a "
         "reason in REFUSED_MODELS or REFUSED_BLOCKS."
@@ -50,6 +36,13 @@ def test_at_least_46_classes_are_routed():
     if len(all_transformers()) < 60:
         pytest.skip(f"diffusers {diffusers.__version__} has {len(all_transformers())} transformers in all")
     assert len({name.split("-")[0] for name in tiny_transformers.names()}) >= 46
+
+
+def test_the_guides_support_table_is_that_of_the_newest_diffusers():
+    guide = GUIDE.read_text()
+    if set(re.findall(r"^\| (\w+) \|", guide, re.MULTILINE)) - {"model", "refused"} != set(all_transformers()):
+        pytest.skip("the table was made with another diffusers")
+    assert support_table() in guide, "run python tests/hooks/support_table.py"
 
 
 def test_every_block_of_the_table_is_tested_if_this_diffusers_has_it():
@@ -92,14 +85,14 @@ def test_our_own_model_is_told_to_route_by_itself():
 
 
 def test_unknown_blocks_name_the_way_to_register_them():
-    class MyBlock(torch.nn.Module):
+    class UnknownBlock(torch.nn.Module):
         def forward(self, hidden_states):
             return hidden_states
 
     class MyModel(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.blocks = torch.nn.ModuleList(MyBlock() for _ in range(8))
+            self.blocks = torch.nn.ModuleList(UnknownBlock() for _ in range(8))
 
-    with pytest.raises(ValueError, match=r"got MyBlock in MyModel.*register_block_spec\('MyBlock', BlockSpec"):
+    with pytest.raises(ValueError, match=r"got UnknownBlock in MyModel.*register_block_spec\('UnknownBlock', BlockSp"):
         apply_token_routing(MyModel(), ROUTE)

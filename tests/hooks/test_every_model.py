@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_tread import TokenRoute, get_token_router, token_routing
 from diffusers_tread.hooks import apply_token_routing, check_token_routing, remove_token_routing
+from diffusers_tread.hooks.block_forward import map_leaves
 from diffusers_tread.hooks.block_specs import BLOCK_SPECS
-from diffusers_tread.hooks.forward import _map_leaves
 
 
 ROUTE = TokenRoute(start=1, end=-4, selection_ratio=0.5)
@@ -110,7 +110,7 @@ def used_nowhere(case, cls):
         arguments = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         length = arguments[spec.hidden].shape[0 if spec.sequence_first else 1]
         for key, (name, path, axis) in zip(spec.tokens, spec.gathers, strict=True):
-            _map_leaves(arguments.get(name), path, lambda leaf: note(leaf, key, axis, length))  # noqa: B023
+            map_leaves(arguments.get(name), path, lambda leaf: note(leaf, key, axis, length))  # noqa: B023
 
     def note(leaf, key, axis, length):
         if isinstance(leaf, torch.Tensor):

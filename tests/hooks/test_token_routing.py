@@ -394,6 +394,12 @@ def test_routing_twice_is_an_error():
         apply_token_routing(routed().model, ROUTE)
 
 
+def test_wrappers_around_the_model_are_refused():
+    model = tiny_transformers.build("FluxTransformer2DModel").model
+    with pytest.raises(ValueError, match="Give the transformer itself, not a wrapper"):
+        apply_token_routing(torch.compile(model), ROUTE)
+
+
 def test_functions_for_routed_models_refuse_others():
     model = tiny_transformers.build("FluxTransformer2DModel").model
     for function in (remove_token_routing, check_token_routing, compile_blocks):

@@ -1036,7 +1036,7 @@ def motif():
 
 @builder("MotifVideoTransformer3DModel-decoder")
 def motif_decoder():
-    return _motif(2)
+    return _motif(4)  # blocks 4 to 7, of which 4 is routed
 
 
 def _motif(decoder_layers):

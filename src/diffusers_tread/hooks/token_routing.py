@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..routing import TokenRouter, token_routing
+from .block_forward import BlockForward
 from .block_specs import (
     BLOCK_SPECS,
     MAIN_STACKS,
@@ -17,7 +18,7 @@ from .block_specs import (
     ModelSpec,
     find_by_class,
 )
-from .forward import BlockForward, ModelForward, forward_of_model
+from .forward import ModelForward, forward_of_model
 from .model_specs import MODEL_SPECS
 
 
@@ -64,7 +65,7 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
         if route.start <= index <= route.end
     ]
     # The model's first block may be the one that tells text from image for later ones, see `BlockForward._window`.
-    first_stack = next((name for name in spec.stacks or MAIN_STACKS if _is_stack(model, name)), stacks[0])
+    first_stack = next(iter(_known_stacks(model, spec)), stacks[0])
     first = model.get_submodule(first_stack)[0]
     if all(wrapper.module is not first for wrapper in forward.blocks):
         forward.blocks.insert(0, _wrap(first, _block_spec(first, model, first_stack), forward, None))
@@ -175,7 +176,7 @@ def compile_blocks(model: torch.nn.Module, **compile_options: Any) -> None:
         if block_class not in compiled:
             compiled[block_class] = torch.compile(block_class.forward, **compile_options)
         wrapper.compiled = compiled[block_class]
-    for name in _stack_names(model, forward.spec, None):
+    for name in _known_stacks(model, forward.spec):
         for block in model.get_submodule(name):
             if id(block) not in wrapped:
                 block.compile(**compile_options)
@@ -193,23 +194,27 @@ def _check_routable(model: torch.nn.Module) -> None:
 
 def _stack_names(model: torch.nn.Module, spec: ModelSpec, stack: str | None) -> list[str]:
     """The names of the stacks whose blocks the routes count."""
-    known = [name for name in spec.stacks or MAIN_STACKS if _is_stack(model, name)]
+    known = _known_stacks(model, spec)
     if stack is None:
         if known:
             return known
         raise ValueError(
-            f"Expected {type(model).__name__} to have one of the stacks {list(MAIN_STACKS)}, found none. Name it: "
-            "apply_token_routing(..., stack=...), and if its blocks are unknown register_block_spec(...)."
+            f"Expected {type(model).__name__} to have one of the stacks {list(MAIN_STACKS)}, found none. Give the "
+            "transformer itself, not a wrapper around it; or name its stack: apply_token_routing(..., stack=...)."
         )
     if not _is_stack(model, stack):
         raise ValueError(f"Expected a stack of {type(model).__name__} such as {known}, got {stack!r}.")
     return [stack]
 
 
+def _known_stacks(model: torch.nn.Module, spec: ModelSpec) -> list[str]:
+    return [name for name in spec.stacks or MAIN_STACKS if _is_stack(model, name)]
+
+
 def _is_stack(model: torch.nn.Module, name: str) -> bool:
     module: Any = model
     for part in name.split("."):
-        module = getattr(module, part, None)
+        module = module._modules.get(part) if isinstance(module, torch.nn.Module) else None
     return isinstance(module, torch.nn.ModuleList) and len(module) > 0
 
 

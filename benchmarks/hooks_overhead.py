@@ -1,0 +1,235 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Times `apply_token_routing`: its cost per block, and training steps of diffusers' own Flux and SD3.
+
+    python benchmarks/hooks_overhead.py --output benchmarks/results/hooks_overhead_cpu.json
+
+The cost per block is that of blocks which do nothing else. The steps (forward, backward, AdamW; dense and routed in
+turns) stand beside their FLOP ceiling, counted by torch's FlopCounterMode with attention. Close other programs first.
+"""
+
+import argparse
+import itertools
+import json
+import shlex
+import statistics
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from train_step import hardware, source_state, summary, timed, versions, write_whole
+
+from diffusers_tread import (
+    BlockSpec,
+    TokenRoute,
+    apply_token_routing,
+    get_token_router,
+    register_block_spec,
+    token_routing,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--tokens", type=int, default=1024, help="Image tokens of the training steps, a square number.")
+    add("--batch_size", type=int, default=2, help="Images per step.")
+    add("--width", type=int, default=384, help="Of the transformers, a multiple of 64; they have 12 blocks.")
+    add("--device", default="cpu", help="cpu, cuda, mps, ...")
+    add("--repeats", type=int, default=15, help="Timed steps of each kind.")
+    add("--warmup", type=int, default=3, help="Steps of each kind before.")
+    add("--threads", type=int, help="Threads on the CPU; by default torch's choice.")
+    add("--seed", type=int, default=0, help="Of weights, data and subsets.")
+    add("--output", type=Path, help="JSON file to write; by default none.")
+    args = parser.parse_args(argv)
+    if args.tokens < 16 or round(args.tokens**0.5) ** 2 != args.tokens:
+        raise ValueError(f"Expected a square number >= 16 for --tokens, such as 1024, got {args.tokens}.")
+    if args.width < 64 or args.width % 64:
+        raise ValueError(f"Expected a multiple of 64 for --width, got {args.width}.")
+    if args.batch_size < 1 or args.repeats < 2 or args.warmup < 0:
+        raise ValueError("Expected --batch_size >= 1, --repeats >= 2 and --warmup >= 0.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Runs the benchmark; returns what it writes."""
+    args = parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    torch.manual_seed(args.seed)
+
+    overhead = measure_overhead(args)
+    for name, microseconds in overhead.items():
+        print(f"{name:24} {microseconds:6.1f} us per block")
+    rows = [measure_step(name, make, args) for name, make in {"Flux": make_flux, "SD3": make_sd3}.items()]
+
+    report = {
+        "command": shlex.join(["python", "benchmarks/hooks_overhead.py", *(sys.argv[1:] if argv is None else argv)]),
+        "started": started,
+        "hardware": hardware(args.device),
+        "versions": versions(),
+        "source": source_state(),
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+        "overhead_microseconds_per_block": overhead,
+        "rows": rows,
+    }
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(args.output, (json.dumps(report, indent=2) + "\n").encode())
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------- cost per block
+
+
+class EmptyBlock(torch.nn.Module):
+    """Takes the arguments of a block with rotary tables and does nothing."""
+
+    def forward(self, hidden_states, image_rotary_emb):
+        return hidden_states
+
+
+class EmptyModel(torch.nn.Module):
+    def __init__(self, num_blocks: int):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(EmptyBlock() for _ in range(num_blocks))
+
+    def forward(self, hidden_states, image_rotary_emb):
+        for block in self.blocks:
+            hidden_states = block(hidden_states, image_rotary_emb=image_rotary_emb)
+        return hidden_states
+
+
+def measure_overhead(args: argparse.Namespace, *, num_blocks: int = 103) -> dict[str, float]:
+    """Microseconds that routing adds to a block: switched off, and on with the smallest stream there is."""
+    register_block_spec("EmptyBlock", BlockSpec(tokens={"image_rotary_emb": 0}))
+    plain, routed = EmptyModel(num_blocks), EmptyModel(num_blocks)
+    apply_token_routing(routed, TokenRoute(start=0, end=num_blocks - 4))  # 100 blocks
+    inputs = torch.randn(2, 16, 8), (torch.randn(16, 8), torch.randn(16, 8))
+
+    def seconds(model: torch.nn.Module, **settings: Any) -> float:
+        times = []
+        with torch.no_grad():
+            for _ in range(args.warmup + args.repeats):
+                if settings:
+                    with token_routing(model, **settings):
+                        start = time.perf_counter()
+                        model(*inputs)
+                else:
+                    start = time.perf_counter()
+                    model(*inputs)
+                times.append(time.perf_counter() - start)
+        return statistics.median(times[args.warmup :])
+
+    nothing = seconds(plain)
+    return {
+        "off": 1e4 * (seconds(routed, enabled=False) - nothing),
+        "on, one subset": 1e4 * (seconds(routed, enabled=True, seed=0, shared_subset=True) - nothing),
+        "on, subset per sample": 1e4 * (seconds(routed, enabled=True, seed=0) - nothing),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- training steps
+
+
+def make_flux(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=4,
+        num_single_layers=8,
+        attention_head_dim=64,
+        num_attention_heads=args.width // 64,
+        joint_attention_dim=256,
+        pooled_projection_dim=64,
+        axes_dims_rope=(16, 24, 24),
+    )
+    side = round(args.tokens**0.5)
+    ids = torch.zeros(side, side, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
+    inputs = {
+        "hidden_states": torch.randn(args.batch_size, args.tokens, 16),
+        "encoder_hidden_states": torch.randn(args.batch_size, 64, 256),
+        "pooled_projections": torch.randn(args.batch_size, 64),
+        "timestep": torch.rand(args.batch_size),
+        "img_ids": ids.flatten(0, 1),
+        "txt_ids": torch.zeros(64, 3),
+    }
+    return model, inputs
+
+
+def make_sd3(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    side = 2 * round(args.tokens**0.5)
+    model = SD3Transformer2DModel(
+        sample_size=side,
+        in_channels=4,
+        out_channels=4,
+        num_layers=12,
+        attention_head_dim=64,
+        num_attention_heads=args.width // 64,
+        joint_attention_dim=256,
+        caption_projection_dim=args.width,
+        pooled_projection_dim=64,
+        pos_embed_max_size=side // 2,
+    )
+    inputs = {
+        "hidden_states": torch.randn(args.batch_size, 4, side, side),
+        "encoder_hidden_states": torch.randn(args.batch_size, 64, 256),
+        "pooled_projections": torch.randn(args.batch_size, 64),
+        "timestep": 1000 * torch.rand(args.batch_size),
+    }
+    return model, inputs
+
+
+def measure_step(name: str, make, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: the seconds of dense and routed steps, taken in turns, beside the FLOP ceiling."""
+    model, inputs = make(args)
+    model.to(args.device).train()
+    inputs = {key: value.to(args.device) for key, value in inputs.items()}
+    apply_token_routing(model, TokenRoute(start=2, end=-4))
+    router, seeds = get_token_router(model), itertools.count(args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(routed: bool) -> None:
+        router.enabled, router.seed = routed, next(seeds)
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ceiling = count_flops(step, False) / count_flops(step, True)
+    times = {"dense": [], "routed": []}
+    for repeat in range(args.warmup + args.repeats):
+        for kind, seconds in times.items():
+            elapsed = timed(step, kind == "routed", args.device)
+            if repeat >= args.warmup:
+                seconds.append(elapsed)
+    speedup = statistics.median(times["dense"]) / statistics.median(times["routed"])
+    print(f"{name:5} {args.tokens} tokens: speed-up {speedup:.2f}, ceiling {ceiling:.2f}, {speedup / ceiling:.0%}")
+    return {
+        "model": name,
+        "num_tokens": args.tokens,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dense_seconds": summary(times["dense"]),
+        "routed_seconds": summary(times["routed"]),
+        "speedup": speedup,
+        "flop_ceiling": ceiling,
+        "speedup_over_ceiling": speedup / ceiling,
+    }
+
+
+def count_flops(step, routed: bool) -> int:
+    """FLOPs of one step; attention as matrix products, because not all fused kernels are counted."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step(routed)
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Which tokens the routed blocks of one forward keep.
+
+Shapes: B batch, L tokens of a block's stream, N routable tokens among them, K kept tokens, D width.
+"""
+
+import torch
+
+from ..routing import TokenRouter, take_tokens
+from .block_specs import Window
+
+
+class ForwardPass:
+    """What the blocks of one forward share: mode, seed, and the kept tokens once the first routed block needs them.
+
+    Args:
+        router: The model's router.
+        training: The model's mode.
+        seed: From `TokenRouter.forward_seed`, or None for a dense forward. Drawn here and not in a block, because the
+            recomputation of a checkpointed block must not draw again.
+        window: Where the routable tokens lie in the stream, if the model's arguments tell.
+        permute: Keep all tokens, in random order: the probe of `check_token_routing`.
+    """
+
+    def __init__(
+        self,
+        router: TokenRouter,
+        *,
+        training: bool,
+        seed: torch.Tensor | None,
+        window: Window | None,
+        permute: bool = False,
+    ):
+        self.router = router
+        self.training = training
+        self.seed = seed
+        self.window = window
+        self.permute = permute
+        self.shared_subset = router.shared_subset
+        self.grad_enabled = torch.is_grad_enabled()
+        self.num_image_tokens: int | None = None
+        self.num_routable: int | None = None
+        self.kept_token_ids: list[torch.Tensor | None] | None = None
+        self.stream_ids: dict[tuple[int, int, int | None], torch.Tensor] = {}
+
+    def kept_tokens(self, hidden_states: torch.Tensor, route_index: int, window: Window) -> torch.Tensor | None:
+        """[B, K] ids within the window for one route, or None if the route keeps all; planned at the first call."""
+        if self.kept_token_ids is None:
+            tokens = _window_tokens(hidden_states, window)
+            self.num_routable = window.length
+            self.kept_token_ids = self._plan(tokens)
+        if window.length != self.num_routable:
+            raise ValueError(
+                f"Expected the same number of routable tokens in all routed blocks, got {self.num_routable} and then "
+                f"{window.length}. Route one stack only: apply_token_routing(..., stack=...)."
+            )
+        return self.kept_token_ids[route_index]
+
+    def _plan(self, tokens: torch.Tensor) -> list[torch.Tensor | None]:
+        num_routes = len(self.router.routes)
+        if self.permute:
+            batch_size, num_tokens = tokens.shape[:2]
+            rows = 1 if self.shared_subset else batch_size
+            order = torch.rand(rows, num_tokens, device=tokens.device).argsort(dim=1).expand(batch_size, -1)  # B N
+            return [order] * num_routes
+        plan = self.router.plan(tokens, training=self.training, seed=self.seed)
+        return [None] * num_routes if plan is None else plan
+
+    def ids_in_stream(self, kept: torch.Tensor, window: Window, length: int, route_index: int) -> torch.Tensor:
+        """[B, L - N + K]: positions that a stream of `length` tokens keeps, all outside the window among them."""
+        key = (route_index, length, window.start if isinstance(window.start, int) else None)
+        ids = self.stream_ids.get(key)
+        if ids is None:
+            ids = self.stream_ids[key] = _ids_in_stream(kept, window, length)
+        return ids
+
+
+def _window_tokens(hidden_states: torch.Tensor, window: Window) -> torch.Tensor:
+    """[B, N, D]: the routable tokens, whose magnitude may count in the choice."""
+    if isinstance(window.start, int):
+        return hidden_states[:, window.start : window.start + window.length]
+    positions = torch.arange(window.length, device=hidden_states.device)
+    return take_tokens(hidden_states, window.start.unsqueeze(1) + positions)
+
+
+def _ids_in_stream(kept: torch.Tensor, window: Window, length: int) -> torch.Tensor:
+    if window.length == length:
+        return kept
+    batch_size = kept.shape[0]
+    if isinstance(window.start, int):
+        before = torch.arange(window.start, device=kept.device).expand(batch_size, -1)
+        after = torch.arange(window.start + window.length, length, device=kept.device).expand(batch_size, -1)
+        return torch.cat([before, kept + window.start, after], dim=1)
+    start = window.start.unsqueeze(1)  # B 1
+    others = torch.arange(length - window.length, device=kept.device).expand(batch_size, -1)
+    others = others + window.length * (others >= start)
+    return torch.cat([others, kept + start], dim=1)
