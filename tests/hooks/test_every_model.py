@@ -27,13 +27,24 @@ every_model = pytest.mark.parametrize("name", tiny_transformers.names())
 every_class = pytest.mark.parametrize("name", [name for name in tiny_transformers.names() if "-" not in name])
 
 
-def untouched(name):
+@pytest.fixture
+def case(name):
+    """The model and its inputs, built once for all tests, which leave it as they found it."""
     case = built(name)
+    yield case
+    if hasattr(case.model, "_token_routing"):
+        remove_token_routing(case.model)
+    if case.model._supports_gradient_checkpointing:
+        case.model.disable_gradient_checkpointing()
+    case.model.eval().zero_grad()
+
+
+def copied(case):
+    """For tests that change weights or modules."""
     return dataclasses.replace(case, model=copy.deepcopy(case.model))
 
 
-def routed(name):
-    case = untouched(name)
+def route(case):
     apply_token_routing(case.model, ROUTE).shared_subset = case.shared
     return case
 
@@ -64,14 +75,13 @@ def assert_same(first, second):
 
 @every_model
 @torch.no_grad()
-def test_off_and_ratio_zero_equal_the_untouched_model_bitwise(name):
-    plain, case = untouched(name), routed(name)
-    expected = run(plain.model, plain.inputs)
+def test_off_and_ratio_zero_equal_the_untouched_model_bitwise(case):
+    expected_in_evaluation = run(case.model, case.inputs)
+    expected = run(case.model.train(), case.inputs)
+    route(case)
 
-    assert torch.equal(run(case.model, case.inputs), expected)  # evaluation mode
+    assert torch.equal(run(case.model.eval(), case.inputs), expected_in_evaluation)
     case.model.train()
-    plain.model.train()
-    expected = run(plain.model, plain.inputs)
     with token_routing(case.model, enabled=False):
         assert torch.equal(run(case.model, case.inputs), expected)
     with token_routing(case.model, selection_ratio=0.0):
@@ -80,25 +90,26 @@ def test_off_and_ratio_zero_equal_the_untouched_model_bitwise(name):
 
 
 @every_model
-def test_permuted_tokens_give_the_dense_output(name):
-    case = routed(name)
+def test_permuted_tokens_give_the_dense_output(case):
+    route(case)
     assert check_token_routing(case.model, **case.inputs) < 1e-5
 
 
 @every_model
-def test_a_spec_without_one_of_its_tokens_entries_is_noticed(name, monkeypatch):
+def test_a_spec_without_one_of_its_tokens_entries_is_noticed(case, monkeypatch):
     """So the test above cannot pass by luck: whatever is gathered for this model matters to its output."""
-    case = untouched(name)
     for cls in {type(block).__name__ for block in case.model.modules()} & set(BLOCK_SPECS):
         spec = BLOCK_SPECS[cls]
         for key in set(spec.tokens) - used_nowhere(case, cls):
             with monkeypatch.context() as patch:
                 tokens = {k: axis for k, axis in spec.tokens.items() if k != key}
                 patch.setitem(BLOCK_SPECS, cls, dataclasses.replace(spec, tokens=tokens))
-                mutant = routed(name).model
+                route(case)
                 with pytest.raises((ValueError, RuntimeError, IndexError)):
-                    check_token_routing(mutant, tolerance=1e-4, **case.inputs)
-                    routed_run(mutant, case.inputs)  # a mask of ones survives a permutation, but has the wrong length
+                    check_token_routing(case.model, tolerance=1e-4, **case.inputs)
+                    # A mask of ones survives a permutation, but has the wrong length.
+                    routed_run(case.model, case.inputs)
+                remove_token_routing(case.model)
 
 
 @torch.no_grad()
@@ -131,8 +142,8 @@ def used_nowhere(case, cls):
 
 @every_model
 @torch.no_grad()
-def test_a_batch_equals_each_sample_alone(name):
-    case = routed(name)
+def test_a_batch_equals_each_sample_alone(case):
+    route(case)
     seeds = torch.tensor([11, 12])
     if case.shared:
         seeds = torch.tensor([11, 11])
@@ -144,12 +155,13 @@ def test_a_batch_equals_each_sample_alone(name):
 
 @every_model
 @torch.no_grad()
-def test_half_of_the_image_tokens_and_no_other_bypass_the_blocks_bitwise(name):
-    case = routed(name)
+def test_half_of_the_image_tokens_and_no_other_bypass_the_blocks_bitwise(case):
+    route(case)
     seen = []
-    for block in get_blocks(case.model):
-        block.register_forward_hook(record(block, seen), with_kwargs=True)
+    handles = [b.register_forward_hook(record(b, seen), with_kwargs=True) for b in get_blocks(case.model)]
     routed_run(case.model, case.inputs)
+    for handle in handles:
+        handle.remove()
 
     assert len(seen) == len(get_blocks(case.model))
     chosen = []
@@ -184,21 +196,21 @@ def record(block, seen):
 
 @every_class
 @torch.no_grad()
-def test_removal_restores_the_model_bitwise(name):
-    plain, case = untouched(name), routed(name)
+def test_removal_restores_the_model_bitwise(case):
+    attributes = set(vars(case.model))
+    expected = run(case.model.train(), case.inputs)
+    route(case)
     routed_run(case.model, case.inputs)
     remove_token_routing(case.model)
-    case.model.train()
-    plain.model.train()
-    assert torch.equal(run(case.model, case.inputs), run(plain.model, plain.inputs))
+    assert torch.equal(run(case.model, case.inputs), expected)
     assert not any("forward" in module.__dict__ for module in case.model.modules())
-    assert not hasattr(case.model, "token_router")
+    assert set(vars(case.model)) == attributes
 
 
 @every_class
 @torch.no_grad()
-def test_a_deepcopy_and_a_pickle_route_alike_with_their_own_weights(name):
-    case = routed(name)
+def test_a_deepcopy_and_a_pickle_route_alike_with_their_own_weights(case):
+    case = route(copied(case))
     expected = routed_run(case.model, case.inputs)
     buffer = io.BytesIO()
     torch.save(case.model, buffer)
@@ -212,10 +224,9 @@ def test_a_deepcopy_and_a_pickle_route_alike_with_their_own_weights(name):
 
 
 @every_class
-def test_saved_files_are_those_of_the_untouched_model(name, tmp_path):
-    plain, case = untouched(name), routed(name)
-    plain.model.save_pretrained(tmp_path / "plain")
-    case.model.save_pretrained(tmp_path / "routed")
+def test_saved_files_are_those_of_the_untouched_model(case, tmp_path):
+    case.model.save_pretrained(tmp_path / "plain")
+    route(case).model.save_pretrained(tmp_path / "routed")
     files = sorted(path.name for path in (tmp_path / "plain").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "routed").iterdir()) and "config.json" in files
     for file in files:
@@ -224,8 +235,8 @@ def test_saved_files_are_those_of_the_untouched_model(name, tmp_path):
 
 @every_class
 @torch.no_grad()
-def test_an_ema_of_a_routed_model_follows_its_weights(name):
-    case = routed(name)
+def test_an_ema_of_a_routed_model_follows_its_weights(case):
+    case = route(copied(case))
     ema = EMAModel(case.model.parameters(), decay=0.0, model_cls=type(case.model), model_config=case.model.config)
     for parameter in case.model.parameters():
         parameter.mul_(1.1)
@@ -239,38 +250,37 @@ def test_an_ema_of_a_routed_model_follows_its_weights(name):
 
 @every_class
 @torch.no_grad()
-def test_lora_added_before_and_after_routing_is_the_same(name):
+def test_lora_added_before_and_after_routing_is_the_same(case):
     peft = pytest.importorskip("peft")
+    if not hasattr(case.model, "add_adapter"):
+        pytest.skip("this class takes no adapters")
+    targets = r".*(blocks|layers)\.[0-3]\..*to_(q|query)"
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=targets)
     outputs = []
     for lora_first in (True, False):
-        case = untouched(name)
-        if not hasattr(case.model, "add_adapter"):
-            pytest.skip("this class takes no adapters")
-        config = peft.LoraConfig(
-            r=2, init_lora_weights=False, target_modules=r".*(blocks|layers).*to_(q|v|query|value)"
-        )
+        twin = copied(case)
         for step in ("lora", "route") if lora_first else ("route", "lora"):
             torch.manual_seed(0)
             if step == "lora":
-                case.model.add_adapter(config)
+                twin.model.add_adapter(config)
             else:
-                apply_token_routing(case.model, ROUTE).shared_subset = case.shared
-        outputs.append(routed_run(case.model, case.inputs))
+                route(twin)
+        outputs.append(routed_run(twin.model, twin.inputs))
     assert torch.equal(*outputs)
-    assert not torch.equal(outputs[0], routed_run(routed(name).model, case.inputs))
+    assert not torch.equal(outputs[0], routed_run(route(case).model, case.inputs))
 
 
 @every_model
-def test_checkpointed_gradients_equal_plain_ones_with_two_forwards_before_the_backward(name):
-    case = routed(name)
-    case.model.train()
+def test_checkpointed_gradients_equal_plain_ones_with_two_forwards_before_the_backward(case):
     if not case.model._supports_gradient_checkpointing:
         pytest.skip("this class has no gradient checkpointing of its blocks")
-    if name == "ChromaTransformer2DModel":  # its single blocks lose the mask under checkpointing, routed or not
-        del case.inputs["attention_mask"]
+    inputs = dict(case.inputs)
+    if type(case.model).__name__ == "ChromaTransformer2DModel":
+        del inputs["attention_mask"]  # its single blocks lose it under checkpointing, routed or not
+    route(case).model.train()
 
     def loss():
-        return sum(routed_run(case.model, case.inputs, seed).square().mean() for seed in (1, 2))
+        return sum(routed_run(case.model, inputs, seed).square().mean() for seed in (1, 2))
 
     expected = gradients(case.model, loss())
     case.model.enable_gradient_checkpointing(checkpoint_with_kwargs)
