@@ -208,7 +208,7 @@ def test_the_adapter_loads_in_the_plain_pipeline(base, photos, tmp_path):
     example.main(flags(base, photos, tmp_path))
     pipeline = DiffusionPipeline.from_pretrained(base)
     plain = image(pipeline)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert not any("forward" in module.__dict__ for module in pipeline.transformer.modules())
     assert np.abs(image(pipeline) - plain).max() > 1e-3
 
