@@ -446,14 +446,35 @@ def test_samples_of_different_sizes_are_refused():
         run(case)
 
 
+@pytest.mark.skipif("MiniMaxH3Transformer3DModel" not in tiny_transformers.names(), reason="newer diffusers")
 def test_blocks_that_index_by_token_ask_for_a_shared_subset():
     case = routed("MiniMaxH3Transformer3DModel")
     with pytest.raises(ValueError, match="router.shared_subset = True"):
         run(case)
 
 
+@pytest.mark.skipif("AceStepTransformer1DModel" not in tiny_transformers.names(), reason="newer diffusers")
+def test_a_sliding_window_without_a_mask_is_refused():
+    """Flash backends get no mask; they count the window in tokens, of which some are missing."""
+    case = routed("AceStepTransformer1DModel")
+    layer = case.model.layers[2]
+    assert layer.self_attn.sliding_window is not None
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match="counts a sliding window in tokens"):
+        run(case)
+
+
+def test_blocks_that_add_positions_are_refused():
+    case = routed("PixArtTransformer2DModel")
+    case.model.transformer_blocks[2].pos_embed = torch.nn.Identity()
+    with pytest.raises(ValueError, match="adds positions to its tokens"):
+        run(case)
+
+
 def test_sparse_attention_is_refused():
-    case = routed("Kandinsky5Transformer3DModel")
+    case = routed("Kandinsky5Transformer3DModel", TokenRoute(start=0, end=-4))
     with pytest.raises(ValueError, match="Expected `sparse_params` .* to be None"):
         case.model(**case.inputs, sparse_params={"to_fractal": False})
 

@@ -80,6 +80,7 @@ class BlockForward:
         window = self._window(running, hidden_states, args, kwargs)
         if self.route_index is None:
             return run(*args, **kwargs)
+        self._refuse_positions(args, kwargs)
         if inside and running.grad_enabled and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self.module).__name__} runs without gradients inside a forward with gradients: a re-entrant "
@@ -177,13 +178,20 @@ class BlockForward:
         if spec.keep_first is not None:
             num_first = self._argument(args, kwargs, spec.keep_first)
             start, num_tokens = start + num_first, num_tokens - num_first
+        return Window(start, num_tokens)
+
+    def _refuse_positions(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError if something about this call addresses tokens by their position."""
+        spec, name_of_block = self.spec, type(self.module).__name__
         for name in spec.must_be_none:
             if self._argument(args, kwargs, name) is not None:
                 raise ValueError(
-                    f"Expected `{name}` of {type(self.module).__name__} to be None in a routed forward: it addresses "
-                    "tokens by their position. Leave it out, or switch routing off for this call."
+                    f"Expected `{name}` of {name_of_block} to be None in a routed forward: it addresses tokens by "
+                    "their position. Leave it out, or switch routing off for this call."
                 )
-        return Window(start, num_tokens)
+        reason = None if spec.objection is None else spec.objection(self.module, partial(self._argument, args, kwargs))
+        if reason is not None:
+            raise ValueError(f"Expected a {name_of_block} that can be routed, but {reason}.")
 
     def _find_pass(self, args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
         """The running forward; in a checkpoint's recomputation the one that the block's input was marked with."""

@@ -64,6 +64,9 @@ class BlockSpec:
     must_be_none: tuple[str, ...] = ()
     """Arguments that address tokens by position. The block cannot be routed when they are given."""
 
+    objection: Callable[[torch.nn.Module, Callable[[str], Any]], str | None] | None = None
+    """From the block and a function that gives its arguments by name, why this call cannot be routed, or None."""
+
     newer: tuple[str, ...] = ()
     """Arguments that the block does not have in the oldest supported diffusers."""
 
@@ -109,9 +112,20 @@ MAIN_STACKS = (
     "single_stream_blocks",
 )
 
+
+def _adds_positions(block: torch.nn.Module, argument: Callable[[str], Any]) -> str | None:
+    return None if getattr(block, "pos_embed", None) is None else "the block adds positions to its tokens"
+
+
+def _slides_over_positions(block: torch.nn.Module, argument: Callable[[str], Any]) -> str | None:
+    if block.self_attn.sliding_window is None or argument("attention_mask") is not None:
+        return None
+    return "its flash attention backend counts a sliding window in tokens; use another backend"
+
+
 BLOCK_SPECS: dict[str, BlockSpec] = {
     # Image tokens alone in the stream, or with the text in a second stream; no table covers both.
-    "BasicTransformerBlock": BlockSpec(tokens={"attention_mask": {2: 1, 3: 2}}),
+    "BasicTransformerBlock": BlockSpec(tokens={"attention_mask": {2: 1, 3: 2}}, objection=_adds_positions),
     "JointTransformerBlock": BlockSpec(output=1),
     "AuraFlowJointTransformerBlock": BlockSpec(output=1),
     "CogView3PlusTransformerBlock": BlockSpec(),
@@ -253,7 +267,9 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
     ),
     "WanTransformerBlock": BlockSpec(tokens={"rotary_emb": 1, "temb": {4: 1}}),
     # Audio.
-    "AceStepTransformerBlock": BlockSpec(tokens={"position_embeddings": 0, "attention_mask": (2, 3)}),
+    "AceStepTransformerBlock": BlockSpec(
+        tokens={"position_embeddings": 0, "attention_mask": (2, 3)}, objection=_slides_over_positions
+    ),
     "AudioDiTBlock": BlockSpec(tokens={"mask": 1, "rope": 0}),
     "MiniMaxMusic3TransformerBlock": BlockSpec(tokens={"rotary_emb": 0}, text="first", joint=True),
     "StableAudioDiTBlock": BlockSpec(tokens={"rotary_embedding": 0, "attention_mask": 1}, text="first", joint=True),
