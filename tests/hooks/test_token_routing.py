@@ -280,8 +280,15 @@ def shortened(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        ("DiTTransformer2DModel", False),
+        ("SD3Transformer2DModel", False),
+        ("FluxTransformer2DModel", False),
+        ("FluxTransformer2DModel", True),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_one_full_graph_trains_with_eager_gradients_and_a_fresh_subset_each_step(name, checkpointing):
     torch.compiler.reset()
@@ -307,8 +314,9 @@ def test_one_full_graph_trains_with_eager_gradients_and_a_fresh_subset_each_step
     assert not torch.equal(*outputs)
     assert len(graphs) == 1  # a new seed is not a new graph
 
-    with torch.no_grad():  # and without a seed the graph draws its own
-        assert not torch.equal(run(compiled), run(compiled))
+    if name == "DiTTransformer2DModel":  # without a seed the graph draws its own
+        with torch.no_grad():
+            assert not torch.equal(run(compiled), run(compiled))
 
 
 @pytest.mark.filterwarnings("ignore")
