@@ -14,138 +14,15 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
 
 import train_text_to_image_lora_tread as example  # noqa: E402
-from diffusers import (  # noqa: E402
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import DiffusionPipeline, FluxPipeline  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import (  # noqa: E402
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
+from tiny_pipelines import PIPELINES  # noqa: E402
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def clip_tokenizer(folder):
-    """A CLIP tokenizer whose vocabulary is the letters."""
-    folder.mkdir(parents=True)
-    letters = [chr(code) for code in range(97, 123)]
-    vocab = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocab)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
-
-
-def t5_tokenizer():
-    """A word-level tokenizer in T5's role."""
-    vocab = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", "red", "blue", "a", "square"])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8
-    )
-
-
-def clip_encoder(cls):
-    config = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=16,
-        bos_token_id=52,
-        eos_token_id=53,
-        pad_token_id=53,
-    )
-    return cls(config)
-
-
-def t5_encoder():
-    return T5EncoderModel(T5Config(vocab_size=7, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-
-
-def vae():
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=16,
-        scaling_factor=1.5,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def sd3_pipeline(folder):
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=8,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        pos_embed_max_size=8,
-    )
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
-        text_encoder=clip_encoder(CLIPTextModelWithProjection),
-        tokenizer=clip_tokenizer(folder / "clip"),
-        text_encoder_2=clip_encoder(CLIPTextModelWithProjection),
-        tokenizer_2=clip_tokenizer(folder / "clip2"),
-        text_encoder_3=t5_encoder(),
-        tokenizer_3=t5_tokenizer(),
-    )
-
-
-def flux_pipeline(folder):
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=5,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=True,
-    )
-    return FluxPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae(),
-        text_encoder=clip_encoder(CLIPTextModel),
-        tokenizer=clip_tokenizer(folder / "clip"),
-        text_encoder_2=t5_encoder(),
-        tokenizer_2=t5_tokenizer(),
-    )
-
-
-PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline}
 
 
 @pytest.fixture(scope="module")
