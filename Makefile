@@ -26,6 +26,7 @@ demo: .venv/.installed ## train, sample and save a small TREAD model on real ima
 
 bench: .venv/.installed ## measure dense and routed training steps on the CPU; wants a quiet machine
 	.venv/bin/python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
+	.venv/bin/python benchmarks/hooks_overhead.py --output benchmarks/results/hooks_overhead_cpu.json
 
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
 	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
