@@ -11,6 +11,7 @@ so whatever the model wants of text, positions or timesteps is right. The same c
 import argparse
 import inspect
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -25,11 +26,16 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diffusers_tread import apply_token_routing
-from diffusers_tread.data import center_crop, derive_seed, encode_images, image_to_tensor
-from diffusers_tread.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_tread.data import EpochBatchSampler, center_crop, derive_seed, encode_images, image_to_tensor
+from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_tread.training.run_folder import open_run_folder
 
 
 TRAINED_WEIGHTS = "trained_weights.safetensors"
+# Flags that say where and how to run, not what.
+CONTROL_FLAGS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+FIXED_SETTINGS = ("pretrained_model_name_or_path", "full", "rank", "lora_target_modules")
+FREE_SETTINGS = ("checkpointing_steps", "checkpoints_total_limit", "logging_steps")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="A pipeline's folder or repository.")
     add("--output_dir", default="text-to-image-tread", help="Checkpoints and, at the end, the trained weights.")
+    add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run left in the output folder.")
+    add("--resume_from_checkpoint", help="'latest' or a checkpoint, to go on with changed settings.")
     add("--dataset_name", help="A `datasets` repository with image and caption columns.")
     add("--train_data_dir", help="Instead: an image folder with captions in metadata.jsonl.")
     add("--image_column", default="image")
@@ -59,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default as `accelerate config` says.")
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int)
+    add("--logging_steps", type=int, default=10, help="Steps between looks at the loss, which must be finite.")
     add("--seed", type=int, default=0, help="Everything random follows from it.")
     args = parser.parse_args(argv)
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -136,14 +145,9 @@ def load_images(args: argparse.Namespace):
     return dataset
 
 
-def make_batch(dataset, args: argparse.Namespace, *, micro_step: int, rank: int, num_ranks: int):
-    """Pixel values [B, 3, R, R] in [-1, 1] and captions; a pure function of the seed and the step."""
-    first = (micro_step * num_ranks + rank) * args.train_batch_size
-    records = []
-    for position in range(first, first + args.train_batch_size):
-        epoch, index = divmod(position, len(dataset))
-        order = torch.Generator().manual_seed(derive_seed(args.seed, "order", epoch))
-        records.append(dataset[int(torch.randperm(len(dataset), generator=order)[index])])
+def make_batch(dataset, args: argparse.Namespace, indices: list[int]) -> tuple[torch.Tensor, list[str]]:
+    """Pixel values [B, 3, R, R] in [-1, 1] and captions."""
+    records = [dataset[index] for index in indices]
     images = [center_crop(record[args.image_column].convert("RGB"), args.resolution) for record in records]
     return torch.stack([image_to_tensor(image) for image in images]), [r[args.caption_column] for r in records]
 
@@ -228,13 +232,34 @@ def main(argv: list[str] | None = None) -> None:
     velocity = PipelineVelocity(pipeline, guidance_scale=args.guidance_scale)
     velocity, optimizer = accelerator.prepare(velocity, optimizer)
     checkpoint_trained_weights_only(accelerator, transformer)
-    checkpoint = find_checkpoint(args.output_dir, "latest")
+    settings = {key: value for key, value in vars(args).items() if key not in CONTROL_FLAGS}
+    settings["num_processes"] = accelerator.num_processes
+    checkpoint = open_run_folder(
+        accelerator,
+        args.output_dir,
+        settings=settings,
+        free_settings=FREE_SETTINGS,
+        fixed_settings=FIXED_SETTINGS,
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        overwrite=args.overwrite_output_dir,
+    )
     step = 0 if checkpoint is None else load_checkpoint(accelerator, checkpoint)["step"]
 
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    batches = iter(
+        EpochBatchSampler(
+            len(dataset),
+            batch_size=args.train_batch_size,
+            seed=args.seed,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            first_sample=step * samples_per_step,
+        )
+    )
+    loss_sum, logged_step = torch.zeros((), device=accelerator.device), step
     while step < args.max_train_steps:
         router.enabled = step < (1.0 - args.dense_fraction) * args.max_train_steps
         for micro_step in range(
@@ -247,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             router.seed = derive_seed("routing", *keys)
 
             with accelerator.accumulate(velocity):
-                pixels, prompts = make_batch(dataset, args, micro_step=micro_step, **ranks)
+                pixels, prompts = make_batch(dataset, args, [index for _, index in next(batches)])
                 latents = encode_images(pipeline.vae, pixels.to(accelerator.device), generator=generator).float()
                 noise = torch.randn(latents.shape, generator=generator).to(latents.device)
                 density = compute_density_for_timestep_sampling("logit_normal", len(prompts), 0.0, 1.0)
@@ -261,14 +286,24 @@ def main(argv: list[str] | None = None) -> None:
                     accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+            loss_sum += loss.detach()
         step += 1
         progress.update()
-        progress.set_postfix(loss=f"{loss.item():.4f}", routed=router.enabled)
-        if not loss.isfinite():
-            raise ValueError(f"Expected a finite loss, got {loss.item()} at step {step}. Lower --learning_rate.")
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+
+        # Nothing waits for the device in between; a loss that was not finite stays in the sum.
+        is_checkpoint = step % args.checkpointing_steps == 0 or step == args.max_train_steps
+        if is_checkpoint or step % args.logging_steps == 0:
+            mean_loss = loss_sum.item() / (step - logged_step) / args.gradient_accumulation_steps
+            if not math.isfinite(mean_loss):
+                raise ValueError(f"Expected a finite loss, got {mean_loss} before step {step}. Lower --learning_rate.")
+            progress.set_postfix(loss=f"{mean_loss:.4f}", routed=router.enabled)
+            loss_sum.zero_()
+            logged_step = step
+        if is_checkpoint:
             limit = args.checkpoints_total_limit
-            save_checkpoint(accelerator, args.output_dir, step, state={"step": step}, total_limit=limit)
+            save_checkpoint(
+                accelerator, args.output_dir, step, state={"step": step, "settings": settings}, total_limit=limit
+            )
 
     if accelerator.is_main_process:
         save_result(pipeline, args)

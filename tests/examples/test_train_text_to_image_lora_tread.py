@@ -95,12 +95,13 @@ def test_a_killed_run_resumes_bit_for_bit(base, photos, tmp_path, full, monkeypa
     options = ["--full", "--gradient_checkpointing"] if full else []
     example.main(flags(base, photos, tmp_path / "whole") + options)
 
-    make_batch = example.make_batch
+    make_batch, batches = example.make_batch, []
 
-    def failing_make_batch(*args, micro_step, **kwargs):
-        if micro_step == 3:
+    def failing_make_batch(*args):
+        batches.append(args)
+        if len(batches) == 4:
             raise KeyboardInterrupt
-        return make_batch(*args, micro_step=micro_step, **kwargs)
+        return make_batch(*args)
 
     monkeypatch.setattr(example, "make_batch", failing_make_batch)
     with pytest.raises(KeyboardInterrupt):
@@ -130,6 +131,14 @@ def test_all_steps_but_the_dense_last_ones_are_routed(base, photos, tmp_path, mo
     # 16 image tokens, 12 of them kept; Flux's single blocks see 512 text tokens before them.
     assert all(12 in step and {12} <= step - lengths[3] <= {12, 524} for step in lengths[:3])
     assert 16 in lengths[3]
+
+
+def test_a_folder_of_another_run_is_refused_until_it_may_be_overwritten(base, photos, tmp_path):
+    example.main(flags(base, photos, tmp_path))
+    other = flags(base, photos, tmp_path) + ["--learning_rate", "0.5"]
+    with pytest.raises(ValueError, match="learning_rate: .* there, 0.5 now"):
+        example.main(other)
+    example.main(other + ["--overwrite_output_dir"])
 
 
 def test_the_velocity_is_the_models_own_at_its_own_timestep(base):
