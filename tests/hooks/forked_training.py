@@ -35,6 +35,7 @@ def step(model, inputs, seed):
     with token_routing(model, seed=seed):
         loss = model(**inputs, return_dict=False)[0].square().mean()
     loss.backward()
+    dist.barrier()  # nothing of the backward is under way when the shards below are gathered
     grads = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

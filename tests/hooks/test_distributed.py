@@ -2,6 +2,7 @@
 """Routed models in two processes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,13 +16,17 @@ import torch
 def found(tmp_path_factory):
     """What the two processes found, see forked_training.py."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).parent / "forked_training.py"), str(port), str(folder)]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, str(Path(__file__).parent / "forked_training.py"), str(port), str(folder)]
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=90, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        # gloo aborted in `full_tensor` in one of about twenty runs with torch 2.13; wrong gradients do not abort.
+        if run.returncode != -signal.SIGABRT:
+            break
     assert run.returncode == 0, run.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
