@@ -4,6 +4,9 @@ PYTHON ?= python3
 # torch is installed first and by itself: the release that was tested, and the CPU build where pip is told of an index
 # or a wheel folder that holds it. Another build: make install TORCH="torch==2.13.0 --index-url <index>".
 TORCH ?= torch==2.13.0
+# What the tests compare metrics with. Without their torchvision, of which there is no build for every build of torch:
+# where one of another build lies around, transformers fails to import.
+METRICS := clean-fid==0.1.35 torch-fidelity==0.4.0
 # The oldest supported releases, for `make test-oldest`.
 OLDEST ?= diffusers==0.36.0 "huggingface_hub<1" "transformers<5"
 PYTEST_ARGS ?=
@@ -61,5 +64,6 @@ define build_environment
 	$(LOCK) $(PYTHON) -m venv $(1)
 	$(LOCK) $(1)/bin/python -m pip install $(TORCH)
 	$(LOCK) $(1)/bin/python -m pip install $(2) -e ".[$(3)]"
+	$(LOCK) $(1)/bin/python -m pip install --no-deps $(METRICS)
 	@touch $@
 endef
