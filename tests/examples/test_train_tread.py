@@ -320,14 +320,6 @@ def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_writes_nothi
     assert "0.5M parameters" in printed
 
 
-@pytest.mark.parametrize("name", ["digits", "imagenet256_xl2"])
-def test_the_configs_that_come_along_are_readable(name):
-    path = ROOT / "examples" / "configs" / f"{name}.json"
-    args = train_tread.parse_args(["--config", str(path), "--no-use_ema"])
-    content = json.loads(path.read_text())
-    assert args.learning_rate == content["learning_rate"] and content["use_ema"] and not args.use_ema
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

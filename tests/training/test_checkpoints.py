@@ -15,7 +15,7 @@ from diffusers_tread.training.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
-from diffusers_tread.training.ema import averaged_weights
+from diffusers_tread.training.ema import whole_weights
 
 
 class Run:
@@ -139,15 +139,12 @@ def test_a_checkpoint_without_averages_is_refused_where_they_are_wanted(tmp_path
         load_checkpoint(run.accelerator, checkpoint, ema=run.ema, ema_names=run.names)
 
 
-def test_averaged_weights_come_and_go_also_on_error():
+def test_whole_weights_share_their_storage_where_they_lie():
     run = Run().train(3)
-    trained = [parameter.clone() for parameter in run.model.parameters()]
-    with pytest.raises(RuntimeError), averaged_weights(run.ema, run.model):
-        inside = [parameter.clone() for parameter in run.model.parameters()]
-        raise RuntimeError
-    assert all(torch.equal(*pair) for pair in zip(inside, run.ema.shadow_params, strict=True))
-    assert not torch.equal(inside[0], trained[0])
-    assert all(torch.equal(*pair) for pair in zip(run.model.parameters(), trained, strict=True))
+    whole = whole_weights(run.ema.shadow_params, run.names, device="cpu")
+    assert list(whole) == run.names
+    pairs = zip(whole.values(), run.ema.shadow_params, strict=True)
+    assert all(weight.data_ptr() == shadow.data_ptr() and not weight.requires_grad for weight, shadow in pairs)
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

@@ -20,7 +20,7 @@ import safetensors.torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from .ema import gather_ema, load_ema
+from .ema import load_ema, whole_weights
 
 
 MANIFEST, STATE, EMA_WEIGHTS = "manifest.json", "trainer_state.json", "ema.safetensors"
@@ -60,7 +60,7 @@ def save_checkpoint(
 
     # Contents.
     accelerator.save_state(str(folder))
-    weights = None if ema is None else gather_ema(ema, ema_names)
+    weights = None if ema is None else whole_weights(ema.shadow_params, ema_names, device="cpu")
     if accelerator.is_main_process:
         if ema is not None:
             safetensors.torch.save_file(weights, folder / EMA_WEIGHTS)

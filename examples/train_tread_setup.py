@@ -1,0 +1,135 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What train_tread.py makes of its flags before a run starts: data, objective, model and the run's settings."""
+
+import argparse
+import inspect
+import json
+import math
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from diffusers import AutoModel
+from train_tread_args import CONTROL_FLAGS
+
+from diffusers_tread import EDMObjective, FlowMatchingObjective, TREADTransformer2DModel
+from diffusers_tread.data import derive_seed, encode_images, open_training_data
+from diffusers_tread.flops import block_flops_saved
+from diffusers_tread.training.config import read_json
+
+
+OBJECTIVES = {"edm": EDMObjective, "flow": FlowMatchingObjective}
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    if args.report_to not in ("none", "all") and find_spec(args.report_to) is None:
+        raise ValueError(f"Expected an installed tracker for --report_to, got {args.report_to!r}. Install it.")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        # A plugin, because the environment of `accelerate launch` overrides the plain argument.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
+        ),
+    )
+    refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+    is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+    if accelerator.distributed_type in refused or is_fsdp1:
+        raise ValueError(
+            f"Expected one process, DDP or FSDP2, got {'FSDP1' if is_fsdp1 else accelerator.distributed_type.value}. "
+            "For FSDP set `fsdp_version: 2` in the accelerate config."
+        )
+    return accelerator
+
+
+def open_data(args: argparse.Namespace, accelerator: Accelerator):
+    with accelerator.main_process_first():  # one process fills the cache of `datasets`
+        return open_training_data(
+            args.dataset_name,
+            train_data_dir=args.train_data_dir,
+            resolution=args.resolution,
+            random_flip=args.random_flip,
+            seed=args.seed,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            streaming=args.streaming,
+            shuffle_buffer=args.shuffle_buffer,
+            dataset_config_name=args.dataset_config_name,
+            split=args.dataset_split,
+            num_classes=args.num_classes,
+            cache_dir=args.cache_dir,
+        )
+
+
+def load_vae(args: argparse.Namespace, dataset) -> tuple[Any, int, int]:
+    """The VAE, None for pixels, and the channels and the side of what the model sees."""
+    if args.pretrained_vae_name_or_path is None:
+        return None, dataset.channels, dataset.resolution
+    vae = AutoModel.from_pretrained(args.pretrained_vae_name_or_path).requires_grad_(False).eval()
+    return vae, *encode_images(vae, torch.zeros(1, 3, args.resolution, args.resolution)).shape[1:3]
+
+
+def make_objective(args: argparse.Namespace):
+    fields, kind = read_json(args.objective_config), OBJECTIVES[args.objective]
+    if unknown := sorted(set(fields) - set(inspect.signature(kind).parameters)):
+        raise ValueError(f"Expected fields of {kind.__name__} in --objective_config, got {unknown}.")
+    return kind(**fields)
+
+
+def make_model(args: argparse.Namespace, *, channels: int, sample_size: int, num_classes: int):
+    """The model at its initialisation, the same in every process."""
+    given = {"in_channels": channels, "sample_size": sample_size, "num_classes": num_classes}
+    given["objective"] = args.objective
+    if args.routes is not None:
+        routes = {"default": "default", "none": None}
+        given["routes"] = routes[args.routes] if args.routes in routes else json.loads(args.routes)
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    if args.preset is not None:
+        return TREADTransformer2DModel.from_preset(args.preset, **given)
+
+    config = {key: value for key, value in read_json(args.model_config_name_or_path).items() if key[0] != "_"}
+    if unknown := sorted(set(config) - set(inspect.signature(TREADTransformer2DModel.__init__).parameters)):
+        raise ValueError(f"Expected settings of TREADTransformer2DModel in the model config, got {unknown}.")
+    for key in set(config) & set(given) - {"routes"}:
+        if config[key] not in (None, given[key]):
+            raise ValueError(f"Expected {key}={given[key]!r} for these data and flags, got {config[key]!r}.")
+    return TREADTransformer2DModel(**{**config, **given})
+
+
+def resolve_settings(args, accelerator, *, dataset, model: TREADTransformer2DModel) -> dict[str, Any]:
+    """All that the run depends on, for the eye and for telling this run from others."""
+    total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    num_images = None if args.streaming else len(dataset)
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * num_images / total_batch_size)
+    config = {key: value for key, value in json.loads(model.to_json_string()).items() if key[0] != "_"}
+    return {key: value for key, value in vars(args).items() if key not in CONTROL_FLAGS} | {
+        "mixed_precision": accelerator.mixed_precision,
+        "distributed_type": accelerator.distributed_type.value,
+        "num_processes": accelerator.num_processes,
+        "total_batch_size": total_batch_size,
+        "num_images": num_images,
+        "num_classes": dataset.num_classes,
+        "steps_per_epoch": None if num_images is None else num_images / total_batch_size,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "block_flops_saved": block_flops_saved(config),
+        "model": config,
+    }
+
+
+def print_settings(settings: dict[str, Any]) -> None:
+    print(json.dumps(settings, indent=2))
+    copies = 5 if settings["use_ema"] else 4  # weights, gradients, two Adam moments, average
+    gibibytes = copies * settings["num_parameters"] * 4 / 2**30
+    print(
+        f"{settings['num_parameters'] / 1e6:.1f}M parameters, {gibibytes:.2f} GiB of training state in all; "
+        f"{settings['max_train_steps']} steps of {settings['total_batch_size']} images; routes "
+        f"{settings['model']['routes']}, which save {settings['block_flops_saved']:.0%} of the blocks' FLOPs"
+    )

@@ -1,0 +1,73 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What a run looks at now and then, because each look waits for the device: mean loss, speed, finite weights."""
+
+import math
+import time
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+
+
+_REMEDY = (
+    "The last checkpoint is kept; go on from it with a lower --learning_rate and --resume_from_checkpoint latest."
+)
+
+
+class LossMonitor:
+    """Sums the losses of steps on the device until somebody looks.
+
+    Args:
+        accelerator: Of the run.
+        step: Optimiser steps done before.
+        samples_per_step: Of all processes together.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, step: int, samples_per_step: int):
+        self.accelerator, self.samples_per_step = accelerator, samples_per_step
+        self.loss_sum, self.step = torch.zeros((), device=accelerator.device), step
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the time until now out of the speed."""
+        self.time = time.perf_counter()
+
+    def add(self, loss: torch.Tensor) -> None:
+        """The loss of one step of this process, a scalar tensor; nothing waits for it."""
+        self.loss_sum += loss
+
+    def read(self, step: int) -> tuple[float, float]:
+        """The mean loss over all processes and the samples per second since the last call, which was at another step.
+
+        All processes call it together.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        steps = step - self.step
+        loss = self.accelerator.reduce(self.loss_sum / steps, reduction="mean").item()
+        if not math.isfinite(loss):
+            raise ValueError(f"Expected a finite loss, got {loss} between steps {self.step} and {step}. {_REMEDY}")
+        samples_per_second = steps * self.samples_per_step / (time.perf_counter() - self.time)
+        self.loss_sum.zero_()
+        self.step = step
+        self.restart_clock()
+        return loss, samples_per_second
+
+
+def check_weights(accelerator: Accelerator, parameters: Iterable[torch.Tensor], *, step: int) -> None:
+    """Looks at all weights, because a finite loss says nothing about those that the last step left.
+
+    Args:
+        accelerator: All its processes call this together.
+        parameters: Whole or sharded.
+        step: For the message.
+
+    Raises:
+        ValueError: On all processes, if any weight of any process is not finite.
+    """
+    local = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in local]).all()
+    if accelerator.reduce((~finite).float(), reduction="sum").item() > 0:
+        raise ValueError(f"Expected finite weights, got others after step {step}. {_REMEDY}")
