@@ -378,7 +378,8 @@ def test_kept_ids_that_do_not_fit_are_refused(make_model, inputs):
         ({"sample_size": 9}, "sample_size divisible by patch_size 2, got 9"),
         ({"patch_size": 0}, "patch_size 0"),
         ({"num_classes": -1}, "num_classes >= 0"),
-        ({"objective": "score"}, "objective 'edm', 'flow' or None, got 'score'"),
+        ({"objective": "score"}, "objective 'edm', 'flow', 'epsilon' or None, got 'score'"),
+        ({"freq_shift": 2}, "freq_shift 0 or 1, got 2"),
     ],
 )
 def test_a_bad_config_is_refused(make_model, changes, message):

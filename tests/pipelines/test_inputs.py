@@ -138,21 +138,23 @@ MATCHING = {
         FlowMatchHeunDiscreteScheduler(),
         UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     ],
+    "epsilon": [DDIMScheduler(), EulerDiscreteScheduler(), DPMSolverMultistepScheduler()],
 }
-OF_NEITHER = [
-    DDIMScheduler(),
+OF_NONE = [
+    DPMSolverMultistepScheduler(use_flow_sigmas=True),  # noise prediction at the noise levels of flow matching
     EulerDiscreteScheduler(prediction_type="v_prediction"),
     EDMHeunScheduler(prediction_type="v_prediction"),
     DPMSolverMultistepScheduler(prediction_type="flow_prediction"),  # with the noise levels of DDPM
 ]
 
 
-@pytest.mark.parametrize("objective", ["edm", "flow"])
+@pytest.mark.parametrize("objective", MATCHING)
 def test_only_schedulers_of_the_models_objective_are_taken(make_transformer, make_pipeline, objective):
     transformer = make_transformer(objective=objective)
     for scheduler in MATCHING[objective]:
         assert make_pipeline(scheduler, transformer).scheduler is scheduler
-    for scheduler in MATCHING["flow" if objective == "edm" else "edm"] + OF_NEITHER:
+    others = [scheduler for kind, schedulers in MATCHING.items() if kind != objective for scheduler in schedulers]
+    for scheduler in others + OF_NONE:
         with pytest.raises(ValueError, match=f"objective '{objective}', got {type(scheduler).__name__}"):
             make_pipeline(scheduler, transformer)
 

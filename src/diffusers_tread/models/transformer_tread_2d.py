@@ -82,11 +82,13 @@ class TREADAttention(nn.Module, AttentionModuleMixin):
 class TREADTransformerBlock(nn.Module):
     """A DiT block with adaLN-Zero (arXiv 2212.09748, figure 3)."""
 
-    def __init__(self, dim: int, *, heads: int, mlp_ratio: float, attention_bias: bool, norm_eps: float):
+    def __init__(
+        self, dim: int, *, heads: int, mlp_ratio: float, attention_bias: bool, norm_eps: float, ff_norm_eps: float
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         self.attn = TREADAttention(dim, heads=heads, bias=attention_bias)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, eps=ff_norm_eps, elementwise_affine=False)
         self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
         self.modulation = nn.Linear(dim, 6 * dim)
 
@@ -130,11 +132,15 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             mappings, None for a model without routing. Kept in the config as mappings with absolute indices.
         timestep_scale: The timestep is multiplied by it before the sinusoidal embedding, whose period is made for
             [0, 1000]. The paper feeds EDM's ln(sigma) / 4 as it is: 1.0. Flow schedulers give sigma * 1000: 1.0 too.
-        objective: "edm" or "flow", what the weights were trained with; `TREADPipeline` refuses a scheduler of the
-            other kind. None: unknown, not checked.
+        objective: "edm", "flow" or "epsilon" (DDPM's noise prediction, as in DiT), what the weights were trained with;
+            `TREADPipeline` refuses a scheduler of another kind. None: unknown, not checked.
         mlp_ratio: Width of the feed-forward layer over D.
         attention_bias: Whether query, key and value have a bias.
         norm_eps: Epsilon of the layer norms.
+        ff_norm_eps: Epsilon of the norm before the feed-forward layer; None for `norm_eps`. diffusers' own DiT has
+            1e-5 here and 1e-6 elsewhere.
+        freq_shift: The timestep's frequencies are 10000^(-i / (128 - freq_shift)): 0 as in the papers, 1 as in
+            diffusers' own DiT.
 
     Raises:
         ValueError: An argument out of range; routes as `resolve_routes`.
@@ -171,10 +177,12 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         num_classes: int = 1000,
         routes: "Literal['default'] | Iterable[TokenRoute | Mapping[str, Any]] | None" = "default",
         timestep_scale: float = 1.0,
-        objective: Literal["edm", "flow"] | None = None,
+        objective: Literal["edm", "flow", "epsilon"] | None = None,
         mlp_ratio: float = 4.0,
         attention_bias: bool = True,
         norm_eps: float = 1e-6,
+        ff_norm_eps: float | None = None,
+        freq_shift: int = 0,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -187,8 +195,10 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             raise ValueError(f"Expected sample_size divisible by patch_size {patch_size}, got {sample_size}.")
         if num_classes < 0:
             raise ValueError(f"Expected num_classes >= 0 (0: unconditional), got {num_classes}.")
-        if objective not in (None, "edm", "flow"):
-            raise ValueError(f"Expected objective 'edm', 'flow' or None, got {objective!r}.")
+        if objective not in (None, "edm", "flow", "epsilon"):
+            raise ValueError(f"Expected objective 'edm', 'flow', 'epsilon' or None, got {objective!r}.")
+        if freq_shift not in (0, 1):
+            raise ValueError(f"Expected freq_shift 0 or 1, got {freq_shift!r}.")
 
         # Routing.
         routes = default_route(num_layers) if routes == "default" else routes
@@ -211,6 +221,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
                 mlp_ratio=mlp_ratio,
                 attention_bias=attention_bias,
                 norm_eps=norm_eps,
+                ff_norm_eps=norm_eps if ff_norm_eps is None else ff_norm_eps,
             )
             for _ in range(num_layers)
         )
@@ -233,7 +244,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         num_classes: int = 1000,
         routes: "Literal['default'] | Iterable[TokenRoute | Mapping[str, Any]] | None" = "default",
         timestep_scale: float = 1.0,
-        objective: Literal["edm", "flow"] | None = None,
+        objective: Literal["edm", "flow", "epsilon"] | None = None,
     ) -> "TREADTransformer2DModel":
         """A model of one of DiT's sizes: "S", "B", "L" or "XL" with patch size 2, 4 or 8, such as "XL/2".
 
@@ -330,7 +341,9 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         """[B, D]: SiLU of the sum of the time and class embeddings, which every block and the output use."""
         batch_size = hidden_states.shape[0]
         timestep = timestep.to(hidden_states.device, torch.float32).expand(batch_size) * self.config.timestep_scale
-        frequencies = get_timestep_embedding(timestep, 256, flip_sin_to_cos=True, downscale_freq_shift=0)  # B 256
+        frequencies = get_timestep_embedding(
+            timestep, 256, flip_sin_to_cos=True, downscale_freq_shift=self.config.freq_shift
+        )  # B 256
         if class_labels is None:
             class_labels = torch.full((batch_size,), self.config.num_classes, device=hidden_states.device)
 
