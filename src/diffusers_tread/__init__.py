@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-from .guiders import SparseGuidance
+from .guiders import RatioSchedule, SparseGuidance
 from .hooks import (
     BlockSpec,
     ModelSpec,
@@ -25,6 +25,7 @@ __all__ = [
     "EDMObjective",
     "FlowMatchingObjective",
     "ModelSpec",
+    "RatioSchedule",
     "SparseGuidance",
     "TREADPipeline",
     "TREADTransformer2DModel",

@@ -92,6 +92,7 @@ def test_model_index_names_every_component(saved):
         "scheduler": ["diffusers_tread.schedulers.scheduling_edm_heun", "EDMHeunScheduler"],
         "vae": ["diffusers", "AutoencoderKL"],
         "guider": ["diffusers_tread.guiders.sparse_guidance", "SparseGuidance"],
+        "guidance_transformer": [None, None],
         "id2label": {"0": "tench, Tinca tinca", "3": "crane"},
     }
 

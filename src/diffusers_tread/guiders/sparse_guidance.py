@@ -2,6 +2,7 @@
 """Sparse Guidance: the difference between a lightly and a heavily routed prediction guides (arXiv 2601.01608)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,32 +11,53 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
 from ..routing import TokenRouter, get_token_router
-from ..routing.route import check_selection_ratio
+from .ratio_schedule import RatioSchedule, as_schedule
+
+
+# arXiv 2601.01608, ImageNet-256, Euler with 40 steps. It prints no guidance scale for "flops" and "fid", and of the
+# cosine of "fid" only its ends: half a period is our reading.
+_PRESETS = {
+    "single": {"guidance_scale": 1.4, "strong_ratio": 0.2, "weak_ratio": 0.8},
+    "flops": {"strong_ratio": 0.5, "weak_ratio": 0.9},
+    "fid": {
+        "strong_ratio": RatioSchedule(first=0.0, last=0.6),
+        "weak_ratio": RatioSchedule(first=0.6, last=0.0),
+        "weak_checkpoint": True,
+    },
+}
 
 
 class SparseGuidance(BaseGuidance):
     r"""D = w * D(x, t, c; strong_ratio) + (1 - w) * D(x, t, c; weak_ratio), both branches with the condition c.
 
     Works wherever diffusers' guiders do, on `TREADTransformer2DModel` and on models prepared by `apply_token_routing`:
-    for each branch it sets the ratio of the denoiser's token router and puts it back afterwards. In the paper a single
-    model does best with w = 1.4 and ratios 0.05-0.3 and 0.75-0.85, or w = 1.6 and 0.1-0.35 and 0.65-0.85.
+    for each branch it sets the ratio of the denoiser's token router and puts it back afterwards. `null_weak_branch`
+    and `weak_checkpoint` make it the related kinds of guidance, and with ratios of 0.0 autoguidance (arXiv 2406.02507,
+    here with the condition in both branches, as in the paper and unlike diffusers' `AutoGuidance`).
 
     Args:
         guidance_scale: w, at least 0. 1.0 leaves the strong branch alone (and does not run the weak one).
-        strong_ratio: Share of tokens routed away in the strong branch; 0.0 is dense.
-        weak_ratio: Share of tokens routed away in the weak branch, larger than `strong_ratio` and below 1.
+        strong_ratio: Share of tokens routed away in the strong branch; 0.0 is dense. A `RatioSchedule` (or its
+            mapping) changes it from model call to model call.
+        weak_ratio: Share of tokens routed away in the weak branch, below 1, or its schedule. Unless
+            `weak_checkpoint`, never below `strong_ratio`, and not always equal to it.
         null_weak_branch: Whether the weak branch also drops the condition, which adds classifier-free guidance.
+        weak_checkpoint: Whether another denoiser, an earlier checkpoint, runs the weak branch, which adds
+            autoguidance. `TREADPipeline` takes its `guidance_transformer`; a loop of your own calls `prepare_models`,
+            the forward and `cleanup_models` with that denoiser for the second branch.
         guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4.
-        start: Share of the sampling steps after which guidance starts.
-        stop: Share of the sampling steps after which guidance stops. Outside there is one dense prediction.
+        start: Share of the model calls after which guidance starts.
+        stop: Share of the model calls after which guidance stops. Outside there is one dense prediction, with the
+            condition, of the main denoiser.
         enabled: False for one dense prediction everywhere.
 
     Raises:
         ValueError: An argument out of range.
 
     Example:
-        >>> from diffusers_tread import SparseGuidance
+        >>> from diffusers_tread import RatioSchedule, SparseGuidance
         >>> guider = SparseGuidance(guidance_scale=1.4, strong_ratio=0.2, weak_ratio=0.8)
+        >>> guider = SparseGuidance(strong_ratio=0.0, weak_ratio=RatioSchedule(first=0.8, last=0.2, shape="linear"))
     """
 
     # The names that diffusers' modular loops know; here "uncond" is the weak branch.
@@ -45,51 +67,108 @@ class SparseGuidance(BaseGuidance):
     def __init__(
         self,
         guidance_scale: float = 1.4,
-        strong_ratio: float = 0.2,
-        weak_ratio: float = 0.8,
+        strong_ratio: "float | RatioSchedule | Mapping[str, Any]" = 0.2,
+        weak_ratio: "float | RatioSchedule | Mapping[str, Any]" = 0.8,
         null_weak_branch: bool = False,
+        weak_checkpoint: bool = False,
         guidance_rescale: float = 0.0,
         start: float = 0.0,
         stop: float = 1.0,
         enabled: bool = True,
     ):
         super().__init__(start, stop, enabled)
-        check_selection_ratio(strong_ratio)
-        check_selection_ratio(weak_ratio)
-        if weak_ratio <= strong_ratio:
-            raise ValueError(
-                f"Expected weak_ratio > strong_ratio (the weak branch routes more tokens away), got weak_ratio="
-                f"{weak_ratio}, strong_ratio={strong_ratio}."
-            )
+        schedules = {"strong_ratio": as_schedule(strong_ratio), "weak_ratio": as_schedule(weak_ratio)}
+        if not weak_checkpoint:
+            _check_gap(**schedules)
         if not 0.0 <= guidance_scale < math.inf:
             raise ValueError(f"Expected a finite guidance_scale >= 0, got {guidance_scale}.")
         if not 0.0 <= guidance_rescale <= 1.0:
             raise ValueError(f"Expected guidance_rescale in [0, 1], got {guidance_rescale}.")
 
         self.guidance_scale = guidance_scale
-        self.strong_ratio = strong_ratio
-        self.weak_ratio = weak_ratio
+        self.strong_ratio = _shorten(schedules["strong_ratio"])
+        self.weak_ratio = _shorten(schedules["weak_ratio"])
         self.null_weak_branch = null_weak_branch
+        self.weak_checkpoint = weak_checkpoint
         self.guidance_rescale = guidance_rescale
         self._changed_router: tuple[TokenRouter, dict[str, Any]] | None = None
+        self._strong_router_id: int | None = None
+
+        # As JSON can hold them.
+        for name in schedules:
+            ratio = getattr(self, name)
+            self.register_to_config(**{name: ratio.to_dict() if isinstance(ratio, RatioSchedule) else ratio})
+
+    @classmethod
+    def from_preset(cls, preset: str, **settings: Any) -> "SparseGuidance":
+        """The settings of the paper (arXiv 2601.01608; XL/2 on ImageNet-256), for its models and 40 Euler steps.
+
+        Args:
+            preset: "single": one model at w 1.4 with ratios 0.2 and 0.8, amid the best ranges 0.05-0.3 and 0.75-0.85.
+                "flops": one model with ratios 0.5 and 0.9 (SG_FLOPS, FID 2.14 at 97.67 GFLOPs per step).
+                "fid": the weak branch is an early checkpoint, whose ratio falls by a cosine from 0.6 to 0 while the
+                main one's rises by its inverse (SG_FID, FID 1.58 at 173.16 GFLOPs; checkpoint of 50K steps).
+            **settings: Arguments of the constructor, to add or to replace. "flops" and "fid" need `guidance_scale`:
+                the paper does not print theirs.
+
+        Raises:
+            ValueError: An unknown preset, or no `guidance_scale` where there is none to take.
+
+        Example:
+            >>> from diffusers_tread import SparseGuidance
+            >>> SparseGuidance.from_preset("flops", guidance_scale=1.5).weak_ratio
+            0.9
+        """
+        if preset not in _PRESETS:
+            raise ValueError(f"Expected a preset among {list(_PRESETS)}, got {preset!r}.")
+        settings = {**_PRESETS[preset], **settings}
+        if "guidance_scale" not in settings:
+            raise ValueError(
+                f"Expected a guidance_scale for the preset {preset!r}, got none: its paper does not print one. Choose "
+                "it, for example guidance_scale=1.4, the value of the preset 'single'."
+            )
+        return cls(**settings)
+
+    def check_denoisers(self, denoiser: torch.nn.Module, weak_denoiser: torch.nn.Module | None = None) -> None:
+        """Raises ValueError if these denoisers cannot run the branches; to be called before sampling.
+
+        Args:
+            denoiser: What runs the strong branch, and the weak one too unless `weak_checkpoint`.
+            weak_denoiser: What runs the weak branch if `weak_checkpoint`; not looked at otherwise.
+        """
+        if not self._enabled:
+            return
+        if self.weak_checkpoint and weak_denoiser is None:
+            raise ValueError(
+                "Expected a second denoiser for the weak branch (weak_checkpoint=True), got None. Give the pipeline "
+                "guidance_transformer=<an earlier checkpoint>, or use weak_checkpoint=False."
+            )
+        _check_routes(denoiser, self.strong_ratio)
+        _check_routes(weak_denoiser if self.weak_checkpoint else denoiser, self.weak_ratio)
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Sets the branch's ratio; call `cleanup_models` after the forward, also on error.
 
         Raises:
-            ValueError: The denoiser has no routes, without which both branches would be the same.
+            ValueError: The denoiser lacks the routes that the ratio needs, or `weak_checkpoint` and both branches
+                have the same denoiser.
         """
         self.cleanup_models(denoiser)  # what a caller left behind that failed in between
-        router, guides = get_token_router(denoiser), self._is_within_range()
-        if guides and not router.routes:
-            raise ValueError(
-                f"Expected a denoiser with token routes, got {type(denoiser).__name__} with routes=None. Use a model "
-                "trained with routes, or another guider."
-            )
+        router, branch = get_token_router(denoiser), self._count_prepared
+        ratio = self.branch_ratios[branch]
+        if self._is_within_range():
+            _check_routes(denoiser, self.weak_ratio if branch else self.strong_ratio)
+            if branch and self.weak_checkpoint and id(router) == self._strong_router_id:
+                raise ValueError(
+                    "Expected another denoiser for the weak branch (weak_checkpoint=True), got the strong branch's. "
+                    "Use TREADPipeline with a guidance_transformer, or weak_checkpoint=False."
+                )
+
+        if branch == 0:
+            self._strong_router_id = id(router)
         self._count_prepared += 1
         self._changed_router = (router, {"enabled": router.enabled, "selection_ratio": router.selection_ratio})
-        router.enabled = guides
-        router.selection_ratio = self.strong_ratio if self.is_conditional else self.weak_ratio
+        router.enabled, router.selection_ratio = True, ratio
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         """Puts the router's settings back."""
@@ -134,6 +213,27 @@ class SparseGuidance(BaseGuidance):
         """Branches, and so model calls, of the current step."""
         return 2 if self._is_within_range() and self.guidance_scale != 1.0 else 1
 
+    @property
+    def branch_ratios(self) -> list[float]:
+        """Per branch of the current step, strong then weak, the share of tokens routed away.
+
+        Raises:
+            ValueError: A ratio is a schedule and `set_state` was not called.
+        """
+        if not self._is_within_range():
+            return [0.0]
+        return [self._ratio_now(ratio) for ratio in (self.strong_ratio, self.weak_ratio)][: self.num_conditions]
+
+    def _ratio_now(self, ratio: "float | RatioSchedule") -> float:
+        if not isinstance(ratio, RatioSchedule):
+            return ratio
+        if self._num_inference_steps is None:
+            raise ValueError(
+                "Expected the current step, which a RatioSchedule needs, got none. Call guider.set_state(step=..., "
+                "num_inference_steps=..., timestep=...) before each step."
+            )
+        return ratio.at(self._step / max(self._num_inference_steps - 1, 1))
+
     def _branches(self) -> list[tuple[int, str]]:
         """Per branch the index into (conditional, unconditional) inputs and the prediction's name."""
         self._count_prepared = 0  # the strong branch comes first, also in a loop that does not call `set_state`
@@ -146,3 +246,29 @@ class SparseGuidance(BaseGuidance):
         first = int(self._start * self._num_inference_steps)
         last = int(self._stop * self._num_inference_steps)
         return first <= self._step < last
+
+
+def _check_gap(*, strong_ratio: RatioSchedule, weak_ratio: RatioSchedule) -> None:
+    """Raises ValueError unless the weak branch of one model routes more tokens away than the strong one."""
+    gaps = [weak_ratio.at(i / 100) - strong_ratio.at(i / 100) for i in range(101)]
+    if min(gaps) < 0.0 or max(gaps) == 0.0:
+        raise ValueError(
+            "Expected weak_ratio > strong_ratio (the weak branch routes more tokens away), got weak_ratio="
+            f"{_shorten(weak_ratio)}, strong_ratio={_shorten(strong_ratio)}. Exchange them, or use "
+            "weak_checkpoint=True with an earlier checkpoint."
+        )
+
+
+def _check_routes(denoiser: torch.nn.Module, ratio: "float | RatioSchedule") -> None:
+    """Raises ValueError if `ratio` is above 0 at some time and the denoiser has no routes."""
+    schedule = as_schedule(ratio)
+    if max(schedule.first, schedule.last) > 0.0 and not get_token_router(denoiser).routes:
+        raise ValueError(
+            f"Expected a denoiser with token routes, got {type(denoiser).__name__} with routes=None. Use a model "
+            "trained with routes, or another guider."
+        )
+
+
+def _shorten(schedule: RatioSchedule) -> "float | RatioSchedule":
+    """A constant schedule as its number."""
+    return schedule.first if schedule.first == schedule.last else schedule

@@ -9,26 +9,16 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
+import numpy as np
 import torch
-from diffusers import (
-    BaseGuidance,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    ImagePipelineOutput,
-    ModelMixin,
-    SchedulerMixin,
-)
+from diffusers import BaseGuidance, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..guiders import SparseGuidance
 from ..models import TREADTransformer2DModel
 from ..routing import draw_routing_seed, get_token_router, token_routing
-
-
-# These say by their class, not by their `prediction_type`, that the network predicts noise - data.
-_FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+from .components import check_channels, check_guidance_transformer, check_scheduler, check_sigmas
 
 
 class TREADPipeline(DiffusionPipeline):
@@ -44,11 +34,14 @@ class TREADPipeline(DiffusionPipeline):
         vae: Decodes latents to images; None for a model of pixels.
         guider: `SparseGuidance` or any other guider of diffusers that needs nothing but the class labels. None for
             plain classifier-free guidance by `guidance_scale`.
+        guidance_transformer: An earlier checkpoint, or another worse model of the same data, for the weak branch of
+            `SparseGuidance(weak_checkpoint=True)`; not run otherwise.
         id2label: Class id to name; integer keys become strings, as in JSON. A name may hold several, separated by
             commas, as ImageNet's do.
 
     Raises:
-        ValueError: The scheduler does not match the transformer's objective, or the VAE its channels.
+        ValueError: The scheduler does not match the transformer's objective, the VAE its channels, or the guidance
+            transformer its channels, patch size, classes or objective.
 
     Example:
         >>> from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
@@ -58,8 +51,9 @@ class TREADPipeline(DiffusionPipeline):
         (8, 8)
     """
 
+    # Without the guidance transformer: it takes turns with the transformer, and each would evict the other.
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae", "guider"]
+    _optional_components = ["vae", "guider", "guidance_transformer"]
     _callback_tensor_inputs = ["latents", "class_labels"]
 
     def __init__(
@@ -68,12 +62,20 @@ class TREADPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers 0.36 does not read `X | None`
         guider: Optional[BaseGuidance] = None,  # noqa: UP045
+        guidance_transformer: Optional[TREADTransformer2DModel] = None,  # noqa: UP045
         id2label: Optional[dict[str, str]] = None,  # noqa: UP045
     ):
         super().__init__()
         check_scheduler(scheduler, transformer.config.objective)
         check_channels(transformer, vae)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guider=guider)
+        check_guidance_transformer(transformer, guidance_transformer)
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            guider=guider,
+            guidance_transformer=guidance_transformer,
+        )
         id2label = None if id2label is None else {str(index): name for index, name in id2label.items()}
         self.register_to_config(id2label=id2label)
 
@@ -119,6 +121,7 @@ class TREADPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 40,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: "torch.Generator | list[torch.Generator] | None" = None,
@@ -136,6 +139,8 @@ class TREADPipeline(DiffusionPipeline):
             height: In pixels of the image; None for the size of training.
             width: As `height`.
             num_inference_steps: Steps N of the sampler; Heun's method calls the model 2N - 1 times.
+            sigmas: The N noise levels to use instead of the scheduler's own, strictly decreasing, without the final 0;
+                `num_inference_steps` is not used then. A scheduler with a `shift` applies it to them.
             guidance_scale: Plain classifier-free guidance w: uncond + w * (cond - uncond), both in one forward.
                 Values of at most 1 mean no guidance. If given, the pipeline's guider is not used in this call.
             num_images_per_prompt: Images for each label.
@@ -158,25 +163,30 @@ class TREADPipeline(DiffusionPipeline):
         image_size = self.transformer.config.sample_size * self.vae_scale_factor
         height = image_size if height is None else height
         width = image_size if width is None else width
+        guider = self.guider if guidance_scale is None else None
         self.check_inputs(
             class_labels,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            guider=guider,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        guider = self.guider if guidance_scale is None else None
         self._guidance_scale = guidance_scale
         self._interrupt = False
 
         # Labels, noise and timesteps.
         device = self._execution_device
         class_labels = torch.tensor(class_labels, device=device).repeat_interleave(num_images_per_prompt)  # B
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if sigmas is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            self.scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float64), device=device)
         latents = self._prepare_latents(len(class_labels), height, width, generator, latents, device)  # B C H W
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -229,6 +239,8 @@ class TREADPipeline(DiffusionPipeline):
         height: int,
         width: int,
         num_inference_steps: int,
+        sigmas: Sequence[float] | None,
+        guider: BaseGuidance | None,
         num_images_per_prompt: int,
         generator: "torch.Generator | list[torch.Generator] | None",
         latents: torch.Tensor | None,
@@ -239,6 +251,11 @@ class TREADPipeline(DiffusionPipeline):
         config = self.transformer.config
         check_scheduler(self.scheduler, config.objective)
         check_channels(self.transformer, self.vae)
+        check_guidance_transformer(self.transformer, self.guidance_transformer)
+        if isinstance(guider, SparseGuidance):
+            guider.check_denoisers(self.transformer, self.guidance_transformer)
+        if sigmas is not None:
+            check_sigmas(self.scheduler, sigmas)
         batch_size = len(class_labels) * num_images_per_prompt
         stride = self.vae_scale_factor * config.patch_size
 
@@ -303,40 +320,44 @@ class TREADPipeline(DiffusionPipeline):
         if guider is not None:
             guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
             branches = guider.prepare_inputs({"class_labels": (class_labels, null_labels)})
-            for branch in branches:
-                guider.prepare_models(self.transformer)
+            for index, branch in enumerate(branches):
+                is_checkpoint = index == 1 and getattr(guider, "weak_checkpoint", False)
+                transformer = self.guidance_transformer if is_checkpoint else self.transformer
+                guider.prepare_models(transformer)
                 try:
-                    branch.noise_pred = self._denoise(latents, timestep, branch.class_labels, generator)
+                    branch.noise_pred = self._denoise(transformer, latents, timestep, branch.class_labels, generator)
                 finally:
-                    guider.cleanup_models(self.transformer)
+                    guider.cleanup_models(transformer)
             return guider(branches)[0]
 
         # Plain classifier-free guidance runs both in one forward.
         if self.guidance_scale is not None and self.guidance_scale > 1.0:
             labels = torch.cat([class_labels, null_labels])  # 2B
-            both = self._denoise(torch.cat([latents, latents]), timestep, labels, generator)
+            both = self._denoise(self.transformer, torch.cat([latents, latents]), timestep, labels, generator)
             conditional, unconditional = both.chunk(2)
             return torch.lerp(unconditional, conditional, self.guidance_scale)
-        return self._denoise(latents, timestep, class_labels, generator)
+        return self._denoise(self.transformer, latents, timestep, class_labels, generator)
 
+    @staticmethod
     def _denoise(
-        self,
+        transformer: TREADTransformer2DModel,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         generator: "torch.Generator | list[torch.Generator] | None",
     ) -> torch.Tensor:
         """One forward in the model's dtype. Where it routes, its subset is drawn from the caller's generators."""
-        router = get_token_router(self.transformer)
+        router = get_token_router(transformer)
         seed = router.seed
         if seed is None and generator is not None and router.is_routing(training=False):
             if isinstance(generator, list) and len(generator) != len(latents):
                 generator = [*generator, *generator]  # both halves of classifier-free guidance
             seed = draw_routing_seed(generator, device=latents.device)
-        with token_routing(self.transformer, seed=seed):
-            return self.transformer(
-                latents.to(self.transformer.dtype), timestep, class_labels=class_labels, return_dict=False
-            )[0].float()
+        with token_routing(transformer, seed=seed):
+            prediction = transformer(
+                latents.to(transformer.dtype), timestep, class_labels=class_labels, return_dict=False
+            )[0]
+        return prediction.float()
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to images in [-1, 1]; a model of pixels has them already."""
@@ -363,53 +384,15 @@ class TREADPipeline(DiffusionPipeline):
     @contextmanager
     def _evaluation_mode(self):
         """Evaluation mode inside, whatever a training loop left; restored also on error."""
-        was_training = self.transformer.training
-        self.transformer.eval()
+        models = [model for model in (self.transformer, self.guidance_transformer) if model is not None]
+        were_training = [model.training for model in models]
+        for model in models:
+            model.eval()
         try:
             yield
         finally:
-            self.transformer.train(was_training)
-
-
-def check_scheduler(scheduler: SchedulerMixin, objective: str | None) -> None:
-    """Raises ValueError if `scheduler` cannot sample from a model trained with `objective`; None is not checked."""
-    prediction = scheduler.config.get("prediction_type")
-    if "sigma_data" in scheduler.config:
-        kind = "edm" if prediction == "epsilon" else None
-    elif isinstance(scheduler, _FLOW_SCHEDULERS):
-        kind = "flow"
-    elif prediction == "flow_prediction":
-        kind = "flow" if scheduler.config.get("use_flow_sigmas", True) else None
-    else:
-        of_ddpm = prediction == "epsilon" and not scheduler.config.get("use_flow_sigmas", False)
-        kind = "epsilon" if of_ddpm else None
-
-    if objective is not None and kind != objective:
-        advice = {
-            "edm": "EDMHeunScheduler, EDMEulerScheduler or EDMDPMSolverMultistepScheduler, prediction_type 'epsilon'",
-            "flow": "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction', "
-            "use_flow_sigmas=True",
-            "epsilon": "DDIMScheduler or another of DDPM's, prediction_type 'epsilon'",
-        }[objective]
-        raise ValueError(
-            f"Expected a scheduler for the transformer's objective {objective!r}, got {type(scheduler).__name__} "
-            f"(prediction_type {prediction!r}). Use {advice}."
-        )
-
-
-def check_channels(transformer: TREADTransformer2DModel, vae: ModelMixin | None) -> None:
-    """Raises ValueError if the transformer's output is not of its input's kind, or the VAE cannot decode it."""
-    config = transformer.config
-    if config.out_channels not in (None, config.in_channels):
-        raise ValueError(
-            f"Expected a transformer with as many output as input channels ({config.in_channels}), "
-            f"got out_channels={config.out_channels}."
-        )
-    if vae is not None and vae.config.latent_channels != config.in_channels:
-        raise ValueError(
-            f"Expected a VAE with the transformer's {config.in_channels} channels, got {type(vae).__name__} with "
-            f"{vae.config.latent_channels}. Use the VAE that made the training latents."
-        )
+            for model, was_training in zip(models, were_training, strict=True):
+                model.train(was_training)
 
 
 def _step_takes_generator(scheduler: SchedulerMixin) -> bool:
