@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .images import DigitsDataset, ImageDataset, center_crop, collate_images, image_to_tensor, open_images
-from .latents import encode_images
+from .latent_shards import LatentsWriter, verify_latents
+from .latents import LatentsInfo, encode_images, encode_moments, latents_from_moments, vae_fingerprint
 from .loading import make_batches, open_training_data
 from .sampling import EpochBatchSampler, derive_seed
 from .streaming import StreamingImageDataset
@@ -10,13 +11,19 @@ __all__ = [
     "DigitsDataset",
     "EpochBatchSampler",
     "ImageDataset",
+    "LatentsInfo",
+    "LatentsWriter",
     "StreamingImageDataset",
     "center_crop",
     "collate_images",
     "derive_seed",
     "encode_images",
+    "encode_moments",
     "image_to_tensor",
+    "latents_from_moments",
     "make_batches",
     "open_images",
     "open_training_data",
+    "vae_fingerprint",
+    "verify_latents",
 ]

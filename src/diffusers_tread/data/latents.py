@@ -11,6 +11,7 @@ Shapes: B batch, C latent channels, S side of the latents, M values a record: 2C
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ class LatentsInfo:
     shift_factor: float = 0.0
     """See `scaling_factor`."""
     vae: dict[str, Any]
-    """`name_or_path`, `revision`, `subfolder`, `class_name` and `fingerprint` of the VAE (see `vae_fingerprint`)."""
+    """`name_or_path`, `revision`, `subfolder`, `class_name` and `fingerprint` of the VAE (see `vae_fingerprint`), and
+    the `dtype` that it encoded in."""
     source: dict[str, Any]
     """Where the images came from: `dataset_name`, `config`, `split`, `revision`, `columns` or `train_data_dir`."""
     crop: str = "center"
@@ -102,8 +104,8 @@ class LatentsInfo:
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"Expected a folder of latents with a {INFO} as examples/precompute_latents.py writes it, got {folder} "
-                f"({error})."
+                f"Expected a folder of latents with a {INFO}, as examples/precompute_latents.py writes it when it is "
+                f"done, got {folder} ({error})."
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,6 +189,19 @@ def latents_from_moments(
 def latent_scale(vae) -> tuple[float, float]:
     """`shift_factor` and `scaling_factor` of a VAE; 0 and 1 where its config has none."""
     return getattr(vae.config, "shift_factor", None) or 0.0, getattr(vae.config, "scaling_factor", None) or 1.0
+
+
+def vae_fingerprint(vae) -> str:
+    """Tells VAEs apart by what they compute with: a hash of the names, shapes and float32 values of their weights.
+
+    Returns:
+        64 hexadecimal digits, the same on every device and for weights stored in any precision that float32 holds.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().reshape(-1))
+    return digest.hexdigest()
 
 
 def _encode(vae, pixel_values: torch.Tensor) -> tuple[Any, torch.Tensor | None]:

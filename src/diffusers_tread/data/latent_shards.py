@@ -1,0 +1,302 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Writing a folder of latents shard by shard, with any number of processes, and checking one.
+
+While it is written, a folder also holds `unfinished/`, with a record of each shard that is whole. It is gone once
+`latents.json` is there. The layout and the letters of the shapes are those of latents.py.
+"""
+
+import dataclasses
+import errno
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..files import file_sha256, publish, write_json
+from .latents import INFO, LatentsInfo
+
+
+SETTINGS, UNFINISHED = "latents_config.json", "unfinished"
+# Rows per Arrow record batch: few enough that a random read touches little, many enough to find it quickly.
+RECORD_BATCH = 64
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo:
+    """Compares the shards of a finished folder with its `latents.json`.
+
+    Args:
+        folder: A folder of latents.
+        checksums: Whether to read every shard and compare its SHA-256, or to look at its size only.
+
+    Returns:
+        The content of `latents.json`.
+
+    Raises:
+        ValueError: There is none; shards are missing, cut off or changed, with their names.
+    """
+    folder, info = Path(folder), LatentsInfo.load(folder)
+    problems = {}
+    for shard in tqdm(info.shards, desc="Verifying", unit="shard", disable=not checksums):
+        if problem := _compare(folder / shard["file"], shard, checksums=checksums):
+            problems[shard["file"]] = problem
+    if problems:
+        raise ValueError(
+            f"Expected the {len(info.shards)} shards of {folder} as they were written, got {_listed(problems)}. Fetch "
+            f"those files again, or delete {INFO} and run the command that made the folder."
+        )
+    return info
+
+
+class LatentsWriter:
+    """Writes a folder of latents; one that was killed goes on where it was.
+
+    The main process calls `open`, then any processes `write` the missing shards, then the main process `finish`.
+
+    Args:
+        folder: The folder; made if missing.
+        info: What it will hold. Its `num_samples`, `shards` and `unreadable` are replaced by what is written.
+        num_shards: Shards of the whole folder.
+        max_unreadable: How many unreadable images may be left out.
+    """
+
+    def __init__(self, folder: str | Path, info: LatentsInfo, *, num_shards: int, max_unreadable: int = 0):
+        self.folder, self.info, self.max_unreadable = Path(folder), info, max_unreadable
+        self.schema = info.features().arrow_schema
+        self._left_out: list[str] = []
+        self.files = [f"data/train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / INFO).exists()
+
+    def open(self, settings: dict[str, Any]) -> list[int]:
+        """Claims the folder and finds what is left to do.
+
+        Args:
+            settings: What the shards depend on besides `info`, JSON. Kept in `latents_config.json`.
+
+        Returns:
+            The shards still to be written.
+
+        Raises:
+            ValueError: The folder holds something else, with what differs.
+            OSError: The disk is full.
+        """
+        draft = dataclasses.replace(self.info, num_samples=1, shards=(), unreadable=()).to_dict()
+        settings = json.loads(json.dumps(draft | settings | {"num_shards": len(self.files)}))
+        _check_owner(self.folder, settings)
+        with self._disk_full_explained():
+            for name in ("data", UNFINISHED):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / SETTINGS, settings)
+
+        # What a killed process left.
+        for half in self.folder.rglob("*.tmp"):
+            half.unlink()
+        if self.is_finished:
+            shutil.rmtree(self.folder / UNFINISHED)
+            return []
+        return [shard for shard in range(len(self.files)) if not self._is_whole(shard)]
+
+    def write(self, shard: int, batches: Iterable[dict[str, Any]]) -> None:
+        """Writes a shard, which appears whole or not at all.
+
+        Args:
+            shard: Its number.
+            batches: Its records in order. Each has `names`, those of B images, and `unreadable`, those of images left
+                out; unless B is 0 also `moments` [B, M, S, S], `label` [B] integers and, if the folder has them,
+                `moments_flipped`.
+
+        Raises:
+            ValueError: A value that is not finite in the folder's dtype; too many unreadable images.
+            OSError: The disk is full.
+        """
+        import pyarrow as pa
+
+        final = self.folder / self.files[shard]
+        temporary = final.with_name(final.name + ".tmp")
+        unreadable: list[str] = []
+        num_samples = 0
+        with self._disk_full_explained():
+            try:
+                with open(temporary, "wb") as file, pa.ipc.new_stream(file, self.schema) as stream:
+                    for table in _regroup(self._tables(batches, unreadable)):
+                        stream.write_table(table, max_chunksize=RECORD_BATCH)
+                        num_samples += table.num_rows
+                publish(temporary, final)
+            finally:
+                temporary.unlink(missing_ok=True)
+            size, sha256 = final.stat().st_size, file_sha256(final)
+            record = {"file": self.files[shard], "num_samples": num_samples, "size": size, "sha256": sha256}
+            write_json(self._record_path(shard), record | {"unreadable": unreadable})
+
+    def finish(self) -> LatentsInfo:
+        """Reads every shard back, checks it and, last of all, writes `latents.json`; checks a finished folder again.
+
+        Raises:
+            ValueError: No readable images or too many unreadable ones; a shard is not what was written. In that case
+                the same command writes it again.
+            OSError: The disk is full.
+        """
+        if self.is_finished:
+            return verify_latents(self.folder)
+        records = [json.loads(self._record_path(shard).read_text()) for shard in range(len(self.files))]
+        unreadable = [name for record in records for name in record.pop("unreadable")]
+        self._check_unreadable(unreadable)
+        if not any(record["num_samples"] for record in records):
+            raise ValueError(f"Expected at least one readable image, got {len(unreadable)} unreadable ones.")
+
+        # Read back. What is damaged loses its record, so that it counts as missing.
+        problems = {}
+        for shard, record in enumerate(tqdm(records, desc="Verifying", unit="shard")):
+            path = self.folder / record["file"]
+            if problem := _compare(path, record) or self._check_content(path, record):
+                problems[record["file"]] = problem
+                self._record_path(shard).unlink()
+        if problems:
+            raise ValueError(
+                f"Expected shards as they were written, got {_listed(problems)}. Run the same command to write them "
+                "again, and check the disk."
+            )
+
+        total = sum(record["num_samples"] for record in records)
+        info = dataclasses.replace(self.info, num_samples=total, shards=tuple(records), unreadable=tuple(unreadable))
+        with self._disk_full_explained():
+            write_json(self.folder / INFO, info.to_dict())
+        shutil.rmtree(self.folder / UNFINISHED)
+        return info
+
+    def _tables(self, batches: Iterable[dict[str, Any]], unreadable: list[str]) -> Iterator[Any]:
+        """Batches as Arrow tables in the folder's dtype; the unreadable images are added to the list."""
+        import pyarrow as pa
+
+        columns = [name for name in self.schema.names if name != "label"]
+        for batch in batches:
+            unreadable += batch["unreadable"]
+            self._left_out += batch["unreadable"]
+            self._check_unreadable(self._left_out)
+            if not batch["names"]:
+                continue
+            arrays = {"label": pa.array(np.asarray(batch["label"], dtype=np.int64))}
+            for column in columns:
+                values = batch[column].to(self.info.torch_dtype).flatten(1)  # B M*S*S
+                finite = values.isfinite().all(dim=1)
+                if not finite.all():
+                    raise ValueError(
+                        f"Expected finite values in {self.info.dtype}, got others for "
+                        f"{batch['names'][int(finite.int().argmin())]}. Write bfloat16 or float32; if that does not "
+                        "help, run the VAE in float32."
+                    )
+                values = values.cpu().contiguous().view(-1)
+                values = values.view(torch.uint16) if self.info.dtype == "bfloat16" else values
+                arrays[column] = pa.FixedSizeListArray.from_arrays(
+                    pa.array(values.numpy()), type=self.schema.field(column).type
+                )
+            yield pa.table(arrays, schema=self.schema)
+
+    def _check_unreadable(self, unreadable: list[str]) -> None:
+        if len(unreadable) > self.max_unreadable:
+            raise ValueError(
+                f"Expected at most {self.max_unreadable} unreadable images, got {len(unreadable)}, the last of them "
+                f"{unreadable[-1]}. Repair them, or raise --max_corrupt_images and run the command again."
+            )
+
+    def _check_content(self, path: Path, record: dict[str, Any]) -> str | None:
+        """Rows, labels and values of a shard; what is wrong with it, if anything."""
+        import pyarrow as pa
+
+        num_samples = 0
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            if not stream.schema.equals(self.schema):
+                return "has other columns"
+            for batch in stream:
+                num_samples += batch.num_rows
+                labels = batch.column("label").to_numpy()
+                if ((labels < 0) | (labels >= len(self.info.id2label))).any():
+                    return f"has labels outside [0, {len(self.info.id2label)})"
+                for column in set(self.schema.names) - {"label"}:
+                    values = batch.column(column).flatten().to_numpy()
+                    bits = values.dtype == np.uint16  # bfloat16 with an exponent of ones is not finite
+                    if not ((values & 0x7F80) != 0x7F80 if bits else np.isfinite(values)).all():
+                        return "has values that are not finite"
+        return None if num_samples == record["num_samples"] else f"has {num_samples} records"
+
+    def _record_path(self, shard: int) -> Path:
+        return self.folder / UNFINISHED / f"{Path(self.files[shard]).stem}.json"
+
+    def _is_whole(self, shard: int) -> bool:
+        path = self._record_path(shard)
+        return (
+            path.exists()
+            and _compare(self.folder / self.files[shard], json.loads(path.read_text()), checksums=False) is None
+        )
+
+    @contextmanager
+    def _disk_full_explained(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise OSError(
+                error.errno,
+                f"Expected room for {self.folder}, got none. Nothing half-written is left there: free some space and "
+                "run the same command, which goes on with the missing shards",
+            ) from error
+
+
+def _compare(path: Path, shard: dict[str, Any], *, checksums: bool = True) -> str | None:
+    """How a file differs from what was written, if at all."""
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != shard["size"]:
+        return f"has {size} bytes instead of {shard['size']}"
+    if checksums and file_sha256(path) != shard["sha256"]:
+        return "has another SHA-256"
+    return None
+
+
+def _listed(problems: dict[str, str]) -> str:
+    return "; ".join(f"{file}, which {problem}" for file, problem in problems.items())
+
+
+def _regroup(tables: Iterable[Any]) -> Iterator[Any]:
+    """The rows of tables in tables of one chunk and a multiple of `RECORD_BATCH` rows, but for the last."""
+    import pyarrow as pa
+
+    rest = None
+    for table in tables:
+        rest = table if rest is None else pa.concat_tables([rest, table])
+        if whole := rest.num_rows // RECORD_BATCH * RECORD_BATCH:
+            yield rest.slice(0, whole).combine_chunks()
+            rest = rest.slice(whole)
+    if rest is not None:
+        yield rest.combine_chunks()
+
+
+def _check_owner(folder: Path, settings: dict[str, Any]) -> None:
+    """A folder must be new, or hold what the same settings began."""
+    path = folder / SETTINGS
+    if not path.exists():
+        if (folder / INFO).exists() or (folder / "data").exists():
+            raise ValueError(f"Expected a new folder, got {folder}, which holds other data. Use another one.")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changes = [
+        textwrap.shorten(f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now", 500)
+        for key in sorted(set(before) | set(settings))
+        if before.get(key) != settings.get(key)
+    ]
+    if changes:
+        raise ValueError(
+            f"Expected a new folder or the latents that this command began, got {folder}, which was made with other "
+            f"settings ({'; '.join(changes)}). Use another folder, or delete this one."
+        )
