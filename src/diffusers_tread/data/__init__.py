@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .images import DigitsDataset, ImageDataset, center_crop, collate_images, image_to_tensor, open_images
+from .latent_dataset import LatentsDataset, StreamingLatentsDataset, open_latents
 from .latent_shards import LatentsWriter, verify_latents
 from .latents import LatentsInfo, encode_images, encode_moments, latents_from_moments, vae_fingerprint
 from .loading import make_batches, open_training_data
@@ -11,9 +12,11 @@ __all__ = [
     "DigitsDataset",
     "EpochBatchSampler",
     "ImageDataset",
+    "LatentsDataset",
     "LatentsInfo",
     "LatentsWriter",
     "StreamingImageDataset",
+    "StreamingLatentsDataset",
     "center_crop",
     "collate_images",
     "derive_seed",
@@ -23,6 +26,7 @@ __all__ = [
     "latents_from_moments",
     "make_batches",
     "open_images",
+    "open_latents",
     "open_training_data",
     "vae_fingerprint",
     "verify_latents",

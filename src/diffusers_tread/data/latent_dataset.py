@@ -1,0 +1,204 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Reads folders of latents (`latents.py` shows the layout), from disk or from the Hub, downloaded or streamed.
+
+Shapes: B batch, M values and S side of a record. A batch is {"moments": [B, M, S, S] of the stored dtype,
+"class_labels": [B] int64, "corrupt": []}; `latents_from_moments` turns it into what a denoiser is trained on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from torch.utils.data import Dataset
+
+from .latent_shards import verify_latents
+from .latents import INFO, LatentsInfo
+from .sampling import derive_seed
+from .streaming import StreamingDataset
+
+
+class LatentsDataset(Dataset):
+    """A folder of latents, memory-mapped: what is not asked for is not read, and no copy stays in memory.
+
+    Whole batches are asked for by (epoch, index) pairs, because the flip depends on both. Safe in forked and spawned
+    `DataLoader` workers.
+
+    Args:
+        folder: The folder, whole: `latents.json` and every shard that it names.
+        seed: The run's seed.
+        random_flip: Whether to take the mirrored image's latents at random.
+
+    Raises:
+        ValueError: Shards that are missing, truncated or hold something else than `latents.json` says (`verify_latents`
+            compares checksums, too); labels outside [0, num_classes); `random_flip` of latents made without flips.
+    """
+
+    def __init__(self, folder: str | Path, *, seed: int, random_flip: bool = False):
+        import datasets
+
+        self.info = info = verify_latents(folder, checksums=False)
+        self.id2label, self.num_classes = info.id2label, len(info.id2label)
+        self.channels, self.resolution = info.latent_channels, info.resolution
+        self.seed, self.random_flip = seed, random_flip
+        check_flip(info, random_flip)
+
+        # Shards.
+        shards, schema = [], info.features().arrow_schema
+        for shard in info.shards:
+            table = datasets.Dataset.from_file(str(Path(folder, shard["file"])))
+            if len(table) != shard["num_samples"] or not table.data.table.schema.equals(schema):
+                raise ValueError(
+                    f"Expected {shard['num_samples']} records of {schema.names}, as {INFO} says, in {folder}/"
+                    f"{shard['file']}, got {len(table)} of {table.column_names}. Make the folder again."
+                )
+            shards.append(table)
+        self.source = datasets.concatenate_datasets(shards).with_format("arrow")
+        self.dtype = schema.field("moments").type.value_type.to_pandas_dtype()
+
+        # Labels.
+        labels = self.source.data.column("label").to_numpy()
+        if not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise ValueError(
+                f"Expected labels in [0, {self.num_classes}), got [{labels.min()}, {labels.max()}] in {folder}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        indices = np.array([index for _, index in keys])
+        flips = np.array([self.random_flip and derive_seed(self.seed, "flip", *key) % 2 == 1 for key in keys])
+        moments, labels = np.empty((len(keys), *self.info.shape), self.dtype), np.empty(len(keys), np.int64)
+        for column, rows in (("moments", np.flatnonzero(~flips)), ("moments_flipped", np.flatnonzero(flips))):
+            if len(rows) > 0:
+                records = self.source[indices[rows]]  # slices of the shards: only what is copied is read
+                moments[rows], labels[rows] = as_array(records[column], self.info), records["label"]
+        return {"moments": as_tensor(moments, self.info), "class_labels": torch.from_numpy(labels), "corrupt": []}
+
+
+class StreamingLatentsDataset(StreamingDataset):
+    """A folder or repository of latents as a stream.
+
+    Args:
+        source: A streamed `datasets` data set of the shards.
+        info: What the shards hold.
+        **options: `seed`, `random_flip` and `shuffle_buffer`, see `StreamingDataset`.
+
+    Raises:
+        ValueError: `random_flip` of latents made without flips.
+    """
+
+    value = "moments"
+
+    def __init__(self, source, *, info: LatentsInfo, random_flip: bool = False, **options: Any):
+        check_flip(info, random_flip)
+        # Records as Arrow tables: as Python lists they are read a hundred times slower.
+        super().__init__(
+            source.with_format("arrow"),
+            id2label=info.id2label,
+            resolution=info.resolution,
+            random_flip=random_flip,
+            **options,
+        )
+        self.info, self.channels = info, info.latent_channels
+
+    def read(self, record, *, flip: bool) -> dict[str, Any]:
+        moments = record["moments_flipped" if flip else "moments"]
+        return {"moments": as_array(moments, self.info)[0], "class_labels": record["label"][0].as_py()}
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "moments": as_tensor(np.stack([item["moments"] for item in items]), self.info),
+            "class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64),
+        }
+
+
+def open_latents(
+    name: str | Path,
+    *,
+    seed: int = 0,
+    random_flip: bool = False,
+    streaming: bool = False,
+    shuffle_buffer: int = 1000,
+    cache_dir: str | None = None,
+) -> LatentsDataset | StreamingLatentsDataset:
+    """Opens latents and checks them before any work starts.
+
+    Args:
+        name: A folder; if there is none of that name, a data set on the Hub, "org/name".
+        seed: Of the flips and of a stream's order.
+        random_flip: Whether to take the mirrored image's latents at random.
+        streaming: Whether to read a data set on the Hub without downloading it first, or a folder in sequence.
+        shuffle_buffer: Records that the shuffle of a stream holds in memory.
+        cache_dir: Where downloads are kept.
+
+    Raises:
+        ValueError: There is no such folder or data set, or the Hub cannot be reached; and what `LatentsDataset`
+            refuses, except, in a stream, what only shows when it is read.
+    """
+    import datasets
+
+    common = {"seed": seed, "random_flip": random_flip}
+    folder, is_local = Path(name), Path(name).is_dir()
+    if not streaming:
+        if not is_local:
+            patterns = [INFO, "*.arrow"]
+            folder = ask_hub(
+                snapshot_download, name, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir
+            )
+        return LatentsDataset(folder, **common)
+
+    if is_local:
+        info = verify_latents(folder, checksums=False)
+        files = [str(folder / shard["file"]) for shard in info.shards]
+    else:
+        # One commit for everything: the repository may change while it is read.
+        repo = ask_hub(HfApi().dataset_info, name, files_metadata=True)
+        options = {"repo_type": "dataset", "revision": repo.sha, "cache_dir": cache_dir}
+        info = LatentsInfo.load(Path(ask_hub(hf_hub_download, name, filename=INFO, **options)).parent)
+        sizes = {file.rfilename: file.size for file in repo.siblings}
+        if wrong := [shard["file"] for shard in info.shards if sizes.get(shard["file"]) != shard["size"]]:
+            raise ValueError(f"Expected whole shards in {name}, got {wrong} missing or cut off. Upload them again.")
+        files = [f"hf://datasets/{name}@{repo.sha}/{shard['file']}" for shard in info.shards]
+    source = datasets.load_dataset(
+        "arrow",
+        data_files={"train": files},
+        split="train",
+        streaming=True,
+        features=info.features(),
+        cache_dir=cache_dir,
+    )
+    return StreamingLatentsDataset(source, info=info, shuffle_buffer=shuffle_buffer, **common)
+
+
+def ask_hub(request, name: str | Path, **options: Any) -> Any:
+    """Calls a function of huggingface_hub for a data set; what it raises becomes one message."""
+    try:
+        return request(str(name), **options)
+    except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
+        raise ValueError(
+            f"Expected a folder of latents or a data set on the Hub, got {str(name)!r}: there is no such folder, and "
+            f"the Hub cannot be asked for it ({error}). If it should be there, check the name, the network and "
+            "`hf auth login` and run the same command again: what is downloaded is kept."
+        ) from error
+
+
+def check_flip(info: LatentsInfo, random_flip: bool) -> None:
+    if random_flip and not info.has_flipped:
+        raise ValueError(
+            "Expected latents of mirrored images for random_flip, got latents made without. Make them with --flip, or "
+            "leave random_flip off."
+        )
+
+
+def as_array(column, info: LatentsInfo) -> np.ndarray:
+    """An Arrow column of n records as [n, M, S, S], without a copy where it is in one piece."""
+    return column.combine_chunks().flatten().to_numpy().reshape(-1, *info.shape)
+
+
+def as_tensor(values: np.ndarray, info: LatentsInfo) -> torch.Tensor:
+    """Stored values as what they stand for: bfloat16 is stored as its bits."""
+    return torch.from_numpy(values).view(info.torch_dtype)
