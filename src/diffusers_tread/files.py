@@ -10,9 +10,9 @@ from typing import Any
 
 def publish(temporary: Path, final: Path) -> None:
     """Flushes a written file to the disk and gives it its final name, in place of what may stand there."""
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -34,7 +34,8 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

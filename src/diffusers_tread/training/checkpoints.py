@@ -7,10 +7,8 @@ size and SHA-256 of every other file. It is written as `checkpoint-<step>.tmp` a
 several machines the output folder must be one that all of them see.
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +18,7 @@ import safetensors.torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from ..files import file_sha256, sync, write_json
 from .ema import load_ema, whole_weights
 
 
@@ -117,7 +116,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
         raise ValueError(f"Expected a whole checkpoint, got {checkpoint} without a readable {MANIFEST}.") from error
     for name, expected in manifest.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+        if not path.is_file() or path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
             raise ValueError(f"Expected {name} as it was written, got a missing or damaged file in {checkpoint}.")
 
 
@@ -171,26 +170,16 @@ def rotate_checkpoints(output_dir: str | Path, *, total_limit: int | None) -> No
         shutil.rmtree(doomed)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def replace_folder(folder: Path, final: Path) -> None:
     """Flushes a finished folder to the disk and renames it to its final name, in place of what may stand there."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
     old = final.with_name(final.name + ".old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     folder.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -198,22 +187,7 @@ def _seal(folder: Path) -> None:
     """Writes the manifest of all files in the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in paths
     }
     write_json(folder / MANIFEST, manifest)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

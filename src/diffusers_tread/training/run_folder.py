@@ -11,12 +11,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from .checkpoints import find_checkpoint, list_checkpoints, read_state, write_json
+from ..files import write_json
+from .checkpoints import find_checkpoint, list_checkpoints, read_state
 
 
 SETTINGS = "train_config.json"
 # What a run writes into its folder, for `overwrite`.
-_WRITTEN = ("checkpoint-*", "samples", "logs", "pipeline", "pipeline*.tmp", SETTINGS)
+_WRITTEN = ("checkpoint-*", "samples", "logs", "eval", "metrics.json", "pipeline", "pipeline*.tmp", SETTINGS)
 
 logger = logging.getLogger(__name__)
 
