@@ -1,15 +1,19 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""How many FLOPs a `TREADTransformer2DModel` needs with and without its routes: the most that routing can save.
+"""How many FLOPs a `TREADTransformer2DModel` needs with and without its routes, in a forward and in guided sampling.
 
 A multiply-add counts as two FLOPs, as in torch's `FlopCounterMode`. The papers write "GFLOPs" for multiply-adds: half
 of the numbers here. Norms, activations, softmax and residuals are not counted.
 Shapes: N tokens, K kept tokens, D width, P patch size, C channels.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers import BaseGuidance
+
+from .guiders import SparseGuidance
 from .models import TREADTransformer2DModel
 from .routing import num_kept_tokens, resolve_routes
 from .routing.route import check_selection_ratio
@@ -28,6 +32,32 @@ class ForwardFlops:
     @property
     def total(self) -> int:
         return self.linear + self.attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceFlops:
+    """FLOPs of one sample's guided sampling, next to dense classifier-free guidance: two dense forwards per step."""
+
+    steps: tuple[ForwardFlops, ...]
+    """Of each step, all its forwards together."""
+
+    dense: ForwardFlops
+    """Of one dense forward of the main model."""
+
+    @property
+    def linear(self) -> int:
+        """Of the linear layers, all steps together."""
+        return sum(step.linear for step in self.steps)
+
+    @property
+    def total(self) -> int:
+        """Of linear layers and attention, all steps together."""
+        return sum(step.total for step in self.steps)
+
+    @property
+    def share_of_cfg(self) -> float:
+        """`total` over that of as many steps of dense classifier-free guidance."""
+        return self.total / (len(self.steps) * 2 * self.dense.total)
 
 
 def forward_flops(
@@ -97,6 +127,56 @@ def block_flops_saved(
     tokens_per_block = _tokens_per_block(config, num_tokens, selection_ratio)
     routed = sum(_block_flops(config, tokens).total for tokens in tokens_per_block)
     return 1.0 - routed / (config["num_layers"] * _block_flops(config, num_tokens).total)
+
+
+def guidance_flops(
+    model_or_config: "TREADTransformer2DModel | Mapping[str, Any]",
+    guider: BaseGuidance,
+    num_tokens: int | None = None,
+    *,
+    num_steps: int = 40,
+    guidance_model_or_config: "TREADTransformer2DModel | Mapping[str, Any] | None" = None,
+) -> GuidanceFlops:
+    """FLOPs of sampling one image with a guider, schedules and intervals included.
+
+    Args:
+        model_or_config: The model, or its config.
+        guider: `SparseGuidance`, whose ratios count, or any other guider, whose forwards are all counted as dense
+            ones of the model. It stays as it is.
+        num_tokens: N, the tokens of an image; None for the size of training.
+        num_steps: Guided predictions: the sampler's steps N, or 2N - 1 with Heun's method.
+        guidance_model_or_config: What runs the weak branch of `SparseGuidance(weak_checkpoint=True)`; None for a
+            model of the same size.
+
+    Raises:
+        ValueError: Fewer than one step, or as `forward_flops`.
+
+    Example:
+        >>> from diffusers_tread import SparseGuidance, TREADTransformer2DModel
+        >>> from diffusers_tread.flops import guidance_flops
+        >>> model = TREADTransformer2DModel.from_preset("S/2", num_classes=10)
+        >>> round(guidance_flops(model, SparseGuidance(strong_ratio=0.2, weak_ratio=0.8)).share_of_cfg, 2)
+        0.7
+    """
+    if num_steps < 1:
+        raise ValueError(f"Expected num_steps >= 1, the guided predictions of one sampling, got {num_steps}.")
+    _, num_tokens = _read_config(model_or_config, num_tokens)
+    dense = forward_flops(model_or_config, num_tokens, selection_ratio=0.0)
+    is_sparse = isinstance(guider, SparseGuidance)
+    models = [model_or_config, model_or_config]
+    if is_sparse and guider.weak_checkpoint and guidance_model_or_config is not None:
+        models[1] = guidance_model_or_config
+
+    guider, steps = copy.deepcopy(guider), []
+    for step in range(num_steps):
+        guider.set_state(step=step, num_inference_steps=num_steps, timestep=None)
+        forwards = [dense] * guider.num_conditions
+        if is_sparse:
+            branches = zip(models, guider.branch_ratios, strict=False)
+            forwards = [forward_flops(model, num_tokens, selection_ratio=ratio) for model, ratio in branches]
+        linear, attention = sum(one.linear for one in forwards), sum(one.attention for one in forwards)
+        steps.append(ForwardFlops(linear=linear, attention=attention))
+    return GuidanceFlops(steps=tuple(steps), dense=dense)
 
 
 def _block_flops(config: Mapping[str, Any], num_tokens: int) -> ForwardFlops:

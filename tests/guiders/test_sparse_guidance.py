@@ -3,33 +3,43 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance
 from diffusers.modular_pipelines import BlockState
 
-from diffusers_tread import SparseGuidance, TREADTransformer2DModel, get_token_router, token_routing
+from diffusers_tread import (
+    RatioSchedule,
+    SparseGuidance,
+    TREADTransformer2DModel,
+    get_token_router,
+    token_routing,
+)
 
 
 NUM_CLASSES = 5
 
 
 @pytest.fixture
-def transformer():
-    """A routed model whose output depends on everything: at initialisation it would be 0."""
-    model = TREADTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=6,
-        in_channels=2,
-        sample_size=4,
-        patch_size=1,
-        num_classes=NUM_CLASSES,
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+def make_transformer():
+    """Makes routed models whose output depends on everything: at initialisation it would be 0."""
+
+    def make(**settings):
+        defaults = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "in_channels": 2}
+        defaults |= {"sample_size": 4, "patch_size": 1, "num_classes": NUM_CLASSES}
+        model = TREADTransformer2DModel(**(defaults | settings))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def transformer(make_transformer):
+    return make_transformer()
 
 
 @pytest.fixture
@@ -37,20 +47,17 @@ def inputs():
     return torch.randn(3, 2, 4, 4), torch.tensor(0.3), torch.tensor([0, 1, 4])
 
 
-def guided(guider, model, latents, timestep, labels, *, step=0, num_steps=10, seed=None):
+def guided(guider, model, latents, timestep, labels, *, step=0, num_steps=10, seed=None, weak_model=None):
     """One step of any diffusers loop. Returns the guided prediction and the labels each branch was called with."""
-    seen = []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["class_labels"]), with_kwargs=True
-    )
+    seen, models = [], [model, model if weak_model is None else weak_model]
     guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
     branches = guider.prepare_inputs({"class_labels": (labels, torch.full_like(labels, NUM_CLASSES))})
-    with torch.no_grad(), token_routing(model, seed=seed):
-        for branch in branches:
-            guider.prepare_models(model)
-            branch.noise_pred = model(latents, timestep, class_labels=branch.class_labels).sample
-            guider.cleanup_models(model)
-    hook.remove()
+    for branch, denoiser in zip(branches, models, strict=False):
+        guider.prepare_models(denoiser)
+        with torch.no_grad(), token_routing(denoiser, seed=seed):
+            branch.noise_pred = denoiser(latents, timestep, class_labels=branch.class_labels).sample
+        guider.cleanup_models(denoiser)
+        seen.append(branch.class_labels)
     return guider(branches).pred, seen
 
 
@@ -192,16 +199,150 @@ def test_modular_block_states_give_the_same_prediction(transformer, inputs, null
     assert torch.equal(guider(guider_state)[0], guided(guider, transformer, *inputs, seed=7)[0])
 
 
-def test_save_load_and_copies_keep_the_settings(tmp_path):
-    settings = {"guidance_scale": 1.6, "strong_ratio": 0.1, "weak_ratio": 0.7, "null_weak_branch": True}
-    settings |= {"guidance_rescale": 0.5, "start": 0.1, "stop": 0.9, "enabled": False}
+# Schedules.
+
+
+@pytest.mark.parametrize(
+    "shape, weak", [("cosine", [0.8, 0.71, 0.5, 0.29, 0.2]), ("linear", [0.8, 0.65, 0.5, 0.35, 0.2])]
+)
+def test_a_schedule_sets_the_ratio_of_each_step(transformer, inputs, shape, weak):
+    # cos(pi / 4) = 0.7071: 0.8 - 0.6 * 0.1464 = 0.712.
+    guider = SparseGuidance(
+        guidance_scale=1.6, strong_ratio=0.1, weak_ratio=RatioSchedule(first=0.8, last=0.2, shape=shape)
+    )
+    strong = predicted(transformer, *inputs, ratio=0.1, seed=7)
+    for step, ratio in enumerate(weak):
+        prediction, _ = guided(guider, transformer, *inputs, step=step, num_steps=5, seed=7)
+        assert guider.branch_ratios == pytest.approx([0.1, ratio], abs=0.005)
+        expected = 1.6 * strong - 0.6 * predicted(transformer, *inputs, ratio=ratio, seed=7)
+        torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_single_step_has_the_first_ratio(transformer, inputs):
+    guider = SparseGuidance(strong_ratio=0.0, weak_ratio=RatioSchedule(first=0.8, last=0.2))
+    guided(guider, transformer, *inputs, num_steps=1, seed=7)
+    assert guider.branch_ratios == [0.0, 0.8]
+
+
+def test_a_schedule_needs_the_step(transformer):
+    guider = SparseGuidance(strong_ratio=0.0, weak_ratio=RatioSchedule(first=0.8, last=0.2))
+    guider.prepare_inputs({"class_labels": torch.tensor([0])})
+    with pytest.raises(ValueError, match="Call guider.set_state"):
+        guider.prepare_models(transformer)
+    assert get_token_router(transformer).selection_ratio is None
+
+
+# An earlier checkpoint as the weak branch.
+
+
+@pytest.mark.parametrize("null_weak_branch", [False, True])
+@pytest.mark.parametrize("strong_ratio, weak_ratio", [(0.0, 0.0), (0.0, 0.75), (0.5, 0.25)])
+def test_a_checkpoint_predicts_the_weak_branch(
+    make_transformer, transformer, inputs, strong_ratio, weak_ratio, null_weak_branch
+):
+    # Autoguidance, arXiv 2406.02507, equation 3: both predictions have the condition.
+    latents, timestep, labels = inputs
+    earlier = make_transformer(num_attention_heads=1)
+    guider = SparseGuidance(
+        guidance_scale=2.0,
+        strong_ratio=strong_ratio,
+        weak_ratio=weak_ratio,
+        weak_checkpoint=True,
+        null_weak_branch=null_weak_branch,
+    )
+    routers = [get_token_router(model) for model in (transformer, earlier)]
+    routers[1].enabled = False
+    prediction, seen = guided(guider, transformer, *inputs, seed=7, weak_model=earlier)
+    assert [(router.enabled, router.selection_ratio) for router in routers] == [(None, None), (False, None)]
+
+    weak_labels = torch.full_like(labels, NUM_CLASSES) if null_weak_branch else labels
+    assert [label.tolist() for label in seen] == [labels.tolist(), weak_labels.tolist()]
+    routers[1].enabled = None
+    strong = predicted(transformer, *inputs, ratio=strong_ratio, seed=7)
+    weak = predicted(earlier, latents, timestep, weak_labels, ratio=weak_ratio, seed=7)
+    torch.testing.assert_close(prediction, 2.0 * strong - weak, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loop_that_forgets_the_checkpoint_is_told(transformer, inputs):
+    guider = SparseGuidance(weak_checkpoint=True)
+    with pytest.raises(ValueError, match="Expected another denoiser for the weak branch"):
+        guided(guider, transformer, *inputs, seed=7)
+    assert get_token_router(transformer).selection_ratio is None
+
+    # Outside the interval there is no weak branch.
+    guider = SparseGuidance(weak_checkpoint=True, start=0.5)
+    assert len(guided(guider, transformer, *inputs, seed=7)[1]) == 1
+
+
+def test_check_denoisers_names_what_is_missing(make_transformer, transformer):
+    unrouted = make_transformer(routes=None)
+    SparseGuidance().check_denoisers(transformer)
+    SparseGuidance(enabled=False).check_denoisers(unrouted)
+    SparseGuidance(enabled=False, weak_checkpoint=True).check_denoisers(transformer)
+    with pytest.raises(ValueError, match="guidance_transformer=<an earlier checkpoint>"):
+        SparseGuidance(weak_checkpoint=True).check_denoisers(transformer)
+
+    # Routes are needed by the branch that uses them, at any step.
+    rising = SparseGuidance(strong_ratio=RatioSchedule(first=0.0, last=0.6), weak_ratio=0.0, weak_checkpoint=True)
+    rising.check_denoisers(transformer, unrouted)
+    for denoisers in ((unrouted, transformer), (unrouted, unrouted)):
+        with pytest.raises(ValueError, match="Expected a denoiser with token routes"):
+            rising.check_denoisers(*denoisers)
+    SparseGuidance(strong_ratio=0.0, weak_ratio=0.0, weak_checkpoint=True).check_denoisers(unrouted, unrouted)
+
+
+# Presets.
+
+
+def test_presets_have_the_papers_values():
+    single = SparseGuidance.from_preset("single")
+    assert single.guidance_scale == 1.4 and 0.05 <= single.strong_ratio <= 0.3 and 0.75 <= single.weak_ratio <= 0.85
+    flops = SparseGuidance.from_preset("flops", guidance_scale=1.3, stop=0.7)
+    assert (flops.guidance_scale, flops.strong_ratio, flops.weak_ratio, flops._stop) == (1.3, 0.5, 0.9, 0.7)
+    fid = SparseGuidance.from_preset("fid", guidance_scale=1.3)
+    assert fid.weak_checkpoint and not (single.weak_checkpoint or flops.weak_checkpoint)
+    for step in range(40):
+        fid.set_state(step=step, num_inference_steps=40, timestep=None)
+        gamma = 0.3 + 0.3 * math.cos(math.pi * step / 39)
+        assert fid.branch_ratios == pytest.approx([0.6 - gamma, gamma], abs=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["flops", "fid"])
+def test_presets_whose_scale_is_not_published_ask_for_it(preset):
+    with pytest.raises(ValueError, match=f"guidance_scale for the preset '{preset}'.*does not print"):
+        SparseGuidance.from_preset(preset)
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(ValueError, match=r"preset among \['single', 'flops', 'fid'\], got 'best'"):
+        SparseGuidance.from_preset("best")
+
+
+# Settings.
+
+
+RISING, FALLING = RatioSchedule(first=0.0, last=0.6), RatioSchedule(first=0.6, last=0.0, shape="linear")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 1.6, "strong_ratio": 0.1, "weak_ratio": 0.7, "null_weak_branch": True},
+        {"guidance_scale": 2.0, "strong_ratio": RISING, "weak_ratio": FALLING, "weak_checkpoint": True},
+    ],
+    ids=["ratios", "schedules"],
+)
+def test_save_load_and_copies_keep_the_settings(tmp_path, settings):
+    settings = settings | {"guidance_rescale": 0.5, "start": 0.1, "stop": 0.9, "enabled": False}
+    as_json = {name: getattr(value, "to_dict", lambda value=value: value)() for name, value in settings.items()}
     guider = SparseGuidance(**settings)
     guider.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "guider_config.json").read_text())
-    assert saved["_class_name"] == "SparseGuidance" and {name: saved[name] for name in settings} == settings
+    assert saved["_class_name"] == "SparseGuidance" and {name: saved[name] for name in settings} == as_json
     for other in (SparseGuidance.from_pretrained(tmp_path), guider.new(), copy.deepcopy(guider)):
-        assert {name: other.config[name] for name in settings} == settings
-    assert guider.new(weak_ratio=0.9).weak_ratio == 0.9
+        assert {name: other.config[name] for name in settings} == as_json
+        assert (other.strong_ratio, other.weak_ratio) == (settings["strong_ratio"], settings["weak_ratio"])
+    assert guider.new(weak_ratio=0.9).weak_ratio == 0.9 and "SparseGuidance" in repr(guider)
 
 
 def test_a_diffusers_guiders_configuration_is_understood():
@@ -214,6 +355,9 @@ def test_a_diffusers_guiders_configuration_is_understood():
     [
         ({"strong_ratio": 0.5, "weak_ratio": 0.5}, "weak_ratio > strong_ratio"),
         ({"strong_ratio": 0.8, "weak_ratio": 0.2}, "weak_ratio > strong_ratio"),
+        ({"strong_ratio": RISING, "weak_ratio": FALLING}, "weak_ratio > strong_ratio"),
+        ({"strong_ratio": RISING, "weak_ratio": RISING}, "weak_ratio > strong_ratio"),
+        ({"strong_ratio": {"first": 0.1}, "weak_ratio": 0.5}, "mapping with the keys"),
         ({"weak_ratio": 1.0}, r"in \[0, 1\).*got 1.0"),
         ({"strong_ratio": -0.1}, r"in \[0, 1\).*got -0.1"),
         ({"strong_ratio": float("nan")}, r"in \[0, 1\).*got nan"),

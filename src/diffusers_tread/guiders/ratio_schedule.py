@@ -43,7 +43,7 @@ class RatioSchedule:
     def at(self, progress: float) -> float:
         """The ratio at `progress`, in [0, 1]: the share of the model calls before this one."""
         share = (1.0 - math.cos(math.pi * progress)) / 2.0 if self.shape == "cosine" else progress
-        return self.first + share * (self.last - self.first)
+        return (1.0 - share) * self.first + share * self.last  # exact at both ends
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as JSON-serialisable values; `RatioSchedule(**schedule.to_dict())` gives it back."""
