@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Runs code in processes that see a local Hub, many of them for the price of one import.
 
-huggingface_hub reads HF_ENDPOINT and HF_HUB_OFFLINE when it is imported, so that a test, which runs offline, cannot turn
-to a local server itself. `HubClient` starts one process with the right environment, which imports everything and then
-forks for each piece of code.
+huggingface_hub reads HF_ENDPOINT and HF_HUB_OFFLINE when it is imported, so that a test, which runs offline, cannot
+turn to a local server itself. `HubClient` starts one process with the right environment, which imports everything and
+then forks for each piece of code.
 """
 
 import json

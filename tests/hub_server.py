@@ -105,6 +105,8 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        # Another host to the client, to which it must not send its token.
+        self.storage_url = f"http://localhost:{self.server_port}"
         self.lock = threading.Lock()
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
@@ -377,11 +379,12 @@ class Handler(BaseHTTPRequestHandler):
             raise error
         if not file.is_lfs:
             return self.send_object(file.sha256, headers | {"ETag": f'"{file.oid}"'})
-        # Large files lie elsewhere, where neither token nor commit is known.
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
-        self.send(302, headers=headers | {"Location": f"{self.server.url}/objects/{file.sha256}"})
+        self.send(302, headers=headers | {"Location": f"{self.server.storage_url}/objects/{file.sha256}"})
 
     def send_object(self, sha256, headers=None):
+        if headers is None and "Authorization" in self.headers:
+            raise HubError(400, "A token was sent to the storage")
         content = self.server.objects[sha256]
         headers = {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"} | (headers or {})
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):

@@ -1,0 +1,78 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Folders of diffusers' own DiT as `TREADPipeline`s."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin
+
+from ..models import TREADTransformer2DModel
+from ..pipelines import TREADPipeline
+from .convert_checkpoints import dit_scheduler, make_model
+from .convert_layouts import check_names, diffusers_dit_names, drop_learned_variance, rename
+
+
+def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) -> TREADPipeline:
+    """A pipeline from a local folder of diffusers' `DiTPipeline` or `DiTTransformer2DModel`.
+
+    The model computes what diffusers' class does, which is not quite DiT: its timestep frequencies are
+    10000^(-i / 127), not 10000^(-i / 128), and the epsilon before the feed-forward layer is 1e-5 by default.
+
+    Args:
+        folder: With `model_index.json` (then scheduler, class names and VAE are taken over) or the transformer's own.
+        vae: Decodes the latents instead of the folder's.
+
+    Returns:
+        The pipeline in float32; a learned variance is dropped. Without a scheduler in the folder it gets DiT's.
+
+    Raises:
+        ValueError: No such folder, weights missing or unknown, an activation other than DiT's, or blocks with
+            different embedders, which diffusers' class allows and ours does not.
+    """
+    index = Path(folder) / "model_index.json"
+    is_pipeline = index.is_file()
+    if not is_pipeline and not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"Expected a local folder of a DiTPipeline or its transformer, got {folder}. Download it.")
+    original, loading = DiTTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer" if is_pipeline else None, output_loading_info=True
+    )
+    tensors = dict(original.state_dict())
+    check_names((set(tensors) - set(loading["missing_keys"])) | set(loading["unexpected_keys"]), tensors)
+    transformer = _convert_diffusers_transformer(original, tensors)
+
+    if not is_pipeline:
+        return TREADPipeline(transformer, dit_scheduler(), vae=vae)
+    pipe = DiTPipeline.from_pretrained(folder, transformer=original)
+    id2label = json.loads(index.read_text(encoding="utf-8")).get("id2label")
+    return TREADPipeline(transformer, pipe.scheduler, vae=pipe.vae if vae is None else vae, id2label=id2label)
+
+
+def _convert_diffusers_transformer(
+    original: DiTTransformer2DModel, tensors: dict[str, torch.Tensor]
+) -> TREADTransformer2DModel:
+    config = original.config
+    if config.activation_fn != "gelu-approximate":
+        raise ValueError(f"Expected the activation 'gelu-approximate', got {config.activation_fn!r}.")
+
+    # One embedder for all blocks.
+    first = "transformer_blocks.0.norm1.emb."
+    for name in [name for name in tensors if ".norm1.emb." in name and not name.startswith(first)]:
+        if not torch.equal(tensors.pop(name), tensors[first + name.split(".norm1.emb.")[1]]):
+            raise ValueError(f"Expected the same embedders in all blocks, got {name} unlike block 0's.")
+
+    state_dict = rename(tensors, diffusers_dit_names(config.num_layers, attention_bias=config.attention_bias))
+    drop_learned_variance(state_dict, in_channels=config.in_channels, num_pixels=config.patch_size**2)
+    settings = {
+        "num_attention_heads": config.num_attention_heads,
+        "attention_head_dim": config.attention_head_dim,
+        "num_layers": config.num_layers,
+        "in_channels": config.in_channels,
+        "sample_size": config.sample_size,
+        "patch_size": config.patch_size,
+        "num_classes": config.num_embeds_ada_norm,
+        "attention_bias": config.attention_bias,
+        "ff_norm_eps": config.norm_eps,
+        "freq_shift": 1,
+    }
+    return make_model(settings | {"routes": None, "objective": "epsilon"}, state_dict)

@@ -1,0 +1,139 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What DiT (arXiv 2212.09748), diffusers' DiT and our transformer call the same weights.
+
+The public implementations of TREAD (arXiv 2501.04765) and SiT (arXiv 2401.08740) use DiT's names. A table maps a
+source's name to ours, to three of ours where the source keeps query, key and value in one matrix, rows after rows.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+
+Names = dict[str, tuple[str, ...]]
+
+
+def dit_names(num_layers: int) -> Names:
+    """DiT's names to ours, without the fixed `pos_embed`, which our model computes."""
+    modules = {
+        "x_embedder.proj": ("patch_embedding",),
+        "t_embedder.mlp.0": ("timestep_embedding.linear_1",),
+        "t_embedder.mlp.2": ("timestep_embedding.linear_2",),
+        "final_layer.adaLN_modulation.1": ("modulation_out",),
+        "final_layer.linear": ("proj_out",),
+    }
+    for i in range(num_layers):
+        ours = f"transformer_blocks.{i}"
+        modules |= {
+            f"blocks.{i}.attn.qkv": (f"{ours}.attn.to_q", f"{ours}.attn.to_k", f"{ours}.attn.to_v"),
+            f"blocks.{i}.attn.proj": (f"{ours}.attn.to_out.0",),
+            f"blocks.{i}.mlp.fc1": (f"{ours}.ff.net.0.proj",),
+            f"blocks.{i}.mlp.fc2": (f"{ours}.ff.net.2",),
+            f"blocks.{i}.adaLN_modulation.1": (f"{ours}.modulation",),
+        }
+    return _parameters(modules) | {"y_embedder.embedding_table.weight": ("class_embedding.weight",)}
+
+
+def diffusers_dit_names(num_layers: int, *, attention_bias: bool) -> Names:
+    """The names of `DiTTransformer2DModel` to ours; the embedders are those of block 0."""
+    embedders = "transformer_blocks.0.norm1.emb"
+    modules = {
+        "pos_embed.proj": ("patch_embedding",),
+        f"{embedders}.timestep_embedder.linear_1": ("timestep_embedding.linear_1",),
+        f"{embedders}.timestep_embedder.linear_2": ("timestep_embedding.linear_2",),
+        "proj_out_1": ("modulation_out",),
+        "proj_out_2": ("proj_out",),
+    }
+    attention = {}
+    for i in range(num_layers):
+        block = f"transformer_blocks.{i}"
+        attention |= {f"{block}.attn1.{part}": (f"{block}.attn.{part}",) for part in ("to_q", "to_k", "to_v")}
+        modules |= {
+            f"{block}.attn1.to_out.0": (f"{block}.attn.to_out.0",),
+            f"{block}.ff.net.0.proj": (f"{block}.ff.net.0.proj",),
+            f"{block}.ff.net.2": (f"{block}.ff.net.2",),
+            f"{block}.norm1.linear": (f"{block}.modulation",),
+        }
+    names = _parameters(modules) | _parameters(attention, ("weight", "bias") if attention_bias else ("weight",))
+    return names | {f"{embedders}.class_embedder.embedding_table.weight": ("class_embedding.weight",)}
+
+
+def rename(state_dict: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
+    """The weights of a source under our names.
+
+    Raises:
+        ValueError: Weights that are missing or unknown, by name.
+    """
+    check_names(state_dict, names)
+    renamed = {}
+    for name, ours in names.items():
+        renamed |= zip(ours, state_dict[name].chunk(len(ours)), strict=True)
+    return renamed
+
+
+def rename_back(state_dict: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
+    """Our weights under the names of a source; the inverse of `rename`, bit for bit.
+
+    Raises:
+        ValueError: As `rename`.
+    """
+    check_names(state_dict, [name for ours in names.values() for name in ours])
+    return {name: torch.cat([state_dict[part] for part in ours]) for name, ours in names.items()}
+
+
+def check_names(got, expected) -> None:
+    """Raises ValueError naming what is missing and what is unknown."""
+    missing, unknown = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    if missing or unknown:
+        raise ValueError(
+            f"Expected the weights of a DiT with adaLN-Zero, got none for {_shorten(missing)}, and unknown ones "
+            f"{_shorten(unknown)}. Is the source right, or the architecture a variant?"
+        )
+
+
+def drop_learned_variance(state_dict: dict[str, torch.Tensor], *, in_channels: int, num_pixels: int) -> None:
+    """Cuts the output, in place, to its first C channels: of the 2C that DiT learns, the rest are variances.
+
+    Args:
+        state_dict: Under our names; `proj_out` has rows for P*P pixels of a patch times the channels.
+        in_channels: C.
+        num_pixels: P*P.
+
+    Raises:
+        ValueError: The output has neither C nor 2C channels.
+    """
+    for name in ("proj_out.weight", "proj_out.bias"):
+        rows, rest = state_dict[name].shape[0], state_dict[name].shape[1:]
+        if rows not in (num_pixels * in_channels, 2 * num_pixels * in_channels):
+            raise ValueError(
+                f"Expected an output of {in_channels} or {2 * in_channels} channels for each of a patch's "
+                f"{num_pixels} pixels, got {rows} rows."
+            )
+        state_dict[name] = state_dict[name].reshape(num_pixels, -1, *rest)[:, :in_channels].flatten(0, 1)
+
+
+def reverse_time(state_dict: dict[str, torch.Tensor]) -> None:
+    r"""Turns, in place, a SiT (noise at t = 0, velocity data - noise) into ours (noise at sigma = 1, noise - data).
+
+    With t = 1 - sigma the embedding's cos(w t) and sin(w t) are a rotation and reflection of cos(w sigma) and
+    sin(w sigma), which the first linear layer takes up; the change of sign goes into the last layer.
+    """
+    weight = state_dict["timestep_embedding.linear_1.weight"]  # D 256, first for the cosines, then for the sines
+    of_cos, of_sin = weight.double().chunk(2, dim=1)
+    angle = 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
+    state_dict["timestep_embedding.linear_1.weight"] = turned.to(weight.dtype)
+    state_dict["proj_out.weight"] = -state_dict["proj_out.weight"]
+    state_dict["proj_out.bias"] = -state_dict["proj_out.bias"]
+
+
+def _parameters(modules: Names, kinds: tuple[str, ...] = ("weight", "bias")) -> Names:
+    return {
+        f"{name}.{kind}": tuple(f"{part}.{kind}" for part in ours) for name, ours in modules.items() for kind in kinds
+    }
+
+
+def _shorten(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{names[:most]}{more}"
