@@ -19,7 +19,8 @@ class InceptionExtractor(FeatureExtractor):
 
     features: pool_3, 2,048 values. logits: 1,008 classes without bias, of which the Inception Score is computed.
     spatial: the first 7 channels of mixed_6/conv, 17 x 17 x 7 = 2,023 values with the channel last, as ADM's sFID
-    takes them. That node is `Mixed_6d.branch1x1` in torch-fidelity's table of names; it was not compared with TensorFlow.
+    takes them. That node is `Mixed_6d.branch1x1` in torch-fidelity's table of names; the values were not compared with
+    TensorFlow's.
 
     Args:
         weights: A state dict instead of torch-fidelity's download.

@@ -1,0 +1,57 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The libraries that metrics are compared with, importable without torchvision."""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+
+import pytest
+
+
+class StandIn(types.ModuleType):
+    """A module in which every name is an empty class: enough for `import` and for subclasses."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+@contextlib.contextmanager
+def torchvision_or_stand_in():
+    """Both libraries import torchvision for what is not tested here. transformers must never see the stand-in."""
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    names = ["", ".datasets", ".models", ".models.inception", ".transforms", ".transforms.functional"]
+    modules = {f"torchvision{name}": StandIn(f"torchvision{name}") for name in names}
+    for name, module in modules.items():
+        module.__path__ = []
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+def import_or_skip(name):
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        pytest.skip(f"{name} is not installed")
+    with torchvision_or_stand_in():
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity():
+    return import_or_skip("torch_fidelity")
+
+
+@pytest.fixture(scope="session")
+def cleanfid():
+    return import_or_skip("cleanfid.fid")

@@ -1,0 +1,150 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_tread.metrics import FeatureStatistics, frechet_distance
+
+
+def make_features(count, dim, seed, dtype=torch.float32):
+    """Correlated, not centred, with a spectrum that falls."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dim, dim, generator=generator) / torch.arange(1, dim + 1)
+    return (torch.randn(count, dim, generator=generator) @ mixing + torch.rand(dim, generator=generator)).to(dtype)
+
+
+def gather(parts):
+    statistics = FeatureStatistics.from_features(parts[0])
+    for part in parts[1:]:
+        statistics.update(part)
+    return statistics
+
+
+def merge_in_pairs(parts):
+    statistics = [FeatureStatistics.from_features(part) for part in parts]
+    while len(statistics) > 1:
+        for one, other in zip(statistics[::2], statistics[1::2], strict=False):
+            one.merge(other)
+        statistics = statistics[::2]
+    return statistics[0]
+
+
+@pytest.mark.parametrize("combine", [gather, merge_in_pairs])
+@pytest.mark.parametrize("sizes", [[300], [1, 299], [1] * 20 + [280], [37, 200, 63], [100, 1, 1, 98, 100]])
+def test_pieces_in_any_order_give_numpy_s_mean_and_covariance(sizes, combine):
+    features = make_features(300, 12, seed=1).double()
+    parts = list(features.split(sizes))
+    for order in (parts, parts[::-1]):
+        statistics = combine(order)
+        assert statistics.count == 300
+        np.testing.assert_allclose(statistics.mean, features.numpy().mean(axis=0), rtol=1e-10)
+        np.testing.assert_allclose(
+            statistics.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-10, atol=1e-12
+        )
+
+
+def test_a_large_mean_does_not_cancel_a_small_spread():
+    spread = torch.randn(1000, 3, dtype=torch.float64) * 1e-2
+    statistics = gather(list((spread + 1e4).split(10)))
+    expected = np.cov(spread.numpy(), rowvar=False)
+    # 1e4 / 1e-2 times the rounding of the sum above is what float64 leaves.
+    np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_merging_leaves_the_other_statistics_alone():
+    one, other = (FeatureStatistics.from_features(make_features(20, 4, seed)) for seed in (0, 1))
+    mean, covariance = other.mean.clone(), other.covariance.clone()
+    one.merge(other)
+    assert other.count == 20 and torch.equal(other.mean, mean) and torch.equal(other.covariance, covariance)
+
+
+def test_the_distance_is_clean_fid_s_and_torch_fidelity_s(cleanfid, torch_fidelity):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    one, other = make_features(400, 48, seed=0), make_features(500, 48, seed=1) * 1.2
+    distance = frechet_distance(FeatureStatistics.from_features(one), FeatureStatistics.from_features(other))
+
+    both = [fid_features_to_statistics(features.double()) for features in (one, other)]
+    expected = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+    assert distance == pytest.approx(expected, rel=1e-6)
+    try:
+        expected = cleanfid.frechet_distance(both[0]["mu"], both[0]["sigma"], both[1]["mu"], both[1]["sigma"])
+    except TypeError:
+        pytest.skip("this scipy has no sqrtm as clean-fid calls it")
+    assert distance == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_distance_of_gaussians_that_commute_has_a_closed_form():
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
+    means, spreads = torch.rand(2, 6, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64) + 0.1
+    one, other = (
+        FeatureStatistics(mean=mean, covariance=rotation @ torch.diag(spread**2) @ rotation.T, count=None)
+        for mean, spread in zip(means, spreads, strict=True)
+    )
+    expected = (means[0] - means[1]).square().sum() + (spreads[0] - spreads[1]).square().sum()
+    assert frechet_distance(one, other) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_distance_is_symmetric_and_does_not_see_a_rotation():
+    one, other = make_features(90, 16, seed=2).double(), make_features(80, 16, seed=3).double()
+    rotation, _ = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))
+    distance = frechet_distance(FeatureStatistics.from_features(one), FeatureStatistics.from_features(other))
+    for left, right in ((other, one), (one @ rotation, other @ rotation)):
+        left, right = FeatureStatistics.from_features(left), FeatureStatistics.from_features(right)
+        assert frechet_distance(left, right) == pytest.approx(distance, rel=1e-10)
+
+
+def test_covariances_without_full_rank_keep_the_distance_exact():
+    # 10 samples of 64 features that differ by a shift: the distance is its square.
+    features = make_features(10, 64, seed=4).double() * 10
+    one, other = FeatureStatistics.from_features(features), FeatureStatistics.from_features(features + 0.001)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-10)
+    assert frechet_distance(one, other) == pytest.approx(64e-6, rel=1e-6)
+
+
+def test_too_few_samples_are_refused_or_reported(caplog):
+    single = FeatureStatistics.from_features(make_features(1, 4, seed=0))
+    few, many = (FeatureStatistics.from_features(make_features(count, 4, seed=1)) for count in (4, 5))
+    with pytest.raises(ValueError, match="Expected at least 2 samples for a covariance, got 1"):
+        frechet_distance(many, single)
+    with caplog.at_level(logging.WARNING):
+        frechet_distance(many, many)
+        assert not caplog.records
+        frechet_distance(many, few)
+    (record,) = caplog.records
+    assert "4 features from 4 samples" in record.getMessage()
+
+
+@pytest.mark.parametrize("combine", [frechet_distance, FeatureStatistics.merge])
+def test_statistics_of_other_features_are_refused(combine):
+    one = FeatureStatistics.from_features(make_features(9, 4, seed=0), extractor="a:1")
+    other = FeatureStatistics.from_features(make_features(9, 5, seed=0), extractor="a:1")
+    with pytest.raises(ValueError, match="got 4 and 5 features"):
+        combine(one, other)
+    other = FeatureStatistics.from_features(make_features(9, 4, seed=0), extractor="b:2")
+    with pytest.raises(ValueError, match="got a:1 and b:2"):
+        combine(one, other)
+    other.extractor = None  # not known
+    combine(one, other)
+
+
+def test_statistics_without_a_count_are_not_merged():
+    one, other = (FeatureStatistics.from_features(make_features(9, 4, seed=0)) for _ in range(2))
+    other.count = None
+    with pytest.raises(ValueError, match="number of samples to merge"):
+        one.merge(other)
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 3), (3, 0), (2, 3, 4)])
+def test_features_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"Expected features \[N, D\]"):
+        FeatureStatistics.from_features(torch.zeros(shape))
+
+
+def test_features_that_are_not_finite_are_refused():
+    features = make_features(9, 4, seed=0)
+    features[2, 1], features[5] = torch.nan, torch.inf
+    with pytest.raises(ValueError, match="got 2 of 9 samples"):
+        FeatureStatistics.from_features(features)
