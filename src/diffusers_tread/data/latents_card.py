@@ -1,0 +1,91 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The card of a folder of latents, its README.md on the Hub."""
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from .latents import LatentsInfo
+
+
+_TEXT = """\
+# {title}
+
+{num_samples:,} images at {resolution}x{resolution} pixels (center crop), encoded by `{vae}`{flipped}, for training \
+latent diffusion models with diffusers-tread.
+
+| | |
+|---|---|
+| images | {source} |
+| classes | {num_classes} |
+| VAE | `{vae}`, {vae_class}, run in {vae_dtype}, revision {vae_revision} |
+| a record | {content}, {shape}, {dtype}{bits} |
+| training uses | `(latents - {shift}) * {scale}` |
+| left out as unreadable | {num_unreadable} |
+
+`latents.json` holds all of this and the SHA-256 of every shard.
+
+## Use
+
+```bash
+python examples/train_tread.py --latents_dir {repo_id} --preset XL/2 --output_dir runs/xl2
+```
+
+With `datasets` alone:
+
+```python
+import torch
+from datasets import load_dataset
+
+records = load_dataset("{repo_id}", split="train").with_format("arrow")
+table = records[:4]
+values = torch.tensor(table["moments"].combine_chunks().flatten().to_numpy()){view}
+values = values.view(-1, {sizes}).float()
+{latents}
+latents = (latents - {shift}) * {scale}  # what a model is trained on, with table["label"]
+```
+
+## Licence
+
+That of the images and of the VAE; look them up before you share or use these latents.
+"""
+
+
+def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
+    """Writes down what a folder of latents is and how to use it, with the metadata that the Hub and `datasets` read.
+
+    Args:
+        info: Of the folder.
+        repo_id: The repository it is for, or a folder.
+    """
+    channels, size, _ = info.shape
+    bits = info.dtype == "bfloat16"
+    moments = "mean, std = values.chunk(2, dim=1)\nlatents = mean + std * torch.randn_like(std)"
+    text = _TEXT.format(
+        title=repo_id.rstrip("/").split("/")[-1],
+        repo_id=repo_id,
+        num_samples=info.num_samples,
+        resolution=info.resolution,
+        source=", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None),
+        num_classes=len(info.id2label),
+        flipped=", each also mirrored (`moments_flipped`)" if info.has_flipped else "",
+        vae=info.vae["name_or_path"],
+        vae_class=info.vae["class_name"],
+        vae_dtype=info.vae["dtype"],
+        vae_revision=info.vae["revision"] or "not known",
+        content="mean and standard deviation of the posterior" if info.kind == "moments" else "latents",
+        shape="x".join(map(str, info.shape)),
+        sizes=f"{channels}, {size}, {size}",
+        dtype=info.dtype,
+        bits=", its bits stored as uint16" if bits else "",
+        view=".view(torch.bfloat16)" if bits else "",
+        latents=moments if info.kind == "moments" else "latents = values",
+        shift=info.shift_factor,
+        scale=info.scaling_factor,
+        num_unreadable=len(info.unreadable),
+    )
+    data = DatasetCardData(
+        license="other",
+        pretty_name=repo_id.rstrip("/").split("/")[-1],
+        tags=["diffusers-tread", "latents", "diffusion"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.arrow"}]}],
+    )
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
