@@ -6,16 +6,17 @@ arr_0            images, uint8 [N, H, W, 3]
 count, extractor number of samples and the network's fingerprint; only in files that `save_statistics` wrote
 """
 
-import hashlib
 import logging
-import os
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..files import file_sha256, publish
 from .features import FeatureExtractor
 from .statistics import FeatureStatistics
 
@@ -56,6 +57,11 @@ class NpzImages:
 
     def __len__(self) -> int:
         return self._length
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """By which the same images are known again."""
+        return {"kind": "file", "name": self.path.name, "num_images": len(self), "sha256": file_sha256(self.path)}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """The images from `start` up to, not including, `stop` as uint8 [stop - start, 3, H, W].
@@ -105,9 +111,7 @@ def save_statistics(path: str | Path, statistics: dict[str, FeatureStatistics]) 
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    publish(temporary, path)
 
 
 def load_reference(path: str | Path, *, extractor: FeatureExtractor) -> Reference:
@@ -135,7 +139,7 @@ def load_reference(path: str | Path, *, extractor: FeatureExtractor) -> Referenc
         raise ValueError(f"{path}: {error}") from error
     return Reference(
         path=path,
-        sha256=_sha256(path),
+        sha256=file_sha256(path),
         statistics=statistics,
         images=NpzImages(path) if "arr_0" in names else None,
     )
@@ -191,11 +195,3 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

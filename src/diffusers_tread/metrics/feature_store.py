@@ -1,0 +1,147 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Features of many images on the disk, one file per batch, so that many processes make them and a kill costs little.
+
+    settings.json                  what the features depend on
+    batch-000000.safetensors ...   for each output of the extractor the features of one batch, [B, D] float32
+
+Batch k holds the images k * batch_size to (k + 1) * batch_size - 1 and is made by one process as a whole. Everything
+read from a store comes in the images' order, so nothing depends on how many processes made it or how often they died.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ..files import publish, write_json
+from .statistics import FeatureStatistics
+
+
+SETTINGS = "settings.json"
+
+
+class FeatureStore:
+    """The features of `num_images` images in a folder that all processes see.
+
+    Args:
+        folder: Made by `claim` if missing.
+        num_images: Images in all.
+        batch_size: Images per file; the last one may have fewer.
+        settings: What the features depend on, JSON. A folder with others is refused.
+    """
+
+    def __init__(self, folder: str | Path, *, num_images: int, batch_size: int, settings: dict[str, Any]):
+        self.folder, self.num_images, self.batch_size = Path(folder), num_images, batch_size
+        settings = settings | {"num_images": num_images, "batch_size": batch_size}
+        self.settings = json.loads(json.dumps(settings))
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def rows(self, batch: int) -> range:
+        """The images of a batch."""
+        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
+
+    def claim(self) -> list[int]:
+        """Makes the folder this store's and returns the missing batches; all processes call it together.
+
+        Raises:
+            ValueError: The folder holds features of something else.
+        """
+        answer: list[Any] = [None, None]
+        if PartialState().is_main_process:
+            try:
+                self._check_owner()
+                done = self._done()
+                answer[0] = [batch for batch in range(self.num_batches) if batch not in done]
+            except ValueError as error:
+                answer[1] = str(error)
+        missing, problem = broadcast_object_list(answer)
+        if problem is not None:
+            raise ValueError(problem)
+        return missing
+
+    def write(self, batch: int, features: dict[str, torch.Tensor]) -> None:
+        """Stores one batch, whole or not at all."""
+        features = {name: values.detach().float().cpu().contiguous() for name, values in features.items()}
+        temporary = self.folder / f".batch-{batch:06d}.tmp"
+        safetensors.torch.save_file(features, temporary)
+        publish(temporary, self._path(batch))
+
+    def num_done(self) -> int:
+        """Images whose features are on the disk, made by whichever process."""
+        return sum(len(self.rows(batch)) for batch in self._done())
+
+    def read(self, name: str) -> Iterator[torch.Tensor]:
+        """Each batch's features [B, D] float32 of one output, in order."""
+        for batch in range(self.num_batches):
+            with safetensors.safe_open(self._path(batch), "pt") as file:
+                yield file.get_tensor(name)
+
+    def statistics(self, name: str, *, extractor: str) -> FeatureStatistics:
+        """Mean and covariance of one output, in float64."""
+        statistics = None
+        # Merging costs as much as 2 D samples, so batches are joined to some thousands.
+        for features in self._joined(name, at_least=4096):
+            if statistics is None:
+                statistics = FeatureStatistics.from_features(features, extractor=extractor)
+            else:
+                statistics.update(features)
+        return statistics
+
+    def features(self, name: str) -> torch.Tensor:
+        """[N, D] float32: one output for all images."""
+        return torch.cat(list(self.read(name)))
+
+    def _joined(self, name: str, *, at_least: int) -> Iterator[torch.Tensor]:
+        """The features in parts of `at_least` rows, the last one of what is left."""
+        parts, num_rows = [], 0
+        for features in self.read(name):
+            parts.append(features)
+            num_rows += len(features)
+            if num_rows >= at_least:
+                yield torch.cat(parts)
+                parts, num_rows = [], 0
+        if parts:
+            yield torch.cat(parts)
+
+    def _path(self, batch: int) -> Path:
+        return self.folder / f"batch-{batch:06d}.safetensors"
+
+    def _done(self) -> set[int]:
+        return {int(path.stem.split("-")[1]) for path in self.folder.glob("batch-*.safetensors")}
+
+    def _check_owner(self) -> None:
+        path = self.folder / SETTINGS
+        if path.exists():
+            before, now = _flatten(json.loads(path.read_text())), _flatten(self.settings)
+            changes = [
+                f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
+            ]
+            if changes:
+                raise ValueError(
+                    f"Expected an empty folder or the features of this very evaluation in {self.folder}, got others "
+                    f"({'; '.join(changes)}). Use another folder or delete this one."
+                )
+            return
+        if self._done():
+            raise ValueError(f"Expected {SETTINGS} beside the features in {self.folder}, got none. Delete the folder.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.settings)
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dictionary, so that a difference can be named: {"a": {"b": 1}} is {"a.b": 1}."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

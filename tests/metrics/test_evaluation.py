@@ -1,0 +1,339 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Sources, stores and evaluations in one process; several processes and kills: tests/examples/test_evaluate.py."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread.data import derive_seed
+from diffusers_tread.metrics import (
+    DatasetImages,
+    EvaluationResults,
+    FeatureExtractor,
+    FeatureStatistics,
+    FeatureStore,
+    FolderImages,
+    KeptImages,
+    NpzImages,
+    PipelineImages,
+    check_metrics,
+    evaluate_images,
+    evaluate_pipeline,
+    frechet_distance,
+    inception_score,
+    load_results,
+    possible_metrics,
+    precision_recall,
+    prepare_reference,
+    save_statistics,
+)
+
+
+class TinyExtractor(FeatureExtractor):
+    """Six features, eight spatial ones and logits of four classes, each by a random linear map of a tiny image."""
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        network = torch.nn.ModuleDict(
+            {
+                "features": torch.nn.Linear(48, 6),
+                "spatial": torch.nn.Linear(48, 8),
+                "logits": torch.nn.Linear(48, 4),
+            }
+        )
+        super().__init__(network, name="tiny", outputs=tuple(network), settings={})
+
+    def extract(self, images):
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float() / 64, 4).flatten(1)
+        return {name: layer(small) for name, layer in self.network.items()}
+
+
+@pytest.fixture
+def extractor():
+    return TinyExtractor()
+
+
+@pytest.fixture
+def make_pipeline():
+    def make(channels=3, **components):
+        torch.manual_seed(1)
+        transformer = TREADTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=6,
+            in_channels=channels,
+            sample_size=8,
+            num_classes=5,
+        )
+        for parameter in transformer.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        pipeline = TREADPipeline(transformer, EDMHeunScheduler(s_churn=5.0), **components)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+def pixels(seed, count, height=8, width=8):
+    return np.random.RandomState(seed).randint(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def write_images(folder, images):
+    folder.mkdir(parents=True)
+    for index, image in enumerate(images):
+        PIL.Image.fromarray(image).save(folder / f"{index:06d}.png")
+    return folder
+
+
+@pytest.fixture
+def reference_folder(tmp_path):
+    return write_images(tmp_path / "reference images", pixels(5, 40))
+
+
+def test_a_folder_a_file_and_a_data_set_of_the_same_images_have_the_same_values(extractor, reference_folder, tmp_path):
+    """And the values are those of the formulas on all features at once."""
+    images = pixels(6, 30)
+    folder = write_images(tmp_path / "images", images)
+    np.savez(tmp_path / "images.npz", images)
+    write_images(tmp_path / "labelled" / "all", images)
+
+    sources = {
+        "folder": FolderImages(folder),
+        "file": NpzImages(tmp_path / "images.npz"),
+        "data set": DatasetImages(str(tmp_path / "labelled"), resolution=8, cache_dir=str(tmp_path / "cache")),
+    }
+    reference = prepare_reference(
+        str(reference_folder), extractor=extractor, batch_size=16, store_dir=tmp_path, image_size=(8, 8)
+    )
+    assert reference.metrics == ("fid", "sfid", "inception_score", "precision", "recall")
+    values = {
+        name: evaluate_images(
+            source,
+            extractor=extractor,
+            reference=reference,
+            metrics=reference.metrics,
+            batch_size=7,
+            store_dir=tmp_path / name,
+        )
+        for name, source in sources.items()
+    }
+    assert values["folder"] == values["file"] == values["data set"]
+
+    mine = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
+    theirs = extractor(torch.from_numpy(pixels(5, 40)).permute(0, 3, 1, 2))
+    distances = {
+        metric: frechet_distance(
+            FeatureStatistics.from_features(mine[output]), FeatureStatistics.from_features(theirs[output])
+        )
+        for metric, output in (("fid", "features"), ("sfid", "spatial"))
+    }
+    both = precision_recall(theirs["features"], mine["features"])
+    score = inception_score(mine["logits"], num_splits=1)
+    expected = distances | {"precision": both.precision, "recall": both.recall, "inception_score": score.mean}
+    assert values["folder"] == pytest.approx(expected | {"inception_score_std": score.std}, rel=1e-5, abs=1e-6)
+
+
+def test_images_against_themselves_have_no_distance_and_against_others_one(extractor, reference_folder, tmp_path):
+    reference = prepare_reference(reference_folder, extractor=extractor, batch_size=16, store_dir=tmp_path)
+    common = {"extractor": extractor, "reference": reference, "metrics": ("fid", "precision", "recall")}
+    same = evaluate_images(FolderImages(reference_folder), **common, batch_size=40, store_dir=tmp_path / "same")
+    assert same["fid"] == pytest.approx(0, abs=1e-6) and same["precision"] == same["recall"] == 1.0
+    dark = write_images(tmp_path / "dark", pixels(5, 40) // 4)
+    assert evaluate_images(FolderImages(dark), **common, batch_size=40, store_dir=tmp_path / "other")["fid"] > 0.1
+
+
+def test_statistics_saved_from_images_are_a_reference_with_the_same_distances(extractor, reference_folder, tmp_path):
+    images = FolderImages(write_images(tmp_path / "images", pixels(6, 30)))
+    of_images = prepare_reference(reference_folder, extractor=extractor, batch_size=16, store_dir=tmp_path)
+    save_statistics(tmp_path / "statistics.npz", of_images.statistics)
+    saved = prepare_reference(
+        tmp_path / "statistics.npz", extractor=extractor, batch_size=16, store_dir=tmp_path / "unused"
+    )
+    assert saved.metrics == ("fid", "sfid", "inception_score") and not (tmp_path / "unused").exists()
+    values = [
+        evaluate_images(
+            images,
+            extractor=extractor,
+            reference=reference,
+            metrics=("fid", "sfid"),
+            batch_size=16,
+            store_dir=tmp_path / "features",
+        )
+        for reference in (of_images, saved)
+    ]
+    assert values[0] == values[1]
+    with pytest.raises(ValueError, match=r"images for \['precision'\]"):
+        prepare_reference(
+            tmp_path / "statistics.npz",
+            extractor=extractor,
+            batch_size=16,
+            store_dir=tmp_path,
+            metrics=("fid", "precision"),
+        )
+    with pytest.raises(ValueError, match="tiny:"):
+        prepare_reference(
+            tmp_path / "statistics.npz", extractor=TinyExtractor(seed=3), batch_size=16, store_dir=tmp_path
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_pipeline_its_kept_images_and_its_pil_images_agree(
+    channels, extractor, make_pipeline, reference_folder, tmp_path
+):
+    pipeline = make_pipeline(channels)
+    source = PipelineImages(pipeline, num_images=12, num_inference_steps=3, seed=4)
+    kept = KeptImages(source, folder=tmp_path / "kept", num_kept=50_000)
+    reference = prepare_reference(reference_folder, extractor=extractor, batch_size=16, store_dir=tmp_path)
+    common = {"extractor": extractor, "reference": reference, "metrics": reference.metrics, "batch_size": 5}
+    values = evaluate_images(kept, **common, store_dir=tmp_path / "features")
+    assert values == evaluate_images(FolderImages(tmp_path / "kept"), **common, store_dir=tmp_path / "folder")
+    assert values == evaluate_pipeline(
+        pipeline,
+        **common,
+        num_samples=12,
+        num_inference_steps=3,
+        seed=4,
+        store_dir=tmp_path / "pipeline",
+    )
+
+    # As a user of the pipeline gets them.
+    assert [source.label(index) for index in range(6)] == [0, 1, 2, 3, 4, 0]
+    generators = [torch.Generator().manual_seed(derive_seed(4, "evaluate", index)) for index in range(5, 10)]
+    images = pipeline([0, 1, 2, 3, 4], num_inference_steps=3, generator=generators).images
+    for index, image in enumerate(images, start=5):
+        shown = np.asarray(PIL.Image.open(tmp_path / "kept" / f"{index:06d}.png"))
+        assert np.array_equal(shown, np.asarray(image.convert("RGB")))
+
+
+def test_a_sample_depends_on_the_seed_and_its_index_alone(make_pipeline):
+    source = PipelineImages(make_pipeline(guider=SparseGuidance()), num_images=12, num_inference_steps=3)
+    whole = source.read(0, 12)
+    alone = torch.cat([source.read(index, index + 1) for index in range(12)])
+    assert (whole.int() - alone.int()).abs().max() <= 1  # rounding depends on the batch
+    other = PipelineImages(source.pipeline, num_images=12, num_inference_steps=3, seed=1)
+    assert not torch.equal(other.read(0, 12), whole)
+
+
+def test_random_labels_are_uniform_and_repeat(make_pipeline):
+    pipeline = make_pipeline()
+    source = PipelineImages(pipeline, num_images=5000, num_inference_steps=1, random_labels=True)
+    labels = [source.label(index) for index in range(5000)]
+    counts = np.bincount(labels, minlength=5)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 20  # chi-square of 4 degrees of freedom: p < 0.0005
+    assert labels != [index % 5 for index in range(5000)]
+    again = PipelineImages(pipeline, num_images=5000, num_inference_steps=1, random_labels=True)
+    assert labels == [again.label(index) for index in range(5000)]
+
+
+def test_a_store_goes_on_where_it_was_and_keeps_finished_batches(extractor, make_pipeline, reference_folder, tmp_path):
+    reference = prepare_reference(reference_folder, extractor=extractor, batch_size=16, store_dir=tmp_path)
+    options = {"extractor": extractor, "reference": reference, "num_samples": 11, "batch_size": 4}
+    options |= {"num_inference_steps": 2, "store_dir": tmp_path / "features"}
+    values = evaluate_pipeline(make_pipeline(), **options)
+    files = sorted((tmp_path / "features").glob("batch-*"))
+    assert [file.name for file in files] == [f"batch-{batch:06d}.safetensors" for batch in range(3)]
+
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    files[1].unlink()
+    assert evaluate_pipeline(make_pipeline(), **options) == values
+    assert all(file.read_bytes() == content for file, (content, _) in before.items())
+    assert [file.stat().st_mtime_ns == time for file, (_, time) in before.items()] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_inference_steps": 3}, "images.num_inference_steps: 2 there, 3 now"),
+        ({"seed": 1}, "images.seed: 0 there, 1 now"),
+        ({"batch_size": 5}, "batch_size: 4 there, 5 now"),
+        ({"guidance_scale": 2.0}, "images.guidance.guidance_scale: 1.0 there, 2.0 now"),
+    ],
+)
+def test_features_of_other_samples_are_refused(change, message, extractor, make_pipeline, reference_folder, tmp_path):
+    reference = prepare_reference(reference_folder, extractor=extractor, batch_size=16, store_dir=tmp_path)
+    options = {"extractor": extractor, "reference": reference, "num_samples": 4, "batch_size": 4}
+    options |= {"num_inference_steps": 2, "store_dir": tmp_path / "features"}
+    evaluate_pipeline(make_pipeline(), **options)
+    with pytest.raises(ValueError, match=message):
+        evaluate_pipeline(make_pipeline(), **(options | change))
+
+
+def test_other_weights_or_another_extractor_are_refused(extractor, make_pipeline, reference_folder, tmp_path):
+    reference = prepare_reference(reference_folder, extractor=extractor, batch_size=16, store_dir=tmp_path)
+    options = {"reference": reference, "num_samples": 4, "batch_size": 4, "num_inference_steps": 1}
+    options["store_dir"] = tmp_path / "features"
+    pipeline = make_pipeline()
+    evaluate_pipeline(pipeline, extractor=extractor, **options)
+    with pytest.raises(ValueError, match="feature_extractor.fingerprint"):
+        evaluate_pipeline(pipeline, extractor=TinyExtractor(seed=3), **options)
+    with torch.no_grad():
+        next(pipeline.transformer.parameters()).view(-1)[0] += 1
+    with pytest.raises(ValueError, match="images.weights.transformer"):
+        evaluate_pipeline(pipeline, extractor=extractor, **options)
+
+
+def test_bad_images_and_metrics_are_refused_by_name(extractor, make_pipeline, reference_folder, tmp_path):
+    options = {"extractor": extractor, "batch_size": 16, "store_dir": tmp_path / "store"}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="in which there are none"):
+        prepare_reference(tmp_path / "empty", **options)
+    with pytest.raises(ValueError, match="nowhere.npz"):
+        prepare_reference(tmp_path / "nowhere.npz", **options)
+    with pytest.raises(ValueError, match=r"size \(16, 16\), got \(8, 8\)"):
+        prepare_reference(reference_folder, **options, image_size=(16, 16))
+    assert not (tmp_path / "store").exists()
+
+    damaged = write_images(tmp_path / "damaged", pixels(5, 20))
+    (damaged / "000013.png").write_bytes((damaged / "000013.png").read_bytes()[:100])
+    with pytest.raises(ValueError, match="000013.png"):
+        prepare_reference(damaged, **options)
+    mixed = write_images(tmp_path / "mixed", [*pixels(5, 16), *pixels(5, 4, height=9)])
+    with pytest.raises(ValueError, match="one size"):
+        prepare_reference(mixed, **options)
+    prepare_reference(FolderImages(mixed, resolution=6), **options)
+
+    with pytest.raises(ValueError, match="among"):
+        check_metrics(("fdi",), extractor, num_samples=10)
+    with pytest.raises(ValueError, match="at least 2 images"):
+        check_metrics(("fid",), extractor, num_samples=1)
+    with pytest.raises(ValueError, match="at least 4 images"):
+        check_metrics(("precision",), extractor, num_samples=3)
+    extractor.outputs = ("features",)
+    assert possible_metrics(extractor) == ("fid", "precision", "recall")
+    with pytest.raises(ValueError, match="output 'spatial' for sfid"):
+        check_metrics(("sfid",), extractor, num_samples=10)
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path):
+    store = FeatureStore(tmp_path / "store", num_images=3, batch_size=2, settings={"a": {"b": 1}})
+    assert store.claim() == [0, 1]
+    store.write(1, {"features": torch.ones(1, 2)})
+    assert (store.claim(), store.num_done()) == ([0], 1)
+    (tmp_path / "store" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="settings.json"):
+        store.claim()
+
+
+def test_results_survive_their_file(tmp_path):
+    results = EvaluationResults(
+        metrics={"fid": 2.5},
+        num_samples=50_000,
+        images={"name_or_path": "org/model", "seed": 0},
+        feature_extractor={"name": "inception", "fingerprint": "abc"},
+        reference={"name": "VIRTUAL_imagenet256_labeled.npz", "sha256": "def"},
+        batch_size=64,
+    )
+    assert results.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert results.date.endswith("+00:00") and results.hardware["num_processes"] == 1
+    results.save(tmp_path / "results.json")
+    assert load_results(tmp_path / "results.json") == results
+
+    values = json.loads((tmp_path / "results.json").read_text())
+    for broken in (values | {"format_version": 2}, values | {"score": 1}, {"metrics": {}}):
+        (tmp_path / "results.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="results"):
+            load_results(tmp_path / "results.json")
