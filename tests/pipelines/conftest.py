@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Tiny models for the pipeline tests."""
+"""Tiny models and recordings for the pipeline tests."""
 
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
-from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel, get_token_router
 
 
 @pytest.fixture
@@ -77,3 +77,20 @@ def make_vae():
 def generators():
     """Makes one generator per seed."""
     return lambda *seeds: [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def record_calls():
+    """Records (latents, timestep, labels, kept ids or None) of every forward of a model."""
+
+    def record(model):
+        calls, plans = [], []
+        router = get_token_router(model)
+        plan = router.plan
+        router.plan = lambda *args, **kwargs: plans.append(plan(*args, **kwargs)) or plans[-1]
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args[0].clone(), args[1], kwargs["class_labels"])), with_kwargs=True
+        )
+        return calls, plans
+
+    return record

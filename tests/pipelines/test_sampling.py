@@ -1,20 +1,16 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What `TREADPipeline` computes: guidance, seeds, schedulers, decoding, state."""
+"""What `TREADPipeline` computes: seeds, schedulers, decoding, state. Guidance has its own file."""
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AdaptiveProjectedGuidance,
-    ClassifierFreeGuidance,
-    ClassifierFreeZeroStarGuidance,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    TangentialClassifierFreeGuidance,
     UniPCMultistepScheduler,
 )
 from packaging.version import Version
@@ -38,139 +34,9 @@ FLOW_SCHEDULERS = [
 ]
 
 
-@pytest.fixture
-def record_calls():
-    """Records (latents, timestep, labels, kept ids or None) of every forward of a model."""
-
-    def record(model):
-        calls, plans = [], []
-        router = get_token_router(model)
-        plan = router.plan
-        router.plan = lambda *args, **kwargs: plans.append(plan(*args, **kwargs)) or plans[-1]
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append((args[0].clone(), args[1], kwargs["class_labels"])), with_kwargs=True
-        )
-        return calls, plans
-
-    return record
-
-
 def latents_of(pipe, labels, generator, **settings):
     settings = {"num_inference_steps": 3, "output_type": "latent"} | settings
     return pipe(labels, generator=generator, **settings).images
-
-
-# Guidance.
-
-
-@torch.no_grad()
-def test_classifier_free_guidance_equals_two_separate_calls(make_pipeline):
-    pipe = make_pipeline(FlowMatchEulerDiscreteScheduler())
-    x = torch.randn(2, 3, 8, 8)
-    images = pipe([1, 4], num_inference_steps=4, guidance_scale=2.5, latents=x, output_type="latent").images
-
-    # Euler from sigma = 1 to 0 with uncond + w (cond - uncond); timesteps are 1000 sigma.
-    sigmas = [*np.linspace(1.0, 1e-3, 4), 0.0]
-    for sigma, next_sigma in zip(sigmas, sigmas[1:], strict=False):
-        timestep = torch.tensor(1000.0 * sigma, dtype=torch.float32)
-        conditional = pipe.transformer(x, timestep, torch.tensor([1, 4])).sample
-        unconditional = pipe.transformer(x, timestep, torch.tensor([5, 5])).sample
-        x = x + (next_sigma - sigma) * (2.5 * conditional - 1.5 * unconditional)
-    torch.testing.assert_close(images, x, atol=1e-4, rtol=1e-4)
-
-
-def test_classifier_free_guidance_is_one_forward_per_step(make_pipeline, record_calls):
-    pipe = make_pipeline()
-    calls, plans = record_calls(pipe.transformer)
-    pipe([1, 4], num_inference_steps=3, guidance_scale=1.5)
-    assert [call[2].tolist() for call in calls] == [[1, 4, 5, 5]] * 5
-    assert plans == [None] * 5  # dense
-    assert pipe.guidance_scale == 1.5 and pipe.num_timesteps == 5
-
-
-@pytest.mark.parametrize("guidance_scale", [None, 0.0, 1.0])
-def test_without_guidance_the_null_class_is_not_run(make_pipeline, record_calls, generators, guidance_scale):
-    pipe = make_pipeline()
-    calls, _ = record_calls(pipe.transformer)
-    images = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=guidance_scale)
-    assert [call[2].tolist() for call in calls] == [[1, 4]] * 5
-    assert torch.equal(images, latents_of(pipe, [1, 4], generators(0, 1)))
-
-
-@torch.no_grad()
-def test_sparse_guidance_equals_its_equation_through_euler_steps(make_pipeline):
-    guider = SparseGuidance(guidance_scale=1.6, strong_ratio=0.25, weak_ratio=0.75)
-    pipe = make_pipeline(FlowMatchEulerDiscreteScheduler(), guider=guider)
-    x = torch.randn(2, 3, 8, 8)
-    with token_routing(pipe.transformer, seed=torch.tensor([3, 4])):
-        images = pipe([1, 4], num_inference_steps=3, latents=x, output_type="latent").images
-
-    labels = torch.tensor([1, 4])
-    sigmas = [*np.linspace(1.0, 1e-3, 3), 0.0]
-    for sigma, next_sigma in zip(sigmas, sigmas[1:], strict=False):
-        timestep = torch.tensor(1000.0 * sigma, dtype=torch.float32)
-        with token_routing(pipe.transformer, seed=torch.tensor([3, 4]), selection_ratio=0.25):
-            strong = pipe.transformer(x, timestep, labels).sample
-        with token_routing(pipe.transformer, seed=torch.tensor([3, 4]), selection_ratio=0.75):
-            weak = pipe.transformer(x, timestep, labels).sample
-        assert (strong - weak).abs().max() > 0.05
-        x = x + (next_sigma - sigma) * (1.6 * strong - 0.6 * weak)
-    torch.testing.assert_close(images, x, atol=1e-4, rtol=1e-4)
-
-
-def test_sparse_guidance_conditions_both_branches_of_every_step(make_pipeline, record_calls, generators):
-    pipe = make_pipeline(guider=SparseGuidance(strong_ratio=0.25, weak_ratio=0.75))
-    calls, plans = record_calls(pipe.transformer)
-    pipe([1, 4], num_inference_steps=3, generator=generators(0, 1))
-    assert [call[2].tolist() for call in calls] == [[1, 4]] * 10
-    assert [ids[0].shape[1] for ids in plans] == [12, 4] * 5
-    assert pipe.guidance_scale is None
-
-
-def test_sparse_samples_depend_on_the_label(make_pipeline, generators):
-    pipe = make_pipeline(guider=SparseGuidance())
-    images = [latents_of(pipe, [label], generators(0)) for label in (0, 1)]
-    assert (images[0] - images[1]).abs().max() > 0.05
-
-
-def test_subsets_are_new_in_every_branch_step_and_sample(make_pipeline, record_calls, generators):
-    pipe = make_pipeline(guider=SparseGuidance(strong_ratio=0.5, weak_ratio=0.55))  # both keep 8 of 16 tokens
-    _, plans = record_calls(pipe.transformer)
-    pipe([1, 4, 0], num_inference_steps=3, generator=generators(0, 1, 2))
-    assert len({tuple(row.tolist()) for ids in plans for row in ids[0]}) == 5 * 2 * 3
-
-
-def test_start_and_stop_are_shares_of_the_model_calls(make_pipeline, record_calls):
-    pipe = make_pipeline(guider=SparseGuidance(start=0.2, stop=0.6))
-    _, plans = record_calls(pipe.transformer)
-    pipe(1, num_inference_steps=3)  # calls 0 to 4, of which 1 and 2 are guided: two branches each
-    assert [plan is not None for plan in plans] == [False, True, True, True, True, False, False]
-
-
-def test_guidance_scale_replaces_the_guider_for_one_call(make_pipeline, record_calls):
-    pipe = make_pipeline(guider=SparseGuidance())
-    calls, plans = record_calls(pipe.transformer)
-    pipe(1, num_inference_steps=1, guidance_scale=2.0)
-    assert [call[2].tolist() for call in calls] == [[1, 5]] and plans == [None]
-
-
-def test_diffusers_classifier_free_guider_equals_guidance_scale(make_pipeline, generators):
-    pipe = make_pipeline()
-    plain = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=2.5)
-    pipe.guider = ClassifierFreeGuidance(guidance_scale=2.5)
-    torch.testing.assert_close(latents_of(pipe, [1, 4], generators(0, 1)), plain, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "guider_class", [AdaptiveProjectedGuidance, ClassifierFreeZeroStarGuidance, TangentialClassifierFreeGuidance]
-)
-def test_other_guiders_of_diffusers_guide(make_pipeline, record_calls, generators, guider_class):
-    pipe = make_pipeline(guider=guider_class(guidance_scale=2.5))
-    unguided = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=1.0)
-    calls, _ = record_calls(pipe.transformer)
-    images = latents_of(pipe, [1, 4], generators(0, 1))
-    assert [call[2].tolist() for call in calls] == [[1, 4], [5, 5]] * 5
-    assert images.isfinite().all() and (images - unguided).abs().max() > 0.05
 
 
 # Seeds: each image depends on its own generator alone.
