@@ -2,7 +2,7 @@
 """Which components of `TREADPipeline` belong together."""
 
 import inspect
-import math
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -59,13 +59,13 @@ def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
             f"Expected a scheduler that takes noise levels, got {type(scheduler).__name__}. Leave sigmas out, or use "
             "EDMHeunScheduler or FlowMatchEulerDiscreteScheduler."
         )
-    sigmas = [float(sigma) for sigma in sigmas]
-    largest = 1.0 if scheduler_kind(scheduler) == "flow" else math.inf
-    is_decreasing = all(sigma > following for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True))
-    if not sigmas or not is_decreasing or not sigmas[0] <= largest or sigmas[0] == math.inf:
+    levels = [*map(float, sigmas), 0.0]
+    largest = 1.0 if scheduler_kind(scheduler) == "flow" else sys.float_info.max
+    is_decreasing = all(sigma > following for sigma, following in zip(levels, levels[1:], strict=False))
+    if len(levels) == 1 or not is_decreasing or levels[0] > largest:
         limit = "at most 1 (flow matching)" if largest == 1.0 else "finite"
         raise ValueError(
-            f"Expected sigmas positive, {limit} and strictly decreasing, got {sigmas}. Leave out the final 0, which "
+            f"Expected sigmas positive, {limit} and strictly decreasing, got {levels[:-1]}. Leave out the final 0, which "
             "the scheduler appends."
         )
 
