@@ -131,10 +131,10 @@ def open_source(args: argparse.Namespace, state: PartialState):
             )
     except (DatasetNotFoundError, ConnectionError, HfHubHTTPError) as error:
         raise ValueError(
-            f"Expected access to the data set {args.dataset_name}, got: {str(error).rstrip('.')}. If it is gated, "
-            f"as ILSVRC/imagenet-1k is, accept its terms at https://huggingface.co/datasets/{args.dataset_name} and log in with `hf auth "
-            "login` or HF_TOKEN. Without a connection only data downloaded before can be read. The same command goes "
-            "on."
+            f"Expected access to the data set {args.dataset_name}, got: {str(error).rstrip('.')}. If it is gated, as "
+            "ILSVRC/imagenet-1k is, accept its terms at https://huggingface.co/datasets/"
+            f"{args.dataset_name} and log in with `hf auth login` or HF_TOKEN. Without a connection only data "
+            "downloaded before can be read. The same command goes on."
         ) from error
 
 
