@@ -28,16 +28,19 @@ from train_tread_setup import (
     make_model,
     make_objective,
     open_data,
+    open_feature_extractor,
+    open_fid_curve,
     print_settings,
     resolve_settings,
 )
 
 from diffusers_tread import TREADPipeline, TREADTransformer2DModel, get_token_router
 from diffusers_tread.data import derive_seed, encode_images, make_batches
+from diffusers_tread.data.latents import latents_from_moments
 from diffusers_tread.training.checkpoints import load_checkpoint, replace_folder, save_checkpoint
 from diffusers_tread.training.ema import whole_weights
-from diffusers_tread.training.grids import make_grid, save_image
 from diffusers_tread.training.monitor import LossMonitor, check_weights
+from diffusers_tread.training.pictures import make_grid, save_image
 from diffusers_tread.training.run_folder import open_run_folder
 
 
@@ -47,9 +50,10 @@ logger = get_logger(__name__)
 class Trainer:
     """Everything that lives through a run; `train` runs it."""
 
-    def __init__(self, args, accelerator, *, objective, dataset, vae, model, settings, checkpoint):
+    def __init__(self, args, accelerator, *, objective, dataset, vae, model, settings, checkpoint, extractor):
         self.args, self.accelerator, self.objective, self.vae = args, accelerator, objective, vae
         self.id2label, self.num_classes, self.settings = dataset.id2label, dataset.num_classes, settings
+        self.latents_info = getattr(dataset, "info", None)
 
         # Model.
         if args.gradient_checkpointing:
@@ -98,6 +102,9 @@ class Trainer:
         )
         self.position, self.corrupt = None, set(state.get("corrupt_images", []))
         self.generator = torch.Generator(accelerator.device)
+        self.fid_curve = extractor and open_fid_curve(
+            args, accelerator, extractor=extractor, image_size=dataset.resolution, step=self.step
+        )
 
     def settle_buckets(self) -> None:
         """Lets DDP regroup its gradients, as it does after a first backward, before a checkpoint is loaded.
@@ -120,6 +127,8 @@ class Trainer:
             total=args.max_train_steps, initial=self.step, desc="Steps", disable=not accelerator.is_main_process
         )
         self.model.train()
+        if self.step > 0 and self.is_due(args.eval_steps) and not self.fid_curve.has(self.step):
+            self.evaluate()  # the run was killed after the checkpoint
         monitor = LossMonitor(accelerator, step=self.step, samples_per_step=total_batch_size)
         while self.step < args.max_train_steps:
             self.router.enabled = None if self.step < first_dense_step else False
@@ -128,17 +137,23 @@ class Trainer:
             self.samples_seen += total_batch_size
             progress.update()
 
-            # A checkpoint or a grid is only made of weights that were looked at.
-            is_checkpoint, is_validation = self.is_due(args.checkpointing_steps), self.is_due(args.validation_steps)
-            if is_checkpoint or is_validation or self.step % args.logging_steps == 0:
+            # A checkpoint or samples are only made of weights that were looked at.
+            due = [
+                action
+                for action, every in (
+                    (self.save_checkpoint, args.checkpointing_steps),
+                    (self.validate, args.validation_steps),
+                    (self.evaluate, args.eval_steps),
+                )
+                if self.is_due(every)
+            ]
+            if due or self.step % args.logging_steps == 0:
                 self.log(progress, *monitor.read(self.step))
-            if is_checkpoint or is_validation:
+            if due:
                 check_weights(accelerator, self.parameters, step=self.step)
-            if is_checkpoint:
-                self.save_checkpoint()
-            if is_validation:
-                self.validate()
-            if is_checkpoint or is_validation:
+            for action in due:
+                action()
+            if due:
                 monitor.restart_clock()
         progress.close()
 
@@ -178,10 +193,14 @@ class Trainer:
         # Latents.
         self.generator.manual_seed(seed("noise"))
         self.router.seed = seed("routing")
-        latents = batch["pixel_values"].to(self.accelerator.device, non_blocking=True)
-        if self.vae is not None:
-            latents = encode_images(self.vae, latents, generator=self.generator)
-        return latents, labels
+        return self.make_latents(batch), labels
+
+    def make_latents(self, batch: dict[str, Any]) -> torch.Tensor:
+        if self.latents_info is not None:
+            moments = batch["moments"].to(self.accelerator.device, non_blocking=True)
+            return latents_from_moments(moments, self.latents_info, generator=self.generator)
+        pixel_values = batch["pixel_values"].to(self.accelerator.device, non_blocking=True)
+        return pixel_values if self.vae is None else encode_images(self.vae, pixel_values, generator=self.generator)
 
     def note_corrupt(self, batch: dict[str, Any]) -> None:
         self.position = batch.get("position")
@@ -266,6 +285,12 @@ class Trainer:
                     tracker.log_images({"validation": pixels}, step=self.step, **options)
         self.accelerator.wait_for_everyone()
 
+    def evaluate(self) -> None:
+        """The FID of samples, dense, with the averaged weights."""
+        fid = self.fid_curve.measure(self.make_pipeline(), step=self.step)
+        self.accelerator.print(f"Step {self.step}: FID {fid:.4g} of {self.args.eval_num_samples} samples.")
+        self.accelerator.log({"fid": fid}, step=self.step)
+
     def save_pipeline(self) -> None:
         """`output_dir/pipeline`, whole or not at all, with the averaged weights if there are any."""
         pipeline, folder = self.make_pipeline(), Path(self.args.output_dir, "pipeline.tmp")
@@ -284,6 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     # Data, objective, model: everything is checked before anything is written.
     dataset, objective = open_data(args, accelerator), make_objective(args)
     vae, channels, sample_size = load_vae(args, dataset)
+    extractor = open_feature_extractor(args, accelerator)
     build = partial(make_model, args, channels=channels, sample_size=sample_size, num_classes=dataset.num_classes)
     with init_empty_weights():
         settings = resolve_settings(args, accelerator, dataset=dataset, model=build())
@@ -315,6 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         model=build(),
         settings=settings,
         checkpoint=checkpoint,
+        extractor=extractor,
     )
     trainer.train()
     trainer.save_pipeline()

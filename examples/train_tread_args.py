@@ -19,7 +19,9 @@ CONTROL_FLAGS = ("config", "output_dir", "overwrite_output_dir", "resume_from_ch
 FREE_SETTINGS = (
     *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to", "tracker_project_name"),
     *("validation_steps", "num_validation_images", "validation_inference_steps", "validation_guidance_scale"),
-    *("dataloader_num_workers", "cache_dir", "max_corrupt_images"),
+    *("eval_steps", "eval_reference", "eval_feature_extractor", "eval_feature_extractor_weights"),
+    *("eval_num_samples", "eval_batch_size", "eval_inference_steps", "eval_guidance_scale"),
+    *("dataloader_num_workers", "cache_dir", "max_corrupt_images", "latents_dir"),
 )
 
 
@@ -43,21 +45,26 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
     flag("--dry_run", help="Print the config, the model's size and the length of the run; write nothing.")
 
     # Data.
-    add("--dataset_name", help="A `datasets` repository; without it and --train_data_dir: scikit-learn's digits.")
+    add("--dataset_name", help="A `datasets` repository; without any data: scikit-learn's digits.")
     add("--dataset_config_name", help="Its configuration.")
     add("--dataset_split", help="The split to train on; by default train.")
     add("--train_data_dir", help="A folder with one sub-folder of images per class.")
+    add("--latents_dir", help="Latents: a folder of precompute_latents.py, or its repository on the Hub.")
     add("--image_column", default="image", help="Column with images.")
     add("--label_column", default="label", help="Column with class labels.")
     add("--num_classes", type=int, help="Number of classes; by default as many as the data have.")
-    add("--cache_dir", help="Cache of `datasets`.")
+    add("--cache_dir", help="Where downloaded data are kept.")
     flag("--streaming", help="Read the repository without downloading it first.")
     add("--shuffle_buffer", type=int, default=10_000, help="Records that the shuffle of a stream holds in memory.")
     add("--resolution", type=int, help="Side of the training images in pixels.")
     flag("--random_flip", help="Flip images horizontally at random.")
     add("--max_corrupt_images", type=int, default=100, help="Unreadable images per process to replace, then an error.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes (threads when streaming) that decode.")
-    add("--pretrained_vae_name_or_path", help="Train on the latents of this VAE, encoded on the fly.")
+    add(
+        "--pretrained_vae_name_or_path",
+        help="Train on the latents of this VAE, encoded on the fly. With --latents_dir: where the VAE that made them "
+        "lies now; by default where it lay then.",
+    )
 
     # Model.
     add("--preset", help="Size of the model, S/2 to XL/8.")
@@ -107,10 +114,23 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
     add("--validation_inference_steps", type=int, default=20, help="Sampling steps.")
     add("--validation_guidance_scale", type=float, default=1.0, help="Classifier-free guidance; 1 for none.")
 
+    # Metrics while training.
+    add("--eval_steps", type=int, help="Steps between measurements of the FID; by default none.")
+    add(
+        "--eval_reference",
+        help="What samples are compared with: statistics or images in an .npz, or a folder of images.",
+    )
+    add("--eval_feature_extractor", default="inception", help="Network whose features are compared.")
+    add("--eval_feature_extractor_weights", help="File with its weights; by default downloaded.")
+    add("--eval_num_samples", type=int, default=10_000, help="Samples of a measurement, of all processes together.")
+    add("--eval_batch_size", type=int, default=32, help="Samples per process and forward.")
+    add("--eval_inference_steps", type=int, default=20, help="Sampling steps.")
+    add("--eval_guidance_scale", type=float, default=1.0, help="Classifier-free guidance; 1 for none.")
+
     # The config becomes flags in front of the command line: both are read by the same rules.
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
-    if args.config is None and args.dataset_name is None and args.train_data_dir is None:
+    if args.config is None and not (args.dataset_name or args.train_data_dir or args.latents_dir):
         args.config = str(DIGITS_CONFIG)
     known = set(vars(args)) - {"config"}
     flags = [] if args.config is None else config_flags(args.config, known=known)
@@ -120,7 +140,8 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
     positive = "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs checkpointing_steps " \
         "checkpoints_total_limit logging_steps validation_steps num_validation_images shuffle_buffer resolution " \
-        "num_classes validation_inference_steps learning_rate".split()  # fmt: skip
+        "num_classes validation_inference_steps learning_rate eval_steps eval_num_samples eval_batch_size " \
+        "eval_inference_steps".split()  # fmt: skip
     for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"Expected --{name} > 0, got {value}.")
@@ -133,6 +154,10 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         raise ValueError("Expected one of --overwrite_output_dir and --resume_from_checkpoint, got both.")
 
+    if args.eval_steps is not None and (args.eval_reference is None or not Path(args.eval_reference).exists()):
+        raise ValueError(
+            f"Expected --eval_reference, an .npz or a folder of images, for --eval_steps, got {args.eval_reference!r}."
+        )
     if args.streaming and args.max_train_steps is None:
         raise ValueError("Expected --max_train_steps with --streaming, whose length is not known.")
     if (args.preset is None) == (args.model_config_name_or_path is None):

@@ -2,6 +2,7 @@
 """What train_tread.py makes of its flags before a run starts: data, objective, model and the run's settings."""
 
 import argparse
+import hashlib
 import inspect
 import json
 import math
@@ -17,8 +18,11 @@ from train_tread_args import CONTROL_FLAGS
 
 from diffusers_tread import EDMObjective, FlowMatchingObjective, TREADTransformer2DModel
 from diffusers_tread.data import derive_seed, encode_images, open_training_data
+from diffusers_tread.data.latents import LatentsInfo, vae_fingerprint
 from diffusers_tread.flops import block_flops_saved
+from diffusers_tread.metrics import FeatureExtractor, load_feature_extractor
 from diffusers_tread.training.config import read_json
+from diffusers_tread.training.fid_curve import FIDCurve
 
 
 OBJECTIVES = {"edm": EDMObjective, "flow": FlowMatchingObjective}
@@ -54,6 +58,7 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator):
         return open_training_data(
             args.dataset_name,
             train_data_dir=args.train_data_dir,
+            latents_dir=args.latents_dir,
             resolution=args.resolution,
             random_flip=args.random_flip,
             seed=args.seed,
@@ -70,10 +75,27 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator):
 
 def load_vae(args: argparse.Namespace, dataset) -> tuple[Any, int, int]:
     """The VAE, None for pixels, and the channels and the side of what the model sees."""
-    if args.pretrained_vae_name_or_path is None:
+    name, options, info = args.pretrained_vae_name_or_path, {}, getattr(dataset, "info", None)
+    if info is not None and name is None:
+        name = info.vae["name_or_path"]
+        options = {key: info.vae[key] for key in ("subfolder", "revision") if info.vae.get(key) is not None}
+    if name is None:
         return None, dataset.channels, dataset.resolution
-    vae = AutoModel.from_pretrained(args.pretrained_vae_name_or_path).requires_grad_(False).eval()
-    return vae, *encode_images(vae, torch.zeros(1, 3, args.resolution, args.resolution)).shape[1:3]
+    try:
+        vae = AutoModel.from_pretrained(name, **options).requires_grad_(False).eval()
+    except OSError as error:
+        raise ValueError(
+            f"Expected a VAE at {name!r}, to decode samples with, got none ({error}). Download it, or say with "
+            "--pretrained_vae_name_or_path where it lies."
+        ) from error
+    if info is None:
+        return vae, *encode_images(vae, torch.zeros(1, 3, args.resolution, args.resolution)).shape[1:3]
+    if vae_fingerprint(vae) != info.vae["fingerprint"]:
+        raise ValueError(
+            f"Expected the VAE that made the latents of {args.latents_dir} ({info.vae['name_or_path']}), got one with "
+            f"other weights from {name}. Name the right one with --pretrained_vae_name_or_path."
+        )
+    return vae, info.latent_channels, info.latent_size
 
 
 def make_objective(args: argparse.Namespace):
@@ -103,10 +125,43 @@ def make_model(args: argparse.Namespace, *, channels: int, sample_size: int, num
     return TREADTransformer2DModel(**{**config, **given})
 
 
+def open_feature_extractor(args: argparse.Namespace, accelerator: Accelerator) -> FeatureExtractor | None:
+    if args.eval_steps is None:
+        return None
+    with accelerator.main_process_first():  # one process downloads
+        return load_feature_extractor(
+            args.eval_feature_extractor, weights=args.eval_feature_extractor_weights, device=accelerator.device
+        )
+
+
+def open_fid_curve(
+    args: argparse.Namespace, accelerator: Accelerator, *, extractor: FeatureExtractor, image_size: int, step: int
+) -> FIDCurve:
+    return FIDCurve(
+        accelerator,
+        args.output_dir,
+        step=step,
+        extractor=extractor,
+        reference=args.eval_reference,
+        image_size=image_size,
+        num_samples=args.eval_num_samples,
+        batch_size=args.eval_batch_size,
+        num_inference_steps=args.eval_inference_steps,
+        guidance_scale=args.eval_guidance_scale,
+        seed=args.seed,
+    )
+
+
+def latents_digest(info: LatentsInfo) -> str:
+    """Tells latents apart by their shards and by how they are read, wherever they lie."""
+    content = [info.kind, info.shift_factor, info.scaling_factor, [shard["sha256"] for shard in info.shards]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def resolve_settings(args, accelerator, *, dataset, model: TREADTransformer2DModel) -> dict[str, Any]:
     """All that the run depends on, for the eye and for telling this run from others."""
     total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    num_images = None if args.streaming else len(dataset)
+    num_images, info = None if args.streaming else len(dataset), getattr(dataset, "info", None)
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * num_images / total_batch_size)
     config = {key: value for key, value in json.loads(model.to_json_string()).items() if key[0] != "_"}
@@ -116,6 +171,7 @@ def resolve_settings(args, accelerator, *, dataset, model: TREADTransformer2DMod
         "num_processes": accelerator.num_processes,
         "total_batch_size": total_batch_size,
         "num_images": num_images,
+        "latents": None if info is None else latents_digest(info),
         "num_classes": dataset.num_classes,
         "steps_per_epoch": None if num_images is None else num_images / total_batch_size,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -125,30 +125,6 @@ def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path
         assert json.loads((killed / "train_config.json").read_text())["num_processes"] == processes
 
 
-@pytest.mark.slow
-def test_fsdp2_resumes_bitwise_and_samples_on_the_way_change_nothing(config, tmp_path):
-    """One run with validation grids in it, one killed and without: also the pipelines, gathered from shards, agree."""
-    path = config()
-    whole = ["--config", path, "--output_dir", str(tmp_path / "whole"), "--validation_steps", "4"]
-    killed = ["--config", path, "--output_dir", str(tmp_path / "killed")]
-    alone = ["--config", path, "--output_dir", str(tmp_path / "ddp")]
-    launch(
-        [
-            {"argv": whole, "processes": 2, "fsdp": True},
-            {"argv": killed, "processes": 2, "fsdp": True, "kill": ["step", 7]},
-            {"argv": killed, "processes": 2, "fsdp": True},
-            {"argv": alone, "processes": 2},
-        ]
-    )
-    assert_bitwise_equal(tmp_path / "whole", tmp_path / "killed")
-    assert len(list((tmp_path / "whole" / "samples").glob("*.png"))) == 3
-
-    # The sharded average is what the pipeline holds, and what DDP finds up to rounding.
-    ema, pipeline = weights_of(tmp_path / "whole")
-    assert all(torch.equal(ema[name], pipeline[name]) for name in ema)
-    torch.testing.assert_close(pipeline, weights_of(tmp_path / "ddp")[2], atol=1e-3, rtol=0)
-
-
 def test_a_run_on_latents_of_damaged_images_ends_in_an_edm_pipeline_with_its_vae(config, folder, tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL(

@@ -1,0 +1,107 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The FID of a run's samples at several of its steps: measured, written down, drawn."""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..files import write_json
+from ..metrics import FeatureExtractor, check_metrics, evaluate_pipeline, prepare_reference
+from ..pipelines import TREADPipeline
+from .pictures import save_curve
+
+
+RECORDS, STORE, PICTURE = "metrics.json", "eval", "samples/fid.png"
+
+
+class FIDCurve:
+    """Measures pipelines against one reference; all processes make it, and call `measure`, together.
+
+    The output folder gets `metrics.json` with one record per measurement, `samples/fid.png` and, in `eval`, the
+    features of a reference of images.
+
+    Args:
+        accelerator: Of the run.
+        output_dir: The run's folder, seen by all processes.
+        step: The step that the run goes on from; records of later ones are forgotten.
+        extractor: The network whose features are compared.
+        reference: An `.npz` file with statistics or images, or a folder of images.
+        image_size: Side of the samples in pixels, which images of the reference must have.
+        num_samples: Of a measurement, over all processes.
+        batch_size: Samples per process and forward.
+        num_inference_steps: Sampling steps.
+        guidance_scale: Classifier-free guidance; 1 for none.
+        seed: Of the samples.
+
+    Raises:
+        ValueError: The reference is missing or of another extractor or size; too few samples.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str | Path,
+        *,
+        step: int,
+        extractor: FeatureExtractor,
+        reference: str,
+        image_size: int,
+        num_samples: int,
+        batch_size: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+    ):
+        self.accelerator, self.output_dir, self.extractor = accelerator, Path(output_dir), extractor
+        self.sampling = {
+            "num_samples": num_samples,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+        }
+        self.batch_size, path = batch_size, self.output_dir / RECORDS
+        check_metrics(("fid",), extractor, num_samples=num_samples)
+        self.reference = prepare_reference(
+            reference,
+            extractor=extractor,
+            metrics=("fid",),
+            batch_size=batch_size,
+            store_dir=self.output_dir / STORE,
+            image_size=(image_size, image_size),
+        )
+        records = json.loads(path.read_text()) if accelerator.is_main_process and path.exists() else []
+        self.records = [record for record in broadcast_object_list([records])[0] if record["step"] <= step]
+
+    def has(self, step: int) -> bool:
+        """Whether this step was measured, by this process or before it was started."""
+        return any(record["step"] == step for record in self.records)
+
+    def measure(self, pipeline: TREADPipeline, *, step: int) -> float:
+        """The FID of samples of a pipeline, the same one in each process; the same value in each process."""
+        store = self.output_dir / STORE / f"step-{step:07d}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(store, ignore_errors=True)  # of a run that was killed here
+        self.accelerator.wait_for_everyone()
+        values = evaluate_pipeline(
+            pipeline,
+            extractor=self.extractor,
+            reference=self.reference,
+            batch_size=self.batch_size,
+            store_dir=store,
+            **self.sampling,
+        )
+        (fid,) = broadcast_object_list([values and values["fid"]])
+
+        # The record comes last: without it, a resumed run measures again.
+        extractor = {"feature_extractor": self.extractor.name, "reference": self.reference.description}
+        self.records.append({"step": step, "fid": fid, **self.sampling, **extractor})
+        if self.accelerator.is_main_process:
+            shutil.rmtree(store)
+            points = [(record["step"], record["fid"]) for record in self.records]
+            save_curve(points, self.output_dir / PICTURE, x_label="optimiser steps", y_label="FID")
+            write_json(self.output_dir / RECORDS, self.records)
+        self.accelerator.wait_for_everyone()
+        return fid

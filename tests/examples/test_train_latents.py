@@ -1,0 +1,322 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""train_tread.py on a folder of latents, and the FID that it measures on the way."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL
+
+from diffusers_tread import TREADPipeline
+from diffusers_tread.data import EpochBatchSampler, LatentsDataset, LatentsInfo, derive_seed
+from diffusers_tread.data.latent_shards import LatentsWriter
+from diffusers_tread.data.latents import encode_moments, vae_fingerprint
+from diffusers_tread.metrics import load_feature_extractor
+from diffusers_tread.training import fid_curve
+from diffusers_tread.training.checkpoints import list_checkpoints
+
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import train_tread  # noqa: E402
+
+
+CLASSES = {0: "ant", 1: "bee", 2: "cat"}
+TINY = {
+    "model_config_name_or_path": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "patch_size": 2},
+    "train_batch_size": 3, "gradient_accumulation_steps": 2, "max_train_steps": 10, "checkpointing_steps": 4,
+    "learning_rate": 0.01, "use_ema": True, "ema_decay": 0.9, "random_flip": True, "class_dropout_prob": 0.3,
+    "eval_num_samples": 7, "eval_batch_size": 3, "eval_inference_steps": 2,
+}  # fmt: skip
+
+
+def make_vae(folder, *, seed, channels=4):
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+    )
+    vae.save_pretrained(folder)
+    return vae
+
+
+def make_latents(folder, *, vae, vae_folder, seed=0):
+    """The latents of 13 random 16x16 images of three classes in three shards, mirrored ones too."""
+    images = torch.rand(13, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    records = {
+        "moments": encode_moments(vae, images),
+        "moments_flipped": encode_moments(vae, images.flip(-1)),
+        "label": torch.arange(13) % 3,
+    }
+    info = LatentsInfo(
+        kind="moments", dtype="float16", latent_channels=4, latent_size=8, resolution=16, scaling_factor=0.7,
+        shift_factor=0.1, vae={"name_or_path": str(vae_folder), "fingerprint": vae_fingerprint(vae)}, source={},
+        has_flipped=True, id2label=CLASSES, num_samples=1, shards=(),
+    )  # fmt: skip
+    writer = LatentsWriter(folder, info, num_shards=3)
+    writer.open({})
+    for shard, rows in enumerate((slice(0, 5), slice(5, 10), slice(10, 13))):
+        names = [f"image {row}" for row in range(13)[rows]]
+        batch = {name: values[rows] for name, values in records.items()}
+        writer.write(shard, [{"names": names, "unreadable": [], **batch}])
+    writer.finish()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with `vae`, `latents`, `reference` (images) and `network` (a feature extractor's)."""
+    folder = tmp_path_factory.mktemp("data")
+    make_latents(folder / "latents", vae=make_vae(folder / "vae", seed=0), vae_folder=folder / "vae")
+    (folder / "reference").mkdir()
+    for index in range(9):
+        pixels = np.random.RandomState(index).randint(0, 256, (16, 16, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / "reference" / f"{index}.png")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=1
+    )
+    transformers.Dinov2Model(config).save_pretrained(folder / "network")
+    transformers.BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder / "network"
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return tmp_path / "config.json"
+
+
+@pytest.fixture
+def argv(data, config):
+    return ["--config", config, "--latents_dir", data / "latents"]
+
+
+@pytest.fixture
+def evaluation(data):
+    return [
+        *("--eval_steps", 5, "--eval_reference", data / "reference"),
+        *("--eval_feature_extractor", f"transformers:{data / 'network'}"),
+    ]
+
+
+def train(*argv):
+    AcceleratorState._reset_state(True)
+    train_tread.main([str(word) for word in argv])
+
+
+def weights_of(run):
+    """The final weights of a run: of the model (where one file holds them), of the average, of the pipeline."""
+    files = [list_checkpoints(run)[-1] / "model.safetensors", list_checkpoints(run)[-1] / "ema.safetensors"]
+    files.append(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    return [safetensors.torch.load_file(file) for file in files if file.exists()]
+
+
+def assert_bitwise_equal(run, other):
+    for weights, others in zip(weights_of(run), weights_of(other), strict=True):
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def fids(run):
+    return [(record["step"], record["fid"]) for record in json.loads((run / "metrics.json").read_text())]
+
+
+def test_each_batch_is_a_new_sample_of_the_stored_posterior_shifted_and_scaled(argv, data, tmp_path, monkeypatch):
+    seen, next_batch = [], train_tread.Trainer.next_batch
+
+    def watch(trainer, micro_step):
+        latents, labels = next_batch(trainer, micro_step)
+        seen.append((trainer.step, micro_step, latents, labels))
+        return latents, labels
+
+    monkeypatch.setattr(train_tread.Trainer, "next_batch", watch)
+    train(*argv, "--output_dir", tmp_path / "run", "--seed", 3, "--class_dropout_prob", 0)
+
+    dataset = LatentsDataset(data / "latents", seed=3, random_flip=True)
+    order = iter(EpochBatchSampler(13, batch_size=3, seed=3))
+    for step, micro_step, latents, labels in seen:
+        batch = dataset.__getitems__(next(order))
+        mean, std = batch["moments"].float().chunk(2, dim=1)
+        generator = torch.Generator().manual_seed(derive_seed(3, step, micro_step, 0, "noise"))
+        expected = 0.7 * (mean + std * torch.randn(mean.shape, generator=generator) - 0.1)
+        torch.testing.assert_close(latents, expected, atol=1e-6, rtol=1e-6)
+        assert torch.equal(labels, batch["class_labels"])
+    assert len(seen) == 20
+
+
+def test_the_pipeline_gets_the_vae_that_made_the_latents(argv, data, tmp_path):
+    train(*argv, "--output_dir", tmp_path / "run", "--max_train_steps", 1)
+    pipeline = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert vae_fingerprint(pipeline.vae) == LatentsInfo.load(data / "latents").vae["fingerprint"]
+    assert pipeline.config.id2label == {str(label): name for label, name in CLASSES.items()}
+    assert (pipeline.transformer.config.sample_size, pipeline.transformer.config.in_channels) == (8, 4)
+    assert pipeline("bee", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_bitwise_like_others_that_also_sampled_and_measured(argv, evaluation, tmp_path):
+    """In one process, in two with DDP and in two with FSDP2, each killed in the middle of a random step."""
+    step, plan = random.Random(os.urandom(8)).randrange(1, 10), []
+    print(f"killed in step {step}")
+    kinds = {"one": {"processes": 1}, "ddp": {"processes": 2}, "fsdp": {"processes": 2, "fsdp": True}}
+    sampling = [*evaluation, "--validation_steps", 4, "--num_validation_images", 3, "--validation_inference_steps", 1]
+    for name, kind in kinds.items():
+        whole = [str(word) for word in (*argv, *sampling, "--output_dir", tmp_path / f"whole-{name}")]
+        killed = [str(word) for word in (*argv, "--output_dir", tmp_path / f"killed-{name}")]
+        plan += [{"argv": whole, **kind}, {"argv": killed, **kind, "kill": ["step", step]}, {"argv": killed, **kind}]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
+    subprocess.run(command, env=environment, check=True, timeout=240)
+
+    for name in kinds:
+        run = tmp_path / f"whole-{name}"
+        assert_bitwise_equal(run, tmp_path / f"killed-{name}")
+        assert [at for at, _ in fids(run)] == [5, 10] and not list((run / "eval").glob("step-*"))
+        assert len(list((run / "samples").glob("step-*.png"))) == 3
+
+    # What was gathered from shards is the average, and what DDP finds up to rounding.
+    ema, pipeline = weights_of(tmp_path / "whole-fsdp")
+    assert all(torch.equal(ema[name], pipeline[name]) for name in ema)
+    torch.testing.assert_close(pipeline, weights_of(tmp_path / "whole-ddp")[2], atol=1e-3, rtol=0)
+    distances = [[fid for _, fid in fids(tmp_path / f"whole-{name}")] for name in ("ddp", "fsdp")]
+    assert distances[0] == pytest.approx(distances[1], rel=0.05)
+
+
+def test_a_streamed_run_goes_on_exactly(argv, tmp_path, monkeypatch):
+    argv = [*argv, "--streaming", "--shuffle_buffer", 4, "--output_dir"]
+    train(*argv, tmp_path / "whole")
+    next_batch = train_tread.Trainer.next_batch
+
+    def stop(trainer, micro_step):
+        if trainer.step == 6:
+            raise KeyboardInterrupt
+        return next_batch(trainer, micro_step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tread.Trainer, "next_batch", stop)
+        train(*argv, tmp_path / "stopped")
+    train(*argv, tmp_path / "stopped")
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_goes_on_with_latents_that_were_moved_but_not_with_others(argv, data, tmp_path):
+    argv = [*argv, "--output_dir", tmp_path / "run", "--max_train_steps", 1]
+    train(*argv)
+    shutil.copytree(data / "latents", tmp_path / "moved")
+    train(*argv, "--latents_dir", tmp_path / "moved")
+
+    vae = AutoencoderKL.from_pretrained(data / "vae")
+    make_latents(tmp_path / "others", vae=vae, vae_folder=data / "vae", seed=1)
+    with pytest.raises(ValueError, match="latents: '.* there, '.* now"):
+        train(*argv, "--latents_dir", tmp_path / "others")
+
+
+def test_the_fid_is_that_of_the_averaged_weights(argv, evaluation, data, tmp_path):
+    """The last one against the saved pipeline, sampled and measured anew with numpy."""
+    train(*argv, *evaluation, "--output_dir", tmp_path / "run", "--max_train_steps", 6)
+    assert [step for step, _ in fids(tmp_path / "run")] == [5, 6]
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["fid.png"]
+
+    pipeline = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    seeds = [derive_seed(0, "evaluate", index) for index in range(7)]
+    images = pipeline(
+        class_labels=[index % 3 for index in range(7)],
+        num_inference_steps=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+    references = [PIL.Image.open(data / "reference" / f"{index}.png") for index in range(9)]
+    extractor = load_feature_extractor(f"transformers:{data / 'network'}")
+    means, covariances = [], []
+    for pictures in (images, references):
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+        features = extractor(pixels)["features"].double().numpy()
+        means.append(features.mean(axis=0))
+        covariances.append(np.cov(features, rowvar=False))
+    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(min=0)).sum()
+    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * roots
+    assert fids(tmp_path / "run")[-1][1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_killed_while_it_measured_measures_again(argv, evaluation, tmp_path, monkeypatch):
+    argv = [*argv, *evaluation, "--checkpointing_steps", 5, "--output_dir"]
+    train(*argv, tmp_path / "whole")
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    for at in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(fid_curve, "evaluate_pipeline" if at == 0 else "save_curve", stop)
+            train(*argv, tmp_path / "killed")
+    train(*argv, tmp_path / "killed")
+    assert fids(tmp_path / "whole") == fids(tmp_path / "killed")
+    assert not list((tmp_path / "killed" / "eval").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resolution", "32"], "resolution 16"),
+        (["--train_data_dir", "photos"], "train_data_dir"),
+        (["--pretrained_vae_name_or_path", "{data}/nowhere"], "--pretrained_vae_name_or_path where it lies"),
+        (["--pretrained_vae_name_or_path", "{other}"], "Expected the VAE that made the latents"),
+        (["--model_config_name_or_path", '{"in_channels": 3}'], "in_channels=4"),
+        (["--model_config_name_or_path", '{"sample_size": 16}'], "sample_size=8"),
+        (["--latents_dir", "{data}/reference"], "latents.json"),
+        (["--eval_steps", "5"], "--eval_reference"),
+        (["--eval_steps", "5", "--eval_reference", "{data}/nowhere.npz"], "nowhere.npz"),
+        (["--eval_steps", "5", "--eval_reference", "{data}/reference", "--eval_feature_extractor", "vgg"], "vgg"),
+        (["--eval_num_samples", "0"], "eval_num_samples > 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(argv, data, tmp_path, options, message):
+    make_vae(tmp_path / "other", seed=1)
+    options = [option.replace("{data}", str(data)).replace("{other}", str(tmp_path / "other")) for option in options]
+    with pytest.raises(ValueError, match=message):
+        train(*argv, "--output_dir", tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_shard_is_named_before_anything_is_written(argv, data, tmp_path):
+    shutil.copytree(data / "latents", tmp_path / "latents")
+    (tmp_path / "latents" / "data" / "train-00001-of-00003.arrow").unlink()
+    with pytest.raises(ValueError, match="train-00001-of-00003.arrow"):
+        train(*argv, "--latents_dir", tmp_path / "latents", "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_of_another_size_is_refused_before_the_first_step(argv, evaluation, data, tmp_path):
+    (tmp_path / "reference").mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "reference" / "0.png")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "reference" / "1.png")
+    with pytest.raises(ValueError, match="size"):
+        train(*argv, *evaluation, "--eval_reference", tmp_path / "reference", "--output_dir", tmp_path / "run")
+    assert not list_checkpoints(tmp_path / "run")

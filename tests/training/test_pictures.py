@@ -1,0 +1,31 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import numpy as np
+import PIL.Image
+import pytest
+
+from diffusers_tread.training.pictures import make_grid, save_curve, save_image
+
+
+def test_a_grid_keeps_the_order_enlarges_small_images_and_fills_the_last_row():
+    images = [PIL.Image.new("L", (8, 8), 20 * index + 20) for index in range(12)]
+    grid = make_grid(images)
+    assert grid.size == (640, 128)
+    cells = np.asarray(grid.convert("L")).reshape(2, 64, 10, 64).swapaxes(1, 2).reshape(20, -1)
+    assert (cells == cells[:, :1]).all()
+    assert cells[:, 0].tolist() == [*range(20, 260, 20), *[0] * 8]
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "new" / "picture.png"
+    save_image(PIL.Image.new("L", (2, 2), 9), path)
+    path.with_name("picture.png.tmp").mkdir()  # in the way of the new one
+    with pytest.raises(OSError):
+        save_image(PIL.Image.new("L", (2, 2)), path)
+    assert PIL.Image.open(path).getpixel((0, 0)) == 9
+
+
+def test_a_curve_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    save_curve([(5, 30.0), (10, 20.0)], tmp_path / "curve.png", x_label="steps", y_label="FID")
+    pixels = np.asarray(PIL.Image.open(tmp_path / "curve.png").convert("L"))
+    assert pixels.shape == (480, 720) and pixels.std() > 0
