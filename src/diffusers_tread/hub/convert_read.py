@@ -3,6 +3,7 @@
 
 import argparse
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,20 +53,20 @@ def _load(path: Path, *, allow_unsafe_pickle: bool) -> Any:
             return torch.load(
                 path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=not allow_unsafe_pickle
             )
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # on bytes that are no pickle, unpickling fails in any way
+        refused = isinstance(error, pickle.UnpicklingError) and not allow_unsafe_pickle
+        reason = _unsafe_contents(path) if refused else f": {type(error).__name__}: {error}"
         raise ValueError(
-            f"Expected a pickle of tensors alone, got {path}{_describe_globals(path)}. It can run any code, and was "
-            "not read. If you trust whoever made it, allow_unsafe_pickle=True (--allow_unsafe_pickle) reads it."
+            f"Expected tensors alone, in a file of torch.save or safetensors, got {path}{reason}"
         ) from error
-    except (RuntimeError, EOFError, safetensors.SafetensorError) as error:
-        raise ValueError(f"Expected a file of torch.save or safetensors, got {path}: {error}") from error
 
 
-def _describe_globals(path: Path) -> str:
-    if not zipfile.is_zipfile(path):
-        return ""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return f" with {', '.join(names[:10])}" if names else ""
+def _unsafe_contents(path: Path) -> str:
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+    return (
+        f"{' with ' if names else ''}{', '.join(names[:10])}. If it is a pickle that does more, it can run any code, "
+        "and was not read. If you trust whoever made it, allow_unsafe_pickle=True (--allow_unsafe_pickle) reads it."
+    )
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -89,7 +90,7 @@ def _choose(prefixes: list[str], weights: str | None, tensors: dict[str, torch.T
         )
     names = {prefix.removesuffix("."): prefix for prefix in prefixes}
     if weights is None:
-        chosen = list(names) if len(names) == 1 else [name for name in names if "ema" in name.split(".")[0]]
+        chosen = list(names) if len(names) == 1 else [name for name in names if "ema" in re.split("[._]", name)]
     else:
         chosen = [name for name in names if name == weights] or [n for n in names if n.split(".")[0] == weights]
     if len(chosen) != 1:
