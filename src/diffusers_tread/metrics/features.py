@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ..data.latents import vae_fingerprint  # of any module's weights
+
 
 class FeatureExtractor:
     """What every extractor has; subclasses write `extract`.
@@ -204,9 +206,6 @@ def _load_timm(name: str, weights: Path | None) -> FeatureExtractor:
 
 
 def _fingerprint(network: nn.Module, settings: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits of weights and settings; the weights' file format does not matter."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    """Sixteen hexadecimal digits of weights and settings."""
+    content = json.dumps({"settings": settings, "weights": vae_fingerprint(network)}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """What samples are compared with: `.npz` files of statistics or images, in the format of ADM's reference batches.
 
-mu, sigma        mean and covariance of the features          mu_s, sigma_s    of the spatial ones, for sFID
-arr_0            images, uint8 [N, H, W, 3]
-count, extractor number of samples and the network's fingerprint; only in files that `save_statistics` wrote
+- mu, sigma: mean and covariance of the features; mu_s, sigma_s: of the spatial ones, for sFID.
+- arr_0: images, uint8 [N, H, W, 3].
+- count, extractor: number of samples and the network's fingerprint, only in files that `save_statistics` wrote.
 """
 
 import logging
@@ -109,9 +109,12 @@ def save_statistics(path: str | Path, statistics: dict[str, FeatureStatistics]) 
     features = statistics["features"]
     arrays["count"], arrays["extractor"] = np.array(features.count), np.array(features.extractor)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    publish(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_reference(path: str | Path, *, extractor: FeatureExtractor) -> Reference:

@@ -75,13 +75,12 @@ class FeatureStatistics:
             )
         count = self.count + other.count
         shift = other.mean - self.mean
-        scatter = (
-            self.covariance * (self.count - 1)
-            + other.covariance * (other.count - 1)
-            + torch.outer(shift, shift) * (self.count * other.count / count)
-        )
         self.mean = self.mean + shift * (other.count / count)
-        self.covariance = scatter / (count - 1)
+        self.covariance = (
+            (self.covariance * ((self.count - 1) / (count - 1)))
+            .add_(other.covariance, alpha=(other.count - 1) / (count - 1))
+            .addr_(shift, shift, alpha=self.count * other.count / (count * (count - 1)))
+        )
         self.count = count
 
 
