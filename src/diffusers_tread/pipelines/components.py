@@ -66,7 +66,7 @@ def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
         limit = "at most 1 (flow matching)" if largest == 1.0 else "finite"
         raise ValueError(
             f"Expected sigmas positive, {limit} and strictly decreasing, got {levels[:-1]}. Leave out the final 0: "
-            "the scheduler appends."
+            "the scheduler appends it."
         )
 
 
