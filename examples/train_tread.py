@@ -102,9 +102,10 @@ class Trainer:
         )
         self.position, self.corrupt = None, set(state.get("corrupt_images", []))
         self.generator = torch.Generator(accelerator.device)
-        self.fid_curve = extractor and open_fid_curve(
-            args, accelerator, extractor=extractor, image_size=dataset.resolution, step=self.step
-        )
+        self.fid_curve = None
+        if extractor is not None:
+            size = dataset.resolution
+            self.fid_curve = open_fid_curve(args, accelerator, extractor=extractor, image_size=size, step=self.step)
 
     def settle_buckets(self) -> None:
         """Lets DDP regroup its gradients, as it does after a first backward, before a checkpoint is loaded.
@@ -127,8 +128,14 @@ class Trainer:
             total=args.max_train_steps, initial=self.step, desc="Steps", disable=not accelerator.is_main_process
         )
         self.model.train()
-        if self.step > 0 and self.is_due(args.eval_steps) and not self.fid_curve.has(self.step):
-            self.evaluate()  # the run was killed after the checkpoint
+        actions = (
+            (self.save_checkpoint, args.checkpointing_steps),
+            (self.validate, args.validation_steps),
+            (self.evaluate, args.eval_steps),
+        )
+        if self.step > 0:  # the run may have been killed before it sampled what it had checkpointed
+            for action in [action for action, every in actions[1:] if self.is_due(every)]:
+                action()
         monitor = LossMonitor(accelerator, step=self.step, samples_per_step=total_batch_size)
         while self.step < args.max_train_steps:
             self.router.enabled = None if self.step < first_dense_step else False
@@ -138,15 +145,7 @@ class Trainer:
             progress.update()
 
             # A checkpoint or samples are only made of weights that were looked at.
-            due = [
-                action
-                for action, every in (
-                    (self.save_checkpoint, args.checkpointing_steps),
-                    (self.validate, args.validation_steps),
-                    (self.evaluate, args.eval_steps),
-                )
-                if self.is_due(every)
-            ]
+            due = [action for action, every in actions if self.is_due(every)]
             if due or self.step % args.logging_steps == 0:
                 self.log(progress, *monitor.read(self.step))
             if due:
@@ -286,7 +285,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> None:
-        """The FID of samples, dense, with the averaged weights."""
+        """The FID of samples, dense, with the averaged weights; once for each step."""
+        if self.fid_curve.has(self.step):
+            return
         fid = self.fid_curve.measure(self.make_pipeline(), step=self.step)
         self.accelerator.print(f"Step {self.step}: FID {fid:.4g} of {self.args.eval_num_samples} samples.")
         self.accelerator.log({"fid": fid}, step=self.step)

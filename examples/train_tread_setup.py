@@ -82,7 +82,7 @@ def load_vae(args: argparse.Namespace, dataset) -> tuple[Any, int, int]:
     if name is None:
         return None, dataset.channels, dataset.resolution
     try:
-        vae = AutoModel.from_pretrained(name, **options).requires_grad_(False).eval()
+        vae = AutoModel.from_pretrained(name, **options, use_safetensors=True).requires_grad_(False).eval()
     except OSError as error:
         raise ValueError(
             f"Expected a VAE at {name!r}, to decode samples with, got none ({error}). Download it, or say with "

@@ -265,20 +265,23 @@ def test_the_fid_is_that_of_the_averaged_weights(argv, evaluation, data, tmp_pat
     assert fids(tmp_path / "run")[-1][1] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_run_killed_while_it_measured_measures_again(argv, evaluation, tmp_path, monkeypatch):
-    argv = [*argv, *evaluation, "--checkpointing_steps", 5, "--output_dir"]
+def test_a_run_killed_while_it_sampled_or_measured_does_it_again(argv, evaluation, tmp_path, monkeypatch):
+    argv = [*argv, *evaluation, "--checkpointing_steps", 5, "--validation_steps", 5, "--num_validation_images", 3]
+    argv += ["--validation_inference_steps", 1, "--output_dir"]
     train(*argv, tmp_path / "whole")
 
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    for at in range(2):
+    for place, name in ((train_tread, "make_grid"), (fid_curve, "evaluate_pipeline"), (fid_curve, "save_curve")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(fid_curve, "evaluate_pipeline" if at == 0 else "save_curve", stop)
+            patch.setattr(place, name, stop)
             train(*argv, tmp_path / "killed")
     train(*argv, tmp_path / "killed")
     assert fids(tmp_path / "whole") == fids(tmp_path / "killed")
     assert not list((tmp_path / "killed" / "eval").glob("step-*"))
+    names = ["fid.png", "step-0000005.png", "step-0000010.png"]
+    assert sorted(path.name for path in (tmp_path / "killed" / "samples").iterdir()) == names
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,22 @@ def test_a_run_on_latents_of_damaged_images_ends_in_an_edm_pipeline_with_its_vae
     assert bool(list(output.rglob("events*"))) == (tracker == "tensorboard")
 
 
+def test_samples_are_drawn_in_the_precision_of_training_and_weights_stay_float32(config, tmp_path, monkeypatch):
+    seen, make_pipeline = [], train_tread.Trainer.make_pipeline
+
+    def watch(trainer):
+        pipeline = make_pipeline(trainer)
+        for model in (trainer.model, pipeline.transformer):
+            model.proj_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        return pipeline
+
+    monkeypatch.setattr(train_tread.Trainer, "make_pipeline", watch)
+    train("--config", config(max_train_steps=3), "--output_dir", tmp_path / "run", "--mixed_precision", "bf16",
+          "--validation_steps", 2, "--num_validation_images", 2, "--validation_inference_steps", 1)  # fmt: skip
+    assert seen == [torch.bfloat16] * 4  # a grid, two micro-steps, a grid
+    assert {weight.dtype for weights in weights_of(tmp_path / "run") for weight in weights.values()} == {torch.float32}
+
+
 def test_the_pipeline_holds_the_average_and_a_clean_config(config, tmp_path):
     train("--config", config(), "--output_dir", tmp_path / "run")
     model, ema, pipeline = weights_of(tmp_path / "run")
