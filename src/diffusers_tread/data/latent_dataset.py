@@ -5,19 +5,24 @@ Shapes: B batch, M values and S side of a record. A batch is {"moments": [B, M, 
 "class_labels": [B] int64, "corrupt": []}; `latents_from_moments` turns it into what a denoiser is trained on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import Dataset
 
-from .latent_shards import verify_latents
+from .latent_shards import RECORD_BATCH, verify_latents
 from .latents import INFO, LatentsInfo
 from .sampling import derive_seed
 from .streaming import StreamingDataset
+
+
+# ValueErrors are those of names that cannot be. The HTTP errors' base depends on the version of huggingface_hub.
+_HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
 class LatentsDataset(Dataset):
@@ -32,8 +37,8 @@ class LatentsDataset(Dataset):
         random_flip: Whether to take the mirrored image's latents at random.
 
     Raises:
-        ValueError: Shards that are missing, truncated or hold something else than `latents.json` says (`verify_latents`
-            compares checksums, too); labels outside [0, num_classes); `random_flip` of latents made without flips.
+        ValueError: Shards that are missing, cut off or hold something else than `latents.json` says (checksums are for
+            `verify_latents`); labels outside [0, num_classes); `random_flip` of latents made without flips.
     """
 
     def __init__(self, folder: str | Path, *, seed: int, random_flip: bool = False):
@@ -95,7 +100,6 @@ class StreamingLatentsDataset(StreamingDataset):
 
     def __init__(self, source, *, info: LatentsInfo, random_flip: bool = False, **options: Any):
         check_flip(info, random_flip)
-        # Records as Arrow tables: as Python lists they are read a hundred times slower.
         super().__init__(
             source.with_format("arrow"),
             id2label=info.id2label,
@@ -104,6 +108,11 @@ class StreamingLatentsDataset(StreamingDataset):
             **options,
         )
         self.info, self.channels = info, info.latent_channels
+
+    def records(self, source) -> Iterator[Any]:
+        # As Arrow tables, many at once: as Python lists, or one by one, `datasets` reads them far slower.
+        for table in source.iter(batch_size=RECORD_BATCH):
+            yield from (table.slice(row, 1) for row in range(len(table)))
 
     def read(self, record, *, flip: bool) -> dict[str, Any]:
         moments = record["moments_flipped" if flip else "moments"]
@@ -178,11 +187,11 @@ def ask_hub(request, name: str | Path, **options: Any) -> Any:
     """Calls a function of huggingface_hub for a data set; what it raises becomes one message."""
     try:
         return request(str(name), **options)
-    except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
+    except _HUB_ERRORS as error:
         raise ValueError(
             f"Expected a folder of latents or a data set on the Hub, got {str(name)!r}: there is no such folder, and "
-            f"the Hub cannot be asked for it ({error}). If it should be there, check the name, the network and "
-            "`hf auth login` and run the same command again: what is downloaded is kept."
+            "the Hub did not give it. If it should be there, check the name, the network and `hf auth login`, and run "
+            f"the same command again: what was downloaded is kept. The cause: {error}"
         ) from error
 
 

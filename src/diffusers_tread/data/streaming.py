@@ -43,6 +43,10 @@ class StreamingDataset:
         self.id2label, self.num_classes = id2label, len(id2label)
         self.resolution, self.seed, self.random_flip = resolution, seed, random_flip
 
+    def records(self, source) -> Iterator[Any]:
+        """The undecoded records of an epoch of `source`, the part of one rank."""
+        return iter(source)
+
     def read(self, record, *, flip: bool) -> dict[str, Any]:
         """An item: its value, None if that is unreadable, and `class_labels`, on request with a `name`."""
         raise NotImplementedError
@@ -140,7 +144,7 @@ class StreamBatches(IterableDataset):
         while True:
             self.source.set_epoch(epoch)
             place = -1
-            for place, record in enumerate(self.source):
+            for place, record in enumerate(self.dataset.records(self.source)):
                 if place >= start:
                     yield {"epoch": epoch, "place": place, "record": record}
             if place < 0:
