@@ -1,7 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import hashlib
 import importlib.util
 import json
 import pickle
+import shutil
+import sys
 
 import numpy as np
 import PIL.Image
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 from diffusers_tread.metrics import TorchFeatureExtractor, load_feature_extractor
+from diffusers_tread.metrics import inception as inception_module
 
 
 def noise_images(count, height, width, seed=0):
@@ -102,7 +106,7 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatc
         ("torch_fidelity.feature_extractor_inceptionv3", "inception"),
         ("cleanfid.resize", "clean-fid:clean"),
     ):
-        monkeypatch.setitem(__import__("sys").modules, module, None)
+        monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match=r'pip install "diffusers-tread\[fid\]"'):
             load_feature_extractor(spec, weights=weights)
 
@@ -161,18 +165,19 @@ def test_clean_fid_resizes_as_its_mode_says(torchscript):
 
 def test_a_download_is_kept_for_the_next_time_and_one_that_fails_leaves_nothing(torchscript, tmp_path, monkeypatch):
     _, path = torchscript
-    url = "cleanfid.downloads_helper.inception_url"
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(url, (tmp_path / "missing" / path.name).as_uri())
-    with pytest.raises(ValueError, match="Expected to download file:.*give the file as weights"):
-        load_feature_extractor("clean-fid:clean")
-    assert not any(file.is_file() for file in tmp_path.rglob("*"))
+    missing = tmp_path / "missing" / path.name
+    for url, reason in ((missing, "No such file"), (path, "invalid hash value")):
+        monkeypatch.setattr("cleanfid.downloads_helper.inception_url", url.as_uri())
+        with pytest.raises(ValueError, match=f"Expected to download file:.*{reason}.*give the file as weights"):
+            load_feature_extractor("clean-fid:clean")
+        assert not any(file.is_file() for file in tmp_path.rglob("*"))
 
-    monkeypatch.setattr(url, path.as_uri())
-    extractor = load_feature_extractor("clean-fid:clean")
-    assert extractor.fingerprint == load_feature_extractor("clean-fid:clean", weights=path).fingerprint
-    monkeypatch.setattr(url, (tmp_path / "missing" / path.name).as_uri())
-    assert load_feature_extractor("clean-fid:clean").fingerprint == extractor.fingerprint
+    expected = load_feature_extractor("clean-fid:clean", weights=path).fingerprint
+    monkeypatch.setitem(inception_module.SHA256, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert load_feature_extractor("clean-fid:clean").fingerprint == expected
+    monkeypatch.setattr("cleanfid.downloads_helper.inception_url", missing.as_uri())
+    assert load_feature_extractor("clean-fid:clean").fingerprint == expected
 
 
 def test_a_file_that_is_not_clean_fid_s_network_is_refused(torchscript, tmp_path):
@@ -222,6 +227,13 @@ def test_dinov2_sees_the_whole_resized_image_and_gives_its_class_token(dinov2, s
     features = extractor(images)["features"]
     assert features.dtype == torch.float32 and features.shape == (2, 16)
     torch.testing.assert_close(features, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_copy_of_a_model_elsewhere_has_the_same_fingerprint(dinov2, tmp_path):
+    _, folder = dinov2
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    one, other = (load_feature_extractor(f"transformers:{path}") for path in (folder, copy))
+    assert one.name != other.name and one.fingerprint == other.fingerprint
 
 
 def test_a_folder_without_a_usable_model_is_refused(dinov2, tmp_path):
@@ -275,6 +287,18 @@ def test_a_network_of_one_s_own_is_put_into_evaluation_mode_and_known_by_its_wei
     assert one.fingerprint.startswith("own:") and one.fingerprint != other.fingerprint
     network[2].bias.add_(1)
     assert TorchFeatureExtractor(network, name="own", size=2).fingerprint not in (one.fingerprint, other.fingerprint)
+
+
+def test_convolutions_run_without_tf32_and_the_setting_comes_back():
+    class Recorder(nn.Flatten):
+        def forward(self, x):
+            self.allowed = torch.backends.cudnn.allow_tf32
+            return super().forward(x)
+
+    assert torch.backends.cudnn.allow_tf32
+    network = Recorder()
+    TorchFeatureExtractor(network, name="own", size=2)(noise_images(1, 4, 4))
+    assert not network.allowed and torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(

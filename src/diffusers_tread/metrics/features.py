@@ -32,8 +32,9 @@ class FeatureExtractor:
         self.name = name
         self.outputs = outputs
         self.device = torch.device("cpu")
-        self.fingerprint = f"{name}:{_fingerprint(network, settings)}"
-        """Name and hash of weights and settings: equal only where the features are comparable."""
+        self.fingerprint = f"{name.partition(':')[0]}:{_fingerprint(network, settings)}"
+        """Kind and hash of weights and settings: equal only where features are comparable, and the same for a model
+        on the Hub and its copy in a folder."""
 
     def to(self, device: str | torch.device) -> "FeatureExtractor":
         """Moves the network."""

@@ -14,6 +14,13 @@ import torch
 from .features import FeatureExtractor, read_state_dict
 
 
+# Of the files that the two libraries download, as published by projects that pin them.
+SHA256 = {
+    "weights-inception-2015-12-05-6726825d.pth": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    "inception-2015-12-05.pt": "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+}
+
+
 class InceptionExtractor(FeatureExtractor):
     """torch-fidelity's port, with TensorFlow 1's resizing.
 
@@ -111,14 +118,15 @@ def _download(url: str) -> Path:
     """A file in torch's cache, there whole or not at all.
 
     Raises:
-        ValueError: It cannot be had.
+        ValueError: It cannot be had, or is another than expected.
     """
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    name = url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256.get(name))
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise ValueError(
                 f"Expected to download {url}, got {error}. Download it elsewhere and give the file as weights, or put "
                 f"it at {path}."
