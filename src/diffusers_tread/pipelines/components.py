@@ -91,11 +91,11 @@ def check_guidance_transformer(
     """Raises ValueError if the predictions of the two cannot be combined; None is not checked."""
     if guidance_transformer is None:
         return
-    check_channels(guidance_transformer, None)
     for name in ("in_channels", "patch_size", "num_classes", "objective"):
-        expected, got = transformer.config[name], guidance_transformer.config[name]
+        expected, got = transformer.config[name], guidance_transformer.config.get(name)
         if expected != got:
             raise ValueError(
                 f"Expected a guidance_transformer with the transformer's {name} ({expected!r}), got {got!r}. Use an "
                 "earlier checkpoint of the same training run."
             )
+    check_channels(guidance_transformer, None)
