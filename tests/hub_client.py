@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
+
 
 class Result(NamedTuple):
     returncode: int
@@ -32,17 +34,19 @@ class HubClient:
     def __init__(self, url: str, folder: Path):
         self.folder, self.runs = folder, 0
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))}
-        environment |= {"HF_ENDPOINT": url, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+        environment |= {"HF_ENDPOINT": url, "HF_HOME": str(folder), "NO_PROXY": "*"}
         environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, code: str, *argv: object, token: str | None = "hf_ant", check: bool = True) -> Result:
+    def run(
+        self, code: str, *argv: object, token: str | None = "hf_ant", xet: bool = False, check: bool = True
+    ) -> Result:
         """Runs Python code with `sys.argv[1:] = argv` and the token in HF_TOKEN; `check` wants it to end well."""
         self.runs += 1
         output = self.folder / f"output-{self.runs}.txt"
-        order = {"code": textwrap.dedent(code), "argv": [str(word) for word in argv], "token": token}
+        order = {"code": textwrap.dedent(code), "argv": [str(word) for word in argv], "token": token, "xet": xet}
         self.process.stdin.write(json.dumps(order | {"output": str(output)}) + "\n")
         self.process.stdin.flush()
         self.pid = int(self.process.stdout.readline())
@@ -51,7 +55,7 @@ class HubClient:
         return result
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.process.kill()
         self.process.wait()
 
 
@@ -81,6 +85,7 @@ def execute(order: dict) -> None:
     os.dup2(output, 2)
     if order["token"] is not None:
         os.environ["HF_TOKEN"] = order["token"]
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = not order["xet"]
     sys.argv[1:] = order["argv"]
     returncode = 0
     try:

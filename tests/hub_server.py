@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """A server that speaks the Hub's HTTP protocol, as far as huggingface_hub 0.3x to 2.x, datasets and diffusers need it.
 
-Repositories with history, branches and access rights live in memory; large files travel by Git LFS, basic or in parts
-(Xet is not offered, so clients need HF_HUB_DISABLE_XET=1). Requests can be made to fail. What the answers look like
-follows huggingface_hub's client code and https://huggingface.co/docs/hub/api.
+Repositories with history, branches and access rights live in memory; large files travel by Git LFS, basic or in parts,
+or by Xet, to which clients turn themselves unless HF_HUB_DISABLE_XET=1. Requests can be made to fail. What the answers
+look like follows huggingface_hub's client code and https://huggingface.co/docs/hub/api.
 """
 
 import base64
@@ -12,10 +12,14 @@ import hashlib
 import json
 import re
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from hub_xet import XetStore
 
 
 DATE = "2026-01-01T00:00:00.000Z"
@@ -102,12 +106,12 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, xet_folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         # Another host to the client, to which it must not send its token.
         self.storage_url = f"http://localhost:{self.server_port}"
-        self.lock = threading.Lock()
+        self.lock, self.xet = threading.Lock(), XetStore(xet_folder)
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
@@ -177,6 +181,7 @@ _ROUTES = {
     rf"GET {_REPO}/commits/(?P<revision>[^/]+)": "list_commits",
     rf"GET {_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?": "list_tree",
     rf"POST {_REPO}/paths-info/(?P<revision>[^/]+)": "paths_info",
+    rf"GET {_REPO}/xet-(?P<right>read|write)-token/(?P<revision>[^/]+)": "xet_token",
     rf"POST {_REPO}/branch/(?P<revision>[^/]+)": "create_branch",
     rf"POST {_REPO}/preupload/(?P<revision>[^/]+)": "preupload",
     rf"POST {_REPO}/commit/(?P<revision>[^/]+)": "create_commit",
@@ -223,6 +228,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"} | self.extra_headers)
         except HubError as error:
             self.send(error.status, json.dumps(error.body).encode(), error.headers)
+        except ConnectionError:
+            raise
+        except Exception:
+            # Our mistake, which clients must not take for one to try again after.
+            self.send(400, traceback.format_exc().encode())
         if self.server.on_answer is not None:
             self.server.on_answer(request)
 
@@ -311,7 +321,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
         info = {"_id": "0", "id": repo_id, "author": repo.owner, "sha": commit.sha, "lastModified": DATE}
         info |= {"createdAt": DATE, "private": repo.private, "gated": "auto" if repo.gated else False, "tags": []}
-        return info | {"disabled": False, "downloads": 0, "likes": 0, "siblings": siblings, "xetEnabled": False}
+        return info | {"disabled": False, "downloads": 0, "likes": 0, "siblings": siblings, "xetEnabled": True}
 
     def list_refs(self, kind, repo_id):
         branches = self.repo(kind, repo_id).branches.items()
@@ -380,6 +390,9 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_lfs:
             return self.send_object(file.sha256, headers | {"ETag": f'"{file.oid}"'})
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+        if file.sha256 in self.server.xet.hashes:
+            token = f"{self.server.url}/api/{kind or 'models'}/{repo_id}/xet-read-token/{commit.sha}"
+            headers |= {"X-Xet-Hash": self.server.xet.hashes[file.sha256], "Link": f'<{token}>; rel="xet-auth"'}
         self.send(302, headers=headers | {"Location": f"{self.server.storage_url}/objects/{file.sha256}"})
 
     def send_object(self, sha256, headers=None):
@@ -396,6 +409,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, content, headers)
 
     # Uploads.
+
+    def xet_token(self, kind, repo_id, right, revision):
+        self.repo(kind, repo_id, write=right == "write", files=True)
+        token = {"casUrl": self.server.xet.url, "accessToken": "-", "exp": 1 << 40}
+        names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
+        self.extra_headers = {names[key]: str(value) for key, value in token.items()}
+        return token
 
     def preupload(self, kind, repo_id, revision):
         known = self.repo(kind, repo_id, write=True).at(revision).files
@@ -431,6 +451,8 @@ class Handler(BaseHTTPRequestHandler):
             files[path] = self.server.store(path, base64.b64decode(value["content"]))
         elif key == "lfsFile":
             if value["oid"] not in self.server.objects:
+                self.server.objects |= self.server.xet.fetch()
+            if value["oid"] not in self.server.objects:
                 raise HubError(400, f"LFS pointer of {path} refers to an object that was not uploaded")
             files[path] = self.server.store(path, self.server.objects[value["oid"]])
             files[path].is_lfs = True
@@ -442,8 +464,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_batch(self, kind, repo_id):
         self.repo(kind, repo_id, write=True)
-        objects = []
-        for wanted in json.loads(self.body)["objects"]:
+        request, objects = json.loads(self.body), []
+        if "xet" in request["transfers"]:
+            return {"transfer": "xet", "objects": request["objects"]}
+        for wanted in request["objects"]:
             sha256, size, part_size = wanted["oid"], wanted["size"], self.server.part_size
             here = f"{self.server.url}/lfs/{sha256}"
             upload: dict = {"href": here}

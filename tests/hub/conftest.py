@@ -12,9 +12,9 @@ from hub_server import HubServer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def hub_session():
+def hub_session(tmp_path_factory):
     """The server, for the tests of one worker."""
-    server = HubServer()
+    server = HubServer(tmp_path_factory.mktemp("xet"))
     yield server
     server.close()
 

@@ -17,7 +17,8 @@ def test_revisions_listings_and_ranges(hub_server, hub_client, repo_id):
         api.create_repo(repo_id)
         commits = []
         for content in (b"one", b"second"):
-            operations = [hub.CommitOperationAdd(name, content) for name in ("a/b/c.bin", "a/b.json", "c.bin", "d.txt")]
+            names = ("a/b/c.bin", "a/b.json", "c.bin", "d.txt")
+            operations = [hub.CommitOperationAdd(name, content) for name in names]
             commits.append(api.create_commit(repo_id, operations, commit_message=content.decode()).oid)
 
         # What is there, in pages.

@@ -31,8 +31,8 @@ def folder(tmp_path):
 def upload(hub_client, repo_id, folder):
     """Uploads the folder in a process of its own; further arguments are for `upload_folder`."""
 
-    def run(*, hub_token="hf_ant", check=True, to=repo_id, **options):
-        return hub_client.run(UPLOAD, folder, to, json.dumps(options), token=hub_token, check=check)
+    def run(*, hub_token="hf_ant", xet=False, check=True, to=repo_id, **options):
+        return hub_client.run(UPLOAD, folder, to, json.dumps(options), token=hub_token, xet=xet, check=check)
 
     return run
 
@@ -91,6 +91,28 @@ def test_a_killed_upload_goes_on_where_it_was(hub_server, hub_client, upload, re
     assert uploaded(hub_server, repo_id) == content(folder)
     sent = {request.split("/")[2] for request in hub_server.sent("PUT /lfs")}
     assert len(sent) <= 3 and not sent & known
+
+
+def test_xet_is_used_where_it_is_there(hub_server, hub_client, upload, repo_id, folder):
+    pytest.importorskip("hf_xet")
+    upload(xet=True)
+    assert uploaded(hub_server, repo_id) == content(folder)
+    assert hub_server.sent("xet-write-token") and not hub_server.sent("PUT /lfs")
+
+    (folder / "data" / "6.bin").write_bytes(os.urandom(1000))
+    hub_server.reset()
+    hub_server.fail("commit", status=413)
+    upload(xet=True, check=False)
+    assert "data/6.bin" not in uploaded(hub_server, repo_id)
+    upload(xet=True)
+    assert uploaded(hub_server, repo_id) == content(folder)
+    code = """
+        import sys
+        import huggingface_hub as hub
+        assert open(hub.hf_hub_download(sys.argv[1], "data/6.bin"), "rb").read() == open(sys.argv[2], "rb").read()
+    """
+    hub_client.run(code, repo_id, folder / "data" / "6.bin", xet=True)
+    assert hub_server.sent("xet-read-token") and not hub_server.sent("GET /objects")
 
 
 def test_faults_are_ridden_out(hub_server, upload, repo_id, folder):
