@@ -289,18 +289,6 @@ def test_a_network_of_one_s_own_is_put_into_evaluation_mode_and_known_by_its_wei
     assert TorchFeatureExtractor(network, name="own", size=2).fingerprint not in (one.fingerprint, other.fingerprint)
 
 
-def test_convolutions_run_without_tf32_and_the_setting_comes_back():
-    class Recorder(nn.Flatten):
-        def forward(self, x):
-            self.allowed = torch.backends.cudnn.allow_tf32
-            return super().forward(x)
-
-    assert torch.backends.cudnn.allow_tf32
-    network = Recorder()
-    TorchFeatureExtractor(network, name="own", size=2)(noise_images(1, 4, 4))
-    assert not network.allowed and torch.backends.cudnn.allow_tf32
-
-
 @pytest.mark.parametrize(
     "images", [torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8).byte()]
 )

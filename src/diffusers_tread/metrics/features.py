@@ -60,10 +60,7 @@ class FeatureExtractor:
                 f"Expected uint8 images [B, 3, H, W], got {images.dtype} {tuple(images.shape)}. Round to 0..255, and "
                 "repeat a single channel three times."
             )
-        # TF32 in convolutions, cuDNN's default, would make features differ between machines.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            outputs = self.extract(images.to(self.device))
-        return {name: value.float() for name, value in outputs.items()}
+        return {name: value.float() for name, value in self.extract(images.to(self.device)).items()}
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """The outputs [B, D] of uint8 images [B, 3, H, W] on the extractor's device."""
