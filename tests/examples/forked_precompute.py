@@ -1,0 +1,93 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Runs examples/precompute_latents.py several times, each in forked processes, for the price of one import.
+
+    python forked_precompute.py '[{"argv": [...], "processes": 2, "kill": [1, 7]}, {"argv": [...], "limit": 9000}]'
+
+The processes see the environment that torchrun gives them. "kill" ends a run by SIGKILL, on all its processes, when
+one of them (the first number) comes to the n-th of its `EVENTS`, if it gets there. "limit" is the size in bytes beyond
+which no file may grow. Prints, as its last line, the exit code of each run's process that ended first.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import precompute_latents  # noqa: E402
+import torch  # noqa: E402
+
+from diffusers_tread.data import latent_encoding  # noqa: E402
+
+
+# In the middle of a shard, and around each step in which a file is published.
+EVENTS = ((latent_encoding, "encode_moments"), (os, "fsync"), (os, "replace"))
+
+
+def arm(count: int) -> None:
+    """Makes this process kill itself at the count-th event."""
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in EVENTS:
+        setattr(module, name, deadly(getattr(module, name)))
+
+
+def be_process(rank: int, processes: int, port: int, argv: list[str], *, kill: list[int], limit: int | None) -> None:
+    if processes > 1:
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ.update({key: str(value) for key, value in environment.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if kill and rank == kill[0]:
+        arm(kill[1])
+    try:
+        precompute_latents.main(argv)
+        os._exit(0)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def run(argv: list[str], *, processes: int = 1, kill: list[int] = (), limit: int | None = None) -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.stdout.flush()
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            be_process(rank, processes, port, argv, kill=kill, limit=limit)
+        children.append(child)
+
+    # As a launcher does: when one process dies, the others go too.
+    codes = []
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1] != 0:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return codes[0]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps([run(**entry) for entry in json.loads(sys.argv[1])]))
