@@ -186,7 +186,7 @@ class TREADPipeline(DiffusionPipeline):
         if sigmas is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:
-            self.scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float64), device=device)
+            self.scheduler.set_timesteps(sigmas=np.array([float(sigma) for sigma in sigmas]), device=device)
         latents = self._prepare_latents(len(class_labels), height, width, generator, latents, device)  # B C H W
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
