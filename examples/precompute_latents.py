@@ -254,10 +254,10 @@ def main(argv: list[str] | None = None) -> None:
         num_shards=math.ceil(len(source) / args.shard_size),
         max_unreadable=args.max_corrupt_images,
     )
-    labels = np.asarray(source.with_format("numpy")[:][args.label_column], dtype="<i8")
+    labels = source.select_columns(args.label_column).with_format("numpy")[:][args.label_column]
     settings = {
         "num_images": len(source),
-        "labels_sha256": hashlib.sha256(labels).hexdigest(),
+        "labels_sha256": hashlib.sha256(np.asarray(labels, dtype="<i8")).hexdigest(),
         "shard_size": args.shard_size,
         "batch_size": args.batch_size,
     }
