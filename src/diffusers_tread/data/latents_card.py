@@ -9,7 +9,7 @@ from .latents import LatentsInfo
 _TEXT = """\
 # {title}
 
-{num_samples:,} images at {resolution}x{resolution} pixels (center crop), encoded by `{vae}`{flipped}, for training \
+{num_samples:,} images at {resolution}x{resolution} pixels ({crop} crop), encoded by `{vae}`{flipped}, for training \
 latent diffusion models with diffusers-tread.
 
 | | |
@@ -64,6 +64,7 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         repo_id=repo_id,
         num_samples=info.num_samples,
         resolution=info.resolution,
+        crop=info.crop,
         source=", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None),
         num_classes=len(info.id2label),
         flipped=", each also mirrored (`moments_flipped`)" if info.has_flipped else "",
