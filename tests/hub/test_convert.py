@@ -316,7 +316,7 @@ def make_diffusers_dit(**changes):
     model = DiTTransformer2DModel(**(settings | changes))
     generator = torch.Generator().manual_seed(4)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     first = model.transformer_blocks[0].norm1.emb.state_dict()
     for block in model.transformer_blocks:
         block.norm1.emb.load_state_dict(first)
@@ -386,6 +386,30 @@ def test_diffusers_models_that_cannot_be_converted_are_refused(tmp_path):
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"none for \['proj_out_1.bias'\], and unknown ones \['stranger'\]"):
         convert_diffusers_dit(tmp_path / "embedders")
+
+
+def test_a_hostile_pickle_in_a_diffusers_folder_is_refused_and_nothing_of_it_runs(tmp_path):
+    original, made = make_diffusers_dit(), tmp_path / "made"
+    original.save_pretrained(tmp_path / "dit", safe_serialization=False)
+    convert_diffusers_dit(tmp_path / "dit")  # an honest pickle is read
+    file = tmp_path / "dit" / "diffusion_pytorch_model.bin"
+    torch.save({**original.state_dict(), "more": Hostile(made)}, file)
+    with pytest.raises(OSError, match="Unable to load weights"):
+        convert_diffusers_dit(tmp_path / "dit")
+    assert not made.exists()
+
+
+def test_dit_s_own_formulas_can_be_had_from_a_diffusers_dit(tmp_path, latents):
+    make_diffusers_dit().save_pretrained(tmp_path / "dit")
+    convert_diffusers_dit(tmp_path / "dit").save_pretrained(tmp_path / "ours")
+    transformer = TREADTransformer2DModel.from_pretrained(
+        tmp_path / "ours", subfolder="transformer", freq_shift=0, ff_norm_eps=None
+    )
+    times = torch.tensor([0.0, 500.0, 999.0])
+    with torch.no_grad():
+        output = transformer(latents, times, LABELS).sample.double()
+    expected = dit(export_dit(transformer), latents, times, LABELS, heads=2)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 # The command line.
