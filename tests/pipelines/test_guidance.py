@@ -332,6 +332,21 @@ def test_offloading_keeps_both_transformers_while_they_take_turns(make_guided, m
     assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), output_type="pt"), expected)
 
 
+# Compilation.
+
+
+def test_compiled_blocks_serve_every_ratio_of_a_schedule(make_guided, generators):
+    pipe = make_guided(None, FlowMatchEulerDiscreteScheduler(), sample_size=16)
+    pipe.guider = SparseGuidance(strong_ratio=0.1, weak_ratio=RatioSchedule(first=0.8, last=0.2))
+    expected = latents_of(pipe, [1, 4], generators(0, 1), num_inference_steps=12)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    images = latents_of(pipe, [1, 4], generators(0, 1), num_inference_steps=12)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one size, then any size
+
+
 # On disk.
 
 
