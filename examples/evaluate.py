@@ -12,6 +12,7 @@ import argparse
 import inspect
 import re
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save_statistics", help="Write the reference's statistics to this .npz file, to be a --reference later.")
 
     # How.
-    add("--metrics", nargs="+", choices=list(METRICS), help="By default all that extractor and reference allow.")
+    add("--metrics", help=f"Of {', '.join(METRICS)}, with commas between; by default all that are possible.")
     add(
         "--feature_extractor", default="inception", help="inception, clean-fid:clean, transformers:NAME, timm:NAME ..."
     )
@@ -116,6 +117,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("batch_size", "num_samples", "num_inference_steps", "resolution"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"Expected --{name} >= 1, got {value}.")
+    args.metrics = args.metrics and args.metrics.split(",")
     if args.num_kept_images < 0:
         raise ValueError(f"Expected --num_kept_images >= 0, got {args.num_kept_images}.")
     if (args.reference is None) == (args.reference_dataset_name is None):
@@ -218,7 +220,8 @@ def report(args, images, values: dict[str, float], *, extractor, reference: Prep
         reference=reference.description,
         batch_size=args.batch_size,
     )
-    name = re.sub(r"[^\w.-]+", "-", f"{reference.description['name']}-{extractor.name}")
+    names = (reference.description["name"], extractor.name)  # of which folders and organisations are left out
+    name = re.sub(r"[^\w.-]+", "-", "-".join(one.rpartition("/")[2] for one in names))
     path = output_dir / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results.save(path)
@@ -233,7 +236,8 @@ def report(args, images, values: dict[str, float], *, extractor, reference: Prep
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # The others wait while the main process computes what may take long: distances between all pairs of features.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     output_dir = Path(args.output_dir)
 
     # Everything is loaded and tried once before the long work starts; one process fills the caches.

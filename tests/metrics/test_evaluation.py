@@ -2,6 +2,7 @@
 """Sources, stores and evaluations in one process; several processes and kills: tests/examples/test_evaluate.py."""
 
 import json
+import os
 
 import numpy as np
 import PIL.Image
@@ -135,6 +136,25 @@ def test_a_folder_a_file_and_a_data_set_of_the_same_images_have_the_same_values(
     score = inception_score(mine["logits"], num_splits=1)
     expected = distances | {"precision": both.precision, "recall": both.recall, "inception_score": score.mean}
     assert values["folder"] == pytest.approx(expected | {"inception_score_std": score.std}, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "data set"])
+def test_other_images_under_the_same_name_have_another_description(kind, tmp_path):
+    def describe():
+        if kind == "folder":
+            return FolderImages(tmp_path / "images").description
+        if kind == "file":
+            return NpzImages(tmp_path / "images.npz").description
+        return DatasetImages(str(tmp_path / "images"), resolution=8, cache_dir=str(tmp_path / "cache")).description
+
+    folder = write_images(tmp_path / "images", pixels(6, 3))
+    np.savez(tmp_path / "images.npz", pixels(6, 3))
+    before = describe()
+    assert describe() == before
+    PIL.Image.fromarray(pixels(7, 1)[0]).save(folder / "000001.png")
+    os.utime(folder / "000001.png", (0, 0))  # `datasets` looks at the time, in seconds
+    np.savez(tmp_path / "images.npz", pixels(7, 3))
+    assert describe() != before
 
 
 def test_images_against_themselves_have_no_distance_and_against_others_one(extractor, reference_folder, tmp_path):

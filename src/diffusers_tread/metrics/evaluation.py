@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from .feature_store import FeatureStore
@@ -114,7 +115,7 @@ def prepare_reference(
         statistics, source = file.statistics, file.images
         description = {"kind": "file", "name": file.path.name, "sha256": file.sha256}
     if source is not None:
-        description = source.description
+        description = _describe(source)
 
     # Whatever it has no statistics for must be made of its images.
     wanted = possible_metrics(extractor) if metrics is None else tuple(metrics)
@@ -241,7 +242,7 @@ def evaluate_images(
         ValueError: An impossible metric, too few images, a folder with other features.
     """
     check_metrics(metrics, extractor, num_samples=len(source))
-    settings = {"images": source.description, "feature_extractor": describe_extractor(extractor)}
+    settings = {"images": _describe(source), "feature_extractor": describe_extractor(extractor)}
     store = FeatureStore(store_dir, num_images=len(source), batch_size=batch_size, settings=settings)
     extract_features(source, extractor, store, label="Images")
     if PartialState().is_main_process:
@@ -291,6 +292,11 @@ def evaluate_pipeline(
     )
     common = {"extractor": extractor, "reference": reference, "metrics": metrics}
     return evaluate_images(images, **common, batch_size=batch_size, store_dir=store_dir)
+
+
+def _describe(source: ImageSource) -> dict[str, Any]:
+    """The source's description in all processes; only one hashes files or weights for it."""
+    return broadcast_object_list([source.description if PartialState().is_main_process else None])[0]
 
 
 def describe_extractor(extractor: FeatureExtractor) -> dict[str, str]:

@@ -7,6 +7,8 @@ Grey images become RGB.
 """
 
 import hashlib
+import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from ..data import center_crop, derive_seed
 from ..data.images import UNREADABLE
 from ..data.latents import vae_fingerprint  # of any module's weights
-from ..files import publish
+from ..files import file_sha256, publish
 
 
 class PipelineImages:
@@ -70,7 +72,7 @@ class PipelineImages:
             raise ValueError(f"Expected a pipeline of images with 1 or 3 channels, got {images.shape[1]}.")
         return (images.float() * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
 
-    @property
+    @cached_property
     def description(self) -> dict[str, Any]:
         """Everything that the samples depend on: weights, sampler, guidance, labels, seed."""
         pipeline, guider = self.pipeline, self.pipeline.guider
@@ -78,12 +80,12 @@ class PipelineImages:
             scale = self.guidance_scale or 1.0
             guidance = {"kind": "classifier-free" if scale > 1.0 else "none", "guidance_scale": scale}
         else:
-            guidance = {"kind": type(guider).__name__, **_public(guider.config)}
+            guidance = {"kind": type(guider).__name__, **_config(guider)}
         modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         return {
             "weights": {name: vae_fingerprint(part) for name, part in modules.items()},
             "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in modules.items()},
-            "scheduler": {"class": type(pipeline.scheduler).__name__, **_public(pipeline.scheduler.config)},
+            "scheduler": {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)},
             "num_inference_steps": self.num_inference_steps,
             "guidance": guidance,
             "labels": "random" if self.random_labels else "balanced",
@@ -120,18 +122,18 @@ class FolderImages:
         """
         return _stack([(_open(path), str(path)) for path in self.paths[start:stop]], self.resolution)
 
-    @property
+    @cached_property
     def description(self) -> dict[str, Any]:
-        """The digest is of the files' names and sizes, because reading them all twice would take too long."""
+        """The digest is of the files' names and contents."""
         digest = hashlib.sha256()
         for path in self.paths:
-            digest.update(f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}\n".encode())
+            digest.update(f"{path.relative_to(self.folder).as_posix()} {file_sha256(path)}\n".encode())
         return {
             "kind": "folder",
-            "name": self.folder.name,
+            "name": self.folder.resolve().name,
             "num_images": len(self),
             "resolution": self.resolution,
-            "sha256_of_names_and_sizes": digest.hexdigest(),
+            "sha256": digest.hexdigest(),
         }
 
 
@@ -193,15 +195,15 @@ class DatasetImages:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The digest is of the addresses and sizes of the downloaded files; on the Hub an address has the commit."""
-        files = repr(sorted((self.source.info.download_checksums or {}).items()))
+        """The version is how `datasets` names it in its cache: a commit on the Hub, a hash of files on the disk."""
+        version = ["/".join(Path(file["filename"]).parts[-4:-1]) for file in self.source.cache_files[:1]]
         return {
             "kind": "dataset",
             **self.name,
             "image_column": self.image_column,
             "num_images": len(self),
             "resolution": self.resolution,
-            "sha256_of_files": hashlib.sha256(files.encode()).hexdigest(),
+            "version": version,
         }
 
 
@@ -262,6 +264,7 @@ def _stack(images: list[tuple[PIL.Image.Image, str]], resolution: int | None) ->
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
-def _public(config) -> dict[str, Any]:
-    """A diffusers config without its private entries."""
+def _config(component) -> dict[str, Any]:
+    """A component's settings as its JSON file has them."""
+    config = json.loads(component.to_json_string())
     return {key: value for key, value in config.items() if not key.startswith("_")}

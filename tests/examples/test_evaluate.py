@@ -1,0 +1,206 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The evaluation example with a tiny pipeline and a tiny DINOv2, in one process and in several."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import PartialState
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from diffusers_tread import TREADPipeline, TREADTransformer2DModel
+from diffusers_tread.metrics import load_feature_extractor, load_results
+
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("evaluate_example", ROOT / "examples" / "evaluate.py")
+evaluate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(evaluate)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with `pipeline` (grey, 8 x 8, four classes), `dinov2`, and `reference`: fifty images."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("material")
+    torch.manual_seed(0)
+
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "objective": "flow"}
+    transformer = TREADTransformer2DModel(**config, in_channels=1, sample_size=8, num_classes=4)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    TREADPipeline(transformer, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "pipeline")
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder / "dinov2")
+    normalisation = {"size": 28, "image_mean": [0.5] * 3, "image_std": [0.2] * 3}
+    (folder / "dinov2" / "preprocessor_config.json").write_text(json.dumps(normalisation))
+
+    (folder / "reference").mkdir()
+    for index, pixels in enumerate(np.random.RandomState(0).randint(0, 256, (50, 8, 8, 3), dtype=np.uint8)):
+        PIL.Image.fromarray(pixels).save(folder / "reference" / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def argv(material):
+    """The flags of a small evaluation."""
+    words = ["--reference", material / "reference", "--pretrained_pipeline", material / "pipeline"]
+    words += ["--feature_extractor", f"transformers:{material / 'dinov2'}", "--batch_size", 4, "--num_samples", 30]
+    words += ["--num_inference_steps", 3, "--num_kept_images", 12]
+    return [str(word) for word in words]
+
+
+def run(*argv):
+    PartialState._reset_state()
+    evaluate.main([str(word) for word in argv])
+
+
+def results_of(folder):
+    (path,) = Path(folder, "results").glob("*.json")
+    return load_results(path)
+
+
+def stored_features(folder):
+    return {
+        f"{path.parent.name}/{path.name}": path.read_bytes()
+        for path in Path(folder, "features").rglob("batch-*.safe*")
+    }
+
+
+def assert_same_evaluation(one, other):
+    """The same files, bit for bit, but for what tells runs apart: date and number of processes."""
+    assert stored_features(one) == stored_features(other)
+    mine, theirs = (results_of(folder).to_dict() for folder in (one, other))
+    for values in (mine, theirs):
+        del values["date"], values["hardware"]["num_processes"]
+    assert mine == theirs
+    images = [sorted(Path(folder, "images").iterdir()) for folder in (one, other)]
+    assert [path.name for path in images[0]] == [path.name for path in images[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*images, strict=True))
+
+
+def launch(plan):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(Path(__file__).with_name("forked_evaluate.py")), json.dumps(plan)]
+    return subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.PIPE, text=True).stdout
+
+
+@pytest.mark.slow
+def test_two_processes_and_killed_runs_give_what_one_process_gives(argv, tmp_path):
+    """Killed alone at a random batch, then one of two processes at the same batch, then left to finish."""
+    batch, plan = random.Random(os.urandom(8)).randrange(8), []
+    print(f"killed at batch {batch}")
+
+    def add(name, processes, kill=None):
+        entry = {"argv": [*argv, "--output_dir", str(tmp_path / name)], "processes": processes}
+        plan.append(entry if kill is None else entry | {"kill": kill})
+
+    add("one", 1)
+    add("two", 2)
+    add("killed", 1, ["batch", batch])
+    add("killed", 2, ["batch", batch])
+    add("killed", 1)
+    printed = launch(plan)
+    assert printed.count("killed: ['batch'") == 2
+    assert len(stored_features(tmp_path / "one")) == 13 + 8  # of fifty and of thirty images
+    for name in ("two", "killed"):
+        assert_same_evaluation(tmp_path / "one", tmp_path / name)
+    assert results_of(tmp_path / "two").hardware["num_processes"] == 2
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_results_say_what_was_done(argv, material, tmp_path, capsys):
+    run(*argv, "--output_dir", tmp_path, "--scheduler_config", '{"shift": 3.0}', "--guidance", "sparse",
+        "--guidance_scale", 1.6, "--guider_config", '{"stop": 0.8}', "--seed", 5, "--random_labels")  # fmt: skip
+    results = results_of(tmp_path)
+    assert set(results.metrics) == {"fid", "precision", "recall"} and results.metrics["fid"] > 0
+    images = results.images
+    assert images["name_or_path"] == str(material / "pipeline") and results.num_samples == 30
+    assert (images["num_inference_steps"], images["seed"], images["labels"]) == (3, 5, "random")
+    assert images["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler" and images["scheduler"]["shift"] == 3.0
+    guidance = {"kind": "SparseGuidance", "guidance_scale": 1.6, "strong_ratio": 0.2, "weak_ratio": 0.8, "stop": 0.8}
+    assert guidance.items() <= images["guidance"].items()
+    extractor = load_feature_extractor(f"transformers:{material / 'dinov2'}")
+    assert results.feature_extractor == {"name": extractor.name, "fingerprint": extractor.fingerprint}
+    assert (results.reference["name"], results.reference["num_images"]) == ("reference", 50)
+
+    printed = capsys.readouterr().out
+    assert f"{results.metrics['fid']:.4f}" in printed
+    assert len(list((tmp_path / "images").iterdir())) == 12
+    (grid,) = (tmp_path / "results").glob("*.png")
+    assert PIL.Image.open(grid).size == (10 * 64, 2 * 64)
+
+
+def test_the_samples_written_to_a_folder_are_judged_alike(argv, material, tmp_path):
+    """Also against statistics that were saved on the way, and as an .npz file."""
+    statistics, images = tmp_path / "statistics.npz", tmp_path / "pipeline" / "images"
+    run(*argv, "--output_dir", tmp_path / "pipeline", "--num_kept_images", 30, "--save_statistics", statistics)
+    expected = results_of(tmp_path / "pipeline").metrics
+
+    common = [*argv[4:8], "--output_dir"]
+    run("--images", images, *argv[:2], *common, tmp_path / "folder")
+    assert results_of(tmp_path / "folder").metrics == expected
+    np.savez(
+        tmp_path / "images.npz", np.stack([np.asarray(PIL.Image.open(path)) for path in sorted(images.iterdir())])
+    )
+    run("--images", tmp_path / "images.npz", "--reference", statistics, *common, tmp_path / "file")
+    assert results_of(tmp_path / "file").metrics == {"fid": expected["fid"]}
+
+    # Statistics alone, of a data set with a crop.
+    (material / "reference").rename(tmp_path / "a class")
+    try:
+        run("--reference_dataset_name", tmp_path, "--resolution", 6, *common, tmp_path / "alone",
+            "--save_statistics", tmp_path / "cropped.npz", "--cache_dir", tmp_path / "cache")  # fmt: skip
+    finally:
+        (tmp_path / "a class").rename(material / "reference")
+    with np.load(tmp_path / "cropped.npz") as file:
+        assert file["sigma"].shape == (16, 16)
+    assert not (tmp_path / "alone" / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scheduler", "NoSuchScheduler"], "NoSuchScheduler"),
+        (["--scheduler", "EDMEulerScheduler"], "objective 'flow'"),
+        (["--scheduler_config", '{"shfit": 2}'], "shfit"),
+        (["--guidance_scale", "2"], "--guidance pipeline uses, got"),
+        (["--guidance", "cfg"], "--guidance_scale"),
+        (["--guidance", "cfg", "--guidance_scale", "2", "--weak_ratio", "0.5"], "weak_ratio"),
+        (["--guidance", "sparse", "--guider_config", '{"ratio": 0.5}'], "ratio"),
+        (["--guidance", "sparse", "--weak_ratio", "0.1"], "weak_ratio"),
+        (["--num_samples", "1"], "at least"),
+        (["--num_inference_steps", "0"], "num_inference_steps"),
+        (["--metrics", "sfid"], "'spatial' for sfid"),
+        (["--metrics", "fid,ifd"], "'ifd'"),
+        (["--images", "somewhere"], "--pretrained_pipeline or --images"),
+        (["--reference", "nowhere.npz"], "nowhere.npz"),
+        (["--reference_dataset_name", "some/where"], "either --reference or"),
+        (["--resolution", "6"], r"samples' size \(8, 8\), got \(6, 6\)"),
+        (["--feature_extractor", "perception"], "perception"),
+        (["--feature_extractor_weights", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--pretrained_pipeline", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(argv, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(*argv, "--output_dir", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_gives_flags_and_the_command_line_wins(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"reference": "a.npz", "images": "b", "metrics": "fid,recall", "seed": 3, "random_labels": True})
+    )
+    args = evaluate.parse_args(["--config", str(tmp_path / "config.json"), "--seed", "4"])
+    assert (args.reference, args.images, args.seed, args.random_labels) == ("a.npz", "b", 4, True)
+    assert args.metrics == ["fid", "recall"]
