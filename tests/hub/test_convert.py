@@ -193,9 +193,9 @@ def test_halves_are_converted_to_float32(convert):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: w.pop("blocks.1.mlp.fc1.bias"), r"none for \['blocks.1.mlp.fc1.bias'\]"),
-        (lambda w: w.update({"blocks.0.attn.q_norm.weight": torch.ones(8)}), r"unknown ones \['blocks.0.attn.q_norm"),
-        (lambda w: [w.pop(name) for name in list(w) if name.startswith("blocks.2.")], "none for .*blocks.2.attn.proj"),
+        (lambda w: w.pop("blocks.1.mlp.fc1.bias"), r"Missing: \['blocks.1.mlp.fc1.bias'\], unknown: \[\]"),
+        (lambda w: w.update({"blocks.0.attn.q_norm.weight": torch.ones(8)}), r"unknown: \['blocks.0.attn.q_norm"),
+        (lambda w: [w.pop(name) for name in list(w) if name.startswith("blocks.2.")], "Missing: .*blocks.2.attn.proj"),
         (lambda w: w.update({"t_embedder.mlp.2.bias": torch.zeros(7)}), "size mismatch for timestep_embedding"),
         (lambda w: w.update({"final_layer.linear.bias": torch.zeros(7)}), "3 or 6 channels .* got 7 rows"),
         (lambda w: w.update({"pos_embed": w["pos_embed"].flip(1)}), "sine-cosine table of 16 tokens"),
@@ -216,8 +216,9 @@ def test_wrong_weights_are_named(convert, change, message):
     "options, message",
     [
         ({"source": "ddpm"}, r"source among \['dit', 'sit', 'tread', 'tread_flow'\], got 'ddpm'"),
-        ({"num_attention_heads": None}, "width 32, got None"),
+        ({"num_attention_heads": None}, "width 32, got 0"),
         ({"num_attention_heads": 5}, "width 32, got 5"),
+        ({"num_attention_heads": -4}, "width 32, got -4"),
         ({"sample_size": 16}, "got 16, and 8 from the checkpoint"),
     ],
 )
@@ -239,7 +240,8 @@ class Hostile:
 @pytest.mark.parametrize("old_format, contents", [(False, r"\.pt with \w+\.mkdir\. If"), (True, r"\.pt\. If")])
 def test_a_hostile_pickle_is_refused_and_nothing_of_it_runs(tmp_path, old_format, contents):
     made, file = tmp_path / "made", tmp_path / "hostile.pt"
-    torch.save({"ema": random_dit(), "args": Hostile(made)}, file, _use_new_zipfile_serialization=not old_format)
+    content = {"ema": random_dit(), "args": argparse.Namespace(epochs=1), "more": Hostile(made)}
+    torch.save(content, file, _use_new_zipfile_serialization=not old_format)
     with pytest.raises(ValueError, match=f"{contents}.* was not read.*--allow_unsafe_pickle"):
         convert_checkpoint(file, source="tread", num_attention_heads=4)
     assert not made.exists()
@@ -303,7 +305,7 @@ def test_a_model_that_dit_cannot_express_is_not_exported(changes):
 
 def test_fused_projections_are_not_exported(transformer):
     transformer.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="unknown ones .*to_qkv"):
+    with pytest.raises(ValueError, match="unknown: .*to_qkv"):
         export_dit(transformer)
 
 
@@ -384,7 +386,7 @@ def test_diffusers_models_that_cannot_be_converted_are_refused(tmp_path):
     tensors = safetensors.torch.load_file(file)
     tensors["stranger"] = tensors.pop("proj_out_1.bias")
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"none for \['proj_out_1.bias'\], and unknown ones \['stranger'\]"):
+    with pytest.raises(ValueError, match=r"Missing: \['proj_out_1.bias'\], unknown: \['stranger'\]"):
         convert_diffusers_dit(tmp_path / "embedders")
 
 

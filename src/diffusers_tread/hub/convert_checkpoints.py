@@ -30,6 +30,7 @@ class _Source:
 
 
 def dit_scheduler() -> DDIMScheduler:
+    """The noise levels that DiT was trained with."""
     # DiT, section 4: ADM's linear schedule, 1e-4 to 2e-2 over 1000 steps. Latents exceed 1, so no clipping.
     return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
 
@@ -90,9 +91,11 @@ def convert_checkpoint(
     config = _config(state_dict, positions, num_attention_heads=num_attention_heads, sample_size=sample_size)
 
     # What the source does otherwise.
-    drop_learned_variance(state_dict, in_channels=config["in_channels"], num_pixels=config["patch_size"] ** 2)
+    state_dict = drop_learned_variance(
+        state_dict, in_channels=config["in_channels"], num_pixels=config["patch_size"] ** 2
+    )
     if origin.reversed_time:
-        reverse_time(state_dict)
+        state_dict = reverse_time(state_dict)
 
     config |= {"objective": origin.objective, "timestep_scale": origin.timestep_scale, "routes": origin.routes}
     return TREADPipeline(make_model(config, state_dict), origin.scheduler(), vae=vae)
@@ -110,16 +113,15 @@ def _config(
     num_attention_heads: int | None,
     sample_size: int | None,
 ) -> dict[str, Any]:
-    """The sizes that the shapes tell; under our names."""
+    """The sizes of the model that has weights of these shapes."""
     dim, in_channels, patch_size, _ = state_dict["patch_embedding.weight"].shape
     num_layers = sum(name.endswith(".modulation.weight") for name in state_dict)
 
     # Heads.
     if num_attention_heads is None:
-        num_attention_heads = {(width, depth): heads for width, depth, heads in _PRESETS.values()}.get(
-            (dim, num_layers)
-        )
-    if num_attention_heads is None or dim % num_attention_heads:
+        known = {(width, depth): heads for width, depth, heads in _PRESETS.values()}
+        num_attention_heads = known.get((dim, num_layers), 0)
+    if num_attention_heads < 1 or dim % num_attention_heads:
         raise ValueError(
             f"Expected the number of attention heads, a divisor of the width {dim}, got {num_attention_heads}: no "
             f"shape tells it, and DiT has no model of this width and {num_layers} blocks. Give num_attention_heads "
@@ -159,6 +161,7 @@ def _check_positions(positions: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def make_model(config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> TREADTransformer2DModel:
+    """A model of a config with these weights, in evaluation mode; ValueError where a shape does not fit."""
     model = TREADTransformer2DModel(**config).eval()
     try:
         model.load_state_dict(state_dict)

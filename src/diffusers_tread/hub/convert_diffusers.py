@@ -62,7 +62,7 @@ def _convert_diffusers_transformer(
             raise ValueError(f"Expected the same embedders in all blocks, got {name} unlike block 0's.")
 
     state_dict = rename(tensors, diffusers_dit_names(config.num_layers, attention_bias=config.attention_bias))
-    drop_learned_variance(state_dict, in_channels=config.in_channels, num_pixels=config.patch_size**2)
+    state_dict = drop_learned_variance(state_dict, in_channels=config.in_channels, num_pixels=config.patch_size**2)
     settings = {
         "num_attention_heads": config.num_attention_heads,
         "attention_head_dim": config.attention_head_dim,

@@ -5,7 +5,7 @@ The public implementations of TREAD (arXiv 2501.04765) and SiT (arXiv 2401.08740
 source's name to ours, to three of ours where the source keeps query, key and value in one matrix, rows after rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -81,18 +81,20 @@ def rename_back(state_dict: Mapping[str, torch.Tensor], names: Names) -> dict[st
     return {name: torch.cat([state_dict[part] for part in ours]) for name, ours in names.items()}
 
 
-def check_names(got, expected) -> None:
+def check_names(got: Iterable[str], expected: Iterable[str]) -> None:
     """Raises ValueError naming what is missing and what is unknown."""
     missing, unknown = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
     if missing or unknown:
         raise ValueError(
-            f"Expected the weights of a DiT with adaLN-Zero, got none for {_shorten(missing)}, and unknown ones "
-            f"{_shorten(unknown)}. Is the source right, or the architecture a variant?"
+            f"Expected the weights of a DiT with adaLN-Zero, got others. Missing: {_shorten(missing)}, unknown: "
+            f"{_shorten(unknown)}. Is it a variant of the architecture?"
         )
 
 
-def drop_learned_variance(state_dict: dict[str, torch.Tensor], *, in_channels: int, num_pixels: int) -> None:
-    """Cuts the output, in place, to its first C channels: of the 2C that DiT learns, the rest are variances.
+def drop_learned_variance(
+    state_dict: Mapping[str, torch.Tensor], *, in_channels: int, num_pixels: int
+) -> dict[str, torch.Tensor]:
+    """The weights with the first C channels of the output alone: of the 2C that DiT learns, the rest are variances.
 
     Args:
         state_dict: Under our names; `proj_out` has rows for P*P pixels of a patch times the channels.
@@ -102,6 +104,7 @@ def drop_learned_variance(state_dict: dict[str, torch.Tensor], *, in_channels: i
     Raises:
         ValueError: The output has neither C nor 2C channels.
     """
+    kept = {}
     for name in ("proj_out.weight", "proj_out.bias"):
         rows, rest = state_dict[name].shape[0], state_dict[name].shape[1:]
         if rows not in (num_pixels * in_channels, 2 * num_pixels * in_channels):
@@ -109,23 +112,27 @@ def drop_learned_variance(state_dict: dict[str, torch.Tensor], *, in_channels: i
                 f"Expected an output of {in_channels} or {2 * in_channels} channels for each of a patch's "
                 f"{num_pixels} pixels, got {rows} rows."
             )
-        state_dict[name] = state_dict[name].reshape(num_pixels, -1, *rest)[:, :in_channels].flatten(0, 1)
+        kept[name] = state_dict[name].reshape(num_pixels, -1, *rest)[:, :in_channels].flatten(0, 1)
+    return {**state_dict, **kept}
 
 
-def reverse_time(state_dict: dict[str, torch.Tensor]) -> None:
-    r"""Turns, in place, a SiT (noise at t = 0, velocity data - noise) into ours (noise at sigma = 1, noise - data).
+def reverse_time(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a SiT (noise at t = 0, velocity data - noise) for our flows (noise at sigma = 1, noise - data).
 
-    With t = 1 - sigma the embedding's cos(w t) and sin(w t) are a rotation and reflection of cos(w sigma) and
-    sin(w sigma), which the first linear layer takes up; the change of sign goes into the last layer.
+    With t = 1 - sigma the embedding's cos(w t) and sin(w t) are a reflection of cos(w sigma) and sin(w sigma), which
+    the first linear layer takes up; the change of sign goes into the last layer.
     """
     weight = state_dict["timestep_embedding.linear_1.weight"]  # D 256, first for the cosines, then for the sines
     of_cos, of_sin = weight.double().chunk(2, dim=1)
-    angle = 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
-    state_dict["timestep_embedding.linear_1.weight"] = turned.to(weight.dtype)
-    state_dict["proj_out.weight"] = -state_dict["proj_out.weight"]
-    state_dict["proj_out.bias"] = -state_dict["proj_out.bias"]
+    frequencies = 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)  # w, the angle at t = 1
+    cos, sin = frequencies.cos(), frequencies.sin()
+    reflected = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
+    return {
+        **state_dict,
+        "timestep_embedding.linear_1.weight": reflected.to(weight.dtype),
+        "proj_out.weight": -state_dict["proj_out.weight"],
+        "proj_out.bias": -state_dict["proj_out.bias"],
+    }
 
 
 def _parameters(modules: Names, kinds: tuple[str, ...] = ("weight", "bias")) -> Names:

@@ -15,6 +15,8 @@ import torch
 
 # Every DiT has it; what stands before it is the prefix of a set of weights.
 _ANCHOR = "x_embedder.proj.weight"
+# DiT's and SiT's training scripts save their command line beside the weights: attributes of plain values.
+_ALLOWED = [argparse.Namespace]
 
 
 def read_dit_weights(
@@ -48,8 +50,7 @@ def _load(path: Path, *, allow_unsafe_pickle: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        # DiT's and SiT's training scripts save their command line beside the weights: attributes of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(
                 path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=not allow_unsafe_pickle
             )
@@ -62,7 +63,8 @@ def _load(path: Path, *, allow_unsafe_pickle: bool) -> Any:
 
 
 def _unsafe_contents(path: Path) -> str:
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+    with torch.serialization.safe_globals(_ALLOWED):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
     return (
         f"{' with ' if names else ''}{', '.join(names[:10])}. If it is a pickle that does more, it can run any code, "
         "and was not read. If you trust whoever made it, allow_unsafe_pickle=True (--allow_unsafe_pickle) reads it."
@@ -95,6 +97,7 @@ def _choose(prefixes: list[str], weights: str | None, tensors: dict[str, torch.T
         chosen = [name for name in names if name == weights] or [n for n in names if n.split(".")[0] == weights]
     if len(chosen) != 1:
         raise ValueError(
-            f"Expected weights to name one of {sorted(names)}, got {weights!r}. Give weights=… (--weights)."
+            f"Expected weights to name one of {sorted(names)}, got {weights!r}. Give weights=… (--weights), "
+            "or leave it out where there is one."
         )
     return names[chosen[0]]
