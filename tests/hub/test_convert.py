@@ -287,12 +287,22 @@ def test_an_exported_model_gives_the_same_output_in_dit(transformer, latents):
 def test_ours_to_dit_and_back_is_bitwise_equal(convert, transformer):
     back = convert(export_dit(transformer)).transformer
     assert_equal(back, transformer)
-    assert {**back.config, "_use_default_values": None} == {**transformer.config, "_use_default_values": None}
+    names = [name for name in transformer.config if not name.startswith("_")]
+    assert {name: back.config[name] for name in names} == {name: transformer.config[name] for name in names}
 
 
 def test_dit_to_ours_and_back_is_bitwise_equal(convert):
     weights = random_dit()
     assert_equal({**export_dit(convert(weights, "dit").transformer), "pos_embed": weights["pos_embed"]}, weights)
+
+
+def test_an_exported_flow_model_is_read_back_with_its_objective(tmp_path, convert, transformer):
+    transformer.register_to_config(objective="flow")
+    convert(export_dit(transformer)).transformer.save_pretrained(tmp_path / "back")
+    back = TREADTransformer2DModel.from_pretrained(tmp_path / "back", objective="flow")
+    assert_equal(back, transformer)
+    names = [name for name in transformer.config if not name.startswith("_")]
+    assert {name: back.config[name] for name in names} == {name: transformer.config[name] for name in names}
 
 
 @pytest.mark.parametrize(
