@@ -139,19 +139,13 @@ def test_too_many_unreadable_images_stop_the_process_that_meets_them(tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir()] == [Path(writer.files[0]).name]
 
 
-def test_a_shard_may_be_empty_but_not_all_of_them(tmp_path):
-    nothing = {"names": [], "unreadable": ["image 0"]}
-    writer = LatentsWriter(tmp_path / "some", INFO, num_shards=2, max_unreadable=9)
-    for shard in writer.open(SETTINGS):
-        writer.write(shard, [nothing] if shard == 0 else [make_batch(1, 5)])
-    assert [shard["num_samples"] for shard in writer.finish().shards] == [0, 5]
-    assert len(datasets.load_dataset(str(tmp_path / "some"), split="train", cache_dir=str(tmp_path / "cache"))) == 5
-
-    writer = LatentsWriter(tmp_path / "none", INFO, num_shards=1, max_unreadable=9)
+def test_a_shard_of_unreadable_images_only_is_an_error(tmp_path):
+    writer = LatentsWriter(tmp_path, INFO, num_shards=1, max_unreadable=9)
     writer.open(SETTINGS)
-    writer.write(0, [nothing])
-    with pytest.raises(ValueError, match="at least one readable image, got 1 unreadable"):
-        writer.finish()
+    with pytest.raises(ValueError, match="Expected a readable image in every shard, got only unreadable ones"):
+        writer.write(0, [{"names": [], "unreadable": ["image 0"]}])
+    writer.write(0, [{"names": [], "unreadable": ["image 0"]}, make_batch(1, 5)])
+    assert writer.finish().num_samples == 5
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 
 The processes see the environment that torchrun gives them. "kill" ends a run by SIGKILL, on all its processes, when
 one of them (the first number) comes to the n-th of its `EVENTS`, if it gets there. "limit" is the size in bytes beyond
-which no file may grow. Prints, as its last line, the exit code of each run's process that ended first.
+which no file may grow. Prints, as its last line, an exit code for each run: -9 if a process was killed.
 """
 
 import json
@@ -76,16 +76,23 @@ def run(argv: list[str], *, processes: int = 1, kill: list[int] = (), limit: int
             be_process(rank, processes, port, argv, kill=kill, limit=limit)
         children.append(child)
 
-    # As a launcher does: when one process dies, the others go too.
+    # As a launcher does: when one process dies, the others go too. One that is killed may take others with it.
     codes = []
     while children:
         child, status = os.wait()
         children.remove(child)
         codes.append(os.waitstatus_to_exitcode(status))
-        if codes[-1] != 0:
-            for other in children:
+        if codes[-1] == 0:
+            continue
+        for other in children:
+            gone, status = os.waitpid(other, os.WNOHANG)
+            if gone:
+                codes.append(os.waitstatus_to_exitcode(status))
+            else:
                 os.kill(other, signal.SIGKILL)
-    return codes[0]
+                os.waitpid(other, 0)
+        children = []
+    return max(codes, key=abs)
 
 
 if __name__ == "__main__":

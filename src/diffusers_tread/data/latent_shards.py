@@ -116,7 +116,7 @@ class LatentsWriter:
                 `moments_flipped`.
 
         Raises:
-            ValueError: A value that is not finite in the folder's dtype; too many unreadable images.
+            ValueError: A value that is not finite in the folder's dtype; too many unreadable images, or nothing else.
             OSError: The disk is full.
         """
         import pyarrow as pa
@@ -131,6 +131,11 @@ class LatentsWriter:
                     for table in _regroup(self._tables(batches, unreadable)):
                         stream.write_table(table, max_chunksize=RECORD_BATCH)
                         num_samples += table.num_rows
+                if num_samples == 0:  # `datasets` does not load shards without records
+                    raise ValueError(
+                        f"Expected a readable image in every shard, got only unreadable ones in {self.files[shard]}. "
+                        "Repair them, or make larger shards."
+                    )
                 publish(temporary, final)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -142,8 +147,8 @@ class LatentsWriter:
         """Reads every shard back, checks it and, last of all, writes `latents.json`; checks a finished folder again.
 
         Raises:
-            ValueError: No readable images or too many unreadable ones; a shard is not what was written. In that case
-                the same command writes it again.
+            ValueError: Too many unreadable images; a shard is not what was written, which the same command then writes
+                again.
             OSError: The disk is full.
         """
         if self.is_finished:
@@ -151,8 +156,6 @@ class LatentsWriter:
         records = [json.loads(self._record_path(shard).read_text()) for shard in range(len(self.files))]
         unreadable = [name for record in records for name in record.pop("unreadable")]
         self._check_unreadable(unreadable)
-        if not any(record["num_samples"] for record in records):
-            raise ValueError(f"Expected at least one readable image, got {len(unreadable)} unreadable ones.")
 
         # Read back. What is damaged loses its record, so that it counts as missing.
         problems = {}
