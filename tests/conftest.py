@@ -1,8 +1,17 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What every test starts from: one thread and a fixed seed."""
+"""What every test starts from, one thread and a fixed seed, and a Hub for those that want one."""
+
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hub_client import HubClient  # noqa: E402
+from hub_server import HubServer  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -12,3 +21,32 @@ torch.set_num_threads(1)
 def fixed_seed():
     """Makes a test's random numbers independent of the tests that ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def hub_session(tmp_path_factory):
+    """The server, for the tests of one worker."""
+    server = HubServer(tmp_path_factory.mktemp("xet"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub_server(hub_session):
+    """A server that speaks the Hub's protocol; repositories of other tests are there, their faults are not."""
+    hub_session.reset()
+    return hub_session
+
+
+@pytest.fixture(scope="session")
+def hub_client(hub_session, tmp_path_factory):
+    """Runs code that sees the server as the Hub."""
+    client = HubClient(hub_session.url, tmp_path_factory.mktemp("hub"))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def repo_id(request):
+    """The name of a repository that no other test uses."""
+    return f"ant/{re.sub('[^a-z0-9]+', '-', request.node.name)}".rstrip("-")
