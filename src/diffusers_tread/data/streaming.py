@@ -123,11 +123,12 @@ class StreamBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         records, last_good_epoch = self._records(), self.position[0]
         with ThreadPoolExecutor(max(self.num_threads, 1)) as pool:
+            read_all = pool.map if self.num_threads > 0 else map
             while True:
                 items, corrupt = [], []
                 while len(items) < self.batch_size:
                     # Only as many records as the batch still needs: the position then says exactly what was used.
-                    for item in list(pool.map(self._read, islice(records, self.batch_size - len(items)))):
+                    for item in list(read_all(self._read, islice(records, self.batch_size - len(items)))):
                         position = (item["epoch"], item["place"] + 1)
                         if item[self.dataset.value] is None:
                             corrupt.append(item["name"])
