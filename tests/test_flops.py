@@ -121,12 +121,13 @@ def test_the_guided_steps_are_the_forwards_that_a_sampler_runs():
 
 def test_the_weak_branch_counts_with_its_own_model():
     main, weak = preset("B/2"), preset("S/2", sample_size=16)
-    guider = SparseGuidance(strong_ratio=0.0, weak_ratio=0.0, weak_checkpoint=True)
-    flops = guidance_flops(main, guider, num_steps=1, guidance_model_or_config=weak)
-    dense = [forward_flops(model, 256, selection_ratio=0.0).total for model in (main, weak)]
-    assert flops.total == sum(dense)
-    assert guidance_flops(main, guider, num_steps=1).total == 2 * dense[0]
-    assert guidance_flops(main, SparseGuidance(guidance_scale=1.0, strong_ratio=0.0), num_steps=1).total == dense[0]
+    guider = SparseGuidance(strong_ratio=0.0, weak_ratio=0.75, weak_checkpoint=True)
+    branches = [forward_flops(model, 256, selection_ratio=ratio).total for model, ratio in ((main, 0.0), (weak, 0.75))]
+    assert guidance_flops(main, guider, num_steps=1, guidance_model_or_config=weak).total == sum(branches)
+    same_size = forward_flops(main, selection_ratio=0.75).total
+    assert guidance_flops(main, guider, num_steps=1).total == branches[0] + same_size
+    alone = SparseGuidance(guidance_scale=1.0, strong_ratio=0.0)
+    assert guidance_flops(main, alone, num_steps=1, guidance_model_or_config=weak).total == branches[0]
 
 
 def test_sampling_needs_a_step():

@@ -240,7 +240,7 @@ def test_a_schedule_needs_the_step(transformer):
 def test_a_checkpoint_predicts_the_weak_branch(
     make_transformer, transformer, inputs, strong_ratio, weak_ratio, null_weak_branch
 ):
-    # Autoguidance, arXiv 2406.02507, equation 3: both predictions have the condition.
+    # Autoguidance, arXiv 2406.02507: both predictions have the condition.
     latents, timestep, labels = inputs
     earlier = make_transformer(num_attention_heads=1)
     guider = SparseGuidance(
@@ -289,6 +289,17 @@ def test_check_denoisers_names_what_is_missing(make_transformer, transformer):
         with pytest.raises(ValueError, match="Expected a denoiser with token routes"):
             rising.check_denoisers(*denoisers)
     SparseGuidance(strong_ratio=0.0, weak_ratio=0.0, weak_checkpoint=True).check_denoisers(unrouted, unrouted)
+    sparse = SparseGuidance(strong_ratio=0.0, weak_ratio=0.5, weak_checkpoint=True)
+    sparse.check_denoisers(unrouted, transformer)
+    with pytest.raises(ValueError, match="Expected a denoiser with token routes"):
+        sparse.check_denoisers(transformer, unrouted)
+
+
+def test_a_loop_whose_checkpoint_lacks_routes_is_told(make_transformer, transformer, inputs):
+    guider, unrouted = SparseGuidance(weak_checkpoint=True, strong_ratio=0.0), make_transformer(routes=None)
+    with pytest.raises(ValueError, match="Expected a denoiser with token routes"):
+        guided(guider, transformer, *inputs, weak_model=unrouted)
+    assert len(guided(guider, unrouted, *inputs, weak_model=transformer)[1]) == 2  # the dense branch needs none
 
 
 # Presets.
