@@ -123,6 +123,7 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
         ({"arr_0": np.array([None])}, "Expected arr_0 of .* as uint8"),
         ({"arr_0": np.zeros((2, 4, 4, 3))}, r"Expected arr_0 of .* as uint8 \[N, H, W, 3\] in C order, got float64"),
         ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"got uint8 \(2, 3, 4, 4\)"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8, order="F")}, "as uint8 .* in C order"),
     ],
 )
 def test_files_of_another_content_are_refused(tmp_path, arrays, message):

@@ -104,6 +104,23 @@ def test_covariances_without_full_rank_keep_the_distance_exact():
     assert frechet_distance(one, other) == pytest.approx(64e-6, rel=1e-6)
 
 
+def test_covariances_without_full_rank_and_of_different_samples_give_the_nuclear_norm_of_their_product():
+    # Tr (S1 S2)^½ is the nuclear norm of the product of the centred features, a 10 x 12 matrix.
+    one, other = make_features(10, 64, seed=5).double(), make_features(12, 64, seed=6).double()
+    distance = frechet_distance(FeatureStatistics.from_features(one), FeatureStatistics.from_features(other))
+    left, right = ((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (one, other))
+    cross = torch.linalg.matrix_norm(left @ right.T, ord="nuc")
+    shift = one.mean(dim=0) - other.mean(dim=0)
+    expected = shift.square().sum() + left.square().sum() + right.square().sum() - 2 * cross
+    assert distance == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_rounding_makes_no_distance_negative():
+    for seed in range(20):
+        statistics = FeatureStatistics.from_features(make_features(40, 6, seed))
+        assert 0 <= frechet_distance(statistics, statistics) < 1e-12
+
+
 def test_too_few_samples_are_refused_or_reported(caplog):
     single = FeatureStatistics.from_features(make_features(1, 4, seed=0))
     few, many = (FeatureStatistics.from_features(make_features(count, 4, seed=1)) for count in (4, 5))
