@@ -71,11 +71,12 @@ def test_latents_json_says_what_was_found_and_comes_back_the_same(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_bytes_do_not_depend_on_how_the_records_are_batched(tmp_path):
-    whole = make_batch(0, 150)
+@pytest.mark.parametrize(("more", "last"), [(0, 22), (41, 63), (42, 64), (43, 65)])
+def test_the_bytes_do_not_depend_on_how_the_records_are_batched(tmp_path, more, last):
+    whole = make_batch(0, 150 + more)
     parts = [
         {key: value[start:stop] for key, value in whole.items() if key != "unreadable"} | {"unreadable": []}
-        for start, stop in ((0, 1), (1, 90), (90, 90), (90, 150))
+        for start, stop in ((0, 1), (1, 90), (90, 90), (90, 150 + more))
     ]
     for name, batches in (("whole", [whole]), ("parts", parts)):
         writer = LatentsWriter(tmp_path / name, INFO, num_shards=1)
@@ -84,7 +85,7 @@ def test_the_bytes_do_not_depend_on_how_the_records_are_batched(tmp_path):
         writer.finish()
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
     table = datasets.Dataset.from_file(str(tmp_path / "whole" / "data" / "train-00000-of-00001.arrow")).data
-    assert [batch.num_rows for batch in table.to_batches()] == [64, 64, 22]
+    assert [batch.num_rows for batch in table.to_batches()] == [64, 64, *([last] if last <= 64 else [64, last - 64])]
 
 
 def test_what_is_whole_is_kept_and_the_rest_is_written_again(tmp_path):
@@ -177,6 +178,13 @@ def test_a_full_disk_leaves_whole_shards_and_says_how_to_go_on(tmp_path):
     assert error.value.errno == errno.ENOSPC
     assert [path.name for path in (tmp_path / "data").iterdir()] == [Path(writer.files[0]).name]
     assert LatentsWriter(tmp_path, INFO, num_shards=2).open(SETTINGS) == [1]
+
+
+def test_a_process_killed_before_the_settings_were_there_leaves_a_folder_to_begin_in(tmp_path):
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "latents_config.json.tmp").write_text("{")
+    assert LatentsWriter(tmp_path / "latents", INFO, num_shards=2).open(SETTINGS) == [0, 1]
+    assert not list((tmp_path / "latents").rglob("*.tmp"))
 
 
 def test_a_folder_of_other_latents_is_refused_with_what_differs(tmp_path):

@@ -15,17 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from ..files import file_sha256, publish, write_json
+from .latent_arrow import RECORD_BATCH, find_fault, regroup, to_table
 from .latents import INFO, LatentsInfo
 
 
 SETTINGS, UNFINISHED = "latents_config.json", "unfinished"
-# Rows per Arrow record batch: few enough that a random read touches little, many enough to find it quickly.
-RECORD_BATCH = 64
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -69,13 +66,8 @@ class LatentsWriter:
 
     def __init__(self, folder: str | Path, info: LatentsInfo, *, num_shards: int, max_unreadable: int = 0):
         self.folder, self.info, self.max_unreadable = Path(folder), info, max_unreadable
-        self.schema = info.features().arrow_schema
-        self._left_out: list[str] = []
+        self._left_out: list[str] = []  # by this process
         self.files = [f"data/train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
-
-    @property
-    def is_finished(self) -> bool:
-        return (self.folder / INFO).exists()
 
     def open(self, settings: dict[str, Any]) -> list[int]:
         """Claims the folder and finds what is left to do.
@@ -94,14 +86,15 @@ class LatentsWriter:
         settings = json.loads(json.dumps(draft | settings | {"num_shards": len(self.files)}))
         _check_owner(self.folder, settings)
         with self._disk_full_explained():
-            for name in ("data", UNFINISHED):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / SETTINGS, settings)
+            for name in ("data", UNFINISHED):  # after the settings, without which they are somebody else's
+                (self.folder / name).mkdir(exist_ok=True)
 
         # What a killed process left.
         for half in self.folder.rglob("*.tmp"):
             half.unlink()
-        if self.is_finished:
+        if (self.folder / INFO).exists():
             shutil.rmtree(self.folder / UNFINISHED)
             return []
         return [shard for shard in range(len(self.files)) if not self._is_whole(shard)]
@@ -123,12 +116,15 @@ class LatentsWriter:
 
         final = self.folder / self.files[shard]
         temporary = final.with_name(final.name + ".tmp")
+        schema, num_samples = self.info.features().arrow_schema, 0
         unreadable: list[str] = []
-        num_samples = 0
         with self._disk_full_explained():
             try:
-                with open(temporary, "wb") as file, pa.ipc.new_stream(file, self.schema) as stream:
-                    for table in _regroup(self._tables(batches, unreadable)):
+                with (
+                    open(temporary, "wb") as file,
+                    pa.ipc.new_stream(file, schema) as stream,
+                ):
+                    for table in regroup(self._tables(batches, unreadable)):
                         stream.write_table(table, max_chunksize=RECORD_BATCH)
                         num_samples += table.num_rows
                 if num_samples == 0:  # `datasets` does not load shards without records
@@ -151,7 +147,7 @@ class LatentsWriter:
                 again.
             OSError: The disk is full.
         """
-        if self.is_finished:
+        if (self.folder / INFO).exists():
             return verify_latents(self.folder)
         records = [json.loads(self._record_path(shard).read_text()) for shard in range(len(self.files))]
         unreadable = [name for record in records for name in record.pop("unreadable")]
@@ -161,7 +157,8 @@ class LatentsWriter:
         problems = {}
         for shard, record in enumerate(tqdm(records, desc="Verifying", unit="shard")):
             path = self.folder / record["file"]
-            if problem := _compare(path, record) or self._check_content(path, record):
+            problem = _compare(path, record) or find_fault(path, self.info, num_samples=record["num_samples"])
+            if problem:
                 problems[record["file"]] = problem
                 self._record_path(shard).unlink()
         if problems:
@@ -178,32 +175,13 @@ class LatentsWriter:
         return info
 
     def _tables(self, batches: Iterable[dict[str, Any]], unreadable: list[str]) -> Iterator[Any]:
-        """Batches as Arrow tables in the folder's dtype; the unreadable images are added to the list."""
-        import pyarrow as pa
-
-        columns = [name for name in self.schema.names if name != "label"]
+        """Batches as tables; the unreadable images are added to the list."""
         for batch in batches:
             unreadable += batch["unreadable"]
             self._left_out += batch["unreadable"]
             self._check_unreadable(self._left_out)
-            if not batch["names"]:
-                continue
-            arrays = {"label": pa.array(np.asarray(batch["label"], dtype=np.int64))}
-            for column in columns:
-                values = batch[column].to(self.info.torch_dtype).flatten(1)  # B M*S*S
-                finite = values.isfinite().all(dim=1)
-                if not finite.all():
-                    raise ValueError(
-                        f"Expected finite values in {self.info.dtype}, got others for "
-                        f"{batch['names'][int(finite.int().argmin())]}. Write bfloat16 or float32; if that does not "
-                        "help, run the VAE in float32."
-                    )
-                values = values.cpu().contiguous().view(-1)
-                values = values.view(torch.uint16) if self.info.dtype == "bfloat16" else values
-                arrays[column] = pa.FixedSizeListArray.from_arrays(
-                    pa.array(values.numpy()), type=self.schema.field(column).type
-                )
-            yield pa.table(arrays, schema=self.schema)
+            if batch["names"]:
+                yield to_table(batch, self.info)
 
     def _check_unreadable(self, unreadable: list[str]) -> None:
         if len(unreadable) > self.max_unreadable:
@@ -212,35 +190,14 @@ class LatentsWriter:
                 f"{unreadable[-1]}. Repair them, or raise --max_corrupt_images and run the command again."
             )
 
-    def _check_content(self, path: Path, record: dict[str, Any]) -> str | None:
-        """Rows, labels and values of a shard; what is wrong with it, if anything."""
-        import pyarrow as pa
-
-        num_samples = 0
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-            if not stream.schema.equals(self.schema):
-                return "has other columns"
-            for batch in stream:
-                num_samples += batch.num_rows
-                labels = batch.column("label").to_numpy()
-                if ((labels < 0) | (labels >= len(self.info.id2label))).any():
-                    return f"has labels outside [0, {len(self.info.id2label)})"
-                for column in set(self.schema.names) - {"label"}:
-                    values = batch.column(column).flatten().to_numpy()
-                    bits = values.dtype == np.uint16  # bfloat16 with an exponent of ones is not finite
-                    if not ((values & 0x7F80) != 0x7F80 if bits else np.isfinite(values)).all():
-                        return "has values that are not finite"
-        return None if num_samples == record["num_samples"] else f"has {num_samples} records"
-
     def _record_path(self, shard: int) -> Path:
         return self.folder / UNFINISHED / f"{Path(self.files[shard]).stem}.json"
 
     def _is_whole(self, shard: int) -> bool:
-        path = self._record_path(shard)
-        return (
-            path.exists()
-            and _compare(self.folder / self.files[shard], json.loads(path.read_text()), checksums=False) is None
-        )
+        record = self._record_path(shard)
+        if not record.exists():
+            return False
+        return _compare(self.folder / self.files[shard], json.loads(record.read_text()), checksums=False) is None
 
     @contextmanager
     def _disk_full_explained(self):
@@ -269,20 +226,6 @@ def _compare(path: Path, shard: dict[str, Any], *, checksums: bool = True) -> st
 
 def _listed(problems: dict[str, str]) -> str:
     return "; ".join(f"{file}, which {problem}" for file, problem in problems.items())
-
-
-def _regroup(tables: Iterable[Any]) -> Iterator[Any]:
-    """The rows of tables in tables of one chunk and a multiple of `RECORD_BATCH` rows, but for the last."""
-    import pyarrow as pa
-
-    rest = None
-    for table in tables:
-        rest = table if rest is None else pa.concat_tables([rest, table])
-        if whole := rest.num_rows // RECORD_BATCH * RECORD_BATCH:
-            yield rest.slice(0, whole).combine_chunks()
-            rest = rest.slice(whole)
-    if rest is not None:
-        yield rest.combine_chunks()
 
 
 def _check_owner(folder: Path, settings: dict[str, Any]) -> None:
