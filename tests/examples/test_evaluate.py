@@ -14,9 +14,9 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import PartialState
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from diffusers_tread import TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.metrics import load_feature_extractor, load_results
 
 
@@ -138,6 +138,27 @@ def test_the_results_say_what_was_done(argv, material, tmp_path, capsys):
     assert len(list((tmp_path / "images").iterdir())) == 12
     (grid,) = (tmp_path / "results").glob("*.png")
     assert PIL.Image.open(grid).size == (10 * 64, 2 * 64)
+
+
+def test_a_pipeline_of_latents_runs_in_bfloat16_with_a_float32_vae(argv, tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=8,
+    )
+    transformer = TREADTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=6, in_channels=4, sample_size=4, num_classes=4
+    )
+    TREADPipeline(transformer, EDMHeunScheduler(), vae=vae).save_pretrained(tmp_path / "pipeline")
+    run(*argv, "--pretrained_pipeline", tmp_path / "pipeline", "--dtype", "bfloat16", "--metrics", "fid",
+        "--output_dir", tmp_path, "--scheduler", "EDMEulerScheduler")  # fmt: skip
+    results = results_of(tmp_path)
+    assert results.images["dtype"] == {"transformer": "bfloat16", "vae": "float32"}
+    assert results.images["scheduler"]["class"] == "EDMEulerScheduler"
+    assert PIL.Image.open(tmp_path / "images" / "000011.png").size == (8, 8)
 
 
 def test_the_samples_written_to_a_folder_are_judged_alike(argv, material, tmp_path):

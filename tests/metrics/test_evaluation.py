@@ -3,6 +3,7 @@
 
 import json
 import os
+import resource
 
 import numpy as np
 import PIL.Image
@@ -200,6 +201,25 @@ def test_statistics_saved_from_images_are_a_reference_with_the_same_distances(ex
         )
 
 
+def test_a_file_with_statistics_and_images_gives_each_metric_what_it_is_for(extractor, tmp_path):
+    """As ADM's files have both: statistics of many images, and fewer images."""
+    images = {"arr_0": pixels(5, 40), "mu": np.full(6, 100.0), "sigma": np.eye(6), "count": 50_000}
+    np.savez(tmp_path / "reference.npz", **images, extractor=extractor.fingerprint)
+    reference = prepare_reference(tmp_path / "reference.npz", extractor=extractor, batch_size=16, store_dir=tmp_path)
+    same = NpzImages(tmp_path / "reference.npz")
+    values = evaluate_images(
+        same,
+        extractor=extractor,
+        reference=reference,
+        metrics=reference.metrics,
+        batch_size=40,
+        store_dir=tmp_path / "same",
+    )
+    assert values["fid"] > 6 * 90**2 and values["sfid"] == pytest.approx(0, abs=1e-6)
+    assert values["precision"] == values["recall"] == 1.0
+    assert {"name": "reference.npz", "num_images": 40}.items() <= reference.description.items()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_pipeline_its_kept_images_and_its_pil_images_agree(
     channels, extractor, make_pipeline, reference_folder, tmp_path
@@ -336,6 +356,32 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "store" / "settings.json").unlink()
     with pytest.raises(ValueError, match="settings.json"):
         store.claim()
+
+
+def test_a_full_disk_leaves_whole_batches_only(tmp_path):
+    store = FeatureStore(tmp_path / "store", num_images=2, batch_size=1, settings={})
+    store.claim()
+    store.write(0, {"features": torch.ones(1, 4)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(ValueError, match="run the same command again"):
+            store.write(1, {"features": torch.ones(1, 4000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["batch-000000.safetensors", "settings.json"]
+    assert store.claim() == [1]
+
+
+def test_a_damaged_batch_is_named(tmp_path):
+    store = FeatureStore(tmp_path / "store", num_images=2, batch_size=1, settings={})
+    store.claim()
+    for batch in range(2):
+        store.write(batch, {"features": torch.ones(1, 4)})
+    path = store.folder / "batch-000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="batch-000001"):
+        store.features("features")
 
 
 def test_results_survive_their_file(tmp_path):

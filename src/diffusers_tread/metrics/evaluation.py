@@ -206,9 +206,9 @@ def compute_metrics(
         score = inception_score(samples.features("logits"), num_splits=max(1, samples.num_images // 5000))
         values |= {"inception_score": score.mean, "inception_score_std": score.std}
     if set(metrics) & set(_OF_IMAGES):
-        both = precision_recall(
-            reference.store.features("features"), samples.features("features"), device=extractor.device
-        )
+        # Apple's GPUs know no float64.
+        device = "cpu" if extractor.device.type == "mps" else extractor.device
+        both = precision_recall(reference.store.features("features"), samples.features("features"), device=device)
         values |= {name: getattr(both, name) for name in _OF_IMAGES if name in metrics}
     return values
 

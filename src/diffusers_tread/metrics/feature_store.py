@@ -69,21 +69,42 @@ class FeatureStore:
         return missing
 
     def write(self, batch: int, features: dict[str, torch.Tensor]) -> None:
-        """Stores one batch, whole or not at all."""
+        """Stores one batch, whole or not at all.
+
+        Raises:
+            ValueError: The disk is full or does not take the file.
+        """
         features = {name: values.detach().float().cpu().contiguous() for name, values in features.items()}
         temporary = self.folder / f".batch-{batch:06d}.tmp"
-        safetensors.torch.save_file(features, temporary)
-        publish(temporary, self._path(batch))
+        try:
+            safetensors.torch.save_file(features, temporary)
+            publish(temporary, self._path(batch))
+        except (OSError, safetensors.SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ValueError(
+                f"Expected a disk that takes the features in {self.folder}, got {error}. Free some space and run the "
+                "same command again: finished batches are kept."
+            ) from error
 
     def num_done(self) -> int:
         """Images whose features are on the disk, made by whichever process."""
         return sum(len(self.rows(batch)) for batch in self._done())
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
-        """Each batch's features [B, D] float32 of one output, in order."""
+        """Each batch's features [B, D] float32 of one output, in order.
+
+        Raises:
+            ValueError: A damaged file, named.
+        """
         for batch in range(self.num_batches):
-            with safetensors.safe_open(self._path(batch), "pt") as file:
-                yield file.get_tensor(name)
+            try:
+                with safetensors.safe_open(self._path(batch), "pt") as file:
+                    features = file.get_tensor(name)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ValueError(
+                    f"Expected a whole file of features, got {self._path(batch)} ({error}). Delete it and run again."
+                ) from error
+            yield features
 
     def statistics(self, name: str, *, extractor: str) -> FeatureStatistics:
         """Mean and covariance of one output, in float64."""

@@ -11,11 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from ..files import write_json
 
 
 _PACKAGES = ("diffusers-tread", "torch", "diffusers", "transformers", "clean-fid", "torch-fidelity", "timm", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a metric may depend on; what is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_hardware() -> dict[str, Any]:
+    """The device of this process and how many processes there are."""
+    state = PartialState()
+    name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else platform.machine()
+    return {"device": state.device.type, "name": name, "num_processes": state.num_processes}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +58,9 @@ class EvaluationResults:
     """Name and hash of what the images were compared with."""
     batch_size: int
     """Images per forward. On most hardware sums are rounded differently with another one."""
-    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+    versions: dict[str, str] = field(default_factory=package_versions)
     """Of Python and the packages that took part, where they are installed."""
-    hardware: dict[str, Any] = field(default_factory=lambda: describe_hardware())
+    hardware: dict[str, Any] = field(default_factory=describe_hardware)
     """Device and number of processes."""
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")  # noqa: UP017
@@ -85,23 +104,3 @@ def load_results(path: str | Path) -> EvaluationResults:
         return EvaluationResults.from_dict(json.loads(Path(path).read_text()))
     except (OSError, ValueError) as error:
         raise ValueError(f"Expected a results file of examples/evaluate.py, got {path} ({error}).") from error
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a metric may depend on; what is not installed is left out."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def describe_hardware() -> dict[str, Any]:
-    """The device of this process and how many processes there are."""
-    from accelerate import PartialState
-
-    state = PartialState()
-    name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else platform.machine()
-    return {"device": state.device.type, "name": name, "num_processes": state.num_processes}
