@@ -59,6 +59,12 @@ def test_adm_s_file_gives_statistics_and_images(tmp_path, images, caplog):
     assert len(reference.images) == 7
     assert reference.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
+    # Saved again they still do not say what made them.
+    save_statistics(tmp_path / "again.npz", reference.statistics)
+    again = load_reference(tmp_path / "again.npz", extractor=make_extractor()).statistics["spatial"]
+    assert torch.equal(again.mean, reference.statistics["spatial"].mean)
+    assert again.count is None and again.extractor is None
+
     # An extractor without spatial features takes what it can use.
     assert set(load_reference(path, extractor=make_extractor("clean-fid:clean", ("features",))).statistics) == {
         "features"

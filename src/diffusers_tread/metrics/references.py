@@ -24,7 +24,7 @@ from .statistics import FeatureStatistics
 logger = logging.getLogger(__name__)
 
 _KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-# Files without a fingerprint are taken for statistics of the 2015 Inception, which all published ones are of.
+# Files without a fingerprint are taken for statistics of the 2015 Inception, as ADM's and clean-fid's are.
 _INCEPTION = ("inception", "clean-fid:clean", "clean-fid:legacy_tensorflow")
 _INCEPTION_SIZES = {"features": 2048, "spatial": 2023}
 
@@ -107,7 +107,8 @@ def save_statistics(path: str | Path, statistics: dict[str, FeatureStatistics]) 
         mean, covariance = _KEYS[output]
         arrays |= {mean: values.mean.numpy(), covariance: values.covariance.numpy()}
     features = statistics["features"]
-    arrays["count"], arrays["extractor"] = np.array(features.count), np.array(features.extractor)
+    known = {"count": features.count, "extractor": features.extractor}
+    arrays |= {key: np.array(value) for key, value in known.items() if value is not None}
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
