@@ -121,15 +121,15 @@ def test_faults_are_ridden_out(hub_server, upload, repo_id, folder):
     hub_server.fail("POST /api/models/.*/commit", status=500)
     result = upload()
     assert uploaded(hub_server, repo_id) == content(folder)
-    assert "broke off" in result.output and "Trying again in 1 s." in result.output
+    assert f"Failed to upload {folder} to {repo_id}" in result.output and "Trying again in 1 s." in result.output
 
 
 def test_an_unreachable_hub_ends_with_how_to_go_on(hub_server, upload, repo_id, folder):
     hub_server.fail("POST /api/repos/create", times=2, status=None)
     result = upload(check=False, max_retries=1)
     assert result.returncode == 1 and len(hub_server.sent("create")) == 2
-    assert f"ConnectionError: Expected to upload {folder} to {repo_id}, got no connection" in result.output
-    assert f"Nothing in {folder} is lost: the same command later sends what is missing." in result.output
+    assert f"ConnectionError: Expected to open {repo_id} on the Hub, got no connection" in result.output
+    assert "Nothing local is lost: the same command later sends what is missing." in result.output
     upload(max_retries=0)
     assert uploaded(hub_server, repo_id) == content(folder)
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_uploaded_is_refused(tmp_path, folder, upload, hub_server
     assert "Repo id must" in upload(to="not//a name", check=False).output
     hub_server.fail("preupload", status=413)
     result = upload(to="ant/too-large", check=False)
-    assert f"Expected the Hub to accept {folder} as ant/too-large, got" in result.output
+    assert f"Expected to upload {folder} to ant/too-large, got a refusal" in result.output
     assert len(hub_server.sent("preupload")) == 1
 
 

@@ -3,18 +3,58 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, RepoUrl, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 
 # Requests' errors are OSErrors, httpx's derive from the class that HfHubHTTPError has as a base where httpx is used;
 # huggingface_hub and hf_xet make RuntimeErrors of some.
-_UPLOAD_ERRORS = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+_ERRORS = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+_SAFE = "Nothing local is lost: the same command later sends what is missing."
 
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
+
+
+def open_repo(
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    max_retries: int = 5,
+) -> RepoUrl:
+    """Makes a repository on the Hub if there is none; before long work, this tells whether its result can go there.
+
+    Args:
+        repo_id: "name" or "organisation/name".
+        repo_type: "model" or "dataset".
+        private: Whether a new repository is private; None for the owner's default.
+        revision: Branch, made if missing; None for the default one.
+        token: For the Hub; None for that of `hf auth login` or HF_TOKEN.
+        max_retries: Further tries if the Hub cannot be reached, 1, 2, 4, ... seconds apart.
+
+    Returns:
+        Its address, a string that also has the whole `repo_id`.
+
+    Raises:
+        ValueError: The Hub refuses: the token, the name.
+        ConnectionError: The Hub could not be reached. The same call later goes on.
+    """
+    api = HfApi(token=token)
+
+    def work() -> RepoUrl:
+        url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(url.repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        return url
+
+    return _try(work, f"open {repo_id} on the Hub", repo_id, token=token, max_retries=max_retries)
 
 
 def upload_folder(
@@ -28,23 +68,22 @@ def upload_folder(
     ignore_patterns: Iterable[str] = (),
     commit_message: str | None = None,
     max_retries: int = 5,
-) -> str:
+) -> RepoUrl:
     """Uploads a folder to the Hub, making the repository if there is none.
 
     Only what is new is sent: files that the repository has are skipped, and so are large ones that an earlier, broken
-    upload has sent. What becomes of the folder's files in the repository that are no longer in the folder: they stay.
+    upload has sent. What is only in the repository stays there.
 
     Args:
         folder: Its content becomes the repository's.
-        repo_id: "name" or "organisation/name".
+        repo_id: As for `open_repo`, like all arguments that are not described here.
         repo_type: "model" or "dataset".
-        private: Whether a new repository is private; None for the owner's default.
-        revision: Branch to upload to, made if missing; None for the default one.
-        token: For the Hub; None for that of `hf auth login` or HF_TOKEN.
+        private: Of a new repository.
+        revision: Branch to upload to.
+        token: For the Hub.
         ignore_patterns: Files to leave out, with wildcards.
         commit_message: First line of the commit.
-        max_retries: Further tries if the Hub cannot be reached, 1, 2, 4, ... seconds apart; huggingface_hub's own
-            come on top.
+        max_retries: Further tries, on top of those that huggingface_hub makes of single requests.
 
     Returns:
         The repository's address.
@@ -56,48 +95,50 @@ def upload_folder(
     folder = Path(folder)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise ValueError(f"Expected a folder with files to upload to {repo_id}, got {folder}.")
+    common = {"repo_type": repo_type, "revision": revision}
+    url = open_repo(repo_id, private=private, token=token, max_retries=max_retries, **common)
 
-    api = HfApi(token=token)
+    def work() -> None:
+        HfApi(token=token).upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            ignore_patterns=list(ignore_patterns),
+            commit_message=commit_message,
+            **common,
+        )
+
+    _try(work, f"upload {folder} to {url.repo_id}", url.repo_id, token=token, max_retries=max_retries)
+    return url
+
+
+def _try(work: Callable[[], Result], task: str, repo_id: str, *, token: str | None, max_retries: int) -> Result:
     for attempt in range(max_retries + 1):
         try:
-            url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(url.repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-            api.upload_folder(
-                repo_id=url.repo_id,
-                folder_path=folder,
-                repo_type=repo_type,
-                revision=revision,
-                ignore_patterns=list(ignore_patterns),
-                commit_message=commit_message,
-            )
-            return str(url)
-        except _UPLOAD_ERRORS as error:
-            _raise_if_final(error, folder, repo_id, has_token=bool(token or get_token()))
+            return work()
+        except _ERRORS as error:
+            _raise_if_final(error, task, repo_id, has_token=bool(token or get_token()))
             if attempt == max_retries:
                 raise ConnectionError(
-                    f"Expected to upload {folder} to {repo_id}, got no connection to the Hub in {max_retries + 1} "
-                    f"tries ({error}). Nothing in {folder} is lost: the same command later sends what is missing."
+                    f"Expected to {task}, got no connection to the Hub in {max_retries + 1} tries ({error}). {_SAFE}"
                 ) from error
-            logger.warning(f"The upload to {repo_id} broke off ({error}). Trying again in {2**attempt} s.")
+            logger.warning(f"Failed to {task} ({error}). Trying again in {2**attempt} s.")
             time.sleep(2**attempt)
 
 
-def _raise_if_final(error: BaseException, folder: Path, repo_id: str, *, has_token: bool) -> None:
+def _raise_if_final(error: BaseException, task: str, repo_id: str, *, has_token: bool) -> None:
     """Raises a ValueError for what another try cannot mend; local files that cannot be read are raised as they are."""
-    safe = f"Nothing in {folder} is lost: the same command uploads it."
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.filename is not None:
             raise error
         if isinstance(cause, OfflineModeIsEnabled):
-            raise ValueError(f"Expected to upload to {repo_id}, got HF_HUB_OFFLINE=1. Unset it. {safe}") from error
+            raise ValueError(f"Expected to {task}, got HF_HUB_OFFLINE=1. Unset it. {_SAFE}") from error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 500
         if status in (401, 403):
             raise ValueError(
                 f"Expected a token that may write to {repo_id}, got {'one that may not' if has_token else 'none'} "
-                f"({cause}). Run `hf auth login` or set HF_TOKEN. {safe}"
+                f"({cause}). Run `hf auth login` or set HF_TOKEN. {_SAFE}"
             ) from error
         if status < 500 and status not in (408, 412, 429):
-            raise ValueError(f"Expected the Hub to accept {folder} as {repo_id}, got {cause}. {safe}") from error
+            raise ValueError(f"Expected to {task}, got a refusal: {cause}. {_SAFE}") from error
         cause = cause.__cause__
