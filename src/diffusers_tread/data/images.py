@@ -125,12 +125,12 @@ class ImageDataset(Dataset):
         raise ValueError(f"Expected at least one readable image, got {len(self)} unreadable ones.")
 
 
-def read_image(value: dict[str, Any], *, resolution: int, flip: bool) -> torch.Tensor | None:
-    """Decodes one undecoded image ({"bytes": ..., "path": ...}) to [3, R, R] in [-1, 1]; None if it is unreadable."""
+def read_image(value: dict[str, Any] | None, *, resolution: int, flip: bool) -> torch.Tensor | None:
+    """Decodes an image ({"bytes": ..., "path": ...} or null) to [3, R, R] in [-1, 1]; None if it is unreadable."""
     import datasets
 
     try:
-        image = datasets.Image().decode_example(value).convert("RGB")
+        image = datasets.Image().decode_example(value or {"bytes": None, "path": None}).convert("RGB")
     except UNREADABLE:
         return None
     image = center_crop(image, resolution)

@@ -78,7 +78,8 @@ class SourceImages(Dataset):
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor | None, int]:
         record = self.source[index]
         image = record[self.image_column]
-        name = f"image {index}" + (f" ({Path(image['path']).name})" if image.get("path") else "")
+        path = (image or {}).get("path")
+        name = f"image {index} ({Path(path).name})" if path else f"image {index}"
         return name, read_image(image, resolution=self.resolution, flip=False), record[self.label_column]
 
 
