@@ -42,7 +42,7 @@ from diffusers_tread.data import (
 from diffusers_tread.data.latent_encoding import encode_shards
 from diffusers_tread.data.latents import latent_scale
 from diffusers_tread.data.latents_card import latents_card
-from diffusers_tread.hub import upload_folder
+from diffusers_tread.hub import open_repo, upload_folder
 from diffusers_tread.training.config import config_flags
 
 
@@ -245,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Processes wait hours for the one that downloads the images, and for the slowest at the end.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    if args.push_to_hub:  # a token that may not write shows now
+        agree(state, lambda: open_repo(args.hub_dataset_id, repo_type="dataset", private=args.hub_private))
     source, id2label = open_source(args, state)
     vae, identity = load_vae(args, state.device)
     info = describe(args, source, id2label, vae, identity)

@@ -132,6 +132,10 @@ def test_a_hub_that_refuses_or_is_away_is_named(hub_server, latents, run, tmp_pa
     hub_server.repo("ant/images", "dataset").gated = False
     assert "Expected access to the data set ant/images" in gated and "accept its terms" in gated
 
+    push = run("precompute_latents", [*encode, "--push_to_hub", "--hub_dataset_id", "bee/latents"], check=False).output
+    assert "Expected a token that may write to bee/latents, got one that may not" in push
+    assert not (tmp_path / "again").exists()
+
     train = [*TRAIN, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--latents_dir"]
     for name, faults, more in (("ant/nothing", 0, []), ("ant/latents", 99, []), ("ant/latents", 99, ["--streaming"])):
         hub_server.fail("", times=faults, status=None)
