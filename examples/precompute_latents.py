@@ -42,6 +42,7 @@ from diffusers_tread.data import (
 from diffusers_tread.data.latent_encoding import encode_shards
 from diffusers_tread.data.latents import latent_scale
 from diffusers_tread.data.latents_card import latents_card
+from diffusers_tread.files import publish
 from diffusers_tread.hub import open_repo, upload_folder
 from diffusers_tread.training.config import config_flags
 
@@ -226,11 +227,13 @@ def agree(state: PartialState, work: Callable[[], Any]) -> Any:
     return result
 
 
-def publish(args: argparse.Namespace, info: LatentsInfo) -> None:
+def share(args: argparse.Namespace, info: LatentsInfo) -> None:
     """Writes the card, unless there is one, and uploads the folder if asked to."""
     folder = Path(args.output_dir)
-    if not (folder / "README.md").exists():
-        latents_card(info, repo_id=args.hub_dataset_id or folder.resolve().name).save(folder / "README.md")
+    card, temporary = folder / "README.md", folder / "README.md.tmp"
+    if not card.exists():
+        latents_card(info, repo_id=args.hub_dataset_id or folder.resolve().name).save(temporary)
+        publish(temporary, card)
     if args.push_to_hub:
         url = upload_folder(folder, repo_id=args.hub_dataset_id, repo_type="dataset", private=args.hub_private)
         print(f"Pushed to {url}.")
@@ -287,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.output_dir} holds {info.num_samples} records in {len(info.shards)} shards, {len(missing)} of them "
             f"written now in {seconds:.0f} s, and leaves out {len(info.unreadable)} unreadable images."
         )
-        publish(args, info)
+        share(args, info)
     state.destroy_process_group()
 
 
