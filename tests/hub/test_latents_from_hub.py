@@ -83,3 +83,10 @@ def test_a_download_that_broke_off_goes_on_with_what_is_missing(hub_server, hub_
     read(repo_id)
     for shard in LatentsInfo.load(folder).shards:
         assert len(hub_server.sent(f"GET .*{shard['sha256']}")) == 1
+
+
+def test_a_stream_that_is_lost_says_how_to_go_on(hub_server, hub_client, repo_id, folder, read):
+    hub_client.run(PUSH, folder, repo_id)
+    hub_server.fail("GET .*(train-00001|" + LatentsInfo.load(folder).shards[1]["sha256"] + ")", times=100, status=403)
+    message = read(repo_id, check=False, streaming=True)
+    assert "ConnectionError: Expected to go on reading" in message and "goes on from the last checkpoint" in message

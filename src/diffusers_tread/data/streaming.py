@@ -6,10 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import IterableDataset
 
 from .images import collate_images, read_image
 from .sampling import derive_seed
+
+
+# Errors of files and connections. Those of HTTP depend on the version of huggingface_hub.
+_LOST = (OSError, *HfHubHTTPError.__bases__)
 
 
 class StreamingDataset:
@@ -112,6 +117,7 @@ class StreamBatches(IterableDataset):
 
     Raises:
         ValueError: While reading: a label outside [0, num_classes), no record, an epoch without a readable image.
+        ConnectionError: While reading: the source was lost, and `datasets` and huggingface_hub tried again in vain.
     """
 
     def __init__(self, dataset: StreamingDataset, *, batch_size, rank, num_ranks, num_threads, position):
@@ -145,9 +151,15 @@ class StreamBatches(IterableDataset):
         while True:
             self.source.set_epoch(epoch)
             place = -1
-            for place, record in enumerate(self.dataset.records(self.source)):
-                if place >= start:
-                    yield {"epoch": epoch, "place": place, "record": record}
+            try:
+                for place, record in enumerate(self.dataset.records(self.source)):
+                    if place >= start:
+                        yield {"epoch": epoch, "place": place, "record": record}
+            except _LOST as error:
+                raise ConnectionError(
+                    f"Expected to go on reading after record {place} of epoch {epoch}, lost the source. When it can "
+                    f"be reached again, the same command goes on from the last checkpoint. The cause: {error}"
+                ) from error
             if place < 0:
                 raise ValueError("Expected at least one record per process in the stream, got none.")
             epoch, start = epoch + 1, 0
