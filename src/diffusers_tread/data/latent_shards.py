@@ -47,7 +47,7 @@ def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo
     if problems:
         raise ValueError(
             f"Expected the {len(info.shards)} shards of {folder} as they were written, got {_listed(problems)}. Fetch "
-            f"those files again, or delete {INFO} and run the command that made the folder."
+            f"those files again, or delete {INFO} and make all of them anew with the command that made the folder."
         )
     return info
 
