@@ -45,6 +45,11 @@ from diffusers_tread.training.config import config_flags, read_json
 from diffusers_tread.training.pictures import make_grid, save_image
 
 
+# What only a pipeline has a use for.
+SAMPLING_FLAGS = (
+    *("revision", "dtype", "num_samples", "seed", "random_labels", "num_inference_steps", "scheduler"),
+    *("scheduler_config", "guidance", "num_kept_images"),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GUIDANCE_FLAGS = {
     "pipeline": (),
@@ -71,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="Branch, tag or commit of the repository.")
     add("--dtype", choices=list(DTYPES), default="float32", help="Of the transformers; the VAE stays in float32.")
     add("--images", help="Instead of a pipeline: a folder of images, or an .npz file with arr_0.")
-    add("--resolution", type=int, help="Crop and resize the images and the reference's to this side in pixels.")
+    add("--resolution", type=int, help="Crop and resize images of folders and data sets to this side in pixels.")
 
     # What it is compared with.
     add("--reference", help="An .npz file (ADM's, or of --save_statistics) or a folder of images.")
@@ -110,7 +115,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     flags = [] if args.config is None else config_flags(args.config, known=set(vars(args)) - {"config"})
-    return check_args(parser.parse_args(flags + argv))
+    args = parser.parse_args(flags + argv)
+    if args.pretrained_pipeline is None:
+        if unused := [name for name in SAMPLING_FLAGS if getattr(args, name) != parser.get_default(name)]:
+            raise ValueError(f"Expected {unused} only with --pretrained_pipeline. Leave them out.")
+    return check_args(args)
 
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
@@ -124,6 +133,13 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("Expected either --reference or --reference_dataset_name, got both or neither.")
     if args.reference_dataset_name is not None and args.resolution is None:
         raise ValueError("Expected --resolution for the images of --reference_dataset_name, got none.")
+    is_cropped = args.reference_dataset_name is not None or any(
+        name is not None and Path(name).is_dir() for name in (args.images, args.reference)
+    )
+    if args.resolution is not None and not is_cropped:
+        raise ValueError("Expected --resolution only with a folder or a data set: nothing else is cropped.")
+    if args.save_statistics and args.metrics and "fid" not in args.metrics:
+        raise ValueError(f"Expected fid among --metrics for --save_statistics, got {args.metrics}.")
     judged = [name for name in (args.pretrained_pipeline, args.images) if name is not None]
     if len(judged) > 1 or not (judged or args.save_statistics):
         raise ValueError(
@@ -261,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
         image_size=image_size,
     )
     if args.save_statistics is not None and state.is_main_process:
+        Path(args.save_statistics).parent.mkdir(parents=True, exist_ok=True)
         save_statistics(args.save_statistics, reference.statistics)
         print(f"Saved {args.save_statistics}.")
 

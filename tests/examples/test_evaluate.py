@@ -162,13 +162,19 @@ def test_a_pipeline_of_latents_runs_in_bfloat16_with_a_float32_vae(argv, tmp_pat
 
 
 def test_the_samples_written_to_a_folder_are_judged_alike(argv, material, tmp_path):
-    """Also against statistics that were saved on the way, and as an .npz file."""
+    """Also with features of the reference made before, against statistics that were saved, and as an .npz file."""
     statistics, images = tmp_path / "statistics.npz", tmp_path / "pipeline" / "images"
-    run(*argv, "--output_dir", tmp_path / "pipeline", "--num_kept_images", 30, "--save_statistics", statistics)
+    shared = ["--reference_features_dir", tmp_path / "shared"]
+    run(
+        *argv, *shared, "--output_dir", tmp_path / "pipeline", "--num_kept_images", 30, "--save_statistics", statistics
+    )
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").rglob("batch-*")}
+    assert len(times) == 13
     expected = results_of(tmp_path / "pipeline").metrics
 
     common = [*argv[4:8], "--output_dir"]
-    run("--images", images, *argv[:2], *common, tmp_path / "folder")
+    run("--images", images, *argv[:2], *shared, *common, tmp_path / "folder")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").rglob("batch-*")} == times
     assert results_of(tmp_path / "folder").metrics == expected
     np.savez(
         tmp_path / "images.npz", np.stack([np.asarray(PIL.Image.open(path)) for path in sorted(images.iterdir())])
@@ -210,6 +216,8 @@ def test_the_samples_written_to_a_folder_are_judged_alike(argv, material, tmp_pa
         (["--feature_extractor", "perception"], "perception"),
         (["--feature_extractor_weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--pretrained_pipeline", "nowhere"], "nowhere"),
+        (["--save_statistics", "a.npz", "--metrics", "recall"], "fid among --metrics"),
+        (["--reference", "a.npz", "--resolution", "8"], "nothing else is cropped"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(argv, tmp_path, flags, message):
@@ -218,10 +226,15 @@ def test_bad_input_is_refused_before_anything_is_written(argv, tmp_path, flags, 
     assert not (tmp_path / "out").exists()
 
 
+def test_flags_that_nothing_would_use_are_refused():
+    with pytest.raises(ValueError, match=r"\['seed', 'scheduler'\] only with --pretrained_pipeline"):
+        evaluate.parse_args("--images a --reference b --seed 3 --scheduler EDMEulerScheduler".split())
+
+
 def test_a_config_gives_flags_and_the_command_line_wins(tmp_path):
     (tmp_path / "config.json").write_text(
-        json.dumps({"reference": "a.npz", "images": "b", "metrics": "fid,recall", "seed": 3, "random_labels": True})
+        json.dumps({"reference": "a.npz", "images": "b", "metrics": "fid,recall", "batch_size": 3})
     )
-    args = evaluate.parse_args(["--config", str(tmp_path / "config.json"), "--seed", "4"])
-    assert (args.reference, args.images, args.seed, args.random_labels) == ("a.npz", "b", 4, True)
+    args = evaluate.parse_args(["--config", str(tmp_path / "config.json"), "--batch_size", "4"])
+    assert (args.reference, args.images, args.batch_size) == ("a.npz", "b", 4)
     assert args.metrics == ["fid", "recall"]

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Sources, stores and evaluations in one process; several processes and kills: tests/examples/test_evaluate.py."""
 
+import hashlib
 import json
 import os
 import resource
@@ -217,7 +218,19 @@ def test_a_file_with_statistics_and_images_gives_each_metric_what_it_is_for(extr
     )
     assert values["fid"] > 6 * 90**2 and values["sfid"] == pytest.approx(0, abs=1e-6)
     assert values["precision"] == values["recall"] == 1.0
-    assert {"name": "reference.npz", "num_images": 40}.items() <= reference.description.items()
+    digest = hashlib.sha256((tmp_path / "reference.npz").read_bytes()).hexdigest()
+    assert reference.description == {"kind": "file", "name": "reference.npz", "sha256": digest}
+
+    # Also where only the statistics are used, samples must have the images' size.
+    with pytest.raises(ValueError, match=r"size \(16, 16\), got \(8, 8\)"):
+        prepare_reference(
+            tmp_path / "reference.npz",
+            extractor=extractor,
+            batch_size=16,
+            store_dir=tmp_path,
+            metrics=("fid",),
+            image_size=(16, 16),
+        )
 
 
 @pytest.mark.parametrize("channels", [1, 3])

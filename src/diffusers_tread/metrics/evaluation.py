@@ -106,16 +106,13 @@ def prepare_reference(
     Raises:
         ValueError: There is no such reference; it is of another extractor; it lacks what a metric needs.
     """
-    # Open.
-    statistics, source = {}, reference
-    if isinstance(reference, (str, Path)) and Path(reference).is_dir():
-        source = FolderImages(reference)
-    elif isinstance(reference, (str, Path)):
-        file = load_reference(reference, extractor=extractor)
-        statistics, source = file.statistics, file.images
-        description = {"kind": "file", "name": file.path.name, "sha256": file.sha256}
-    if source is not None:
-        description = _describe(source)
+    description, statistics, source = _open_reference(reference, extractor)
+    size = None if source is None else tuple(source.read(0, 1).shape[-2:])
+    if size is not None and image_size not in (None, size):
+        raise ValueError(
+            f"Expected reference images of the samples' size {tuple(image_size)}, got {size}. Use a reference of that "
+            "size, or crop and resize its images to it."
+        )
 
     # Whatever it has no statistics for must be made of its images.
     wanted = possible_metrics(extractor) if metrics is None else tuple(metrics)
@@ -131,14 +128,8 @@ def prepare_reference(
     if source is None or not of_images:
         return PreparedReference(description=description, metrics=wanted, statistics=statistics, store=None)
 
-    # Images.
+    # Features, in a folder that any evaluation with this reference finds again.
     check_metrics(wanted, extractor, num_samples=len(source))
-    size = tuple(source.read(0, 1).shape[-2:])
-    if image_size not in (None, size):
-        raise ValueError(
-            f"Expected reference images of the samples' size {tuple(image_size)}, got {size}. Use a reference of that "
-            "size, or crop and resize its images to it."
-        )
     settings = {"images": description, "feature_extractor": describe_extractor(extractor)}
     key = hashlib.sha256(json.dumps(settings | {"batch_size": batch_size}, sort_keys=True).encode()).hexdigest()[:12]
     store = FeatureStore(
@@ -292,6 +283,19 @@ def evaluate_pipeline(
     )
     common = {"extractor": extractor, "reference": reference, "metrics": metrics}
     return evaluate_images(images, **common, batch_size=batch_size, store_dir=store_dir)
+
+
+def _open_reference(
+    reference: str | Path | ImageSource, extractor: FeatureExtractor
+) -> tuple[dict[str, Any], dict[str, FeatureStatistics], ImageSource | None]:
+    """Description, statistics by output and images, of which a file may lack either."""
+    if not isinstance(reference, (str, Path)):
+        return _describe(reference), {}, reference
+    if Path(reference).is_dir():
+        images = FolderImages(reference)
+        return _describe(images), {}, images
+    file = load_reference(reference, extractor=extractor)
+    return {"kind": "file", "name": file.path.name, "sha256": file.sha256}, file.statistics, file.images
 
 
 def _describe(source: ImageSource) -> dict[str, Any]:
