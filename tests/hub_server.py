@@ -102,10 +102,13 @@ class HubServer(ThreadingHTTPServer):
         commit = self.repo(repo_id, kind).at(revision)
         return {path: self.objects[file.sha256] for path, file in commit.files.items()}
 
-    def store(self, path: str, content: bytes) -> File:
-        sha256 = hashlib.sha256(content).hexdigest()
+    def store(self, path: str, content: bytes, *, is_lfs: bool = False) -> File:
+        sha256, oid = (
+            hashlib.sha256(content).hexdigest(),
+            hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+        )
         self.objects[sha256] = content
-        return File(path, len(content), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), sha256, False)
+        return File(path, len(content), oid, sha256, is_lfs)
 
 
 _REPO = r"/api/(?P<kind>models|datasets)/(?P<repo_id>[^/]+/[^/]+)"
@@ -150,7 +153,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault and self.fault.status is None and self.command != "GET":
             # Dropped while the body is on its way.
             self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
-            return self.drop()
+            self.close_connection = True
+            return
         self.body = self.read_body()
         try:
             if self.fault and self.fault.status is not None:
@@ -196,11 +200,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             dropped = self.fault is not None and self.fault.status is None
             self.wfile.write(body[: len(body) // 2] if dropped else body)
-            if dropped:
-                self.drop()
-
-    def drop(self) -> None:
-        self.close_connection = True
+            self.close_connection |= dropped
 
     def user(self) -> tuple[str | None, str]:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -267,10 +267,8 @@ class Handler(BaseHTTPRequestHandler):
         return {"branches": refs, "converts": [], "tags": []}
 
     def list_commits(self, kind, repo_id, revision):
-        commits = self.repo(kind, repo_id).commits[::-1]
-        return [
-            {"id": commit.sha, "title": commit.title, "message": "", "authors": [], "date": DATE} for commit in commits
-        ]
+        rest = {"message": "", "authors": [], "date": DATE}
+        return [{"id": commit.sha, "title": commit.title, **rest} for commit in self.repo(kind, repo_id).commits[::-1]]
 
     def create_branch(self, kind, repo_id, revision):
         repo = self.repo(kind, repo_id, write=True)
@@ -377,11 +375,8 @@ class Handler(BaseHTTPRequestHandler):
             for operation in operations:
                 self.apply(operation["key"], operation["value"], files)
             commit = repo.commit(revision, header["value"]["summary"], files)
-        return {
-            "success": True,
-            "commitOid": commit.sha,
-            "commitUrl": f"{self.server.url}/{repo_id}/commit/{commit.sha}",
-        }
+        url = f"{self.server.url}/{repo_id}/commit/{commit.sha}"
+        return {"success": True, "commitOid": commit.sha, "commitUrl": url}
 
     def apply(self, key: str, value: dict, files: dict[str, File]) -> None:
         path = value["path"]
@@ -392,8 +387,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.objects |= self.server.xet.fetch()
             if value["oid"] not in self.server.objects:
                 raise HubError(400, f"LFS pointer of {path} refers to an object that was not uploaded")
-            files[path] = self.server.store(path, self.server.objects[value["oid"]])
-            files[path].is_lfs = True
+            files[path] = self.server.store(path, self.server.objects[value["oid"]], is_lfs=True)
         elif key in ("deletedFile", "deletedFolder"):
             for name in [name for name in files if name == path or name.startswith(path.rstrip("/") + "/")]:
                 del files[name]

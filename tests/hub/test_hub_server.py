@@ -14,6 +14,7 @@ def test_revisions_listings_and_ranges(hub_server, hub_client, repo_id):
         from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
         api, repo_id = hub.HfApi(), sys.argv[1]
+        assert api.whoami()["name"] == "ant"
         api.create_repo(repo_id)
         commits = []
         for content in (b"one", b"second"):
@@ -32,6 +33,7 @@ def test_revisions_listings_and_ranges(hub_server, hub_client, repo_id):
         info = api.model_info(repo_id, revision=commits[0], files_metadata=True)
         assert info.sha == commits[0] and {file.rfilename: file.size for file in info.siblings}["c.bin"] == 3
         assert [commit.title for commit in api.list_repo_commits(repo_id)] == ["second", "one", "initial commit"]
+        assert {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches} == {"main": commits[1]}
 
         # Any revision can be had, and what is not there is named.
         for commit, content in zip(commits, (b"one", b"second")):
@@ -84,8 +86,7 @@ def test_access(hub_server, hub_client, repo_id):
 
 def test_a_download_cut_off_in_the_middle_is_resumed(hub_server, hub_client, repo_id):
     content = bytes(range(256)) * 1000
-    file = hub_server.store("a.bin", content)
-    file.is_lfs = True
+    file = hub_server.store("a.bin", content, is_lfs=True)
     hub_server.add_repo(repo_id).commit("main", "One", {"a.bin": file})
     hub_server.fail("GET /objects", status=None)
     hub_client.run(
