@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     # The others wait while the main process computes what may take long: distances between all pairs of features.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
+    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which moves the features
     output_dir = Path(args.output_dir)
 
     # Everything is loaded and tried once before the long work starts; one process fills the caches.
