@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from precompute_latents import load_vae, publish
+from precompute_latents import load_vae, share
 from tqdm.auto import tqdm
 
 from diffusers_tread.data import LatentsInfo, LatentsWriter, encode_images
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         writer.write(shard, to_batches(records, values=args.values, info=info))
     info = writer.finish()
     print(f"{args.output_dir} holds {info.num_samples} records in {len(info.shards)} shards.")
-    publish(args, info)
+    share(args, info)
 
 
 if __name__ == "__main__":
