@@ -12,17 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import Dataset
 
 from .latent_shards import RECORD_BATCH, verify_latents
 from .latents import INFO, LatentsInfo
 from .sampling import derive_seed
-from .streaming import StreamingDataset
-
-
-# ValueErrors are those of names that cannot be. The HTTP errors' base depends on the version of huggingface_hub.
-_HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
+from .streaming import LOST, StreamingDataset
 
 
 class LatentsDataset(Dataset):
@@ -48,7 +43,7 @@ class LatentsDataset(Dataset):
         self.id2label, self.num_classes = info.id2label, len(info.id2label)
         self.channels, self.resolution = info.latent_channels, info.resolution
         self.seed, self.random_flip = seed, random_flip
-        check_flip(info, random_flip)
+        _check_flip(info, random_flip)
 
         # Shards.
         shards, schema = [], info.features().arrow_schema
@@ -80,8 +75,8 @@ class LatentsDataset(Dataset):
         for column, rows in (("moments", np.flatnonzero(~flips)), ("moments_flipped", np.flatnonzero(flips))):
             if len(rows) > 0:
                 records = self.source[indices[rows]]  # slices of the shards: only what is copied is read
-                moments[rows], labels[rows] = as_array(records[column], self.info), records["label"]
-        return {"moments": as_tensor(moments, self.info), "class_labels": torch.from_numpy(labels), "corrupt": []}
+                moments[rows], labels[rows] = _as_array(records[column], self.info), records["label"]
+        return {"moments": _as_tensor(moments, self.info), "class_labels": torch.from_numpy(labels), "corrupt": []}
 
 
 class StreamingLatentsDataset(StreamingDataset):
@@ -99,7 +94,7 @@ class StreamingLatentsDataset(StreamingDataset):
     value = "moments"
 
     def __init__(self, source, *, info: LatentsInfo, random_flip: bool = False, **options: Any):
-        check_flip(info, random_flip)
+        _check_flip(info, random_flip)
         super().__init__(
             source.with_format("arrow"),
             id2label=info.id2label,
@@ -116,11 +111,11 @@ class StreamingLatentsDataset(StreamingDataset):
 
     def read(self, record, *, flip: bool) -> dict[str, Any]:
         moments = record["moments_flipped" if flip else "moments"]
-        return {"moments": as_array(moments, self.info)[0], "class_labels": record["label"][0].as_py()}
+        return {"moments": _as_array(moments, self.info)[0], "class_labels": record["label"][0].as_py()}
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "moments": as_tensor(np.stack([item["moments"] for item in items]), self.info),
+            "moments": _as_tensor(np.stack([item["moments"] for item in items]), self.info),
             "class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64),
         }
 
@@ -155,7 +150,7 @@ def open_latents(
     if not streaming:
         if not is_local:
             patterns = [INFO, "*.arrow"]
-            folder = ask_hub(
+            folder = _ask_hub(
                 snapshot_download, name, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir
             )
         return LatentsDataset(folder, **common)
@@ -165,9 +160,9 @@ def open_latents(
         files = [str(folder / shard["file"]) for shard in info.shards]
     else:
         # One commit for everything: the repository may change while it is read.
-        repo = ask_hub(HfApi().dataset_info, name, files_metadata=True)
+        repo = _ask_hub(HfApi().dataset_info, name, files_metadata=True)
         options = {"repo_type": "dataset", "revision": repo.sha, "cache_dir": cache_dir}
-        info = LatentsInfo.load(Path(ask_hub(hf_hub_download, name, filename=INFO, **options)).parent)
+        info = LatentsInfo.load(Path(_ask_hub(hf_hub_download, name, filename=INFO, **options)).parent)
         sizes = {file.rfilename: file.size for file in repo.siblings}
         if wrong := [shard["file"] for shard in info.shards if sizes.get(shard["file"]) != shard["size"]]:
             raise ValueError(f"Expected whole shards in {name}, got {wrong} missing or cut off. Upload them again.")
@@ -183,11 +178,11 @@ def open_latents(
     return StreamingLatentsDataset(source, info=info, shuffle_buffer=shuffle_buffer, **common)
 
 
-def ask_hub(request, name: str | Path, **options: Any) -> Any:
+def _ask_hub(request, name: str | Path, **options: Any) -> Any:
     """Calls a function of huggingface_hub for a data set; what it raises becomes one message."""
     try:
         return request(str(name), **options)
-    except _HUB_ERRORS as error:
+    except (ValueError, *LOST) as error:  # ValueErrors are those of names that cannot be
         raise ValueError(
             f"Expected a folder of latents or a data set on the Hub, got {str(name)!r}: there is no such folder, and "
             "the Hub did not give it. If it should be there, check the name, the network and `hf auth login`, and run "
@@ -195,7 +190,7 @@ def ask_hub(request, name: str | Path, **options: Any) -> Any:
         ) from error
 
 
-def check_flip(info: LatentsInfo, random_flip: bool) -> None:
+def _check_flip(info: LatentsInfo, random_flip: bool) -> None:
     if random_flip and not info.has_flipped:
         raise ValueError(
             "Expected latents of mirrored images for random_flip, got latents made without. Make them with --flip, or "
@@ -203,11 +198,11 @@ def check_flip(info: LatentsInfo, random_flip: bool) -> None:
         )
 
 
-def as_array(column, info: LatentsInfo) -> np.ndarray:
+def _as_array(column, info: LatentsInfo) -> np.ndarray:
     """An Arrow column of n records as [n, M, S, S], without a copy where it is in one piece."""
     return column.combine_chunks().flatten().to_numpy().reshape(-1, *info.shape)
 
 
-def as_tensor(values: np.ndarray, info: LatentsInfo) -> torch.Tensor:
+def _as_tensor(values: np.ndarray, info: LatentsInfo) -> torch.Tensor:
     """Stored values as what they stand for: bfloat16 is stored as its bits."""
     return torch.from_numpy(values).view(info.torch_dtype)

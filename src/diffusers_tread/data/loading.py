@@ -132,7 +132,7 @@ def make_batches(
             num_threads=num_workers,
             position=tuple(positions[rank]),
         )
-        return read_ahead(iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory)))
+        return _read_ahead(iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory)))
 
     sampler = EpochBatchSampler(
         len(dataset), batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks, first_sample=samples_seen
@@ -140,25 +140,25 @@ def make_batches(
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=whole_batch if isinstance(dataset, LatentsDataset) else collate_images,
+        collate_fn=_whole_batch if isinstance(dataset, LatentsDataset) else collate_images,
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
-    return read_ahead(iter(loader))
+    return _read_ahead(iter(loader))
 
 
-def whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
+def _whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
     """Latents are read by the batch and need no collation."""
     return batch
 
 
-def read_ahead(batches: Iterator[dict[str, Any]], *, depth: int = 2) -> Iterator[dict[str, Any]]:
-    """The same batches, made by a thread up to `depth` before they are asked for.
+def _read_ahead(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same batches, made by a thread up to two before they are asked for.
 
     Workers of a `DataLoader` alone leave the hand-over of each batch, about 2 ms, to the moment when it is asked for.
     """
     with ThreadPoolExecutor(1) as reader:
-        ahead = deque(reader.submit(next, batches) for _ in range(depth))
+        ahead = deque(reader.submit(next, batches) for _ in range(2))
         while True:
             yield ahead.popleft().result()
             ahead.append(reader.submit(next, batches))

@@ -14,7 +14,7 @@ from .sampling import derive_seed
 
 
 # Errors of files and connections. Those of HTTP depend on the version of huggingface_hub.
-_LOST = (OSError, *HfHubHTTPError.__bases__)
+LOST = (OSError, *HfHubHTTPError.__bases__)
 
 
 class StreamingDataset:
@@ -155,7 +155,7 @@ class StreamBatches(IterableDataset):
                 for place, record in enumerate(self.dataset.records(self.source)):
                     if place >= start:
                         yield {"epoch": epoch, "place": place, "record": record}
-            except _LOST as error:
+            except LOST as error:
                 raise ConnectionError(
                     f"Expected to go on reading after record {place} of epoch {epoch}, lost the source. When it can "
                     f"be reached again, the same command goes on from the last checkpoint. The cause: {error}"
