@@ -1,13 +1,14 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Runs the training example several times, each in forked processes, for the price of one import.
+"""Runs the examples several times, each in forked processes, for the price of one import.
 
     python forked_launch.py '[{"argv": [...], "processes": 2, "fsdp": true, "kill": ["step", 7]}, ...]'
 
-The processes see the environment that torchrun gives them. "kill" ends a run by SIGKILL, on all its processes: "step"
-in the middle of an optimiser step, "seal" while a checkpoint lies on the disk but is not published. A run that is not
-killed must end well.
+"script" names another example than train_tread. The processes see the environment that torchrun gives them. "kill"
+ends a run by SIGKILL, on all its processes: "step" in the middle of an optimiser step of train_tread, "seal" while a
+checkpoint lies on the disk but is not published. A run that is not killed must end well.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -66,7 +67,15 @@ def arm(kind: str, at: int) -> None:
         checkpoints._seal = deadly_seal
 
 
-def run(argv: list[str], *, processes: int = 1, fsdp: bool = False, kill: tuple[str, int] | None = None) -> None:
+def run(
+    argv: list[str],
+    *,
+    script: str = "train_tread",
+    processes: int = 1,
+    fsdp: bool = False,
+    kill: tuple[str, int] | None = None,
+) -> None:
+    example = importlib.import_module(script)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -88,7 +97,7 @@ def run(argv: list[str], *, processes: int = 1, fsdp: bool = False, kill: tuple[
                 switch_on_fsdp2()
             if kill is not None:
                 arm(*kill)
-            train_tread.main(argv)
+            example.main(argv)
             os._exit(0)
         children.append(child)
 
