@@ -340,6 +340,11 @@ def test_bad_images_and_metrics_are_refused_by_name(extractor, make_pipeline, re
         prepare_reference(reference_folder, **options, image_size=(16, 16))
     assert not (tmp_path / "store").exists()
 
+    with pytest.raises(ValueError, match="access to the data set some/where"):
+        DatasetImages("some/where", resolution=8)
+    with pytest.raises(ValueError, match="column 'photo'"):
+        DatasetImages(str(reference_folder), resolution=8, image_column="photo", cache_dir=str(tmp_path / "cache"))
+
     damaged = write_images(tmp_path / "damaged", pixels(5, 20))
     (damaged / "000013.png").write_bytes((damaged / "000013.png").read_bytes()[:100])
     with pytest.raises(ValueError, match="000013.png"):

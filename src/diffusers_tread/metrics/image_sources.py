@@ -149,7 +149,7 @@ class DatasetImages:
         cache_dir: Where `datasets` keeps its cache.
 
     Raises:
-        ValueError: No such column, or not of images.
+        ValueError: No such data set or no access; no such column, or not of images.
     """
 
     def __init__(
@@ -164,7 +164,13 @@ class DatasetImages:
     ):
         import datasets
 
-        source = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+        try:
+            source = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+        except OSError as error:  # also what the Hub refuses, and what cannot be reached
+            raise ValueError(
+                f"Expected access to the data set {dataset_name}, got: {error}. If it is gated, as ILSVRC/imagenet-1k "
+                "is, accept its terms on the Hub and log in with `hf auth login`."
+            ) from error
         if not isinstance(source.features.get(image_column), datasets.Image):
             raise ValueError(
                 f"Expected images in column {image_column!r} of {dataset_name}, got columns {source.features}."
