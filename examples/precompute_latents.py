@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Processes wait hours for the one that downloads the images, and for the slowest at the end.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32; --vae_dtype is for that
     if args.push_to_hub:  # a token that may not write shows now
         agree(state, lambda: open_repo(args.hub_dataset_id, repo_type="dataset", private=args.hub_private))
     source, id2label = open_source(args, state)
