@@ -251,7 +251,8 @@ class Trainer:
 
         Using it leaves the training alone. All processes call this together, because sharded weights are gathered.
         """
-        weights, device = self.parameters if self.ema is None else self.ema.shadow_params, self.accelerator.device
+        weights = self.parameters if self.ema is None else self.ema.shadow_params
+        device = self.accelerator.device
         with init_empty_weights():
             transformer = TREADTransformer2DModel(**self.settings["model"])
         transformer.load_state_dict(whole_weights(weights, self.names, device=device), assign=True)

@@ -126,8 +126,13 @@ def make_model(args: argparse.Namespace, *, channels: int, sample_size: int, num
 
 
 def open_feature_extractor(args: argparse.Namespace, accelerator: Accelerator) -> FeatureExtractor | None:
+    """The network that samples are compared with; None without --eval_steps."""
     if args.eval_steps is None:
         return None
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            'Expected matplotlib, which draws the FID, got none. Install "diffusers-tread[fid]" or drop --eval_steps.'
+        )
     with accelerator.main_process_first():  # one process downloads
         return load_feature_extractor(
             args.eval_feature_extractor, weights=args.eval_feature_extractor_weights, device=accelerator.device

@@ -308,6 +308,13 @@ def test_bad_settings_are_refused_before_anything_is_written(argv, data, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_measuring_without_matplotlib_is_refused_before_anything_is_written(argv, evaluation, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="Expected matplotlib"):
+        train(*argv, *evaluation, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_shard_is_named_before_anything_is_written(argv, data, tmp_path):
     shutil.copytree(data / "latents", tmp_path / "latents")
     (tmp_path / "latents" / "data" / "train-00001-of-00003.arrow").unlink()

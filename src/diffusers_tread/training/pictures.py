@@ -11,7 +11,7 @@ from ..files import publish
 
 
 def make_grid(images: list[PIL.Image.Image], *, columns: int = 10) -> PIL.Image.Image:
-    """Images of one size side by side, small ones enlarged to at least 33 pixels by repeating pixels.
+    """Images of one size side by side; those of at most 32 pixels a side are enlarged by repeating pixels.
 
     Args:
         images: At least one.
