@@ -140,6 +140,18 @@ def test_a_folder_a_file_and_a_data_set_of_the_same_images_have_the_same_values(
     assert values["folder"] == pytest.approx(expected | {"inception_score_std": score.std}, rel=1e-5, abs=1e-6)
 
 
+def test_a_photo_on_its_side_is_upright_in_a_folder_and_in_a_data_set(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    image = pixels(6, 1, height=8, width=8)[0]
+    (tmp_path / "images" / "a class").mkdir(parents=True)
+    PIL.Image.fromarray(image).save(tmp_path / "images" / "a class" / "photo.png", exif=exif)
+    upright = torch.from_numpy(np.rot90(image, k=-1).copy()).permute(2, 0, 1)[None]
+    data = DatasetImages(str(tmp_path / "images"), resolution=8, cache_dir=str(tmp_path / "cache"))
+    assert torch.equal(FolderImages(tmp_path / "images").read(0, 1), upright)
+    assert torch.equal(data.read(0, 1), upright)
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "data set"])
 def test_other_images_under_the_same_name_have_another_description(kind, tmp_path):
     def describe():

@@ -27,13 +27,8 @@ from .statistics import FeatureStatistics, frechet_distance
 
 
 # Each metric and the extractor's output that it needs.
-METRICS = {
-    "fid": "features",
-    "sfid": "spatial",
-    "inception_score": "logits",
-    "precision": "features",
-    "recall": "features",
-}
+METRICS = {"fid": "features", "sfid": "spatial", "inception_score": "logits"}
+METRICS |= {"precision": "features", "recall": "features"}
 _FRECHET = ("fid", "sfid")
 _OF_IMAGES = ("precision", "recall")
 
@@ -132,9 +127,8 @@ def prepare_reference(
     check_metrics(wanted, extractor, num_samples=len(source))
     settings = {"images": description, "feature_extractor": describe_extractor(extractor)}
     key = hashlib.sha256(json.dumps(settings | {"batch_size": batch_size}, sort_keys=True).encode()).hexdigest()[:12]
-    store = FeatureStore(
-        Path(store_dir, f"reference-{key}"), num_images=len(source), batch_size=batch_size, settings=settings
-    )
+    folder = Path(store_dir, f"reference-{key}")
+    store = FeatureStore(folder, num_images=len(source), batch_size=batch_size, settings=settings)
     extract_features(source, extractor, store, label="Reference")
     if PartialState().is_main_process:
         missing = {METRICS[metric] for metric in wanted if metric in _FRECHET} - set(statistics)
@@ -158,7 +152,9 @@ def extract_features(source: ImageSource, extractor: FeatureExtractor, store: Fe
     state, missing = PartialState(), store.claim()
     mine = missing[state.process_index :: state.num_processes]
     done, size = store.num_done(), None
-    progress = tqdm(total=store.num_images, initial=done, desc=label, unit="images", disable=not state.is_main_process)
+    progress = tqdm(
+        total=store.num_images, initial=done, desc=label, unit=" images", disable=not state.is_main_process
+    )
     for batch in mine:
         rows = store.rows(batch)
         images = source.read(rows.start, rows.stop)  # B 3 H W
@@ -289,11 +285,10 @@ def _open_reference(
     reference: str | Path | ImageSource, extractor: FeatureExtractor
 ) -> tuple[dict[str, Any], dict[str, FeatureStatistics], ImageSource | None]:
     """Description, statistics by output and images, of which a file may lack either."""
+    if isinstance(reference, (str, Path)) and Path(reference).is_dir():
+        reference = FolderImages(reference)
     if not isinstance(reference, (str, Path)):
         return _describe(reference), {}, reference
-    if Path(reference).is_dir():
-        images = FolderImages(reference)
-        return _describe(images), {}, images
     file = load_reference(reference, extractor=extractor)
     return {"kind": "file", "name": file.path.name, "sha256": file.sha256}, file.statistics, file.images
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 
 from ..data import center_crop, derive_seed
@@ -175,11 +176,8 @@ class DatasetImages:
             raise ValueError(
                 f"Expected images in column {image_column!r} of {dataset_name}, got columns {source.features}."
             )
-        self.source, self.image_column, self.resolution = (
-            source.select_columns([image_column]),
-            image_column,
-            resolution,
-        )
+        self.source, self.image_column = source.select_columns([image_column]), image_column
+        self.resolution = resolution
         self.name = {"name": dataset_name, "config": dataset_config_name, "split": split}
 
     def __len__(self) -> int:
@@ -194,7 +192,7 @@ class DatasetImages:
         images = []
         for row in range(start, stop):
             try:
-                images.append((self.source[row][self.image_column], f"image {row}"))
+                images.append((self.source[row][self.image_column].convert("RGB"), f"image {row}"))
             except UNREADABLE as error:
                 raise ValueError(f"Expected a readable image, got {error} in image {row} of {self.name}.") from error
         return _stack(images, self.resolution)
@@ -251,16 +249,15 @@ class KeptImages:
 def _open(path: Path) -> PIL.Image.Image:
     try:
         with PIL.Image.open(path) as image:
-            return image.convert("RGB")
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")  # upright, as `datasets` gives them
     except UNREADABLE as error:
         raise ValueError(f"Expected a readable image, got {path} ({error}). Repair it or take it away.") from error
 
 
 def _stack(images: list[tuple[PIL.Image.Image, str]], resolution: int | None) -> torch.Tensor:
-    """Named PIL images as [B, 3, H, W] uint8."""
+    """Named RGB images as [B, 3, H, W] uint8."""
     arrays = []
     for image, name in images:
-        image = image.convert("RGB")
         arrays.append(np.array(image if resolution is None else center_crop(image, resolution)))  # H W 3
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(
