@@ -1,6 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The analytic count against torch's counter, which sees the operators that run, and against the papers' figures."""
 
+import importlib.util
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance
@@ -128,6 +132,18 @@ def test_the_weak_branch_counts_with_its_own_model():
     assert guidance_flops(main, guider, num_steps=1).total == branches[0] + same_size
     alone = SparseGuidance(guidance_scale=1.0, strong_ratio=0.0)
     assert guidance_flops(main, alone, num_steps=1, guidance_model_or_config=weak).total == branches[0]
+
+
+def test_a_guider_of_the_same_code_under_another_name_counts_likewise():
+    # As diffusers makes it from code on the Hub: the same source, another module, another class.
+    source = Path(inspect.getsourcefile(SparseGuidance))
+    spec = importlib.util.spec_from_file_location("diffusers_tread.guiders.from_the_hub", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    other = module.SparseGuidance.from_preset("fid", guidance_scale=1.5)
+    assert not isinstance(other, SparseGuidance)
+    ours = SparseGuidance.from_preset("fid", guidance_scale=1.5)
+    assert guidance_flops(preset("S/2"), other) == guidance_flops(preset("S/2"), ours)
 
 
 def test_sampling_needs_a_step():
