@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_rotation_keeps_the_newest_by_number_once_the_new_one_is_whole(tmp_path,
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("diffusers_tread.training.checkpoints.sync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         run.save(tmp_path, 11, total_limit=2)
     assert names(tmp_path) == ["checkpoint-9", "checkpoint-10"]
