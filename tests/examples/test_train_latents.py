@@ -284,6 +284,17 @@ def test_a_run_killed_while_it_sampled_or_measured_does_it_again(argv, evaluatio
     assert sorted(path.name for path in (tmp_path / "killed" / "samples").iterdir()) == names
 
 
+def test_a_finished_run_is_measured_when_asked_later_and_forgotten_when_overwritten(argv, evaluation, tmp_path):
+    argv = [*argv, "--output_dir", tmp_path / "run", "--max_train_steps", 2]
+    train(*argv)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    train(*argv, *evaluation)
+    assert [step for step, _ in fids(tmp_path / "run")] == [2]
+    train(*argv, "--overwrite_output_dir")
+    names = {"checkpoint-2", "pipeline", "train_config.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
