@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
@@ -74,19 +73,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
     rng = np.random.default_rng(args.seed)
-    # Values in [-0.5, 0.5) with random bits: nothing a format could compress.
+    # Random values, which are hard to compress, as latents are.
     moments = rng.random((args.num_samples, 8 * args.latent_size**2), dtype=np.float32).astype(np.float16) - 0.5
     labels = rng.integers(0, NUM_CLASSES, args.num_samples)
 
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
+        rows = measure_formats(Path(root), moments, labels, args)
         print("format             samples/s  MB on disk")
-        rows = []
-        for name in args.formats:
-            rows.append(measure_format(name, Path(root) / "format", moments, labels, args))
-            print(f"{name:16} {rows[-1]['samples_per_second']['median']:11,.0f} {rows[-1]['bytes'] / 1e6:11,.1f}")
+        for row in rows:
+            print(f"{row['format']:16} {row['samples_per_second']['median']:11,.0f} {row['bytes'] / 1e6:11,.1f}")
 
         FORMATS["arrow"][0](Path(root, "latents"), moments, labels)
-        del moments
         print("loader                samples/s  waiting  memory gained")
         loaders = []
         for streaming in (False, True):
@@ -109,29 +106,34 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def measure_format(name: str, folder: Path, moments: np.ndarray, labels: np.ndarray, args) -> dict[str, Any]:
-    """One row: shuffled reads of one format, after a check that it gives back what was written."""
-    write, open_ = FORMATS[name]
-    folder.mkdir()
-    write(folder, moments, labels)
-    read, rng = open_(folder), np.random.default_rng(args.seed)
+def measure_formats(root: Path, moments: np.ndarray, labels: np.ndarray, args) -> list[dict[str, Any]]:
+    """A row for each format: shuffled reads, in turns, after a check that they give back what was written."""
+    rng = np.random.default_rng(args.seed)
 
     def draw() -> np.ndarray:
         return rng.choice(args.num_samples, args.batch_size, replace=False)
 
-    indices = draw()
-    values, classes = read(indices)
-    if name not in SEQUENTIAL and not (np.array_equal(values, moments[indices]) and all(classes == labels[indices])):
-        raise RuntimeError(f"{name} gives other records than were written.")
-    rates = [rate(lambda: read(draw()), args) for _ in range(args.repeats)]
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    shutil.rmtree(folder)
-    return {
-        "format": name,
-        "samples_per_second": summary(rates),
-        "bytes": size,
-        "order": "through a buffer of 1000" if name in SEQUENTIAL else "random",
-    }
+    reads, rows = {}, []
+    for number, name in enumerate(args.formats):
+        write, open_ = FORMATS[name]
+        folder, indices = root / str(number), draw()
+        folder.mkdir()
+        write(folder, moments, labels)
+        reads[name] = open_(folder)
+        values, classes = reads[name](indices)
+        is_right = np.array_equal(values, moments[indices]) and np.array_equal(classes, labels[indices])
+        if name not in SEQUENTIAL and not is_right:
+            raise RuntimeError(f"{name} gives other records than were written.")
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        order = "through a buffer of 1000" if name in SEQUENTIAL else "random"
+        rows.append({"format": name, "bytes": size, "order": order})
+
+    # In turns, so that a change of the machine's speed meets all.
+    rates = {name: [] for name in reads}
+    for _ in range(args.repeats):
+        for name, read in reads.items():
+            rates[name].append(rate(lambda read=read: read(draw()), args))
+    return [row | {"samples_per_second": summary(rates[row["format"]])} for row in rows]
 
 
 def measure_loader(folder: Path, streaming: bool, num_workers: int, args) -> dict[str, Any]:
