@@ -169,8 +169,8 @@ class DatasetImages:
             source = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
         except OSError as error:  # also what the Hub refuses, and what cannot be reached
             raise ValueError(
-                f"Expected access to the data set {dataset_name}, got: {error}. If it is gated, as ILSVRC/imagenet-1k "
-                "is, accept its terms on the Hub and log in with `hf auth login`."
+                f"Expected access to the data set {dataset_name}, got: {str(error).rstrip('.')}. If it is gated, as "
+                "ILSVRC/imagenet-1k is, accept its terms on the Hub and log in with `hf auth login`."
             ) from error
         if not isinstance(source.features.get(image_column), datasets.Image):
             raise ValueError(
