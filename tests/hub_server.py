@@ -60,8 +60,8 @@ class HubServer(ThreadingHTTPServer):
         """Forgets everything but repositories and objects."""
         self.faults: list[Fault] = []
         self.requests: list[str] = []
-        # Called with "METHOD /path" once a request is answered.
-        self.on_answer: Callable[[str], None] | None = None
+        # Called before a request is answered.
+        self.on_request: Callable[[], None] | None = None
         # Listings come in pages and large files in parts of these sizes.
         self.page_size, self.part_size = 1000, 1 << 30
 
@@ -149,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         request = f"{self.command} {url.path}"
         self.server.requests.append(request)
+        if self.server.on_request is not None:
+            self.server.on_request()
         self.fault = self.server.take_fault(request)
         if self.fault and self.fault.status is None and self.command != "GET":
             # Dropped while the body is on its way.
@@ -175,8 +177,6 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             # Our mistake, which clients must not take for one to try again after.
             self.send(400, traceback.format_exc().encode())
-        if self.server.on_answer is not None:
-            self.server.on_answer(request)
 
     do_GET = do_HEAD = do_POST = do_PUT = dispatch
 

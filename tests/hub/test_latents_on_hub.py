@@ -113,6 +113,20 @@ def test_training_from_the_hub_is_training_from_the_folder(hub_server, latents, 
     assert [fault.times for fault in hub_server.faults] == [0, 0]
     assert_same(tmp_path / "local-stream", tmp_path / "unsteady")
 
+    # It breaks off for good, and the same command later goes on.
+    def cut_after_an_epoch():
+        if len(set(hub_server.sent("GET /objects"))) == 3:
+            hub_server.fail("arrow", times=99, status=410)
+
+    hub_server.reset()
+    hub_server.on_request = cut_after_an_epoch
+    lost = line("lost", *there, "--streaming", "--checkpointing_steps", "2")
+    assert "the same command goes on from the last checkpoint" in run("train_tread", lost, check=False).output
+    assert (tmp_path / "lost" / "checkpoint-4").exists() and not (tmp_path / "lost" / "pipeline").exists()
+    hub_server.reset()
+    run("train_tread", lost)
+    assert_same(tmp_path / "local-stream", tmp_path / "lost")
+
 
 def test_images_on_the_hub_are_trained_from(sources, run, tmp_path):
     images = [*TRAIN, "--dataset_name", "ant/images", "--resolution", "16"]
