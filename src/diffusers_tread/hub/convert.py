@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
         return
 
     _check_new(Path(args.output))
-    vae = None if args.vae is None else AutoModel.from_pretrained(args.vae)
+    vae = None if args.vae is None else AutoModel.from_pretrained(args.vae, use_safetensors=True)
     if args.command == "diffusers":
         pipe = convert_diffusers_dit(args.folder, vae=vae)
     else:
