@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,19 @@ def publish(temporary: Path, final: Path) -> None:
     sync(temporary)
     os.replace(temporary, final)
     sync(final.parent)
+
+
+def replace_folder(folder: Path, final: Path) -> None:
+    """Flushes a finished folder to the disk and renames it to its final name, in place of what may stand there."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+    old = final.with_name(final.name + ".old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    folder.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

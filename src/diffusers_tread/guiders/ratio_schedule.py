@@ -56,7 +56,7 @@ def as_schedule(ratio: "float | RatioSchedule | Mapping[str, Any]") -> RatioSche
     Raises:
         ValueError: None of these, or as `RatioSchedule`.
     """
-    if isinstance(ratio, RatioSchedule):
+    if hasattr(ratio, "at"):  # not by its class, which diffusers makes anew for each pipeline with code of its own
         return ratio
     if not isinstance(ratio, Mapping):
         check_selection_ratio(ratio)

@@ -225,7 +225,7 @@ class SparseGuidance(BaseGuidance):
         return [self._ratio_now(ratio) for ratio in (self.strong_ratio, self.weak_ratio)][: self.num_conditions]
 
     def _ratio_now(self, ratio: "float | RatioSchedule") -> float:
-        if not isinstance(ratio, RatioSchedule):
+        if not hasattr(ratio, "at"):
             return ratio
         if self._num_inference_steps is None:
             raise ValueError(

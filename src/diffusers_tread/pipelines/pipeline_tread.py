@@ -11,21 +11,21 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from diffusers import BaseGuidance, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import BaseGuidance, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..guiders import SparseGuidance
 from ..models import TREADTransformer2DModel
 from ..routing import draw_routing_seed, get_token_router, token_routing
 from .components import check_channels, check_guidance_transformer, check_scheduler, check_sigmas
+from .hub_pipeline import HubPipeline
 
 
-class TREADPipeline(DiffusionPipeline):
+class TREADPipeline(HubPipeline):
     r"""Samples images of given classes from a `TREADTransformer2DModel`.
 
     Args:
-        transformer: The denoiser.
+        transformer: The denoiser, a `TREADTransformer2DModel`, of this package or from code on the Hub.
         scheduler: Any diffusers scheduler of the kind that the transformer was trained for: EDM (`EDMHeunScheduler`,
             `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`) or flow matching (`FlowMatchEulerDiscreteScheduler`,
             `FlowMatchHeunDiscreteScheduler`, or a solver with `prediction_type="flow_prediction"` and
@@ -252,7 +252,7 @@ class TREADPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler, config.objective)
         check_channels(self.transformer, self.vae)
         check_guidance_transformer(self.transformer, self.guidance_transformer)
-        if isinstance(guider, SparseGuidance):
+        if hasattr(guider, "check_denoisers"):
             guider.check_denoisers(self.transformer, self.guidance_transformer)
         if sigmas is not None:
             check_sigmas(self.scheduler, sigmas)

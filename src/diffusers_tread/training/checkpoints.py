@@ -18,7 +18,7 @@ import safetensors.torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from ..files import file_sha256, sync, write_json
+from ..files import file_sha256, replace_folder, write_json
 from .ema import load_ema, whole_weights
 
 
@@ -168,19 +168,6 @@ def rotate_checkpoints(output_dir: str | Path, *, total_limit: int | None) -> No
         # Renamed first, so that a run killed in between leaves no half-deleted checkpoint under a valid name.
         doomed = checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.tmp"))
         shutil.rmtree(doomed)
-
-
-def replace_folder(folder: Path, final: Path) -> None:
-    """Flushes a finished folder to the disk and renames it to its final name, in place of what may stand there."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-    old = final.with_name(final.name + ".old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    folder.rename(final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _seal(folder: Path) -> None:

@@ -1,0 +1,139 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Writes pipelines so that diffusers loads them with this package and, by code that lies beside the weights, without.
+
+    model_index.json   README.md   samples.png   pipeline.py (all that TREADPipeline needs)
+    transformer/       config.json   *.safetensors   transformer_tread_2d.py
+    scheduler/         scheduler_config.json   scheduling_edm_heun.py
+    guider/            guider_config.json   sparse_guidance.py
+
+and so on for each component; those of diffusers itself need no code. diffusers copies the code of all repositories
+into one folder: hence the file names that nobody else has.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..files import replace_folder
+from ..pipelines import TREADPipeline
+from ..pipelines.hub_pipeline import PACKAGE_CLASSES
+from .bundle import bundle_module
+from .model_card import SAMPLES, CardDetails, model_card
+from .upload import upload_folder
+
+
+# In the code beside the weights. A transformer is then any model: its class comes from a file of its own.
+_STAND_INS = {
+    "HubPipeline": "diffusers.DiffusionPipeline",
+    "TREADTransformer2DModel": "diffusers.ModelMixin",
+}
+
+
+def export_for_hub(
+    pipeline: TREADPipeline,
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    variant: str | None = None,
+    card: CardDetails | None = None,
+) -> Path:
+    """Writes a pipeline as `TREADPipeline.push_to_hub` pushes it; the folder is there whole or not at all.
+
+    It loads by `TREADPipeline.from_pretrained(folder)` and, where this package is not installed, by
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`; the transformer alone by
+    `AutoModel.from_pretrained(folder / "transformer", trust_remote_code=True)`.
+
+    Args:
+        pipeline: With components of this package, diffusers or transformers.
+        folder: New, empty, or with a pipeline, which is replaced.
+        repo_id: "organisation/name" for the card; None for the name of the folder.
+        variant: Part of the weights' file names, such as "fp16".
+        card: What the model card says besides what the pipeline itself tells.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: A component of another kind, a folder with something else, or results of other weights.
+    """
+    folder = Path(folder)
+    _check_components(pipeline)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
+        raise ValueError(f"Expected a new folder, or one with a pipeline, got {folder} with other files. Use another.")
+    card = card or CardDetails()
+    readme = model_card(pipeline, repo_id=repo_id or folder.resolve().name, details=card)
+
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(temporary, variant=variant)
+        _add_code(temporary)
+        _forget_local_paths(temporary)
+        readme.save(temporary / "README.md")
+        if card.samples is not None:
+            card.samples.save(temporary / SAMPLES)
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def push_pipeline(
+    pipeline: TREADPipeline,
+    repo_id: str,
+    *,
+    variant: str | None = None,
+    card: CardDetails | None = None,
+    **upload: Any,
+) -> str:
+    """`TREADPipeline.push_to_hub`, with the arguments of `export_for_hub` and, in `upload`, of `upload_folder`."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = export_for_hub(pipeline, Path(parent, "pipeline"), repo_id=repo_id, variant=variant, card=card)
+        upload["commit_message"] = upload.get("commit_message") or f"Upload {type(pipeline).__name__}"
+        return str(upload_folder(folder, repo_id=repo_id, **upload))
+
+
+def _check_components(pipeline: TREADPipeline) -> None:
+    """Raises ValueError for a component whose code would be missing where this package is not installed."""
+    kinds = {name: type(getattr(part, "_orig_mod", part)) for name, part in pipeline.components.items()}
+    kinds["pipeline"] = type(pipeline)
+    for name, kind in kinds.items():
+        is_ours = kind is PACKAGE_CLASSES.get(kind.__name__) or kind is TREADPipeline
+        if not is_ours and kind.__module__.split(".")[0] not in ("builtins", "diffusers", "transformers"):
+            raise ValueError(
+                f"Expected components of diffusers_tread, diffusers or transformers, got a {name} of class "
+                f"{kind.__module__}.{kind.__name__}. Load the pipeline by TREADPipeline.from_pretrained, or use "
+                "save_pretrained for classes of your own."
+            )
+
+
+def _add_code(folder: Path) -> None:
+    """Puts the code beside the weights, and names the files instead of the package's modules."""
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "pipeline.py").write_text(bundle_module(sys.modules[TREADPipeline.__module__], stand_ins=_STAND_INS))
+    index["_class_name"] = ["pipeline", TREADPipeline.__name__]
+    for component, entry in index.items():
+        if isinstance(entry, list) and entry[1] in PACKAGE_CLASSES:
+            module = sys.modules[PACKAGE_CLASSES[entry[1]].__module__]
+            name = module.__name__.rpartition(".")[2]
+            (folder / component / f"{name}.py").write_text(bundle_module(module))
+            index[component] = [name, entry[1]]
+            if (config := folder / component / "config.json").exists():
+                # For `AutoModel`. The second entry keeps diffusers (seen in 0.36 and 0.42) from warning of the first.
+                _update(config, auto_map={"AutoModel": f"{name}.{entry[1]}"}, _use_default_values=["auto_map"])
+    _update(folder / "model_index.json", **index)
+
+
+def _forget_local_paths(folder: Path) -> None:
+    """Takes out where a component was loaded from, if that is a folder of this machine."""
+    for path in folder.glob("*/*config.json"):
+        if Path(json.loads(path.read_text()).get("_name_or_path") or "-").exists():
+            _update(path, _name_or_path=None)
+
+
+def _update(path: Path, **entries: Any) -> None:
+    content = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({key: value for key, value in content.items()}, indent=2) + "\n")

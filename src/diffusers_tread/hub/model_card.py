@@ -1,0 +1,208 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The card of a pipeline, its README.md on the Hub."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..data.latents import vae_fingerprint  # of any module's weights
+from ..flops import forward_flops, guidance_flops
+from ..pipelines import TREADPipeline
+
+
+if TYPE_CHECKING:  # it needs Accelerate
+    from ..metrics import EvaluationResults
+
+SAMPLES = "samples.png"
+_WITH_ROUTES = """\
+A class-conditional diffusion transformer for token routing ([TREAD](https://arxiv.org/abs/2501.04765)): in training, a
+random share of the tokens skips the middle blocks; in sampling, all take them, unless
+[Sparse Guidance](https://arxiv.org/abs/2601.01608) makes a guide of the difference."""
+_WITHOUT_ROUTES = "A class-conditional diffusion transformer ([DiT](https://arxiv.org/abs/2212.09748))."
+_TASK = "unconditional-image-generation"
+_METRICS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "inception_score_std": "Inception Score, standard deviation",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+# Of train_tread.py's settings, those that do not tell about the machine.
+_TRAINING = {
+    "objective": "objective",
+    "max_train_steps": "optimiser steps",
+    "total_batch_size": "images per step",
+    "num_images": "training images",
+    "learning_rate": "learning rate",
+    "lr_scheduler": "learning rate schedule",
+    "lr_warmup_steps": "warm-up steps",
+    "dense_fraction": "last share of the steps, without routing",
+    "class_dropout_prob": "labels dropped",
+    "use_ema": "averaged weights",
+    "ema_decay": "decay of the average",
+    "mixed_precision": "mixed precision",
+    "num_processes": "processes",
+    "seed": "seed",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardDetails:
+    """What a model card says that the pipeline does not tell."""
+
+    license: str | None = None
+    """As the Hub names it, such as "apache-2.0"; None if it is not stated."""
+
+    dataset: str | None = None
+    """What it was trained on, "organisation/name" for a data set on the Hub."""
+
+    samples: PIL.Image.Image | None = None
+    """A picture of samples."""
+
+    step: int | None = None
+    """Optimiser steps so far, of a run that goes on; None for a finished one."""
+
+    training: Mapping[str, Any] | None = None
+    """Settings of the run, as in train_tread.py's `train_config.json`."""
+
+    results: "Sequence[EvaluationResults]" = ()
+    """Evaluations of these weights, from `load_results`."""
+
+
+def model_card(pipeline: TREADPipeline, *, repo_id: str, details: CardDetails | None = None) -> ModelCard:
+    """Writes down what a pipeline is, how to load it and how it was trained, with the metadata that the Hub reads.
+
+    Args:
+        pipeline: Whose components, routes and costs are told.
+        repo_id: The repository it is for, or a folder.
+        details: What the pipeline does not tell.
+
+    Raises:
+        ValueError: Results of an evaluation of other weights.
+    """
+    details = details or CardDetails()
+    _check_results(pipeline, details.results)
+    title = repo_id.rstrip("/").split("/")[-1]
+    names = list((pipeline.config.id2label or {}).values())
+    is_on_hub = details.dataset is not None and details.dataset.count("/") == 1
+    data = ModelCardData(
+        license=details.license,
+        library_name="diffusers",
+        pipeline_tag=_TASK,
+        tags=["diffusers", "diffusers-tread", "tread", "token-routing", "sparse-guidance", "class-conditional"],
+        datasets=[details.dataset] if is_on_hub else None,
+        model_name=title,
+        eval_results=[result for one in details.results for result in _eval_results(one, details)] or None,
+    )
+    text = Template(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")).substitute(
+        title=title,
+        repo_id=repo_id,
+        about=_WITH_ROUTES if pipeline.transformer.config.routes else _WITHOUT_ROUTES,
+        samples=f"\n![Samples]({SAMPLES})\n" if details.samples is not None else "",
+        facts=_rows(_facts(pipeline, details)),
+        names=f" and names, such as {names[0]!r}" if names else "",
+        training=_training(details),
+        evaluation=_evaluation(details.results),
+        license=details.license or "Not stated. The code in this repository is under the Apache License, Version 2.0.",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _facts(pipeline: TREADPipeline, details: CardDetails) -> dict[str, str]:
+    """What the pipeline itself tells."""
+    model, vae, guider = pipeline.transformer, pipeline.vae, pipeline.guider
+    config, size = model.config, model.config.sample_size * pipeline.vae_scale_factor
+    dense, routed = forward_flops(config, selection_ratio=0.0).total, forward_flops(config).total
+    routes = [
+        f"blocks {route['start']} to {route['end']} of {config.num_layers} (from 0, both included) without "
+        f"{route['selection_ratio']:.0%} of the tokens"
+        for route in config.routes or []
+    ]
+    facts = {
+        "images": f"{size}x{size} pixels, {config.num_classes} classes",
+        "trained on": details.dataset or "not stated",
+        "parameters": f"{model.num_parameters():,}",
+        "objective": config.objective or "not stated",
+        "VAE": "none, the model works on pixels" if vae is None else type(vae).__name__,
+        "routes": "; ".join(routes) or "none",
+        "FLOPs per image and forward": f"{dense:.3e} dense, {routed:.3e} routed; a multiply-add is two",
+        "sampler": type(pipeline.scheduler).__name__,
+        "guidance": "none unless `guidance_scale` is given" if guider is None else type(guider).__name__,
+    }
+    if guider is not None:
+        weak = None if pipeline.guidance_transformer is None else pipeline.guidance_transformer.config
+        cost = guidance_flops(config, guider, guidance_model_or_config=weak)
+        settings = ", ".join(f"{name} {value}" for name, value in guider.config.items() if name[0] != "_")
+        facts["guidance"] += f" ({settings}): {cost.share_of_cfg:.0%} of the FLOPs of dense classifier-free guidance"
+    if details.step is not None:
+        facts["state"] = f"{details.step} optimiser steps of a training that goes on"
+    return facts
+
+
+def _training(details: CardDetails) -> str:
+    if details.training is None:
+        return ""
+    known = {label: details.training.get(name) for name, label in _TRAINING.items()}
+    rows = _rows({label: str(value) for label, value in known.items() if value is not None})
+    return f"\n## Training\n\n| | |\n|---|---|\n{rows}\n"
+
+
+def _evaluation(results: "Sequence[EvaluationResults]") -> str:
+    if not results:
+        return ""
+    columns = ("metric", "value", "samples", "reference", "network", "sampling")
+    lines = ["", "## Evaluation", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for one in results:
+        sampling = ", ".join(f"{name} {value}" for name, value in _sampling(one).items())
+        for name, value in one.metrics.items():
+            cells = (_METRICS.get(name, name), f"{value:.4g}", f"{one.num_samples:,}", one.reference["name"])
+            lines.append(f"| {' | '.join(map(str, (*cells, one.feature_extractor['name'], sampling)))} |")
+    return "\n".join([*lines, ""])
+
+
+def _eval_results(results: "EvaluationResults", details: CardDetails) -> list[EvalResult]:
+    """For the metadata `model-index`."""
+    arguments = {"num_samples": results.num_samples, "feature_extractor": results.feature_extractor["name"]}
+    return [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=details.dataset or results.reference["name"],
+            dataset_name=results.reference["name"],
+            metric_type=name,
+            metric_name=_METRICS.get(name, name),
+            metric_value=value,
+            metric_args=arguments | _sampling(results),
+        )
+        for name, value in results.metrics.items()
+    ]
+
+
+def _sampling(results: "EvaluationResults") -> dict[str, Any]:
+    """How the samples were made; empty for images of other origin."""
+    images = results.images
+    found = {"scheduler": images["scheduler"]["class"]} if "scheduler" in images else {}
+    names = ("num_inference_steps", "guidance", "labels", "seed")
+    return found | {name: images[name] for name in names if name in images}
+
+
+def _check_results(pipeline: TREADPipeline, results: "Sequence[EvaluationResults]") -> None:
+    """Raises ValueError for results of other weights, where the evaluation's precision was that of these."""
+    for one in results:
+        for name, fingerprint in one.images.get("weights", {}).items():
+            part = pipeline.components.get(name)
+            same_dtype = part is not None and one.images["dtype"][name] == str(part.dtype).removeprefix("torch.")
+            if part is None or (same_dtype and vae_fingerprint(part) != fingerprint):
+                raise ValueError(
+                    f"Expected results of this pipeline, got those of {one.images.get('name_or_path')} with "
+                    f"{'other weights of' if part is not None else 'a'} {name}. Evaluate this pipeline."
+                )
+
+
+def _rows(cells: Mapping[str, str]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in cells.items())

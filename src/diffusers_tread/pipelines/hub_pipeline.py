@@ -1,0 +1,102 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""From the Hub and to it with the code of this package: what code a repository holds is neither needed nor run."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from ..guiders import SparseGuidance
+from ..models import TREADTransformer2DModel
+from ..schedulers import EDMHeunScheduler
+
+
+if TYPE_CHECKING:
+    from ..hub import CardDetails
+
+# The components of which a repository may hold the code, by class name.
+PACKAGE_CLASSES = {kind.__name__: kind for kind in (TREADTransformer2DModel, EDMHeunScheduler, SparseGuidance)}
+_DOWNLOAD_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+
+
+class HubPipeline(DiffusionPipeline):
+    """A pipeline that loads what `export_for_hub` wrote, and pushes that."""
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> "dict[str, Any] | tuple":
+        """As diffusers', with the classes of this package where the configuration names files of the repository."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, entry in config.items():
+            if name == "_class_name" and isinstance(entry, list):
+                config[name] = entry[1]
+            elif isinstance(entry, list) and entry[1] in PACKAGE_CLASSES:
+                config[name] = [PACKAGE_CLASSES[entry[1]].__module__, entry[1]]
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Downloads configurations and safetensors weights, of one variant, of the components that are not given.
+
+        diffusers' own wants the user's trust as soon as a repository holds code.
+        """
+        settings = {name: kwargs[name] for name in _DOWNLOAD_SETTINGS if kwargs.get(name) is not None}
+        variant, given = kwargs.get("variant"), [f"{name}/*" for name in kwargs]
+        download = partial(snapshot_download, pretrained_model_name, **settings)
+        configs, no_variants = ["model_index.json", "*/*.json"], [*given, "*.*.safetensors"]
+        if variant is None:
+            return download(allow_patterns=[*configs, "*.safetensors"], ignore_patterns=no_variants)
+
+        # As diffusers does, a component without this variant is loaded without one.
+        wanted = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"]
+        folder = Path(download(allow_patterns=configs + wanted, ignore_patterns=given))
+        parts = {path.parent for path in folder.glob("*/config.json")}
+        if lacking := parts - {path.parent for path in folder.glob("*/*.safetensors")}:
+            weights = [f"{path.name}/*.safetensors" for path in lacking]
+            download(allow_patterns=weights, ignore_patterns=no_variants)
+        return str(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        *,
+        variant: str | None = None,
+        revision: str | None = None,
+        card: "CardDetails | None" = None,
+    ) -> str:
+        """Pushes what `export_for_hub` writes: it loads with this package and, with the user's trust, without it.
+
+        Args:
+            repo_id: "name" or "organisation/name"; made if there is none.
+            commit_message: First line of the commit.
+            private: Whether a new repository is private; None for the owner's default.
+            token: For the Hub; None for that of `hf auth login` or HF_TOKEN.
+            variant: Part of the weights' file names, such as "fp16".
+            revision: Branch, made if missing; None for the default one.
+            card: What the model card says besides what the pipeline itself tells. The card in the repository is
+                replaced.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: A component cannot be exported, or the Hub refuses.
+            ConnectionError: The Hub could not be reached. The same call later goes on.
+        """
+        from ..hub import push_pipeline  # which needs this module
+
+        return push_pipeline(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            variant=variant,
+            revision=revision,
+            card=card,
+        )
