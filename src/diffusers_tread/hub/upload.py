@@ -76,9 +76,9 @@ def upload_folder(
 
     Args:
         folder: Its content becomes the repository's.
-        repo_id: As for `open_repo`, like all arguments that are not described here.
+        repo_id: This and the next four as for `open_repo`.
         repo_type: "model" or "dataset".
-        private: Of a new repository.
+        private: Whether a new repository is private.
         revision: Branch to upload to.
         token: For the Hub.
         ignore_patterns: Files to leave out, with wildcards.
