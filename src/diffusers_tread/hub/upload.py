@@ -11,8 +11,8 @@ from huggingface_hub import HfApi, RepoUrl, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 
-# Requests' errors are OSErrors, httpx's derive from the class that HfHubHTTPError has as a base where httpx is used;
-# huggingface_hub and hf_xet make RuntimeErrors of some.
+# The errors of requests and hf_xet are OSErrors, those of httpx derive from a base of HfHubHTTPError where that is used,
+# and huggingface_hub makes RuntimeErrors of what befalls a single large file.
 _ERRORS = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 _SAFE = "Nothing local is lost: the same command later sends what is missing."
 
