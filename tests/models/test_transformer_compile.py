@@ -31,8 +31,14 @@ def output_and_gradients(model, forward, inputs):
     return sample.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_compiled_training_equals_eager_and_never_recompiles(model, inputs, gradient_checkpointing):
+@pytest.mark.parametrize(
+    "gradient_checkpointing, options", [(False, {}), (True, {"rejoin": "sum", "magnitude_mix": 0.5})]
+)
+def test_compiled_training_equals_eager_and_never_recompiles(
+    model, make_model, inputs, gradient_checkpointing, options
+):
+    if options:
+        model = make_model(num_layers=3, routes=[{"start": 0, "end": 0, **options}]).train()
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

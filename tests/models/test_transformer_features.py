@@ -42,7 +42,8 @@ def assert_near(found, expected, tolerance):
     "options", [{}, {"max_shard_size": "20KB"}, {"variant": "ema"}, {"safe_serialization": False}]
 )
 def test_a_saved_model_loads_with_every_bit(make_model, inputs, tmp_path, options):
-    model = make_model(objective="flow", timestep_scale=2.0).eval()
+    routes = [{"start": 1, "end": 2, "rejoin": "sum", "magnitude_mix": 0.5}]
+    model = make_model(objective="flow", timestep_scale=2.0, routes=routes).eval()
     model.save_pretrained(tmp_path, **options)
     names = [path.name for path in tmp_path.iterdir()]
     assert sum("-of-" in name for name in names) > 2 if "max_shard_size" in options else len(names) == 2
@@ -57,7 +58,8 @@ def test_a_saved_model_loads_with_every_bit(make_model, inputs, tmp_path, option
 
 
 def test_the_config_alone_gives_the_same_architecture(make_model):
-    model = make_model(routes=[{"start": 0, "end": -4, "selection_ratio": 0.75}])
+    options = {"rejoin": "sum", "magnitude_mix": -0.5}
+    model = make_model(routes=[{"start": 0, "end": -4, "selection_ratio": 0.75, **options}])
     twin = TREADTransformer2DModel.from_config(json.loads(model.to_json_string()))
     assert get_token_router(twin).routes == get_token_router(model).routes
     assert {n: p.shape for n, p in twin.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}

@@ -57,12 +57,14 @@ def numpy_forward(model, latents, timestep, labels, kept_token_ids=()):
     time = linear(silu(linear(time, "timestep_embedding.linear_1")), "timestep_embedding.linear_2")
     condition = silu(time + w["class_embedding.weight"][labels.numpy()])
 
-    # Blocks, where the kept tokens leave the sequence before the route's start and come back after its end.
+    # Blocks, where the kept tokens leave the sequence before the route's start and come back after its end. A routed
+    # token comes back as the state it had, as its input to the network, or as their sum.
+    x_input = x
     for index in range(config.num_layers):
         for route, ids in zip(config.routes or [], kept_token_ids, strict=False):
             if index == route["start"]:
-                everything = x.copy()
-                x = np.stack([everything[b, ids[b].numpy()] for b in range(batch)])
+                everything = {"state": x, "input": x_input, "sum": x + x_input}[route.get("rejoin", "state")].copy()
+                x = np.stack([x[b, ids[b].numpy()] for b in range(batch)])
         name = f"transformer_blocks.{index}"
         shift1, scale1, gate1, shift2, scale2, gate2 = np.split(linear(condition, f"{name}.modulation"), 6, 1)
         y = norm(x) * (1 + scale1[:, None]) + shift1[:, None]
@@ -111,16 +113,57 @@ def test_the_dense_forward_equals_the_formulas(make_model, changes, size):
     assert_close(model(latents, timestep, labels).sample, numpy_forward(model, latents, timestep, labels))
 
 
+def random_ids(*sizes):
+    return [torch.stack([torch.randperm(16)[:size].sort().values for _ in range(3)]) for size in sizes]
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_routed_forward_equals_the_formulas(make_model, inputs, training):
     model = make_model(num_layers=8, routes=[{"start": 1, "end": 2}, {"start": 4, "end": 4}]).train(training)
-    ids = [
-        torch.stack([torch.randperm(16)[:9].sort().values for _ in range(3)]),
-        torch.stack([torch.randperm(16)[:3].sort().values for _ in range(3)]),
-    ]
+    ids = random_ids(9, 3)
     expected = numpy_forward(model, *inputs, ids)
     assert_close(model(*inputs, kept_token_ids=ids).sample, expected)
     assert np.abs(expected - numpy_forward(model, *inputs)).max() > 1e-3
+
+
+@pytest.mark.parametrize("rejoins", [("state", "input"), ("input", "sum"), ("sum", "state")])
+def test_tokens_rejoin_as_their_routes_say(make_model, inputs, rejoins):
+    """Routes in direct sequence, the second with the first's routed tokens among its own."""
+    spans = [{"start": 0, "end": 1}, {"start": 2, "end": 4}]
+    model = make_model(num_layers=8, routes=[{**span, "rejoin": r} for span, r in zip(spans, rejoins, strict=True)])
+    ids = random_ids(5, 11)
+    expected = numpy_forward(model, *inputs, ids)
+    assert_close(model(*inputs, kept_token_ids=ids).sample, expected)
+
+    plain = make_model(num_layers=8, routes=spans)
+    assert np.abs(expected - numpy_forward(plain, *inputs, ids)).max() > 1e-3
+    assert torch.equal(model.eval()(*inputs).sample, plain.eval()(*inputs).sample)  # dense
+
+
+@pytest.mark.parametrize("rejoin", ["input", "sum"])
+def test_the_gradient_takes_every_way_back_to_the_input(make_model, inputs, rejoin):
+    """At finite differences, with and without checkpoints."""
+    model = make_model(num_layers=5, routes=[{"start": 0, "end": 1, "rejoin": rejoin}]).double().train()
+    ids, gradients = random_ids(4), []
+    bias = model.patch_embedding.bias
+    inputs = (inputs[0].double(), *inputs[1:])
+
+    def loss():
+        return model(*inputs, kept_token_ids=ids).sample.square().mean()
+
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(loss(), bias)
+        gradients.append(gradient)
+        model.enable_gradient_checkpointing()
+    torch.testing.assert_close(*gradients)
+
+    direction, step = torch.randn_like(bias), 1e-5
+    with torch.no_grad():
+        bias += step * direction
+        above = loss()
+        bias -= 2 * step * direction
+        below = loss()
+    torch.testing.assert_close((above - below) / (2 * step), gradients[0] @ direction, rtol=1e-5, atol=0)
 
 
 def test_the_router_decides_when_no_ids_are_given(make_model, inputs):
@@ -138,6 +181,23 @@ def test_a_route_not_taken_is_given_as_none(make_model, inputs):
     alone = make_model(num_layers=8, routes=[{"start": 4, "end": 4}]).eval()
     assert torch.equal(model(*inputs, kept_token_ids=[None, ids]).sample, alone(*inputs, kept_token_ids=[ids]).sample)
     assert torch.equal(model(*inputs, kept_token_ids=[None, None]).sample, model(*inputs).sample)
+
+
+def test_the_output_tells_which_tokens_were_kept(make_model, inputs):
+    model = make_model(num_layers=8, routes=[{"start": 1, "end": 2}, {"start": 4, "end": 4}]).train()
+    output = model(*inputs)
+    again = model(*inputs, kept_token_ids=output.kept_token_ids, return_dict=False)
+    assert torch.equal(again[0], output.sample) and again[1] is output.kept_token_ids
+    assert [ids.shape for ids in output.kept_token_ids] == [(3, 8), (3, 8)]
+
+    dense = model.eval()(*inputs)
+    assert dense.kept_token_ids is None and len(model(*inputs, return_dict=False)) == 1
+
+
+def test_a_magnitude_in_a_route_measures_the_tokens_at_the_input(make_model, inputs):
+    model = make_model(routes=[{"start": 1, "end": 2, "magnitude_mix": 1.0}]).train()
+    tokens, _ = recorded_tokens(model, lambda: model(*inputs))[0]
+    assert torch.equal(model(*inputs).kept_token_ids[0], tokens.abs().sum(2).topk(8).indices.sort(1).values)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (4, 6), (3, 8)])
@@ -289,6 +349,8 @@ def test_routes_are_kept_in_the_config_as_plain_absolute_values(make_model):
         {"start": 0, "end": 1, "selection_ratio": 0.25},
         {"start": 4, "end": 5, "selection_ratio": 0.5},
     ]
+    options = {"start": 1, "end": 2, "selection_ratio": 0.5, "rejoin": "sum", "magnitude_mix": -0.5}
+    assert make_model(routes=[TokenRoute(**options)]).config.routes == [options]
     assert [type(route) for route in routes] == [TokenRoute, dict]
 
 
@@ -300,6 +362,7 @@ def test_routes_are_kept_in_the_config_as_plain_absolute_values(make_model):
         ([{"start": 1, "end": 4}], "at least two blocks"),
         ([{"start": 2, "end": 1}], "empty route"),
         ([{"start": 1, "end": 2, "selection_ratio": 1.0}], "selection ratio"),
+        ([{"start": 1, "end": 2, "rejoin": "x_T"}], "Expected rejoin 'state', 'input' or 'sum'"),
         ("all", "Expected a TokenRoute"),
     ],
 )

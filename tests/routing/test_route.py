@@ -89,9 +89,33 @@ def test_a_route_cannot_be_changed_nor_given_by_position():
         TokenRoute(2, 8)
 
 
-def test_routes_survive_json():
-    route = TokenRoute(start=2, end=-4, selection_ratio=0.75)
+@pytest.mark.parametrize(
+    "options", [{}, {"rejoin": "input"}, {"magnitude_mix": -0.5}, {"rejoin": "sum", "magnitude_mix": 1}]
+)
+def test_routes_survive_json_and_resolving(options):
+    route = TokenRoute(start=2, end=-4, selection_ratio=0.75, **options)
     assert TokenRoute(**json.loads(json.dumps(route.to_dict()))) == route
+    assert eval(repr(route)) == route
+    assert route.resolve(12) == TokenRoute(start=2, end=8, selection_ratio=0.75, **options)
+
+
+def test_options_that_are_off_leave_no_trace():
+    route = TokenRoute(start=2, end=8, rejoin="state", magnitude_mix=0.0)
+    assert route.to_dict() == {"start": 2, "end": 8, "selection_ratio": 0.5}
+    assert repr(route) == "TokenRoute(start=2, end=8, selection_ratio=0.5)"
+    assert route == TokenRoute(start=2, end=8)
+
+
+@pytest.mark.parametrize("rejoin", ["x_T", "both", "", None, True, ["state"]])
+def test_an_unknown_rejoin_is_refused(rejoin):
+    with pytest.raises(ValueError, match="Expected rejoin 'state', 'input' or 'sum', got"):
+        TokenRoute(start=2, end=8, rejoin=rejoin)
+
+
+@pytest.mark.parametrize("mix", [1.1, -1.1, float("nan"), "0.5", True, None])
+def test_a_magnitude_outside_minus_one_to_one_is_refused(mix):
+    with pytest.raises(ValueError, match=r"Expected magnitude_mix in \[-1, 1\], got"):
+        TokenRoute(start=2, end=8, magnitude_mix=mix)
 
 
 def test_routes_may_be_given_in_any_form_and_order():

@@ -202,6 +202,22 @@ def test_the_magnitude_decides_alone_at_one_and_minus_one():
         assert torch.equal(router.plan(TOKENS, training=True)[0], expected.sort(1).values)
 
 
+def test_each_route_has_its_own_magnitude_and_the_router_overrides_all():
+    def plan(*mixes, override=None):
+        routes = [TokenRoute(start=2 * i, end=2 * i, magnitude_mix=mix) for i, mix in enumerate(mixes)]
+        router = TokenRouter(routes, num_layers=12)
+        router.seed, router.magnitude_mix = 3, override
+        return router.plan(TOKENS, training=True)
+
+    uniform = plan(0.0, 0.0, 0.0)
+    mixed = plan(0.4, 0.0, -1.0)
+    assert equal(mixed[1:2], uniform[1:2])
+    assert torch.equal(mixed[2], TOKENS.abs().sum(-1).topk(10, largest=False).indices.sort(1).values)
+    assert not equal(mixed[:1], uniform[:1])
+    assert equal(plan(0.4, 0.0, -1.0, override=0.4), plan(0.4, 0.4, 0.4))
+    assert equal(plan(0.4, 0.0, -1.0, override=0.0), uniform)
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.5])
 def test_a_plan_under_autocast_is_the_same(mix):
     router = make_router()
@@ -231,6 +247,7 @@ def test_a_plan_under_autocast_is_the_same(mix):
         ("magnitude_mix", 1.1, r"magnitude_mix in \[-1, 1\]"),
         ("magnitude_mix", float("nan"), r"magnitude_mix in \[-1, 1\]"),
         ("magnitude_mix", "0.5", r"magnitude_mix in \[-1, 1\]"),
+        ("magnitude_mix", True, r"magnitude_mix in \[-1, 1\]"),
     ],
 )
 def test_a_bad_setting_is_refused_and_changes_nothing(name, value, message):

@@ -6,6 +6,7 @@ D width (heads * head dim).
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 
 from ..routing import TokenRoute, TokenRouter, default_route, put_tokens, take_tokens
 
@@ -109,6 +110,18 @@ class TREADTransformerBlock(nn.Module):
 
         ff_input = torch.addcmul(shift_ff, self.norm2(hidden_states), 1 + scale_ff)
         return torch.addcmul(hidden_states, gate_ff, self.ff(ff_input))
+
+
+@dataclass
+class TREADTransformer2DModelOutput(BaseOutput):
+    """What a forward of `TREADTransformer2DModel` gives."""
+
+    sample: torch.Tensor
+    """[B, out_channels, H, W], in the dtype of the input."""
+
+    kept_token_ids: list[torch.Tensor | None] | None = None
+    """Per route the ids of the kept tokens, [B, K] int64, or None for a route not taken, for losses that tell kept
+    tokens from routed ones. None for a dense forward."""
 
 
 class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -278,7 +291,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         class_labels: torch.Tensor | None = None,
         kept_token_ids: list[torch.Tensor | None] | None = None,
         return_dict: bool = True,
-    ) -> "Transformer2DModelOutput | tuple[torch.Tensor]":
+    ) -> "TREADTransformer2DModelOutput | tuple[Any, ...]":
         """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data).
 
         Args:
@@ -288,10 +301,11 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
                 every step wait for the device: the pipeline and the training script check.
             kept_token_ids: Per route the ids of the kept tokens, [B, K] int64, or None for a route not taken, as
                 `TokenRouter.plan` gives them. None: the token router decides.
-            return_dict: Whether to return a `Transformer2DModelOutput` or a tuple.
+            return_dict: Whether to return a `TREADTransformer2DModelOutput` or a tuple.
 
         Returns:
-            `sample`: [B, out_channels, H, W] in the dtype of `hidden_states`.
+            `sample`: [B, out_channels, H, W] in the dtype of `hidden_states`; `kept_token_ids`, those that were used,
+            which a dense forward's tuple does not have.
 
         Raises:
             ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size, or
@@ -312,7 +326,8 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)  # B 1 D
         patches = self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale))  # B N P*P*C
         sample = self._unpatchify(patches, height, width).to(hidden_states.dtype)  # B C H W
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        output = TREADTransformer2DModelOutput(sample=sample, kept_token_ids=kept_token_ids)
+        return output if return_dict else output.to_tuple()
 
     def _run_blocks(
         self, tokens: torch.Tensor, conditioning: torch.Tensor, kept_token_ids: list[torch.Tensor | None] | None
@@ -322,11 +337,18 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         if kept_token_ids is not None:
             for route, ids in zip(self.token_router.routes, kept_token_ids, strict=True):
                 if ids is not None:
-                    starts[route.start] = ends[route.end] = ids
+                    starts[route.start] = route.rejoin, ids
+                    ends[route.end] = ids
 
+        input_tokens = tokens
         for index, block in enumerate(self.transformer_blocks):
             if index in starts:
-                all_tokens, tokens = tokens, take_tokens(tokens, starts[index])  # B N D -> B K D
+                rejoin, ids = starts[index]
+                if rejoin == "state":
+                    all_tokens = tokens
+                else:
+                    all_tokens = input_tokens if rejoin == "input" else input_tokens + tokens
+                tokens = take_tokens(tokens, ids)  # B N D -> B K D
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:

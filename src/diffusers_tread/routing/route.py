@@ -4,13 +4,15 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRoute:
     """A route r(start -> end): routed tokens skip blocks start..end and rejoin after `end` in the state they had.
+
+    `rejoin` and `magnitude_mix` are options of the paper's first version (arXiv 2501.04765v1).
 
     Example:
         >>> from diffusers_tread import TokenRoute
@@ -27,11 +29,23 @@ class TokenRoute:
     selection_ratio: float = 0.5
     """Share of tokens routed **away** from blocks start..end, in [0, 1). 0.0 is dense. The paper trains with 0.5."""
 
+    rejoin: Literal["state", "input", "sum"] = "state"
+    """What a routed token is after `end`: its "state" before `start` (v1's x_D_last), its "input" to the model's first
+    block (v1's x_T), or the "sum" of both. The final paper has "state"."""
+
+    magnitude_mix: float = 0.0
+    """l in [-1, 1] mixes the tokens' magnitude into the choice: (1 - |l|) * rand + |l| * m, the highest are kept, with
+    m the L1 norm of a token scaled to [0, 1] within its sample, or 1 - m where l is negative. The final paper has 0.0,
+    uniform subsets."""
+
     def __post_init__(self):
         for name in ("start", "end"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise ValueError(f"Expected `{name}` to be a block index (int), got {getattr(self, name)!r}.")
         check_selection_ratio(self.selection_ratio)
+        if self.rejoin not in ("state", "input", "sum"):
+            raise ValueError(f"Expected rejoin 'state', 'input' or 'sum', got {self.rejoin!r}. The paper has 'state'.")
+        check_magnitude_mix(self.magnitude_mix)
 
     def resolve(self, num_layers: int) -> "TokenRoute":
         """The same route with absolute indices, checked against a model of `num_layers` blocks.
@@ -70,11 +84,22 @@ class TokenRoute:
                 "leaves three; shorter tails hurt the samples.",
                 stacklevel=2,
             )
-        return TokenRoute(start=start, end=end, selection_ratio=self.selection_ratio)
+        return replace(self, start=start, end=end)
 
-    def to_dict(self) -> dict[str, int | float]:
-        """The route as JSON-serialisable values; `TokenRoute(**route.to_dict())` gives it back."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, int | float | str]:
+        """The route as JSON-serialisable values; `TokenRoute(**route.to_dict())` gives it back.
+
+        Options that are off are left out: a model that has none of them has the config it had before there were any.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.rejoin == "state":
+            del values["rejoin"]
+        if self.magnitude_mix == 0.0:
+            del values["magnitude_mix"]
+        return values
+
+    def __repr__(self) -> str:
+        return f"TokenRoute({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
 
 def check_selection_ratio(selection_ratio: float) -> None:
@@ -85,6 +110,13 @@ def check_selection_ratio(selection_ratio: float) -> None:
             f"Expected a selection ratio in [0, 1), the share of tokens routed away, got {selection_ratio!r}. "
             "0.0 is dense, the paper trains with 0.5; 1.0 would leave no token in the routed blocks."
         )
+
+
+def check_magnitude_mix(magnitude_mix: float) -> None:
+    """Raises ValueError unless `magnitude_mix` is a number in [-1, 1]."""
+    is_number = isinstance(magnitude_mix, (int, float)) and not isinstance(magnitude_mix, bool)
+    if not is_number or not -1.0 <= magnitude_mix <= 1.0:
+        raise ValueError(f"Expected magnitude_mix in [-1, 1], got {magnitude_mix!r}. 0.0 chooses uniformly.")
 
 
 def default_route(num_layers: int) -> TokenRoute:

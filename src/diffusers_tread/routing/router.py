@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .route import TokenRoute, check_selection_ratio, num_kept_tokens, resolve_routes
+from .route import TokenRoute, check_magnitude_mix, check_selection_ratio, num_kept_tokens, resolve_routes
 from .subset import magnitude_priority, random_priority, select_kept_tokens, subset_hashes
 
 
@@ -38,7 +38,8 @@ class TokenRouter:
         force_keep (`torch.Tensor`, *optional*): [N] or [B, N] bool, tokens that are never routed (text, padding,
             masked losses). If a sample forces more tokens than the ratio keeps, all samples keep that many. Each new
             largest count per sample recompiles a compiled forward: there, give the model `kept_token_ids`.
-        magnitude_mix (`float`): l in [-1, 1] mixes the tokens' magnitude into the choice, see `magnitude_priority`.
+        magnitude_mix (`float`, *optional*): Overrides the `magnitude_mix` of every route. None (default): each route's
+            own.
 
     Raises:
         ValueError: As `resolve_routes`; or an attribute is set to a value outside its range.
@@ -53,7 +54,7 @@ class TokenRouter:
         self.selection_ratio = None
         self.seed = None
         self.force_keep = None
-        self.magnitude_mix = 0.0
+        self.magnitude_mix = None
 
     @property
     def selection_ratio(self) -> float | None:
@@ -106,13 +107,13 @@ class TokenRouter:
         self._force_keep = value
 
     @property
-    def magnitude_mix(self) -> float:
+    def magnitude_mix(self) -> float | None:
         return self._magnitude_mix
 
     @magnitude_mix.setter
-    def magnitude_mix(self, value: float) -> None:
-        if not isinstance(value, (int, float)) or not -1.0 <= value <= 1.0:
-            raise ValueError(f"Expected magnitude_mix in [-1, 1], got {value!r}.")
+    def magnitude_mix(self, value: float | None) -> None:
+        if value is not None:
+            check_magnitude_mix(value)
         self._magnitude_mix = value
 
     def is_routing(self, training: bool) -> bool:
@@ -159,12 +160,11 @@ class TokenRouter:
             hashes = subset_hashes(seed, route_index=index, batch_size=batch_size, num_tokens=num_tokens)  # B N
             if self.shared_subset:
                 hashes = hashes[:1].expand(batch_size, -1)
-            if self.magnitude_mix == 0.0:
+            mix = route.magnitude_mix if self.magnitude_mix is None else self.magnitude_mix
+            if mix == 0.0:
                 priority = random_priority(hashes, force_keep=force_keep)
             else:
-                priority = magnitude_priority(
-                    hashes, hidden_states, magnitude_mix=self.magnitude_mix, force_keep=force_keep
-                )
+                priority = magnitude_priority(hashes, hidden_states, magnitude_mix=mix, force_keep=force_keep)
             kept_token_ids.append(select_kept_tokens(priority, num_kept))
         return kept_token_ids if any(ids is not None for ids in kept_token_ids) else None
 
@@ -220,12 +220,16 @@ def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
     Raises:
         ValueError: The model has no router.
     """
+    return unwrap_routed(denoiser).token_router
+
+
+def unwrap_routed(denoiser: torch.nn.Module) -> torch.nn.Module:
+    """The module that `get_token_router` finds the router of, and raises as it does."""
     module = denoiser
     while module is not None:
         # By what it can do, not by its class: a model loaded from the Hub brings the code of its own.
-        router = getattr(module, "token_router", None)
-        if hasattr(router, "is_routing"):
-            return router
+        if hasattr(getattr(module, "token_router", None), "is_routing"):
+            return module
         module = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
     raise ValueError(
         f"Expected a denoiser with token routing, got {type(denoiser).__name__}, which has no `token_router`. "
