@@ -27,9 +27,10 @@ install: .venv/.installed ## build .venv with the package (editable) and all tha
 demo: .venv/.installed ## train, sample and save a small TREAD model on real images, in a few minutes
 	.venv/bin/python examples/demo.py
 
-bench: .venv/.installed ## measure dense and routed training steps on the CPU; wants a quiet machine
+bench: .venv/.installed ## measure training steps and the reading of latents on the CPU; wants a quiet machine
 	.venv/bin/python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
 	.venv/bin/python benchmarks/hooks_overhead.py --output benchmarks/results/hooks_overhead_cpu.json
+	.venv/bin/python benchmarks/read_latents.py --output benchmarks/results/read_latents_cpu.json
 
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
 	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
