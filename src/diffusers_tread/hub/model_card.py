@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # it needs Accelerate
     from ..metrics import EvaluationResults
 
 SAMPLES = "samples.png"
+_ROUTE_TAGS = ("tread", "token-routing", "sparse-guidance")
 _WITH_ROUTES = """\
 A class-conditional diffusion transformer for token routing ([TREAD](https://arxiv.org/abs/2501.04765)): in training, a
 random share of the tokens skips the middle blocks; in sampling, all take them, unless
@@ -89,13 +90,14 @@ def model_card(pipeline: TREADPipeline, *, repo_id: str, details: CardDetails | 
     details = details or CardDetails()
     _check_results(pipeline, details.results)
     title = repo_id.rstrip("/").split("/")[-1]
+    has_routes = bool(pipeline.transformer.config.routes)
     names = list((pipeline.config.id2label or {}).values())
     is_on_hub = details.dataset is not None and details.dataset.count("/") == 1
     data = ModelCardData(
         license=details.license,
         library_name="diffusers",
         pipeline_tag=_TASK,
-        tags=["diffusers", "diffusers-tread", "tread", "token-routing", "sparse-guidance", "class-conditional"],
+        tags=["diffusers", "diffusers-tread", "class-conditional", *(_ROUTE_TAGS if has_routes else ())],
         datasets=[details.dataset] if is_on_hub else None,
         model_name=title,
         eval_results=[result for one in details.results for result in _eval_results(one, details)] or None,
@@ -103,7 +105,7 @@ def model_card(pipeline: TREADPipeline, *, repo_id: str, details: CardDetails | 
     text = Template(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")).substitute(
         title=title,
         repo_id=repo_id,
-        about=_WITH_ROUTES if pipeline.transformer.config.routes else _WITHOUT_ROUTES,
+        about=_WITH_ROUTES if has_routes else _WITHOUT_ROUTES,
         samples=f"\n![Samples]({SAMPLES})\n" if details.samples is not None else "",
         facts=_rows(_facts(pipeline, details)),
         names=f" and names, such as {names[0]!r}" if names else "",
