@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, RepoUrl, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 
-# The errors of requests and hf_xet are OSErrors, those of httpx derive from a base of HfHubHTTPError where that is used,
+# The errors of requests and hf_xet are OSErrors, those of httpx derive from a base that HfHubHTTPError has with httpx,
 # and huggingface_hub makes RuntimeErrors of what befalls a single large file.
 _ERRORS = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 _SAFE = "Nothing local is lost: the same command later sends what is missing."
