@@ -1,7 +1,16 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .background import BackgroundPush
 from .export import export_for_hub, push_pipeline
 from .model_card import CardDetails, model_card
 from .upload import open_repo, upload_folder
 
 
-__all__ = ["CardDetails", "export_for_hub", "model_card", "open_repo", "push_pipeline", "upload_folder"]
+__all__ = [
+    "BackgroundPush",
+    "CardDetails",
+    "export_for_hub",
+    "model_card",
+    "open_repo",
+    "push_pipeline",
+    "upload_folder",
+]
