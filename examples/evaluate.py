@@ -72,9 +72,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=64, help="Images per process and forward.")
 
     # What is judged.
-    add("--pretrained_pipeline", help="A TREADPipeline: a folder or a repository on the Hub.")
-    add("--revision", help="Branch, tag or commit of the repository.")
-    add("--dtype", choices=list(DTYPES), default="float32", help="Of the transformers; the VAE stays in float32.")
     add("--images", help="Instead of a pipeline: a folder of images, or an .npz file with arr_0.")
     add("--resolution", type=int, help="Crop and resize images of folders and data sets to this side in pixels.")
 
@@ -96,17 +93,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--feature_extractor_weights", help="A local file with its weights instead of a download.")
 
     # Sampling.
+    add_sampling_flags(parser)
     add("--num_samples", type=int, default=50_000, help="Samples of the pipeline.")
-    add("--seed", type=int, default=0, help="Sample i follows from this and i.")
     flag("--random_labels", help="Draw classes at random, as ADM and DiT do, instead of one after the other.")
-    add("--num_inference_steps", type=int, default=40, help="Steps of the sampler.")
-    add("--scheduler", help="Class of diffusers or diffusers_tread to sample with instead of the pipeline's.")
-    add("--scheduler_config", default="{}", help='Changes of its settings as JSON, such as {"shift": 3.0}.')
-    add("--guidance", choices=list(GUIDANCE_FLAGS), default="pipeline", help="pipeline: the guider saved with it.")
-    add("--guidance_scale", type=float, help="Of cfg or sparse.")
-    add("--strong_ratio", type=float, help="Of sparse: share of tokens routed away in the strong branch.")
-    add("--weak_ratio", type=float, help="Of sparse: likewise in the weak branch.")
-    add("--guider_config", help='More settings of SparseGuidance as JSON, such as {"stop": 0.8}.')
     add(
         "--num_kept_images", type=int, default=40, help="First samples to keep as PNG files, for the grid and the eye."
     )
@@ -120,6 +109,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if unused := [name for name in SAMPLING_FLAGS if getattr(args, name) != parser.get_default(name)]:
             raise ValueError(f"Expected {unused} only with --pretrained_pipeline. Leave them out.")
     return check_args(args)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `load_pipeline`, and what else any sampling needs; examples/sample.py has them too."""
+    add = parser.add_argument
+    add("--pretrained_pipeline", help="A TREADPipeline: a folder or a repository on the Hub.")
+    add("--revision", help="Branch, tag or commit of the repository.")
+    add("--dtype", choices=list(DTYPES), default="float32", help="Of the transformers; the VAE stays in float32.")
+    add("--seed", type=int, default=0, help="Sample i follows from this and i.")
+    add("--num_inference_steps", type=int, default=40, help="Steps of the sampler.")
+    add("--scheduler", help="Class of diffusers or diffusers_tread to sample with instead of the pipeline's.")
+    add("--scheduler_config", default="{}", help='Changes of its settings as JSON, such as {"shift": 3.0}.')
+    add("--guidance", choices=list(GUIDANCE_FLAGS), default="pipeline", help="pipeline: the guider saved with it.")
+    add("--guidance_scale", type=float, help="Of cfg or sparse.")
+    add("--strong_ratio", type=float, help="Of sparse: share of tokens routed away in the strong branch.")
+    add("--weak_ratio", type=float, help="Of sparse: likewise in the weak branch.")
+    add("--guider_config", help='More settings of SparseGuidance as JSON, such as {"stop": 0.8}.')
+
+
+def check_guidance(args: argparse.Namespace) -> None:
+    given = [name for name in GUIDANCE_FLAGS["sparse"] if getattr(args, name) is not None]
+    if unused := sorted(set(given) - set(GUIDANCE_FLAGS[args.guidance])):
+        raise ValueError(f"Expected only flags that --guidance {args.guidance} uses, got {unused}.")
+    if args.guidance == "cfg" and args.guidance_scale is None:
+        raise ValueError("Expected --guidance_scale with --guidance cfg, got none.")
 
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
@@ -145,11 +159,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(
             f"Expected either --pretrained_pipeline or --images, or only --save_statistics, got {judged}."
         )
-    given = [name for name in GUIDANCE_FLAGS["sparse"] if getattr(args, name) is not None]
-    if unused := sorted(set(given) - set(GUIDANCE_FLAGS[args.guidance])):
-        raise ValueError(f"Expected only flags that --guidance {args.guidance} uses, got {unused}.")
-    if args.guidance == "cfg" and args.guidance_scale is None:
-        raise ValueError("Expected --guidance_scale with --guidance cfg, got none.")
+    check_guidance(args)
     return args
 
 

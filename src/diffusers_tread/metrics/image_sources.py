@@ -59,14 +59,17 @@ class PipelineImages:
         choice = derive_seed(self.seed, "class", index) if self.random_labels else index
         return choice % self.pipeline.transformer.config.num_classes
 
+    def generator(self, index: int) -> torch.Generator:
+        """What all of a sample's random numbers come from, its noise first."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, "evaluate", index))
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         """[B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images."""
-        seeds = [derive_seed(self.seed, "evaluate", index) for index in range(start, stop)]
         images = self.pipeline(
             class_labels=[self.label(index) for index in range(start, stop)],
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[self.generator(index) for index in range(start, stop)],
             output_type="pt",
         ).images  # B C H W in [0, 1]
         if images.shape[1] not in (1, 3):

@@ -2,9 +2,13 @@
 """Pictures that a run leaves."""
 
 import io
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 from diffusers.utils import make_image_grid
 
 from ..files import publish
@@ -22,6 +26,32 @@ def make_grid(images: list[PIL.Image.Image], *, columns: int = 10) -> PIL.Image.
     images = [image.resize((image.width * zoom,) * 2, PIL.Image.Resampling.NEAREST) for image in images]
     images += [PIL.Image.new(images[0].mode, images[0].size)] * (-len(images) % columns)
     return make_image_grid(images, rows=len(images) // columns, cols=columns)
+
+
+def add_labels(
+    grid: PIL.Image.Image, *, title: str = "", rows: Sequence[str] = (), columns: Sequence[str] = ()
+) -> PIL.Image.Image:
+    """The grid with texts around it, which say what is where.
+
+    Args:
+        grid: Cells of one size.
+        title: Above everything.
+        rows: Beside each row, from the top.
+        columns: Above each column, from the left.
+    """
+    font, line = PIL.ImageFont.load_default(14), 22
+    left = max([8 + round(font.getlength(text)) for text in rows], default=0)
+    top = line * (bool(title) + bool(columns))
+    picture = PIL.Image.new("RGB", (left + grid.width, top + grid.height), "white")
+    picture.paste(grid, (left, top))
+
+    write = partial(PIL.ImageDraw.Draw(picture).text, fill="black", font=font)
+    write((left + 4, line / 2), title, anchor="lm")
+    for column, text in enumerate(columns):
+        write((left + (column + 0.5) * grid.width / len(columns), top - line / 2), text, anchor="mm")
+    for row, text in enumerate(rows):
+        write((left - 4, top + (row + 0.5) * grid.height / len(rows)), text, anchor="rm")
+    return picture
 
 
 def save_image(image: PIL.Image.Image, path: Path) -> None:
