@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler, edm_preconditioning
+from .masked_losses import check_masked_loss, masked_loss
 
 
 # diffusers' flow schedulers call the network with sigma * num_train_timesteps.
@@ -47,6 +48,11 @@ class EDMObjective:
     """Mean of ln(sigma) in training."""
     P_std: float = 1.2
     """Standard deviation of ln(sigma) in training, > 0."""
+    reconstruction_weight: float | None = None
+    """The loss of TREAD's first version, see `masked_loss`: only the tokens that a route keeps are denoised, those it
+    routes away reconstruct the noisy latents with this weight (its lambda: 0.1 in the text; 0.0, no reconstruction, in
+    the released run). None (default): the final version's plain loss of all tokens. Dense forwards have the plain loss
+    in any case."""
 
     def __post_init__(self):
         _check_fields(self, positive=("sigma_data", "P_std"), finite=("P_mean",))
@@ -72,10 +78,11 @@ class EDMObjective:
             generator: source of the draws; a CPU generator gives the same draws for latents on any device.
 
         Returns:
-            `[B]`, float32, the mean over C, H and W.
+            `[B]`, float32, the mean over C, H and W; with `reconstruction_weight` over the routes, as `masked_loss`.
 
         Raises:
-            ValueError: if the latents are not `[B, C, H, W]` floats or the denoiser returns another shape.
+            ValueError: if the latents are not `[B, C, H, W]` floats or the denoiser returns another shape; with
+                `reconstruction_weight` as `check_masked_loss`.
         """
         log_sigma, noise = _draw(latents, generator)
         log_sigma = self.P_mean + self.P_std * log_sigma
@@ -83,10 +90,18 @@ class EDMObjective:
 
         # The network's target is (x - c_skip (x + sigma noise)) / c_out, written without its cancellation.
         x = latents.float()
-        _, _, c_in = edm_preconditioning(sigma, self.sigma_data)
-        scaled_input = c_in * (x + sigma * noise)
-        target = c_in * (sigma / self.sigma_data * x - self.sigma_data * noise)
-        return _squared_error(denoiser, scaled_input.to(latents.dtype), log_sigma / 4, class_labels, target)
+        c_skip, c_out, c_in = edm_preconditioning(sigma, self.sigma_data)
+        noisy = x + sigma * noise
+        return _loss(
+            denoiser,
+            (c_in * noisy).to(latents.dtype),
+            log_sigma / 4,
+            class_labels,
+            target=c_in * (sigma / self.sigma_data * x - self.sigma_data * noise),
+            noisy=noisy,
+            denoise=lambda prediction: c_skip * noisy + c_out * prediction,
+            reconstruction_weight=self.reconstruction_weight,
+        )
 
     def scheduler(self) -> EDMHeunScheduler:
         """The sampler with this objective's preconditioning."""
@@ -122,6 +137,11 @@ class FlowMatchingObjective:
     """Standard deviation of logit(t), > 0; read by `logit_normal` only."""
     shift: float = 1.0
     """t becomes shift t / (1 + (shift - 1) t), in training and in the scheduler; > 0, above 1 for more noise."""
+    reconstruction_weight: float | None = None
+    """The loss of TREAD's first version, see `masked_loss`: only the tokens that a route keeps are denoised, those it
+    routes away reconstruct the noisy latents with this weight (its lambda: 0.1 in the text; 0.0, no reconstruction, in
+    the released run). None (default): the final version's plain loss of all tokens. Dense forwards have the plain loss
+    in any case."""
 
     def __post_init__(self):
         if self.weighting_scheme not in ("logit_normal", "uniform"):
@@ -147,10 +167,11 @@ class FlowMatchingObjective:
             generator: source of the draws; a CPU generator gives the same draws for latents on any device.
 
         Returns:
-            `[B]`, float32, the mean over C, H and W.
+            `[B]`, float32, the mean over C, H and W; with `reconstruction_weight` over the routes, as `masked_loss`.
 
         Raises:
-            ValueError: if the latents are not `[B, C, H, W]` floats or the denoiser returns another shape.
+            ValueError: if the latents are not `[B, C, H, W]` floats or the denoiser returns another shape; with
+                `reconstruction_weight` as `check_masked_loss`.
         """
         normal, noise = _draw(latents, generator)
         if self.weighting_scheme == "logit_normal":
@@ -161,8 +182,16 @@ class FlowMatchingObjective:
 
         x, t_map = latents.float(), t[:, None, None, None]
         noisy = (1 - t_map) * x + t_map * noise
-        timestep = _FLOW_TRAIN_TIMESTEPS * t
-        return _squared_error(denoiser, noisy.to(latents.dtype), timestep, class_labels, noise - x)
+        return _loss(
+            denoiser,
+            noisy.to(latents.dtype),
+            _FLOW_TRAIN_TIMESTEPS * t,
+            class_labels,
+            target=noise - x,
+            noisy=noisy,
+            denoise=lambda prediction: noisy - t_map * prediction,
+            reconstruction_weight=self.reconstruction_weight,
+        )
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The sampler with this objective's shift, calling the network with 1000 t."""
@@ -175,6 +204,9 @@ def _check_fields(objective, *, positive: tuple[str, ...], finite: tuple[str, ..
         if not math.isfinite(value) or (field in positive and value <= 0):
             kind = "positive, finite" if field in positive else "finite"
             raise ValueError(f"Expected {field} to be a {kind} number, got {value}. Correct that field.")
+    weight = objective.reconstruction_weight
+    if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+        raise ValueError(f"Expected reconstruction_weight to be a finite number >= 0 or None, got {weight}. Use 0.1.")
 
 
 def _draw(latents: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,11 +220,29 @@ def _draw(latents: torch.Tensor, generator: torch.Generator | None) -> tuple[tor
     return randn_tensor(latents.shape[:1], **options), randn_tensor(latents.shape, **options)
 
 
-def _squared_error(denoiser, hidden_states, timestep, class_labels, target) -> torch.Tensor:
-    prediction = denoiser(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)[0]
+def _loss(
+    denoiser, hidden_states, timestep, class_labels, *, target, noisy, denoise, reconstruction_weight
+) -> torch.Tensor:
+    """`[B]`: the squared error of the prediction; `denoise` maps the prediction to clean latents."""
+    patch_size = None
+    if reconstruction_weight is not None:
+        patch_size = check_masked_loss(denoiser, reconstruction_weight=reconstruction_weight)
+
+    prediction, *kept = denoiser(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)
     if prediction.shape != target.shape:
         raise ValueError(
             f"Expected the denoiser to return {tuple(target.shape)}, the latents' shape, got "
             f"{tuple(prediction.shape)}. Use a model with as many output as input channels."
         )
-    return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+    prediction = prediction.float()
+    error = (prediction - target).square()
+    if patch_size is None or not kept:
+        return error.mean(dim=(1, 2, 3))
+    return masked_loss(
+        error,
+        denoised=denoise(prediction),
+        noisy=noisy,
+        kept_token_ids=kept[0],
+        patch_size=patch_size,
+        reconstruction_weight=reconstruction_weight,
+    )
