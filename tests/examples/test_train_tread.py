@@ -339,3 +339,18 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path, a
 def test_unknown_keys_of_a_config_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match="learnign_rate"):
         train("--config", config(learnign_rate=1.0), "--output_dir", tmp_path / "run")
+
+
+def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path):
+    routes = [
+        {"start": 0, "end": 0, "selection_ratio": 0.5, "rejoin": "sum"},
+        {"start": 1, "end": 2, "selection_ratio": 0.5, "rejoin": "input", "magnitude_mix": -0.5},
+    ]
+    argv = ["--config", config(max_train_steps=2), "--train_data_dir", folder, "--resolution", 8]
+    argv += ["--objective", "edm", "--routes", json.dumps(routes), "--gradient_checkpointing"]
+    train(*argv, "--output_dir", tmp_path / "plain")
+    train(*argv, "--objective_config", '{"reconstruction_weight": 0.1}', "--output_dir", tmp_path / "masked")
+    loaded = TREADPipeline.from_pretrained(tmp_path / "masked" / "pipeline")
+    assert loaded.transformer.config.routes == routes
+    with pytest.raises(AssertionError):
+        assert_bitwise_equal(tmp_path / "plain", tmp_path / "masked")
