@@ -15,7 +15,6 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ import huggingface_hub
 import numpy as np
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets.exceptions import DatasetNotFoundError
 from diffusers import AutoModel
 from huggingface_hub.errors import HfHubHTTPError
@@ -42,6 +40,7 @@ from diffusers_tread.data import (
 from diffusers_tread.data.latent_encoding import encode_shards
 from diffusers_tread.data.latents import latent_scale
 from diffusers_tread.data.latents_card import latents_card
+from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import publish
 from diffusers_tread.hub import open_repo, upload_folder
 from diffusers_tread.training.config import config_flags
@@ -213,20 +212,6 @@ def describe_source(args: argparse.Namespace, source) -> dict[str, Any]:
     } | common
 
 
-def agree(state: PartialState, work: Callable[[], Any]) -> Any:
-    """What `work()` returns on the main process, or the ValueError that it raises there, on all processes."""
-    answer: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            answer[0] = work()
-        except ValueError as error:
-            answer[1] = str(error)
-    result, problem = broadcast_object_list(answer)
-    if problem is not None:
-        raise ValueError(problem)
-    return result
-
-
 def share(args: argparse.Namespace, info: LatentsInfo) -> None:
     """Writes the card, unless there is one, and uploads the folder if asked to."""
     folder = Path(args.output_dir)
@@ -250,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32; --vae_dtype is for that
     if args.push_to_hub:  # a token that may not write shows now
-        agree(state, lambda: open_repo(args.hub_dataset_id, repo_type="dataset", private=args.hub_private))
+        on_main_process(lambda: open_repo(args.hub_dataset_id, repo_type="dataset", private=args.hub_private))
     source, id2label = open_source(args, state)
     vae, identity = load_vae(args, state.device)
     info = describe(args, source, id2label, vae, identity)
@@ -267,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         "shard_size": args.shard_size,
         "batch_size": args.batch_size,
     }
-    missing = agree(state, lambda: writer.open(settings))
+    missing = on_main_process(lambda: writer.open(settings))
 
     # Each process takes its part of what is missing.
     begin = time.perf_counter()

@@ -235,7 +235,6 @@ def main(argv: list[str] | None = None) -> None:
     settings = {key: value for key, value in vars(args).items() if key not in CONTROL_FLAGS}
     settings["num_processes"] = accelerator.num_processes
     checkpoint = open_run_folder(
-        accelerator,
         args.output_dir,
         settings=settings,
         free_settings=FREE_SETTINGS,

@@ -322,7 +322,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # Output folder.
     checkpoint = open_run_folder(
-        accelerator,
         args.output_dir,
         settings=settings,
         free_settings=FREE_SETTINGS,

@@ -18,7 +18,6 @@ def claim(tmp_path):
 
     def call(settings=SETTINGS, **options):
         return open_run_folder(
-            accelerator,
             tmp_path,
             settings=settings,
             free_settings=["report_to"],

@@ -16,9 +16,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
+from ..distributed import on_main_process
 from ..files import publish, write_json
 from .statistics import FeatureStatistics
 
@@ -55,18 +54,7 @@ class FeatureStore:
         Raises:
             ValueError: The folder holds features of something else.
         """
-        answer: list[Any] = [None, None]
-        if PartialState().is_main_process:
-            try:
-                self._check_owner()
-                done = self._done()
-                answer[0] = [batch for batch in range(self.num_batches) if batch not in done]
-            except ValueError as error:
-                answer[1] = str(error)
-        missing, problem = broadcast_object_list(answer)
-        if problem is not None:
-            raise ValueError(problem)
-        return missing
+        return on_main_process(self._claim)
 
     def write(self, batch: int, features: dict[str, torch.Tensor]) -> None:
         """Stores one batch, whole or not at all.
@@ -138,6 +126,11 @@ class FeatureStore:
 
     def _done(self) -> set[int]:
         return {int(path.stem.split("-")[1]) for path in self.folder.glob("batch-*.safetensors")}
+
+    def _claim(self) -> list[int]:
+        self._check_owner()
+        done = self._done()
+        return [batch for batch in range(self.num_batches) if batch not in done]
 
     def _check_owner(self) -> None:
         path = self.folder / SETTINGS

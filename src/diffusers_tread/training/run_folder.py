@@ -8,22 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
+from ..distributed import on_main_process
 from ..files import write_json
 from .checkpoints import find_checkpoint, list_checkpoints, read_state
 
 
 SETTINGS = "train_config.json"
 # What a run writes into its folder, for `overwrite`.
-_WRITTEN = ("checkpoint-*", "samples", "logs", "eval", "metrics.json", "pipeline", "pipeline*.tmp", SETTINGS)
+_WRITTEN = ("checkpoint-*", "samples", "logs", "eval", "metrics.json", "hub", "hub*.tmp")
+_WRITTEN += ("pipeline", "pipeline*.tmp", SETTINGS)
 
 logger = logging.getLogger(__name__)
 
 
 def open_run_folder(
-    accelerator: Accelerator,
     output_dir: str | Path,
     *,
     settings: dict[str, Any],
@@ -39,9 +37,9 @@ def open_run_folder(
     with other settings, which then become the folder's.
 
     Args:
-        accelerator: Of this run. Checkpoints keep `settings` in their state under that name.
         output_dir: The folder; made if missing.
-        settings: Everything the run depends on, JSON. Written to `train_config.json`.
+        settings: Everything the run depends on, JSON. Written to `train_config.json`; checkpoints keep them in their
+            state under the name `settings`.
         free_settings: Keys of `settings` that do not change the weights and may differ.
         fixed_settings: Keys of `settings` that no checkpoint can be resumed without, such as the model's.
         resume_from_checkpoint: None, "latest", or a checkpoint's path or name.
@@ -56,24 +54,18 @@ def open_run_folder(
     output_dir = Path(output_dir)
     settings = json.loads(json.dumps(settings))
 
-    # The main process decides, everyone gets the same answer.
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            if overwrite:
-                _clear(output_dir)
-            _check_owner(output_dir, settings, set(free_settings), resuming=resume_from_checkpoint is not None)
-            answer[0] = find_checkpoint(output_dir, resume_from_checkpoint or "latest")
-            if answer[0] is not None:
-                _check_fixed(answer[0], settings, fixed_settings)
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_json(output_dir / SETTINGS, settings)
-        except ValueError as error:
-            answer[1] = str(error)
-    checkpoint, problem = broadcast_object_list(answer)
-    if problem is not None:
-        raise ValueError(problem)
-    return checkpoint
+    def claim() -> Path | None:
+        if overwrite:
+            _clear(output_dir)
+        _check_owner(output_dir, settings, set(free_settings), resuming=resume_from_checkpoint is not None)
+        checkpoint = find_checkpoint(output_dir, resume_from_checkpoint or "latest")
+        if checkpoint is not None:
+            _check_fixed(checkpoint, settings, fixed_settings)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / SETTINGS, settings)
+        return checkpoint
+
+    return on_main_process(claim)
 
 
 def _check_owner(output_dir: Path, settings: dict[str, Any], free_settings: set[str], *, resuming: bool) -> None:
