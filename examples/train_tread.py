@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from accelerate import init_empty_weights
 from accelerate.logging import get_logger
@@ -37,7 +38,10 @@ from train_tread_setup import (
 from diffusers_tread import TREADPipeline, TREADTransformer2DModel, get_token_router
 from diffusers_tread.data import derive_seed, encode_images, make_batches
 from diffusers_tread.data.latents import latents_from_moments
-from diffusers_tread.training.checkpoints import load_checkpoint, replace_folder, save_checkpoint
+from diffusers_tread.distributed import on_main_process
+from diffusers_tread.files import replace_folder
+from diffusers_tread.hub import BackgroundPush, CardDetails, open_repo
+from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_tread.training.ema import whole_weights
 from diffusers_tread.training.monitor import LossMonitor, check_weights
 from diffusers_tread.training.pictures import make_grid, save_image
@@ -100,6 +104,10 @@ class Trainer:
             samples_seen=self.samples_seen,
             stream_positions=state.get("stream_positions"),
         )
+        self.background_push = None
+        if args.push_to_hub and accelerator.is_main_process:
+            folder = Path(args.output_dir, "hub")
+            self.background_push = BackgroundPush(args.hub_model_id, folder, private=args.hub_private)
         self.position, self.corrupt = None, set(state.get("corrupt_images", []))
         self.generator = torch.Generator(accelerator.device)
         self.fid_curve = None
@@ -132,6 +140,7 @@ class Trainer:
             (self.save_checkpoint, args.checkpointing_steps),
             (self.validate, args.validation_steps),
             (self.evaluate, args.eval_steps),
+            (self.push, (args.hub_push_steps or args.max_train_steps) if args.push_to_hub else None),
         )
         if self.step > 0:  # the run may have been killed before it sampled what it had checkpointed
             for action in [action for action, every in actions[1:] if self.is_due(every)]:
@@ -302,6 +311,22 @@ class Trainer:
             replace_folder(folder, folder.with_name("pipeline"))
         self.accelerator.wait_for_everyone()
 
+    def push(self) -> None:
+        """Starts a push of what `make_pipeline` makes."""
+        args, pipeline, is_last = self.args, self.make_pipeline(), self.step == self.args.max_train_steps
+        if self.background_push is None:
+            return
+        pictures = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
+        card = CardDetails(
+            dataset=None if Path(args.dataset_name or ".").exists() else args.dataset_name,
+            samples=PIL.Image.open(pictures[-1]) if pictures else None,
+            step=None if is_last else self.step,
+            training=self.settings,
+        )
+        if is_last:  # the one that must not be left out because another is not finished
+            self.background_push.wait()
+        self.background_push.start(pipeline, commit_message=f"Step {self.step}", card=card)
+
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, description=__doc__.split("\n")[0])
@@ -319,6 +344,9 @@ def main(argv: list[str] | None = None) -> None:
         print_settings(settings)
     if args.dry_run:
         return accelerator.end_training()
+
+    if args.push_to_hub:  # a token that may not write shows now
+        on_main_process(lambda: str(open_repo(args.hub_model_id, private=args.hub_private)))
 
     # Output folder.
     checkpoint = open_run_folder(
@@ -347,6 +375,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train()
     trainer.save_pipeline()
     accelerator.print(f"Saved {Path(args.output_dir, 'pipeline')}.")
+    if trainer.background_push is not None:
+        trainer.background_push.wait()
     accelerator.end_training()
 
 

@@ -14,7 +14,10 @@ from diffusers_tread.training.config import config_flags
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.json"
 OBJECTIVES = ("edm", "flow")
 # Flags that say where and how to run, not what: no part of the run's settings.
-CONTROL_FLAGS = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run")
+CONTROL_FLAGS = (
+    *("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run"),
+    *("push_to_hub", "hub_model_id", "hub_private", "hub_push_steps"),
+)
 # Settings that leave the weights alone: they may change between the parts of one run.
 FREE_SETTINGS = (
     *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to", "tracker_project_name"),
@@ -69,7 +72,7 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
     # Model.
     add("--preset", help="Size of the model, S/2 to XL/8.")
     add("--model_config_name_or_path", help="Instead of a preset: a model folder, a JSON file or the JSON itself.")
-    add("--routes", help="'default', 'none' or a JSON list of {start, end, selection_ratio}.")
+    add("--routes", help="'default', 'none' or a JSON list with the fields of TokenRoute: start, end, ...")
     add("--dense_fraction", type=float, default=0.15, help="Last share of the steps, trained without routing.")
 
     # Objective and optimisation.
@@ -127,6 +130,16 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
     add("--eval_inference_steps", type=int, default=20, help="Sampling steps.")
     add("--eval_guidance_scale", type=float, default=1.0, help="Classifier-free guidance; 1 for none.")
 
+    # The Hub.
+    flag("--push_to_hub", help="Push the finished pipeline, with a model card.")
+    add("--hub_model_id", help='Repository to push to, "organisation/name".')
+    add(
+        "--hub_private",
+        action=argparse.BooleanOptionalAction,
+        help="Whether a new repository is private; by default as its owner has set.",
+    )
+    add("--hub_push_steps", type=int, help="Steps between pushes while training goes on; by default none.")
+
     # The config becomes flags in front of the command line: both are read by the same rules.
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
@@ -141,7 +154,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     positive = "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs checkpointing_steps " \
         "checkpoints_total_limit logging_steps validation_steps num_validation_images shuffle_buffer resolution " \
         "num_classes validation_inference_steps learning_rate eval_steps eval_num_samples eval_batch_size " \
-        "eval_inference_steps".split()  # fmt: skip
+        "eval_inference_steps hub_push_steps".split()  # fmt: skip
     for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"Expected --{name} > 0, got {value}.")
@@ -158,6 +171,10 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(
             f"Expected --eval_reference, an .npz or a folder of images, for --eval_steps, got {args.eval_reference!r}."
         )
+    if args.push_to_hub and "/" not in (args.hub_model_id or ""):
+        raise ValueError(f'Expected --hub_model_id "organisation/name" with --push_to_hub, got {args.hub_model_id!r}.')
+    if args.hub_push_steps is not None and not args.push_to_hub:
+        raise ValueError("Expected --push_to_hub with --hub_push_steps, got the latter alone.")
     if args.streaming and args.max_train_steps is None:
         raise ValueError("Expected --max_train_steps with --streaming, whose length is not known.")
     if (args.preset is None) == (args.model_config_name_or_path is None):
