@@ -11,9 +11,7 @@ not killed must end well.
 import json
 import os
 import signal
-import socket
 import sys
-import time
 from pathlib import Path
 
 
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import evaluate  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401 - the extractor imports it, and it takes seconds
+from forking import run_forked  # noqa: E402
 from transformers import Dinov2Model  # noqa: E402, F401
 
 from diffusers_tread.metrics import feature_store  # noqa: E402
@@ -39,43 +38,15 @@ def arm(batch: int) -> None:
     feature_store.publish = deadly_publish
 
 
-def start(argv: list[str], rank: int, processes: int, port: int, kill: list | None) -> int:
-    child = os.fork()
-    if child:
-        return child
-    if processes > 1:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        os.environ.update({key: str(value) for key, value in ranks.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if kill is not None and kill[0] == "batch":
-        arm(kill[1])
-    try:
-        evaluate.main(argv)
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
-
-
 def run(argv: list[str], *, processes: int = 1, kill: list | None = None) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [start(argv, rank, processes, port, kill) for rank in range(processes)]
-    if kill is not None and kill[0] == "seconds":
-        time.sleep(kill[1])
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+    kind, when = kill or (None, None)
 
-    # As a launcher does: when one process dies, the others go too.
-    failed = False
-    for _ in range(processes):
-        ended, status = os.wait()
-        children.remove(ended)
-        if status != 0 and not failed:
-            failed = True
-            for child in children:
-                os.kill(child, signal.SIGKILL)
+    def work(rank: int) -> None:
+        if kind == "batch":
+            arm(when)
+        evaluate.main(argv)
+
+    failed = run_forked(work, processes=processes, kill_after=when if kind == "seconds" else None) != 0
     if failed and kill is None:
         raise RuntimeError(f"Expected a run that ends well: {argv}.")
     print(f"{'killed' if failed else 'ended'}: {kill}, {processes} processes", flush=True)

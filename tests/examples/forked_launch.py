@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import train_tread  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
+from forking import run_forked  # noqa: E402
 
 from diffusers_tread.training import checkpoints  # noqa: E402
 
@@ -76,42 +76,15 @@ def run(
     kill: tuple[str, int] | None = None,
 ) -> None:
     example = importlib.import_module(script)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
 
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            if processes > 1:
-                environment = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": processes,
-                    "LOCAL_WORLD_SIZE": processes,
-                }
-                os.environ.update({key: str(value) for key, value in environment.items()})
-                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            if fsdp:
-                switch_on_fsdp2()
-            if kill is not None:
-                arm(*kill)
-            example.main(argv)
-            os._exit(0)
-        children.append(child)
+    def work(rank: int) -> None:
+        if fsdp:
+            switch_on_fsdp2()
+        if kill is not None:
+            arm(*kill)
+        example.main(argv)
 
-    # As a launcher does: when one process dies, the others go too.
-    _, status = os.wait()
-    failed = status != 0
-    for child in children:
-        try:
-            if failed:
-                os.kill(child, signal.SIGKILL)
-            failed |= os.waitpid(child, 0)[1] != 0
-        except (ProcessLookupError, ChildProcessError):
-            continue  # the one that was waited for
-    if failed != (kill is not None):
+    if (run_forked(work, processes=processes) != 0) != (kill is not None):
         raise RuntimeError(f"Expected a run that {'dies' if kill else 'ends well'}: {argv}.")
 
 

@@ -12,9 +12,7 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
-import traceback
 from pathlib import Path
 
 
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import precompute_latents  # noqa: E402
 import torch  # noqa: E402
+from forking import run_forked  # noqa: E402
 
 from diffusers_tread.data import latent_encoding  # noqa: E402
 
@@ -47,52 +46,15 @@ def arm(count: int) -> None:
         setattr(module, name, deadly(getattr(module, name)))
 
 
-def be_process(rank: int, processes: int, port: int, argv: list[str], *, kill: list[int], limit: int | None) -> None:
-    if processes > 1:
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        os.environ.update({key: str(value) for key, value in environment.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if kill and rank == kill[0]:
-        arm(kill[1])
-    try:
-        precompute_latents.main(argv)
-        os._exit(0)
-    except Exception:
-        traceback.print_exc()
-        os._exit(1)
-
-
 def run(argv: list[str], *, processes: int = 1, kill: list[int] = (), limit: int | None = None) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    sys.stdout.flush()
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            be_process(rank, processes, port, argv, kill=kill, limit=limit)
-        children.append(child)
+    def work(rank: int) -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if kill and rank == kill[0]:
+            arm(kill[1])
+        precompute_latents.main(argv)
 
-    # As a launcher does: when one process dies, the others go too. One that is killed may take others with it.
-    codes = []
-    while children:
-        child, status = os.wait()
-        children.remove(child)
-        codes.append(os.waitstatus_to_exitcode(status))
-        if codes[-1] == 0:
-            continue
-        for other in children:
-            gone, status = os.waitpid(other, os.WNOHANG)
-            if gone:
-                codes.append(os.waitstatus_to_exitcode(status))
-            else:
-                os.kill(other, signal.SIGKILL)
-                os.waitpid(other, 0)
-        children = []
-    return max(codes, key=abs)
+    return run_forked(work, processes=processes)
 
 
 if __name__ == "__main__":
