@@ -23,6 +23,7 @@ from diffusers_tread.flops import block_flops_saved
 from diffusers_tread.metrics import FeatureExtractor, load_feature_extractor
 from diffusers_tread.training.config import read_json
 from diffusers_tread.training.fid_curve import FIDCurve
+from diffusers_tread.training.masked_losses import check_masked_loss
 
 
 OBJECTIVES = {"edm": EDMObjective, "flow": FlowMatchingObjective}
@@ -165,6 +166,7 @@ def latents_digest(info: LatentsInfo) -> str:
 
 def resolve_settings(args, accelerator, *, dataset, model: TREADTransformer2DModel) -> dict[str, Any]:
     """All that the run depends on, for the eye and for telling this run from others."""
+    check_masked_loss(model, reconstruction_weight=make_objective(args).reconstruction_weight)
     total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     num_images, info = None if args.streaming else len(dataset), getattr(dataset, "info", None)
     if args.max_train_steps is None:

@@ -354,3 +354,20 @@ def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path)
     assert loaded.transformer.config.routes == routes
     with pytest.raises(AssertionError):
         assert_bitwise_equal(tmp_path / "plain", tmp_path / "masked")
+
+
+@pytest.mark.parametrize(
+    "routes, message",
+    [("none", "Expected a TREADTransformer2DModel with routes"), ("default", "Expected patches of several values")],
+)
+def test_a_loss_that_the_model_cannot_have_is_refused_before_anything_is_written(tmp_path, routes, message):
+    with pytest.raises(ValueError, match=message):  # the digits' patches are single pixels
+        train(
+            "--routes",
+            routes,
+            "--objective_config",
+            '{"reconstruction_weight": 0.1}',
+            "--output_dir",
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()

@@ -60,13 +60,15 @@ def masked_loss(
     return torch.stack(losses).mean(dim=0)
 
 
-def check_masked_loss(denoiser: Callable[..., Any], *, reconstruction_weight: float) -> int:
-    """The patch size of a denoiser that can be trained with `masked_loss`.
+def check_masked_loss(denoiser: Callable[..., Any], *, reconstruction_weight: float | None) -> int | None:
+    """The patch size of a denoiser that can be trained with `masked_loss`; None if there is no weight.
 
     Raises:
         ValueError: It is no `TREADTransformer2DModel`, wrapped or not, or has no routes; or its patches have a single
             value, which is 0 once normalised and leaves nothing to reconstruct.
     """
+    if reconstruction_weight is None:
+        return None
     model = unwrap_routed(denoiser)
     if not isinstance(model, TREADTransformer2DModel) or not model.token_router.routes:
         raise ValueError(

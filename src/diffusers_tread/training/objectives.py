@@ -224,10 +224,7 @@ def _loss(
     denoiser, hidden_states, timestep, class_labels, *, target, noisy, denoise, reconstruction_weight
 ) -> torch.Tensor:
     """`[B]`: the squared error of the prediction; `denoise` maps the prediction to clean latents."""
-    patch_size = None
-    if reconstruction_weight is not None:
-        patch_size = check_masked_loss(denoiser, reconstruction_weight=reconstruction_weight)
-
+    patch_size = check_masked_loss(denoiser, reconstruction_weight=reconstruction_weight)
     prediction, *kept = denoiser(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)
     if prediction.shape != target.shape:
         raise ValueError(
