@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from diffusers_tread import TREADPipeline
+from diffusers_tread.hub.model_card import TRAINING_SETTINGS
 
 
 HERE = Path(__file__).parent
@@ -149,6 +150,7 @@ def test_the_package_loads_from_the_hub_without_trust(hub_server, hub_client, pu
         from pathlib import Path
         import numpy as np
         import torch
+        from huggingface_hub import ModelCard
 
         sys.path.insert(0, sys.argv[1])
         os.chdir(sys.argv[2])
@@ -187,6 +189,7 @@ def test_the_package_loads_from_the_hub_without_trust(hub_server, hub_client, pu
         # From the cache, with the Hub away; and the snippet of the other repository.
         again = TREADPipeline.from_pretrained("ant/tiny", cache_dir="plain", local_files_only=True)
         assert torch.equal(again.transformer.proj_out.weight, alone.proj_out.weight)
+        ModelCard.load("ant/digits").validate()
         exec(sys.argv[3])
         """,
         HERE,
@@ -209,6 +212,7 @@ def test_training_pushes_meanwhile_and_at_its_end(hub_server, trained):
     assert pushed[weights] == (folder / "pipeline" / weights).read_bytes()
     card = pushed["README.md"].decode()
     assert "![Samples](samples.png)" in card and "| optimiser steps | 4 |" in card and "goes on" not in card
+    assert set(TRAINING_SETTINGS) <= set(json.loads((folder / "train_config.json").read_text()))
     if "Step 2" in commits:
         card = hub_server.objects[commits["Step 2"].files["README.md"].sha256].decode()
         assert "2 optimiser steps of a training that goes on" in card

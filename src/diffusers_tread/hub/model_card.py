@@ -35,7 +35,7 @@ _METRICS = {
     "recall": "Recall",
 }
 # Of train_tread.py's settings, those that do not tell about the machine.
-_TRAINING = {
+TRAINING_SETTINGS = {
     "objective": "objective",
     "max_train_steps": "optimiser steps",
     "total_batch_size": "images per step",
@@ -150,7 +150,7 @@ def _facts(pipeline: TREADPipeline, details: CardDetails) -> dict[str, str]:
 def _training(details: CardDetails) -> str:
     if details.training is None:
         return ""
-    known = {label: details.training.get(name) for name, label in _TRAINING.items()}
+    known = {label: details.training.get(name) for name, label in TRAINING_SETTINGS.items()}
     rows = _rows({label: str(value) for label, value in known.items() if value is not None})
     return f"\n## Training\n\n| | |\n|---|---|\n{rows}\n"
 
