@@ -344,10 +344,9 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         for index, block in enumerate(self.transformer_blocks):
             if index in starts:
                 rejoin, ids = starts[index]
-                if rejoin == "state":
-                    all_tokens = tokens
-                else:
-                    all_tokens = input_tokens if rejoin == "input" else input_tokens + tokens
+                all_tokens = input_tokens if rejoin == "input" else tokens
+                if rejoin == "sum":
+                    all_tokens = input_tokens + tokens
                 tokens = take_tokens(tokens, ids)  # B N D -> B K D
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)

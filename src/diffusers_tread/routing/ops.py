@@ -30,7 +30,8 @@ def put_tokens(
     """The full sequence with the kept tokens replaced; all others keep their bits.
 
     Args:
-        hidden_states: [B, N, ...], the sequence before the route; it is not changed.
+        hidden_states: [B, N, ...], what the routed tokens rejoin as: the sequence before the route, or see
+            `TokenRoute.rejoin`. It is not changed.
         kept_token_ids: [B, K] int64, as given to `take_tokens`.
         kept_hidden_states: [B, K, ...], the kept tokens after the routed blocks; cast to the dtype of `hidden_states`
             (under autocast a block may return another dtype than it was given).

@@ -28,6 +28,7 @@ def masked_loss(
     The loss of TREAD v1 (arXiv 2501.04765v1). The reconstruction is MaskDiT's (arXiv 2306.09305): the denoised latents
     at the routed tokens, from the same output layer, are compared with the noisy latents, each patch of which is
     normalised by its own mean and variance + 1e-6 (MAE, arXiv 2111.06377). Each term is a mean over its own tokens.
+    Whether v1 differs from MaskDiT in any of this is not known.
 
     Args:
         error: [B, C, H, W] float32, the squared error of the plain loss.
@@ -64,8 +65,8 @@ def check_masked_loss(denoiser: Callable[..., Any], *, reconstruction_weight: fl
     """The patch size of a denoiser that can be trained with `masked_loss`; None if there is no weight.
 
     Raises:
-        ValueError: It is no `TREADTransformer2DModel`, wrapped or not, or has no routes; or its patches have a single
-            value, which is 0 once normalised and leaves nothing to reconstruct.
+        ValueError: It is no `TREADTransformer2DModel`, bare or wrapped by `torch.compile`, DDP or FSDP, or has no
+            routes; or its patches have a single value, which is 0 once normalised and leaves nothing to reconstruct.
     """
     if reconstruction_weight is None:
         return None
