@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import BaseGuidance
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -158,9 +159,14 @@ def sample_all_ways(folder: Path, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def sample(
-    pipeline: TREADPipeline, labels: np.ndarray, guider: SparseGuidance | None, guidance_scale: float | None
+    pipeline: TREADPipeline,
+    labels: np.ndarray,
+    guider: BaseGuidance | None,
+    guidance_scale: float | None,
+    *,
+    first_seed: int = 0,
 ) -> np.ndarray:
-    """[B, 8, 8] uint8. Image i follows from seed i, whatever is in the batch around it."""
+    """[B, 8, 8] uint8. Image i follows from seed `first_seed` + i, whatever is in the batch around it."""
     pipeline.guider = guider
     batches = []
     for start in range(0, len(labels), 25):
@@ -169,7 +175,7 @@ def sample(
             class_labels=batch,
             num_inference_steps=NUM_INFERENCE_STEPS,
             guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(start + index) for index in range(len(batch))],
+            generator=[torch.Generator().manual_seed(first_seed + start + index) for index in range(len(batch))],
             output_type="np",
         ).images
         batches.append(np.rint(images[..., 0] * 255).astype(np.uint8))

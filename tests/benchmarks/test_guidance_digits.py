@@ -1,0 +1,122 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""benchmarks/guidance_digits.py, trained far too shortly to guide anything, and the guide's table."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import guidance_digits  # noqa: E402
+
+
+RESULT = ROOT / "benchmarks" / "results" / "guidance_digits.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guidance_digits.demo, "NUM_INFERENCE_STEPS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, few_steps):
+    """The report of a tiny run, the flags and the folder."""
+    folder = tmp_path_factory.mktemp("guidance")
+    flags = ["--max_train_steps", "3", "--weak_steps", "2", "--num_images", "10", "--seeds", "2"]
+    flags += ["--output_dir", str(folder / "run"), "--output", str(folder / "report.json")]
+    return guidance_digits.main([*flags, "--plot", str(folder / "plot.png")]), flags, folder
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return guidance_digits.Judge()
+
+
+def test_it_writes_what_it_measured(run):
+    report, _, folder = run
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    unguided, *guided = report["rows"]
+    assert [row["kind"] for row in guided[::2]] == list(guidance_digits.KINDS)
+    for row in (report["real"], *report["rows"]):
+        assert all(len(row[name]) == 2 for name in guidance_digits.METRICS)
+    assert all(0.99 > row["share_of_cfg"] > 0.4 for row in guided if row["kind"] not in ("CFG", "AG"))
+    assert [row["share_of_cfg"] for row in (unguided, guided[0])] == [0.5, 1.0]
+    assert Image.open(folder / "plot.png").size == (1600, 900)
+
+
+def test_each_kind_and_seed_makes_samples_of_its_own_whatever_the_number_of_workers(run, tmp_path):
+    _, flags, _ = run
+    args = guidance_digits.parse_args([*flags, "--workers", "2"])
+    pipeline = guidance_digits.load_pipeline(args)
+    args.output_dir = tmp_path
+    generator = torch.Generator().manual_seed(0)
+    for model, folder in ((pipeline.transformer, "pipeline"), (pipeline.guidance_transformer, "checkpoint-2")):
+        for parameter in model.parameters():  # so short a training leaves outputs of zero
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        (tmp_path / folder).mkdir()
+    safetensors.torch.save_file(pipeline.guidance_transformer.state_dict(), tmp_path / "checkpoint-2/ema.safetensors")
+    pipeline.guidance_transformer = None
+    pipeline.save_pretrained(tmp_path / "pipeline")
+
+    guiders = [None, *(make(guidance_scale=1.5) for make, _ in guidance_digits.KINDS.values())]
+    sets = np.array(guidance_digits.sample_all(args, guiders)).reshape(2 * len(guiders), -1)
+    assert len(np.unique(sets, axis=0)) == len(sets)
+
+    shutil.rmtree(tmp_path / "sets")
+    args.workers = 1
+    again = np.array(guidance_digits.sample_all(args, guiders)).reshape(sets.shape)
+    np.testing.assert_array_equal(again, sets)
+
+
+def test_the_weak_model_is_the_early_one_and_the_model_never_saw_the_held_out_digits(run, judge):
+    _, flags, folder = run
+    pipeline = guidance_digits.load_pipeline(guidance_digits.parse_args(flags))
+    strong, weak = pipeline.transformer.state_dict(), pipeline.guidance_transformer.state_dict()
+    assert any(not np.array_equal(strong[name], weak[name]) for name in strong)
+
+    seen = guidance_digits.SeenDigits()
+    assert len(seen) + len(judge.held_out) == 1797
+    assert json.loads((folder / "run" / "train_config.json").read_text())["num_images"] == len(seen)
+    pixels = np.rint((seen.images.numpy().reshape(len(seen), -1) + 1) * 127.5) / 255
+    np.testing.assert_allclose(np.sort(pixels, axis=0), np.sort(judge.seen, axis=0), atol=1e-6)
+
+
+def test_the_features_are_what_the_network_decides_by(judge):
+    features = judge.features(judge.held_out)
+    assert features.shape == (len(judge.held_out), 32)
+    scores = features @ judge.network.coefs_[-1] + judge.network.intercepts_[-1]
+    np.testing.assert_array_equal(judge.network.classes_[scores.argmax(axis=1)], judge.network.predict(judge.held_out))
+    assert judge.network.score(judge.held_out, judge.held_out_labels) > 0.95
+
+
+def test_the_distances_tell_noise_from_digits(judge):
+    noise = np.random.default_rng(0).random((450, 64))
+    for of_noise, of_digits in judge.distances([noise, judge.seen[:450]]).values():
+        assert of_noise > 10 * of_digits > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weak_steps", "2500"], "--weak_steps in"),
+        (["--num_images", "15"], "divisible by the 10 classes"),
+        (["--num_images", "1350"], "1340"),
+        (["--seeds", "1"], "--seeds >= 2"),
+    ],
+)
+def test_bad_flags_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        guidance_digits.parse_args(flags)
