@@ -5,10 +5,12 @@
 
 "script" names another example than train_tread. The processes see the environment that torchrun gives them. "kill"
 ends a run by SIGKILL, on all its processes: "step" in the middle of an optimiser step of train_tread, "seal" while a
-checkpoint lies on the disk but is not published. A run that is not killed must end well.
+checkpoint lies on the disk but is not published, "image" before sample.py publishes that many files in one process. A
+run that is not killed must end well.
 """
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -28,7 +30,7 @@ from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
 from forking import run_forked  # noqa: E402
 
-from diffusers_tread.training import checkpoints  # noqa: E402
+from diffusers_tread.training import checkpoints, pictures  # noqa: E402
 
 
 def switch_on_fsdp2() -> None:
@@ -44,12 +46,13 @@ def switch_on_fsdp2() -> None:
 
 
 def arm(kind: str, at: int) -> None:
-    """Makes this process kill itself at a step, or when it seals the checkpoint of a step."""
+    """Makes this process kill itself at a step, when it seals the checkpoint of a step, or at an image."""
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    next_batch, seal = train_tread.Trainer.next_batch, checkpoints._seal
+    next_batch, seal, publish = train_tread.Trainer.next_batch, checkpoints._seal, pictures.publish
+    published = itertools.count()
 
     def deadly_next_batch(trainer, micro_step):
         if trainer.step == at and micro_step == 1:
@@ -61,7 +64,14 @@ def arm(kind: str, at: int) -> None:
         if folder.name == f"checkpoint-{at}.tmp":
             die()
 
-    if kind == "step":
+    def deadly_publish(temporary, final):
+        if next(published) == at:
+            die()
+        publish(temporary, final)
+
+    if kind == "image":
+        pictures.publish = deadly_publish
+    elif kind == "step":
         train_tread.Trainer.next_batch = deadly_next_batch
     else:
         checkpoints._seal = deadly_seal

@@ -1,0 +1,191 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""A page that samples a pipeline: classifier-free guidance on the left, any kind of guidance on the right, their cost.
+
+    python examples/app.py runs/xl2/pipeline
+
+In a Space, which starts it without arguments, TREAD_PIPELINE names the pipeline. GRADIO_SERVER_NAME and
+GRADIO_SERVER_PORT say where it listens. docs/samples-and-app.md tells more.
+"""
+
+import argparse
+import os
+import time
+
+import diffusers
+import gradio as gr
+import PIL.Image
+import torch
+from diffusers import BaseGuidance, ClassifierFreeGuidance
+
+import diffusers_tread
+from diffusers_tread import SparseGuidance, TREADPipeline
+from diffusers_tread.flops import guidance_flops
+from diffusers_tread.pipelines.components import scheduler_kind
+from diffusers_tread.training.pictures import make_grid
+
+
+# By the objective of the model; each takes the settings of the pipeline's own.
+SAMPLERS = {
+    "edm": ("EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"),
+    "flow": ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "epsilon": ("DDIMScheduler", "DPMSolverMultistepScheduler"),
+}
+CFG, SPARSE, AUTO = "classifier-free", "Sparse Guidance", "autoguidance"
+SPARSE_KINDS = {
+    SPARSE: {},
+    f"{CFG} + {SPARSE}": {"null_weak_branch": True},
+    AUTO: {"weak_checkpoint": True},
+    f"{AUTO} + {SPARSE}": {"weak_checkpoint": True},
+}
+LIMITS = {"Seed": (0, 2**53), "Images": (1, 16), "Steps": (1, 250)}
+# Fonts of the visitor's system: nothing is fetched from elsewhere.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "pretrained_pipeline",
+        nargs="?",
+        default=os.environ.get("TREAD_PIPELINE"),
+        help="A TREADPipeline: a folder or a repository on the Hub; by default what TREAD_PIPELINE names.",
+    )
+    args = parser.parse_args(argv)
+    if args.pretrained_pipeline is None:
+        raise ValueError("Expected a pipeline as argument or in TREAD_PIPELINE, got neither.")
+    return args
+
+
+def load_pipeline(name: str) -> TREADPipeline:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        pipeline = TREADPipeline.from_pretrained(name).to(device)
+    except OSError as error:
+        raise ValueError(f"Expected a TREADPipeline, got {name} ({error}).") from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(0, num_inference_steps=1)  # the first call takes longer than those that the page times
+    return pipeline
+
+
+def make_guider(kind: str, scale: float, strong_ratio: float, weak_ratio: float) -> BaseGuidance:
+    """Raises ValueError for settings that are none."""
+    if kind not in SPARSE_KINDS:
+        scale = 1.0 if kind == "none" else scale
+        if not scale >= 1.0:
+            raise ValueError(f"Expected a scale >= 1 for classifier-free guidance, got {scale:g}.")
+        return ClassifierFreeGuidance(guidance_scale=scale)
+    if kind == AUTO:
+        strong_ratio = weak_ratio = 0.0
+    ratios = {"strong_ratio": strong_ratio, "weak_ratio": weak_ratio}
+    return SparseGuidance(guidance_scale=scale, **ratios, **SPARSE_KINDS[kind])
+
+
+def sample(
+    pipeline: TREADPipeline, guider: BaseGuidance, *, sampler: str, label: int, steps: int, seed: int, num_images: int
+) -> tuple[PIL.Image.Image, str]:
+    """The images side by side, and what they cost."""
+    kind = getattr(diffusers, sampler, None) or getattr(diffusers_tread, sampler)
+    # The page's pipeline stays as it is.
+    parts = {name: pipeline.components[name] for name in ("transformer", "vae", "guidance_transformer")}
+    pipeline = TREADPipeline(**parts, scheduler=kind.from_config(pipeline.scheduler.config), guider=guider)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
+
+    started = time.perf_counter()
+    images = pipeline([label] * num_images, num_inference_steps=steps, generator=generators).images
+    seconds = time.perf_counter() - started
+
+    calls, weak_model = pipeline.num_timesteps, parts["guidance_transformer"]
+    cost = guidance_flops(parts["transformer"], guider, num_steps=calls, guidance_model_or_config=weak_model)
+    text = f"**{cost.total / 1e9:.3g} GFLOPs** and **{seconds / num_images * 1e3:.3g} ms** per image"
+    text += f" · {cost.share_of_cfg:.0%} of the FLOPs of dense classifier-free guidance"
+    return make_grid(images, columns=4), text
+
+
+def compare(
+    pipeline: TREADPipeline, label, seed, num_images, sampler, steps, cfg_scale, kind, scale, strong_ratio, weak_ratio
+) -> tuple[PIL.Image.Image, str, PIL.Image.Image, str]:
+    """What the button does: pictures and costs of both sides; gr.Error, which the page shows, for bad input."""
+    inputs = {"Class": label, "Seed": seed, "Images": num_images, "Sampler": sampler, "Steps": steps, "Kind": kind}
+    inputs |= {"Scale on the left": cfg_scale, "Scale": scale, "Strong ratio": strong_ratio, "Weak ratio": weak_ratio}
+    try:
+        if empty := [name for name, value in inputs.items() if value is None]:
+            raise ValueError(f"Expected a value in every field, got none in {', '.join(empty)}.")
+        for name, (lowest, highest) in LIMITS.items():
+            if not lowest <= inputs[name] <= highest or inputs[name] != int(inputs[name]):
+                raise ValueError(f"Expected {name}: an integer from {lowest} to {highest}, got {inputs[name]:g}.")
+        guiders = make_guider(CFG, cfg_scale, 0.0, 0.0), make_guider(kind, scale, strong_ratio, weak_ratio)
+        settings = {"sampler": sampler, "label": label, "num_images": int(num_images)}
+        settings |= {"steps": int(steps), "seed": int(seed)}
+        return sum((sample(pipeline, guider, **settings) for guider in guiders), ())
+    except ValueError as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+
+def build_page(pipeline: TREADPipeline) -> gr.Blocks:
+    """The page of a pipeline; one request runs at a time."""
+    config, names = pipeline.transformer.config, pipeline.config.id2label or {}
+    own = type(pipeline.scheduler).__name__
+    samplers = list(dict.fromkeys([own, *SAMPLERS.get(scheduler_kind(pipeline.scheduler), ())]))
+    labels = range(config.num_classes)
+    classes = [(f"{label}: {names[str(label)]}" if str(label) in names else f"{label}", label) for label in labels]
+    kinds = ["none", CFG]
+    if config.routes:
+        kinds += [SPARSE, f"{CFG} + {SPARSE}"]
+    if pipeline.guidance_transformer is not None:
+        kinds += [AUTO, *([f"{AUTO} + {SPARSE}"] if config.routes else [])]
+
+    with gr.Blocks(title="diffusers-tread", analytics_enabled=False) as page:
+        gr.Markdown("# Token routing and Sparse Guidance\nThe same noise, guided in two ways.")
+        with gr.Row():
+            label = gr.Dropdown(classes, value=0, label="Class")
+            seed = gr.Number(0, label="Seed")
+            num_images = gr.Number(8, label="Images")
+            sampler = gr.Dropdown(samplers, value=own, label="Sampler", scale=2)
+            steps = gr.Number(20, label="Steps")
+        with gr.Row():
+            with gr.Column():
+                gr.Markdown("## Dense classifier-free guidance")
+                cfg_scale = gr.Number(1.5, label="Scale on the left", step=0.1)
+            with gr.Column():
+                gr.Markdown("## Guidance of your choice")
+                kind = gr.Radio(kinds, value=SPARSE if SPARSE in kinds else CFG, label="Kind")
+                with gr.Row():
+                    scale = gr.Number(1.4, label="Scale", step=0.1)
+                    strong_ratio = gr.Number(0.2, label="Strong ratio", step=0.05, visible=SPARSE in kinds)
+                    weak_ratio = gr.Number(0.8, label="Weak ratio", step=0.05, visible=SPARSE in kinds)
+        button = gr.Button("Generate", variant="primary")
+        outputs = []
+        with gr.Row():
+            for side in ("Left", "Right"):
+                with gr.Column():
+                    outputs += [
+                        gr.Image(label=side, format="png", type="pil", buttons=["download", "fullscreen"]),
+                        gr.Markdown(),
+                    ]
+        gr.Markdown(
+            "A ratio is the share of tokens that skip the middle blocks. FLOPs are counted, multiply-adds as two; "
+            "times are measured."
+        )
+
+        def run(*values):
+            return compare(pipeline, *values)
+
+        inputs = [label, seed, num_images, sampler, steps, cfg_scale, kind, scale, strong_ratio, weak_ratio]
+        button.click(run, inputs, outputs, concurrency_limit=1, api_name="compare")
+        # Only what the kind has a use for.
+        kind.change(
+            lambda kind: [gr.update(visible=kind != "none")] + 2 * [gr.update(visible=SPARSE in kind)],
+            kind,
+            [scale, strong_ratio, weak_ratio],
+        )
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    demo = build_page(load_pipeline(parse_args(argv).pretrained_pipeline))
+    demo.launch(theme=THEME)
+
+
+if __name__ == "__main__":
+    main()

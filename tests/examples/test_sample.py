@@ -1,0 +1,194 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The sampling example with a tiny pipeline, in one process and in several."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import PartialState
+from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy.spatial import geometric_slerp
+
+from diffusers_tread import SparseGuidance, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread.metrics import PipelineImages
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import sample  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline: grey, 8 x 8, four classes with names."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "objective": "flow"}
+    transformer = TREADTransformer2DModel(**config, in_channels=1, sample_size=8, num_classes=4)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    names = dict(enumerate(["ant", "bee", "cat", "dog"]))
+    TREADPipeline(transformer, FlowMatchEulerDiscreteScheduler(), id2label=names).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def argv(folder, tmp_path):
+    words = ["--pretrained_pipeline", folder, "--num_inference_steps", 3, "--batch_size", 4]
+    return [str(word) for word in [*words, "--output_dir", tmp_path / "samples"]]
+
+
+def run(*argv):
+    PartialState._reset_state()
+    sample.main([str(word) for word in argv])
+
+
+def pixels(path):
+    return np.array(PIL.Image.open(path))
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def make_images(folder, **settings):
+    settings = {"num_images": 100, "num_inference_steps": 3, "guidance_scale": 1.0} | settings
+    return PipelineImages(TREADPipeline.from_pretrained(folder), **settings)
+
+
+def assert_close_images(image, other):
+    """But for the rounding of another batch size."""
+    assert np.abs(image.astype(int) - other.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("labels", ["--no-random_labels", "--random_labels"])
+def test_images_are_the_samples_that_are_evaluated(argv, folder, tmp_path, labels):
+    run(*argv, "--num_samples", 10, "--seed", 5, "--guidance", "cfg", "--guidance_scale", 2.5, labels)
+    evaluated = make_images(folder, seed=5, guidance_scale=2.5, random_labels=labels == "--random_labels")
+    for start in range(0, 10, 4):
+        for index, image in enumerate(evaluated.read(start, min(start + 4, 10)), start=start):
+            np.testing.assert_array_equal(pixels(tmp_path / f"samples/images/{index:06d}.png"), image[0].numpy())
+    assert [path.name for path in sorted((tmp_path / "samples").glob("*.png"))] == ["images-000000.png"]
+    assert pixels(tmp_path / "samples/images-000000.png").shape == (64, 640, 3)
+
+
+def test_a_class_sheet_shows_that_classes_samples(argv, folder, tmp_path):
+    run(*argv, "--mode", "classes", "--class_labels", "dog,1", "--num_images_per_class", 3, "--guidance", "none")
+    evaluated = make_images(folder)
+    for label, indices in {1: (1, 5, 9), 3: (3, 7, 11)}.items():
+        sheet = pixels(tmp_path / f"samples/classes-{label:04d}.png")
+        assert sheet.shape == (22 + 64, 3 * 64, 3) and (sheet[:22] < 128).any()  # there is a title
+        for column, index in enumerate(indices):
+            shown = sheet[22::8, 64 * column : 64 * column + 64 : 8, 0]
+            assert_close_images(shown, evaluated.read(index, index + 1)[0, 0].numpy())
+
+
+def test_a_grid_has_a_row_per_ratio_and_a_column_per_scale(argv, folder, tmp_path):
+    grid = ["--mode", "grid", "--class_labels", "cat", "--guidance_scales", "1.5,3", "--weak_ratios", "0.5,0.7,0.9"]
+    run(*argv, *grid, "--guidance", "sparse", "--strong_ratio", 0.1)
+    sheet = pixels(tmp_path / "samples/grid-0002.png")
+    left, top = sheet.shape[1] - 2 * 64, sheet.shape[0] - 3 * 64
+    assert top == 44 and left > 40
+    seen = set()
+    for row, ratio in enumerate((0.5, 0.7, 0.9)):
+        for column, scale in enumerate((1.5, 3)):
+            images = make_images(folder, guidance_scale=None)
+            images.pipeline.guider = SparseGuidance(guidance_scale=scale, strong_ratio=0.1, weak_ratio=ratio)
+            cell = sheet[top + 64 * row :, left + 64 * column :][:64:8, :64:8, 0]
+            np.testing.assert_array_equal(cell, images.read(2, 3)[0, 0].numpy())
+            seen.add(cell.tobytes())
+    assert len(seen) == 6
+
+
+def test_an_interpolation_goes_from_each_sample_to_the_next(argv, folder, tmp_path):
+    flags = ["--mode", "interpolation", "--class_labels", 1, "--num_seeds", 3, "--num_frames", 4]
+    run(*argv, *flags, "--guidance", "none")
+    sheet = pixels(tmp_path / "samples/interpolation-0001.png")
+    left, top = sheet.shape[1] - 4 * 64, sheet.shape[0] - 2 * 64
+    cells = sheet[top::8, left::8, 0].reshape(2, 8, 4, 8).swapaxes(1, 2)  # rows, columns, H, W
+    evaluated = make_images(folder)
+    for row, (first, last) in enumerate([(1, 5), (5, 9)]):
+        assert_close_images(cells[row, 0], evaluated.read(first, first + 1)[0, 0].numpy())
+        assert_close_images(cells[row, -1], evaluated.read(last, last + 1)[0, 0].numpy())
+    assert len({cell.tobytes() for cell in cells.reshape(8, 8, 8)}) == 7  # the second sample ends one row, begins one
+
+
+def test_slerp_is_scipy_s_and_keeps_the_norm():
+    start, end = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    one, other = (tensor.flatten() / tensor.norm() for tensor in (start, end))
+    for share in (0.0, 0.3, 1.0):
+        reference = torch.from_numpy(geometric_slerp(one.numpy(), other.numpy(), share))
+        torch.testing.assert_close(sample.slerp(one, other, share), reference)
+    torch.testing.assert_close(sample.slerp(start, end, 1.0), end)
+    assert sample.slerp(start, end, 0.5).norm() > 0.9 * start.norm() > 1.2 * ((start + end) / 2).norm()
+
+
+def test_two_processes_and_killed_runs_give_what_one_process_gives(argv, tmp_path):
+    """Killed alone at a random image, then one of two processes at another, then left to finish."""
+    image, plan = random.Random(os.urandom(8)).randrange(1, 12), []
+    print(f"killed at image {image}")
+
+    def add(name, processes, kill=None):
+        flags = ["--guidance", "sparse", "--num_samples", "30", "--output_dir", str(tmp_path / name)]
+        plan.append({"script": "sample", "argv": argv[:-2] + flags, "processes": processes, "kill": kill})
+
+    add("one", 1)
+    add("two", 2)
+    add("killed", 1, ["image", image])
+    add("killed", 2, ["image", 2])
+    add("killed", 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(tmp_path / "killed")
+
+
+def test_whole_images_are_kept_and_only_missing_ones_made(argv, tmp_path):
+    flags = [*argv, "--num_samples", 6, "--guidance", "none"]
+    run(*flags)
+    before = files_of(tmp_path)
+    kept, lost = tmp_path / "samples/images/000004.png", tmp_path / "samples/images/000005.png"
+    lost.unlink()
+    times = kept.stat().st_mtime_ns, (tmp_path / "samples/images/000000.png").stat().st_mtime_ns
+    run(*flags)
+    assert times == (kept.stat().st_mtime_ns, (tmp_path / "samples/images/000000.png").stat().st_mtime_ns)
+    assert files_of(tmp_path) == before
+
+
+def test_a_folder_with_images_of_other_settings_is_refused(argv, tmp_path):
+    run(*argv, "--num_samples", 2, "--guidance", "none")
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=r"others: \['seed'\] differ"):
+        run(*argv, "--num_samples", 2, "--guidance", "none", "--seed", 1)
+    assert files_of(tmp_path) == before
+    run(*argv, "--num_samples", 4, "--guidance", "none")
+    assert len(list((tmp_path / "samples/images").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch_size 0", "--batch_size >= 1"),
+        ("--mode interpolation --num_frames 1", "--num_frames >= 2"),
+        ("--mode grid --num_samples 5 --guidance sparse", r"--mode grid uses, got \['num_samples'\]"),
+        ("--mode grid", "--guidance sparse with --mode grid"),
+        ("--mode grid --guidance sparse --weak_ratio 0.5", "--weak_ratios take their places"),
+        ("--mode grid --guidance sparse --weak_ratios 0.5,many", "numbers with commas between in --weak_ratios"),
+        ("--mode grid --guidance sparse --weak_ratios 0.1,0.5", "Expected weak_ratio > strong_ratio"),
+        ("--mode classes --class_labels 4", r"--class_labels in \[0, 4\), got \[4\]"),
+        ("--mode classes --class_labels fox", "Expected class names among"),
+        ("--guidance cfg", "--guidance_scale with --guidance cfg"),
+        ("--pretrained_pipeline nowhere", "Expected a TREADPipeline in --pretrained_pipeline"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(argv, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(*argv, *flags.split())
+    assert not (tmp_path / "samples").exists()
