@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from diffusers import AutoencoderKL, EDMEulerScheduler
@@ -164,6 +165,16 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_lost(exported, tmp_pa
     with pytest.raises(ValueError, match="with other files"):
         export_for_hub(pipeline, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
+
+    adapted = make_pipeline()
+    adapted.transformer.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="a transformer with the weights of its class, got others, such as .*to_q"):
+        export_for_hub(adapted, tmp_path / "new")
+    adapted.transformer.fuse_lora()
+    adapted.transformer.unload_lora()
+    assert np.array_equal(
+        sample(TREADPipeline.from_pretrained(export_for_hub(adapted, tmp_path / "kept"))), exported[1]
+    )
 
     # A disk that is full half-way.
     folder = export_for_hub(pipeline, tmp_path / "kept")

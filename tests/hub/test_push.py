@@ -189,7 +189,11 @@ def test_the_package_loads_from_the_hub_without_trust(hub_server, hub_client, pu
         # From the cache, with the Hub away; and the snippet of the other repository.
         again = TREADPipeline.from_pretrained("ant/tiny", cache_dir="plain", local_files_only=True)
         assert torch.equal(again.transformer.proj_out.weight, alone.proj_out.weight)
-        ModelCard.load("ant/digits").validate()
+        assert ModelCard.load("ant/digits").data.library_name == "diffusers"
+
+        # What diffusers itself pushes loads too.
+        plain.save_pretrained("plain-folder", push_to_hub=True, repo_id="ant/plain")
+        assert np.array_equal(sample(TREADPipeline.from_pretrained("ant/plain")), sample(plain))
         exec(sys.argv[3])
         """,
         HERE,

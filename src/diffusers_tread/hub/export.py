@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files import replace_folder
+from ..models import TREADTransformer2DModel
 from ..pipelines import TREADPipeline
 from ..pipelines.hub_pipeline import PACKAGE_CLASSES
 from .bundle import bundle_module
@@ -57,7 +60,8 @@ def export_for_hub(
         The folder.
 
     Raises:
-        ValueError: A component of another kind, a folder with something else, or results of other weights.
+        ValueError: A component of another kind or with adapters, a folder with something else, or results of other
+            weights.
     """
     folder = Path(folder)
     _check_components(pipeline)
@@ -97,10 +101,10 @@ def push_pipeline(
 
 
 def _check_components(pipeline: TREADPipeline) -> None:
-    """Raises ValueError for a component whose code would be missing where this package is not installed."""
-    kinds = {name: type(getattr(part, "_orig_mod", part)) for name, part in pipeline.components.items()}
-    kinds["pipeline"] = type(pipeline)
-    for name, kind in kinds.items():
+    """Raises ValueError for a component that could not be loaded from the folder."""
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in pipeline.components.items()}
+    for name, part in {"pipeline": pipeline, **parts}.items():
+        kind = type(part)
         is_ours = kind is PACKAGE_CLASSES.get(kind.__name__) or kind is TREADPipeline
         if not is_ours and kind.__module__.split(".")[0] not in ("builtins", "diffusers", "transformers"):
             raise ValueError(
@@ -108,6 +112,14 @@ def _check_components(pipeline: TREADPipeline) -> None:
                 f"{kind.__module__}.{kind.__name__}. Load the pipeline by TREADPipeline.from_pretrained, or use "
                 "save_pretrained for classes of your own."
             )
+        if kind is TREADTransformer2DModel:
+            with torch.device("meta"):
+                plain = TREADTransformer2DModel.from_config(part.config)
+            if others := sorted(set(part.state_dict()) ^ set(plain.state_dict())):
+                raise ValueError(
+                    f"Expected a {name} with the weights of its class, got others, such as {others[0]!r}. Fuse and "
+                    "unload adapters (fuse_lora, unload_lora), and unfuse projections."
+                )
 
 
 def _add_code(folder: Path) -> None:
@@ -136,4 +148,4 @@ def _forget_local_paths(folder: Path) -> None:
 
 def _update(path: Path, **entries: Any) -> None:
     content = json.loads(path.read_text()) | entries
-    path.write_text(json.dumps({key: value for key, value in content.items()}, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n")
