@@ -5,8 +5,8 @@
 
 "script" names another example than train_tread. The processes see the environment that torchrun gives them. "kill"
 ends a run by SIGKILL, on all its processes: "step" in the middle of an optimiser step of train_tread, "seal" while a
-checkpoint lies on the disk but is not published, "image" before sample.py publishes that many files in one process. A
-run that is not killed must end well.
+checkpoint lies on the disk but is not published, "image" where sample.py has published that many images and is about
+to publish the next. A run that is not killed must end well.
 """
 
 import importlib
