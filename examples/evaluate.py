@@ -206,8 +206,10 @@ def open_images(args: argparse.Namespace, device: torch.device):
     if args.images is not None:
         path = Path(args.images)
         return FolderImages(path, resolution=args.resolution) if path.is_dir() else NpzImages(path)
-    if args.pretrained_pipeline is None:
-        return None
+    return None if args.pretrained_pipeline is None else open_pipeline_images(args, device)
+
+
+def open_pipeline_images(args: argparse.Namespace, device: torch.device) -> PipelineImages:
     return PipelineImages(
         load_pipeline(args, device),
         num_images=args.num_samples,

@@ -20,7 +20,7 @@ import PIL.Image
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from evaluate import add_sampling_flags, check_guidance, load_pipeline
+from evaluate import add_sampling_flags, check_guidance, open_pipeline_images
 from tqdm.auto import tqdm
 
 from diffusers_tread import SparseGuidance, TREADPipeline
@@ -188,23 +188,32 @@ def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
     return (torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end) / torch.sin(angle)
 
 
-def claim_folder(output_dir: Path, images: PipelineImages, args: argparse.Namespace) -> None:
-    """Writes what the images depend on, or raises ValueError if those that are there depend on something else."""
-    path, answer = output_dir / "settings.json", [None]
+def claim_folder(output_dir: Path, images: PipelineImages, args: argparse.Namespace) -> set[str]:
+    """The names of the images that are there, the same for all processes.
+
+    Raises:
+        ValueError: They depend on something else than those that are wanted.
+    """
+    path, answer = output_dir / "settings.json", [None, None]
     if PartialState().is_main_process:
         settings = images.description | {"batch_size": args.batch_size}
         if args.mode == "grid":  # these are in the images' names
             settings["guidance"] = settings["guidance"] | {"guidance_scale": None, "weak_ratio": None}
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-        answer = [sorted(name for name in known | settings if known.get(name) != settings.get(name))]
-        if not path.exists():
+        there = {file.stem for file in output_dir.glob("images/*.png")}
+        known = settings
+        if there:  # images of another program have no settings
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        answer = [sorted(name for name in known | settings if known.get(name) != settings.get(name)), there]
+        if not there:
             output_dir.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)
-    if differences := broadcast_object_list(answer)[0]:
+    differences, there = broadcast_object_list(answer)
+    if differences:
         raise ValueError(
             f"Expected images of the same settings in {output_dir}, got others: {differences} differ from {path}. Use "
             "another --output_dir."
         )
+    return there
 
 
 def draw_samples(images: PipelineImages, batch: list[Sample], guiders: dict) -> list[PIL.Image.Image]:
@@ -227,14 +236,15 @@ def draw_samples(images: PipelineImages, batch: list[Sample], guiders: dict) -> 
     ).images
 
 
-def draw_missing(sheets: list[Sheet], images: PipelineImages, guiders: dict, args: argparse.Namespace) -> None:
+def draw_missing(
+    sheets: list[Sheet], images: PipelineImages, guiders: dict, args: argparse.Namespace, *, there: set[str]
+) -> None:
     """Makes the images that the folder lacks. Batches never change, so that a resumed run rounds as any other."""
     state, folder = PartialState(), Path(args.output_dir, "images")
     batches = []
     for guidance in guiders:
         samples = [sample for sheet in sheets for sample in sheet.samples if sample.guidance == guidance]
         batches += [samples[start : start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
-    there = {path.stem for path in folder.glob("*.png")}
     missing = [batch for batch in batches if any(sample.name not in there for sample in batch)]
 
     label = f"Batches, {state.num_processes} processes"
@@ -252,24 +262,16 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything is loaded and tried before the long work starts; one process fills the caches.
     with state.main_process_first():
-        pipeline = load_pipeline(args, state.device)
-    images = PipelineImages(
-        pipeline,
-        num_images=args.num_samples,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale={"none": 1.0, "cfg": args.guidance_scale}.get(args.guidance),
-        seed=args.seed,
-        random_labels=args.random_labels,
-    )
+        images = open_pipeline_images(args, state.device)
     sheets = plan_sheets(args, images)
-    guiders = {None: pipeline.guider}
+    guiders = {None: images.pipeline.guider}
     if args.mode == "grid":
         sides = [(scale, ratio) for scale in args.guidance_scales for ratio in args.weak_ratios]
-        change = partial(SparseGuidance.from_config, pipeline.guider.config)
+        change = partial(SparseGuidance.from_config, images.pipeline.guider.config)
         guiders = {(scale, ratio): change(guidance_scale=scale, weak_ratio=ratio) for scale, ratio in sides}
-    claim_folder(Path(args.output_dir), images, args)
 
-    draw_missing(sheets, images, guiders, args)
+    there = claim_folder(Path(args.output_dir), images, args)
+    draw_missing(sheets, images, guiders, args, there=there)
     state.wait_for_everyone()
     for sheet in sheets[state.process_index :: state.num_processes]:
         samples = [PIL.Image.open(Path(args.output_dir, "images", f"{sample.name}.png")) for sample in sheet.samples]

@@ -172,6 +172,22 @@ def test_a_folder_with_images_of_other_settings_is_refused(argv, tmp_path):
     assert len(list((tmp_path / "samples/images").iterdir())) == 4
 
 
+def test_images_of_another_program_are_refused(argv, tmp_path):
+    (tmp_path / "samples/images").mkdir(parents=True)
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "samples/images/000000.png")
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match="Expected images of the same settings"):
+        run(*argv, "--num_samples", 2, "--guidance", "none")
+    assert files_of(tmp_path) == before
+
+
+def test_settings_that_never_gave_an_image_bind_nobody(argv, tmp_path):
+    with pytest.raises(ValueError, match="guidance_transformer"):
+        run(*argv, "--num_samples", 2, "--guidance", "sparse", "--guider_config", '{"weak_checkpoint": true}')
+    run(*argv, "--num_samples", 2, "--guidance", "none")
+    assert len(list((tmp_path / "samples/images").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
