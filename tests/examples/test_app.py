@@ -20,9 +20,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
+from diffusers import ClassifierFreeGuidance, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusers_tread import SparseGuidance, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import guidance_flops
 from diffusers_tread.training.pictures import make_grid
 
@@ -41,6 +41,7 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "app.py"
+CONFIG = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6}
 SPARSE = "Sparse Guidance"
 KINDS = {
     "none": ClassifierFreeGuidance(guidance_scale=1.0),
@@ -60,8 +61,8 @@ CHROMIUM_FLAGS = (
 def folder(tmp_path):
     """A pipeline with an earlier checkpoint: grey, 8 x 8, three classes, two of them with names."""
     torch.manual_seed(0)
-    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "objective": "flow"}
-    transformers = [TREADTransformer2DModel(**config, in_channels=1, sample_size=8, num_classes=3) for _ in range(2)]
+    config = CONFIG | {"objective": "flow", "in_channels": 1, "sample_size": 8, "num_classes": 3}
+    transformers = [TREADTransformer2DModel(**config) for _ in range(2)]
     for transformer in transformers:
         for parameter in transformer.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -261,10 +262,30 @@ def test_a_visitor_samples_by_clicks_and_bad_input_gives_messages(page, server, 
     assert asked and {url for url in asked if not url.startswith(server[0])} == set()
 
 
-def test_without_a_pipeline_there_is_one_clear_error(tmp_path, monkeypatch):
+@pytest.fixture
+def app(monkeypatch):
+    """The script as a module."""
     monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("app")
+
+
+@pytest.mark.parametrize(
+    ("objective", "own"),
+    [("edm", EDMHeunScheduler()), ("flow", FlowMatchEulerDiscreteScheduler()), ("epsilon", DDIMScheduler())],
+)
+def test_every_sampler_that_is_offered_works(app, objective, own):
+    transformer = TREADTransformer2DModel(**CONFIG, objective=objective, in_channels=3, sample_size=8, num_classes=3)
+    pipeline = TREADPipeline(transformer, own)
+    for sampler in app.SAMPLERS[objective]:
+        numbers = {"seed": 1, "num_images": 2, "steps": 3, "cfg_scale": 1.5}
+        guidance = {"kind": SPARSE, "scale": 1.4, "strong_ratio": 0.2, "weak_ratio": 0.8}
+        left, left_cost, right, right_cost = app.compare(pipeline, label=1, sampler=sampler, **numbers, **guidance)
+        assert left.size == right.size == (128, 64) and left_cost != right_cost
+    assert pipeline.scheduler is own
+
+
+def test_without_a_pipeline_there_is_one_clear_error(app, tmp_path, monkeypatch):
     monkeypatch.delenv("TREAD_PIPELINE", raising=False)
-    app = importlib.import_module("app")
     with pytest.raises(ValueError, match="as argument or in TREAD_PIPELINE, got neither"):
         app.main([])
     with pytest.raises(ValueError, match="Expected a TREADPipeline, got"):
