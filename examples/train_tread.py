@@ -28,6 +28,7 @@ from train_tread_setup import (
     make_accelerator,
     make_model,
     make_objective,
+    name_data,
     open_data,
     open_feature_extractor,
     open_fid_curve,
@@ -318,7 +319,7 @@ class Trainer:
             return
         pictures = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
         card = CardDetails(
-            dataset=None if Path(args.dataset_name or ".").exists() else args.dataset_name,
+            dataset=name_data(args, self.latents_info),
             samples=PIL.Image.open(pictures[-1]) if pictures else None,
             step=None if is_last else self.step,
             training=self.settings,

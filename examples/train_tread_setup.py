@@ -8,6 +8,7 @@ import json
 import math
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,6 +157,14 @@ def open_fid_curve(
         guidance_scale=args.eval_guidance_scale,
         seed=args.seed,
     )
+
+
+def name_data(args: argparse.Namespace, info: LatentsInfo | None) -> str | None:
+    """The images' repository, for a model card; None for a folder of this machine."""
+    name = args.dataset_name if info is None else info.source.get("dataset_name")
+    if name is None and info is None and args.train_data_dir is None:
+        return "scikit-learn's digits"
+    return None if name is None or Path(name).exists() else name
 
 
 def latents_digest(info: LatentsInfo) -> str:

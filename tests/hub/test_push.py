@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from diffusers_tread.hub.model_card import TRAINING_SETTINGS
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(EXAMPLES)]
 from tiny_pipeline import make_pipeline, sample  # noqa: E402
+from train_tread_args import parse_args  # noqa: E402
+from train_tread_setup import name_data  # noqa: E402
 
 
 TRAIN = [
@@ -176,7 +179,7 @@ def test_the_package_loads_from_the_hub_without_trust(hub_server, hub_client, pu
         # A variant beside the weights, which the VAE is without.
         pipe.vae = None
         pipe.transformer.proj_out.weight.data.mul_(2)
-        pipe.push_to_hub("ant/tiny", variant="fp16", revision="main")
+        pipe.push_to_hub("ant/tiny", variant="fp16")
         make_pipeline().vae.push_to_hub("ant/tiny", subfolder="vae")
         half = TREADPipeline.from_pretrained("ant/tiny", variant="fp16", cache_dir="half", vae=None)
         assert torch.equal(half.transformer.proj_out.weight, pipe.transformer.proj_out.weight)
@@ -185,6 +188,12 @@ def test_the_package_loads_from_the_hub_without_trust(hub_server, hub_client, pu
         plain = TREADPipeline.from_pretrained("ant/tiny", cache_dir="plain")
         assert torch.equal(plain.transformer.proj_out.weight, alone.proj_out.weight)
         assert weights.format("") in parts("plain") and weights.format(".fp16") not in parts("plain")
+
+        # A branch.
+        pipe.push_to_hub("ant/tiny", revision="doubled")
+        doubled = TREADPipeline.from_pretrained("ant/tiny", revision="doubled")
+        assert torch.equal(doubled.transformer.proj_out.weight, pipe.transformer.proj_out.weight)
+        assert not torch.equal(doubled.transformer.proj_out.weight, alone.proj_out.weight)
 
         # From the cache, with the Hub away; and the snippet of the other repository.
         again = TREADPipeline.from_pretrained("ant/tiny", cache_dir="plain", local_files_only=True)
@@ -215,6 +224,7 @@ def test_training_pushes_meanwhile_and_at_its_end(hub_server, trained):
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert pushed[weights] == (folder / "pipeline" / weights).read_bytes()
     card = pushed["README.md"].decode()
+    assert "| trained on | scikit-learn's digits |" in card
     assert "![Samples](samples.png)" in card and "| optimiser steps | 4 |" in card and "goes on" not in card
     assert set(TRAINING_SETTINGS) <= set(json.loads((folder / "train_config.json").read_text()))
     if "Step 2" in commits:
@@ -275,3 +285,30 @@ def test_pushes_take_turns_and_do_not_wait(hub_server, hub_client, repo_id, tmp_
     )
     assert "Left out the push 'two'" in result.output
     assert [commit.title for commit in hub_server.repo(repo_id).commits] == ["initial commit", "one", "three"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--push_to_hub"], 'Expected --hub_model_id "organisation/name" with --push_to_hub, got None'),
+        (["--push_to_hub", "--hub_model_id", "digits"], "got 'digits'"),
+        (["--hub_push_steps", "5"], "Expected --push_to_hub with --hub_push_steps"),
+        (["--push_to_hub", "--hub_model_id", "ant/digits", "--hub_push_steps", "0"], "Expected --hub_push_steps > 0"),
+    ],
+)
+def test_flags_that_cannot_work_are_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_args(flags)
+
+
+def test_the_card_names_the_repository_of_the_images_but_no_folder(tmp_path):
+    def name(*flags, source=None):
+        return name_data(parse_args(flags), source and SimpleNamespace(source=source))
+
+    assert name() == "scikit-learn's digits"
+    size = ("--preset", "S/2", "--resolution", "8")
+    assert name("--dataset_name", "ILSVRC/imagenet-1k", *size) == "ILSVRC/imagenet-1k"
+    assert name("--dataset_name", str(tmp_path), *size) is name("--train_data_dir", str(tmp_path), *size) is None
+    latents = ("--latents_dir", str(tmp_path), "--preset", "S/2")
+    assert name(*latents, source={"dataset_name": "ILSVRC/imagenet-1k", "split": "train"}) == "ILSVRC/imagenet-1k"
+    assert name(*latents, source={"train_data_dir": "photos"}) is None
