@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import PartialState
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from scipy.spatial import geometric_slerp
 
 from diffusers_tread import SparseGuidance, TREADPipeline, TREADTransformer2DModel
@@ -79,6 +79,17 @@ def test_images_are_the_samples_that_are_evaluated(argv, folder, tmp_path, label
     assert pixels(tmp_path / "samples/images-000000.png").shape == (64, 640, 3)
 
 
+def test_latents_are_decoded(argv, folder, tmp_path):
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 1}
+    vae = AutoencoderKL(**sizes, down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    TREADPipeline.from_pretrained(folder, vae=vae).save_pretrained(tmp_path / "with_vae")
+    run(*argv, "--num_samples", 2, "--pretrained_pipeline", tmp_path / "with_vae")
+    images = make_images(tmp_path / "with_vae").read(0, 2)
+    assert images.shape == (2, 3, 16, 16)
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(pixels(tmp_path / f"samples/images/{index:06d}.png"), image.permute(1, 2, 0))
+
+
 def test_a_class_sheet_shows_that_classes_samples(argv, folder, tmp_path):
     run(*argv, "--mode", "classes", "--class_labels", "dog,1", "--num_images_per_class", 3, "--guidance", "none")
     evaluated = make_images(folder)
@@ -96,6 +107,9 @@ def test_a_grid_has_a_row_per_ratio_and_a_column_per_scale(argv, folder, tmp_pat
     sheet = pixels(tmp_path / "samples/grid-0002.png")
     left, top = sheet.shape[1] - 2 * 64, sheet.shape[0] - 3 * 64
     assert top == 44 and left > 40
+    texts = [sheet[:22, left:], sheet[22:top, left : left + 64], sheet[22:top, left + 64 :]]
+    texts += [sheet[start : start + 64, :left] for start in (top, top + 64, top + 128)]
+    assert all((text < 128).any() for text in texts)
     seen = set()
     for row, ratio in enumerate((0.5, 0.7, 0.9)):
         for column, scale in enumerate((1.5, 3)):
