@@ -31,7 +31,6 @@ from diffusers import BaseGuidance, ClassifierFreeGuidance
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
-from sklearn.svm import SVC
 from tqdm.auto import tqdm
 from train_step import hardware, source_state, versions, write_whole
 
@@ -49,27 +48,26 @@ from diffusers_tread.training.checkpoints import EMA_WEIGHTS  # noqa: E402
 
 
 # Per kind what makes its guider of a guidance scale, and the scales. A schedule's first ratio is that of the noisiest
-# step. Sparse Guidance alone changes little here, hence its larger scales.
-SMALL, LARGE = (1.1, 1.5), (1.5, 4.0)
+# step. Sparse Guidance alone changes little here, hence its larger scale.
 KINDS = {
-    "CFG": (ClassifierFreeGuidance, SMALL),
-    "CFG, middle half of the steps": (partial(ClassifierFreeGuidance, start=0.25, stop=0.75), SMALL),
-    "SG, ratios 0.2/0.8": (partial(SparseGuidance, strong_ratio=0.2, weak_ratio=0.8), LARGE),
-    "SG, ratios 0.5/0.9": (partial(SparseGuidance.from_preset, "flops"), LARGE),
+    "CFG": (ClassifierFreeGuidance, (1.1, 1.5)),
+    "CFG, middle half of the steps": (partial(ClassifierFreeGuidance, start=0.25, stop=0.75), (1.5,)),
+    "SG, ratios 0.2/0.8": (partial(SparseGuidance, strong_ratio=0.2, weak_ratio=0.8), (4.0,)),
+    "SG, ratios 0.5/0.9": (partial(SparseGuidance.from_preset, "flops"), (4.0,)),
     "SG, ratios 0.1/0.8 to 0.4 on a line": (
         partial(SparseGuidance, strong_ratio=0.1, weak_ratio=RatioSchedule(first=0.8, last=0.4, shape="linear")),
-        LARGE,
+        (4.0,),
     ),
     "CFG + SG, ratios 0.2/0.8": (
         partial(SparseGuidance, strong_ratio=0.2, weak_ratio=0.8, null_weak_branch=True),
-        SMALL,
+        (1.5,),
     ),
-    "AG": (partial(SparseGuidance, strong_ratio=0.0, weak_ratio=0.0, weak_checkpoint=True), SMALL),
+    "AG": (partial(SparseGuidance, strong_ratio=0.0, weak_ratio=0.0, weak_checkpoint=True), (1.1, 1.5)),
     "AG + SG, ratios 0/0.75": (
         partial(SparseGuidance, strong_ratio=0.0, weak_ratio=0.75, weak_checkpoint=True),
-        SMALL,
+        (1.5,),
     ),
-    "AG + SG, the preset fid": (partial(SparseGuidance.from_preset, "fid"), SMALL),
+    "AG + SG, the preset fid": (partial(SparseGuidance.from_preset, "fid"), (1.5,)),
 }
 UNGUIDED = "no guidance"
 METRICS = {
@@ -239,7 +237,6 @@ class Judge:
         labels, pixels = digits.target, demo.flatten(np.rint(digits.images / 16 * 255))
         self.seen, self.held_out = split(pixels, labels)
         self.seen_labels, self.held_out_labels = split(labels, labels)
-        self.svm: SVC
         self.svm, _, self.real_accuracy = demo.train_judge()
         self.network = MLPClassifier((64, 32), max_iter=400, random_state=0).fit(self.seen, self.seen_labels)
         self.references = {name: self.statistics(name, self.held_out) for name in ("pixel", "feature")}
@@ -289,33 +286,25 @@ def make_table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], panels: dict[str, np.ndarray], path: Path) -> None:
-    """The metrics over the guidance scale, mean and standard deviation of the seeds, and some samples."""
+    """Each row's metrics, mean and standard deviation of the seeds, with its FLOPs in brackets; some samples."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 9), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.3, 1])
-    axes = above.subplots(1, len(METRICS))
-    real, unguided = report["real"], report["rows"][0]
+    axes = above.subplots(1, len(METRICS), sharey=True)
+    rows = [{"kind": "real digits of the training", "guidance_scale": 1.0, **report["real"]}, *report["rows"]]
+    names = [row["kind"] + (f", w {row['guidance_scale']:g}" if row["guidance_scale"] != 1.0 else "") for row in rows]
+    shares = [f" ({row['share_of_cfg']:.0%})" if "share_of_cfg" in row else "" for row in rows]
     for axis, (name, title) in zip(axes, METRICS.items(), strict=True):
-        for index, kind in enumerate(KINDS):
-            rows = [row for row in report["rows"] if row["kind"] == kind]
-            means, spreads = [[of(row[name]) for row in rows] for of in (statistics.mean, statistics.stdev)]
-            label = f"{kind} ({rows[0]['share_of_cfg']:.0%})"
-            shift = 1 + 0.006 * (index - len(KINDS) // 2)  # so that error bars do not hide each other
-            scales = [row["guidance_scale"] * shift for row in rows]
-            axis.errorbar(scales, means, spreads, marker="o", capsize=2, color=f"C{index}", label=label)
-        for row, style, label in ((unguided, "--", f"{UNGUIDED} (50%)"), (real, ":", "real digits of the training")):
-            axis.axhline(statistics.mean(row[name]), linestyle=style, color="black", label=label)
-        axis.set_xlabel("guidance scale w")
-        axis.set_xscale("log")
-        ticks = sorted({*SMALL, *LARGE})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        if name != "accuracy":
-            axis.set_yscale("log")
+        for place, row in enumerate(rows):
+            color = "black" if place < 2 else f"C{list(KINDS).index(row['kind'])}"
+            mean, spread = statistics.mean(row[name]), statistics.stdev(row[name])
+            axis.errorbar(mean, place, xerr=spread, marker="o", capsize=3, color=color)
+        axis.axvline(statistics.mean(rows[1][name]), linestyle="--", linewidth=1, color="black")
         axis.set_title(title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    above.legend(handles, labels, loc="outside right upper", title="kind (FLOPs, dense CFG = 100 %)")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), [f"{name}{share}" for name, share in zip(names, shares, strict=True)])
+    axes[0].invert_yaxis()
 
     for axis, (title, images) in zip(below.subplots(1, len(panels)), panels.items(), strict=True):
         shown = images[: 8 * demo.NUM_CLASSES].reshape(-1, demo.NUM_CLASSES, demo.SIZE, demo.SIZE)
