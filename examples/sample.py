@@ -12,7 +12,8 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -63,9 +64,9 @@ class Sheet:
     name: str
     title: str
     samples: list[Sample]
-    rows: list[str] = field(default_factory=list)
+    rows: Sequence[str] = ()
     """What is written beside each row; ten images in a row where there are no texts."""
-    columns: list[str] = field(default_factory=list)
+    columns: Sequence[str] = ()
     """Likewise above each column."""
 
 
