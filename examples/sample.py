@@ -65,9 +65,9 @@ class Sheet:
     title: str
     samples: list[Sample]
     rows: Sequence[str] = ()
-    """What is written beside each row; ten images in a row where there are no texts."""
+    """What is written beside each row."""
     columns: Sequence[str] = ()
-    """Likewise above each column."""
+    """Likewise above each column; ten columns where nothing is."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
