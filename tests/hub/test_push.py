@@ -86,8 +86,9 @@ print("modules of the package:", [name for name in sys.modules if name.startswit
 
 
 @pytest.fixture(scope="module")
-def pushed(hub_client):
+def pushed(hub_session, hub_client):
     """The tiny pipeline as "ant/tiny"."""
+    hub_session.reset()
     return hub_client.run(PUSH, HERE, "ant/tiny").output
 
 
