@@ -69,7 +69,7 @@ KINDS = {
     ),
     "AG + SG, the preset fid": (partial(SparseGuidance.from_preset, "fid"), (1.5,)),
 }
-UNGUIDED = "no guidance"
+UNGUIDED, REAL = "no guidance", "real digits of the training"
 METRICS = {
     "accuracy": "recognised",
     "pixel_distance": "Fréchet distance of pixels",
@@ -117,13 +117,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     pipeline = load_pipeline(args)
 
     # Sample.
-    ways = [(UNGUIDED, 1.0, None)]
+    ways = [(UNGUIDED, None, None)]
     ways += [(kind, w, make(guidance_scale=w)) for kind, (make, scales) in KINDS.items() for w in scales]
     images = sample_all(args, [guider for _, _, guider in ways])  # per way a list of seeds
 
     # Judge.
     labels = np.arange(args.num_images) % demo.NUM_CLASSES
-    rows = []
+    rows = [judge.real_row(args)]
     for (kind, scale, guider), samples in zip(ways, images, strict=True):
         rows.append({"kind": kind, "guidance_scale": scale, **cost(pipeline, guider)})
         rows[-1] |= judge.row([demo.flatten(one) for one in samples], labels)
@@ -138,16 +138,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "settings": {name: value for name, value in vars(args).items() if name not in ("output", "plot", "output_dir")}
         | {"sampler": f"{type(pipeline.scheduler).__name__}, {demo.NUM_INFERENCE_STEPS} steps"},
         "held_out_digits": len(judge.held_out),
-        "real": judge.real_row(args),
         "rows": rows,
     }
     print(make_table(report))
     if args.output is not None:
         write_whole(args.output, (json.dumps(report, indent=2) + "\n").encode())
     if args.plot is not None:
-        panels = {kind: (f"{kind}\nw {w:g}", sets[0]) for (kind, w, _), sets in zip(ways, images, strict=True)}
-        panels = dict(panels[kind] for kind in SHOWN)  # of several scales the last one
-        plot(report, panels, args.plot)
+        titles = [kind if scale is None else f"{kind}, w {scale:g}" for kind, scale, _ in ways]
+        last = {way[0]: index for index, way in enumerate(ways)}  # of several scales the largest
+        plot(report, {titles[last[kind]]: images[last[kind]][0] for kind in SHOWN}, args.plot)
     return report
 
 
@@ -261,12 +260,12 @@ class Judge:
             for name, reference in self.references.items()
         }
 
-    def real_row(self, args: argparse.Namespace) -> dict[str, list[float]]:
+    def real_row(self, args: argparse.Namespace) -> dict[str, Any]:
         """As many digits of the training in the place of samples; the accuracy is on the held-out ones, unseen."""
         numbers = [np.random.default_rng(seed) for seed in range(args.seeds)]
         sets = [number.choice(self.seen, args.num_images, replace=False) for number in numbers]
-        accuracy = [self.real_accuracy] * args.seeds
-        return {"accuracy": accuracy} | self.distances(sets)
+        kind = {"kind": REAL, "guidance_scale": None, "gigaflops_per_image": None, "share_of_cfg": None}
+        return {**kind, "accuracy": [self.real_accuracy] * args.seeds, **self.distances(sets)}
 
 
 # ----------------------------------------------------------------------------------------------------------- reporting
@@ -276,8 +275,9 @@ def make_table(report: dict[str, Any]) -> str:
     """A line per row, mean and standard deviation of the seeds."""
     lines = ["| kind | w | FLOPs | recognised | distance of pixels | of features |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
+        scale = "" if row["guidance_scale"] is None else f"{row['guidance_scale']:g}"
+        share = "" if row["share_of_cfg"] is None else f"{row['share_of_cfg']:.0%}"
         accuracy, pixel, feature = [(statistics.mean(row[name]), statistics.stdev(row[name])) for name in METRICS]
-        scale, share = f"{row['guidance_scale']:g}", f"{row['share_of_cfg']:.0%}"
         lines.append(
             f"| {row['kind']} | {scale} | {share} | {accuracy[0]:.1%} ± {accuracy[1]:.1%} | {pixel[0]:.3f} ± "
             f"{pixel[1]:.3f} | {feature[0]:.2f} ± {feature[1]:.2f} |"
@@ -289,12 +289,13 @@ def plot(report: dict[str, Any], panels: dict[str, np.ndarray], path: Path) -> N
     """Each row's metrics, mean and standard deviation of the seeds, with its FLOPs in brackets; some samples."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 9), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.3, 1])
+    figure = Figure(figsize=(16, 8.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.5, 1])
     axes = above.subplots(1, len(METRICS), sharey=True)
-    rows = [{"kind": "real digits of the training", "guidance_scale": 1.0, **report["real"]}, *report["rows"]]
-    names = [row["kind"] + (f", w {row['guidance_scale']:g}" if row["guidance_scale"] != 1.0 else "") for row in rows]
-    shares = [f" ({row['share_of_cfg']:.0%})" if "share_of_cfg" in row else "" for row in rows]
+    rows = report["rows"]
+    scales = ["" if row["guidance_scale"] is None else f", w {row['guidance_scale']:g}" for row in rows]
+    shares = ["" if row["share_of_cfg"] is None else f" ({row['share_of_cfg']:.0%})" for row in rows]
+    names = [f"{row['kind']}{scale}{share}" for row, scale, share in zip(rows, scales, shares, strict=True)]
     for axis, (name, title) in zip(axes, METRICS.items(), strict=True):
         for place, row in enumerate(rows):
             color = "black" if place < 2 else f"C{list(KINDS).index(row['kind'])}"
@@ -303,7 +304,7 @@ def plot(report: dict[str, Any], panels: dict[str, np.ndarray], path: Path) -> N
         axis.axvline(statistics.mean(rows[1][name]), linestyle="--", linewidth=1, color="black")
         axis.set_title(title)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(rows)), [f"{name}{share}" for name, share in zip(names, shares, strict=True)])
+    axes[0].set_yticks(range(len(rows)), names)
     axes[0].invert_yaxis()
 
     for axis, (title, images) in zip(below.subplots(1, len(panels)), panels.items(), strict=True):
