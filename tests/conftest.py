@@ -35,7 +35,8 @@ def hub_session(tmp_path_factory):
 def hub_server(hub_session):
     """A server that speaks the Hub's protocol; repositories of other tests are there, their faults are not."""
     hub_session.reset()
-    return hub_session
+    yield hub_session
+    hub_session.reset()  # for fixtures of whole modules, which come before a test's own
 
 
 @pytest.fixture(scope="session")

@@ -86,16 +86,14 @@ print("modules of the package:", [name for name in sys.modules if name.startswit
 
 
 @pytest.fixture(scope="module")
-def pushed(hub_session, hub_client):
+def pushed(hub_client):
     """The tiny pipeline as "ant/tiny"."""
-    hub_session.reset()
     return hub_client.run(PUSH, HERE, "ant/tiny").output
 
 
 @pytest.fixture(scope="module")
-def trained(hub_session, hub_client, tmp_path_factory):
+def trained(hub_client, tmp_path_factory):
     """The folder of a run on the digits that pushed to "ant/digits" every two steps, and its output."""
-    hub_session.reset()
     folder = tmp_path_factory.mktemp("digits")
     line = [
         *TRAIN,
