@@ -213,8 +213,8 @@ def sample_all(args: argparse.Namespace, guiders: list[BaseGuidance | None]) -> 
 
 def fingerprint(args: argparse.Namespace, guider: BaseGuidance | None) -> str:
     """Of all that samples depend on besides their seed and the training, whose folder takes no other settings."""
-    settings = [None if guider is None else guider.to_json_string(), type(guider).__name__]
-    settings += [args.weak_steps, args.num_images, demo.NUM_INFERENCE_STEPS]
+    name = None if guider is None else guider.to_json_string()
+    settings = [name, args.weak_steps, args.num_images, demo.NUM_INFERENCE_STEPS]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
