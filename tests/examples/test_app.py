@@ -280,7 +280,7 @@ def test_every_sampler_that_is_offered_works(app, objective, own):
         numbers = {"seed": 1, "num_images": 2, "steps": 3, "cfg_scale": 1.5}
         guidance = {"kind": SPARSE, "scale": 1.4, "strong_ratio": 0.2, "weak_ratio": 0.8}
         left, left_cost, right, right_cost = app.compare(pipeline, label=1, sampler=sampler, **numbers, **guidance)
-        assert left.size == right.size == (128, 64) and left_cost != right_cost
+        assert left.size == right.size == (2 * 66, 66) and left_cost != right_cost
     assert pipeline.scheduler is own
 
 

@@ -137,7 +137,7 @@ def test_the_results_say_what_was_done(argv, material, tmp_path, capsys):
     assert f"{results.metrics['fid']:.4f}" in printed
     assert len(list((tmp_path / "images").iterdir())) == 12
     (grid,) = (tmp_path / "results").glob("*.png")
-    assert PIL.Image.open(grid).size == (10 * 64, 2 * 64)
+    assert PIL.Image.open(grid).size == (10 * 66, 2 * 66)
 
 
 def test_a_pipeline_of_latents_runs_in_bfloat16_with_a_float32_vae(argv, tmp_path):

@@ -18,9 +18,11 @@ from scipy.spatial import geometric_slerp
 
 from diffusers_tread import SparseGuidance, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.metrics import PipelineImages
+from diffusers_tread.training.pictures import FRAME
 
 
 ROOT = Path(__file__).parents[2]
+CELL = 64 + 2 * FRAME  # an 8 x 8 image in a sheet
 sys.path.insert(0, str(ROOT / "examples"))
 import sample  # noqa: E402
 
@@ -63,6 +65,11 @@ def make_images(folder, **settings):
     return PipelineImages(TREADPipeline.from_pretrained(folder), **settings)
 
 
+def shown_in(sheet):
+    """The grey 8 x 8 image that the first cell of a sheet shows, enlarged and framed."""
+    return sheet[FRAME : CELL - FRAME : 8, FRAME : CELL - FRAME : 8, 0]
+
+
 def assert_close_images(image, other):
     """But for the rounding of another batch size."""
     assert np.abs(image.astype(int) - other.astype(int)).max() <= 1
@@ -76,7 +83,7 @@ def test_images_are_the_samples_that_are_evaluated(argv, folder, tmp_path, label
         for index, image in enumerate(evaluated.read(start, min(start + 4, 10)), start=start):
             np.testing.assert_array_equal(pixels(tmp_path / f"samples/images/{index:06d}.png"), image[0].numpy())
     assert [path.name for path in sorted((tmp_path / "samples").glob("*.png"))] == ["images-000000.png"]
-    assert pixels(tmp_path / "samples/images-000000.png").shape == (64, 640, 3)
+    assert pixels(tmp_path / "samples/images-000000.png").shape == (CELL, 10 * CELL, 3)
 
 
 def test_latents_are_decoded(argv, folder, tmp_path):
@@ -95,9 +102,9 @@ def test_a_class_sheet_shows_that_classes_samples(argv, folder, tmp_path):
     evaluated = make_images(folder)
     for label, indices in {1: (1, 5, 9), 3: (3, 7, 11)}.items():
         sheet = pixels(tmp_path / f"samples/classes-{label:04d}.png")
-        assert sheet.shape == (22 + 64, 3 * 64, 3) and (sheet[:22] < 128).any()  # there is a title
+        assert sheet.shape == (22 + CELL, 3 * CELL, 3) and (sheet[:22] < 128).any()  # there is a title
         for column, index in enumerate(indices):
-            shown = sheet[22::8, 64 * column : 64 * column + 64 : 8, 0]
+            shown = shown_in(sheet[22:, CELL * column :])
             assert_close_images(shown, evaluated.read(index, index + 1)[0, 0].numpy())
 
 
@@ -105,17 +112,17 @@ def test_a_grid_has_a_row_per_ratio_and_a_column_per_scale(argv, folder, tmp_pat
     grid = ["--mode", "grid", "--class_labels", "cat", "--guidance_scales", "1.5,3", "--weak_ratios", "0.5,0.7,0.9"]
     run(*argv, *grid, "--guidance", "sparse", "--strong_ratio", 0.1)
     sheet = pixels(tmp_path / "samples/grid-0002.png")
-    left, top = sheet.shape[1] - 2 * 64, sheet.shape[0] - 3 * 64
+    left, top = sheet.shape[1] - 2 * CELL, sheet.shape[0] - 3 * CELL
     assert top == 44 and left > 40
-    texts = [sheet[:22, left:], sheet[22:top, left : left + 64], sheet[22:top, left + 64 :]]
-    texts += [sheet[start : start + 64, :left] for start in (top, top + 64, top + 128)]
+    texts = [sheet[:22, left:], sheet[22:top, left : left + CELL], sheet[22:top, left + CELL :]]
+    texts += [sheet[start : start + CELL, :left] for start in (top, top + CELL, top + 2 * CELL)]
     assert all((text < 128).any() for text in texts)
     seen = set()
     for row, ratio in enumerate((0.5, 0.7, 0.9)):
         for column, scale in enumerate((1.5, 3)):
             images = make_images(folder, guidance_scale=None)
             images.pipeline.guider = SparseGuidance(guidance_scale=scale, strong_ratio=0.1, weak_ratio=ratio)
-            cell = sheet[top + 64 * row :, left + 64 * column :][:64:8, :64:8, 0]
+            cell = shown_in(sheet[top + CELL * row :, left + CELL * column :])
             np.testing.assert_array_equal(cell, images.read(2, 3)[0, 0].numpy())
             seen.add(cell.tobytes())
     assert len(seen) == 6
@@ -125,13 +132,13 @@ def test_an_interpolation_goes_from_each_sample_to_the_next(argv, folder, tmp_pa
     flags = ["--mode", "interpolation", "--class_labels", 1, "--num_seeds", 3, "--num_frames", 4]
     run(*argv, *flags, "--guidance", "none")
     sheet = pixels(tmp_path / "samples/interpolation-0001.png")
-    left, top = sheet.shape[1] - 4 * 64, sheet.shape[0] - 2 * 64
-    cells = sheet[top::8, left::8, 0].reshape(2, 8, 4, 8).swapaxes(1, 2)  # rows, columns, H, W
+    left, top = sheet.shape[1] - 4 * CELL, sheet.shape[0] - 2 * CELL
+    cells = [[shown_in(sheet[top + CELL * i :, left + CELL * j :]) for j in range(4)] for i in range(2)]
     evaluated = make_images(folder)
     for row, (first, last) in enumerate([(1, 5), (5, 9)]):
-        assert_close_images(cells[row, 0], evaluated.read(first, first + 1)[0, 0].numpy())
-        assert_close_images(cells[row, -1], evaluated.read(last, last + 1)[0, 0].numpy())
-    assert len({cell.tobytes() for cell in cells.reshape(8, 8, 8)}) == 7  # the second sample ends one row, begins one
+        assert_close_images(cells[row][0], evaluated.read(first, first + 1)[0, 0].numpy())
+        assert_close_images(cells[row][-1], evaluated.read(last, last + 1)[0, 0].numpy())
+    assert len({cell.tobytes() for row in cells for cell in row}) == 7  # the second sample ends one row, begins one
 
 
 def test_slerp_is_scipy_s_and_keeps_the_norm():

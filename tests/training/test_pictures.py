@@ -7,12 +7,15 @@ from diffusers_tread.training.pictures import make_grid, save_curve, save_image
 
 
 def test_a_grid_keeps_the_order_enlarges_small_images_and_fills_the_last_row():
-    images = [PIL.Image.new("L", (8, 8), 20 * index + 20) for index in range(12)]
+    images = [PIL.Image.new("L", (8, 4), 20 * index + 20) for index in range(12)]
     grid = make_grid(images)
-    assert grid.size == (640, 128)
-    cells = np.asarray(grid.convert("L")).reshape(2, 64, 10, 64).swapaxes(1, 2).reshape(20, -1)
-    assert (cells == cells[:, :1]).all()
-    assert cells[:, 0].tolist() == [*range(20, 260, 20), *[0] * 8]
+    cells = np.asarray(grid.convert("L")).reshape(2, 34, 10, 66).swapaxes(1, 2).reshape(20, 34, 66)
+    pictures = cells[:, 1:-1, 1:-1].reshape(20, -1)
+    assert (pictures == pictures[:, :1]).all()
+    assert pictures[:, 0].tolist() == [*range(20, 260, 20), *[0] * 8]
+    cells = cells.copy()
+    cells[:, 1:-1, 1:-1] = 128
+    assert (cells == 128).all()
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):

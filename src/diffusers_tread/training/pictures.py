@@ -9,23 +9,29 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import PIL.ImageOps
 from diffusers.utils import make_image_grid
 
 from ..files import publish
 
 
+FRAME = 1  # pixels around each image of a grid
+
+
 def make_grid(images: list[PIL.Image.Image], *, columns: int = 10) -> PIL.Image.Image:
-    """Images of one size side by side; those of at most 32 pixels a side are enlarged by repeating pixels.
+    """Images of one size side by side, each in a grey frame; small ones are enlarged by repeating pixels.
 
     Args:
         images: At least one.
         columns: Images in a row, where there are that many.
     """
     columns = min(columns, len(images))
-    zoom = max(1, 64 // images[0].width)
-    images = [image.resize((image.width * zoom,) * 2, PIL.Image.Resampling.NEAREST) for image in images]
+    width, height = images[0].size
+    zoom = max(1, 64 // width)
+    images = [image.resize((width * zoom, height * zoom), PIL.Image.Resampling.NEAREST) for image in images]
     images += [PIL.Image.new(images[0].mode, images[0].size)] * (-len(images) % columns)
-    return make_image_grid(images, rows=len(images) // columns, cols=columns)
+    framed = [PIL.ImageOps.expand(image, border=FRAME, fill="gray") for image in images]
+    return make_image_grid(framed, rows=len(framed) // columns, cols=columns)
 
 
 def add_labels(
