@@ -34,7 +34,6 @@ from diffusers_tread.data import (
     encode_images,
     encode_moments,
     open_images,
-    vae_fingerprint,
     verify_latents,
 )
 from diffusers_tread.data.latent_encoding import encode_shards
@@ -42,6 +41,7 @@ from diffusers_tread.data.latents import latent_scale
 from diffusers_tread.data.latents_card import latents_card
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import publish
+from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.hub import open_repo, upload_folder
 from diffusers_tread.training.config import config_flags
 
@@ -160,7 +160,7 @@ def load_vae(args: argparse.Namespace, device: torch.device):
         "subfolder": args.vae_subfolder,
         "revision": commit[1] if commit else args.vae_revision,
         "class_name": type(vae).__name__,
-        "fingerprint": vae_fingerprint(vae),
+        "fingerprint": weights_fingerprint(vae),
         "dtype": args.vae_dtype,
     }
     vae = vae.to(device).requires_grad_(False).eval()

@@ -19,7 +19,8 @@ from train_tread_args import CONTROL_FLAGS
 
 from diffusers_tread import EDMObjective, FlowMatchingObjective, TREADTransformer2DModel
 from diffusers_tread.data import derive_seed, encode_images, open_training_data
-from diffusers_tread.data.latents import LatentsInfo, vae_fingerprint
+from diffusers_tread.data.latents import LatentsInfo
+from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.flops import block_flops_saved
 from diffusers_tread.metrics import FeatureExtractor, load_feature_extractor
 from diffusers_tread.training.config import read_json
@@ -92,7 +93,7 @@ def load_vae(args: argparse.Namespace, dataset) -> tuple[Any, int, int]:
         ) from error
     if info is None:
         return vae, *encode_images(vae, torch.zeros(1, 3, args.resolution, args.resolution)).shape[1:3]
-    if vae_fingerprint(vae) != info.vae["fingerprint"]:
+    if weights_fingerprint(vae) != info.vae["fingerprint"]:
         raise ValueError(
             f"Expected the VAE that made the latents of {args.latents_dir} ({info.vae['name_or_path']}), got one with "
             f"other weights from {name}. Name the right one with --pretrained_vae_name_or_path."

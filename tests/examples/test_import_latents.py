@@ -14,7 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from diffusers_tread.data import LatentsDataset, latents_from_moments, vae_fingerprint
+from diffusers_tread.data import LatentsDataset, latents_from_moments
+from diffusers_tread.fingerprint import weights_fingerprint
 
 
 pytest.importorskip("datasets")
@@ -78,7 +79,7 @@ def test_latents_that_are_scaled_come_out_as_they_are(vae, tmp_path):
     assert torch.equal(batch["moments"], expected) and batch["moments"].dtype == torch.float16
     assert torch.equal(latents_from_moments(batch["moments"], dataset.info), expected.float())
     assert batch["class_labels"].tolist() == [label for _, label in records] and dataset.id2label[1] == "bee"
-    assert dataset.info.vae["fingerprint"] == vae_fingerprint(AutoencoderKL.from_pretrained(vae))
+    assert dataset.info.vae["fingerprint"] == weights_fingerprint(AutoencoderKL.from_pretrained(vae))
     assert dataset.info.crop == "unknown" and "unknown crop" in (tmp_path / "latents" / "README.md").read_text()
 
 

@@ -15,7 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
-from diffusers_tread.data import LatentsInfo, center_crop, image_to_tensor, vae_fingerprint
+from diffusers_tread.data import LatentsInfo, center_crop, image_to_tensor
+from diffusers_tread.fingerprint import weights_fingerprint
 
 
 datasets = pytest.importorskip("datasets")
@@ -156,7 +157,7 @@ def test_the_folder_holds_what_the_vae_gives(made, tmp_path, vae, dtype, vae_dty
     )
     assert info.vae == {
         "name_or_path": str(made / vae), "subfolder": None, "revision": None, "class_name": type(model).__name__,
-        "fingerprint": vae_fingerprint(model), "dtype": vae_dtype,
+        "fingerprint": weights_fingerprint(model), "dtype": vae_dtype,
     }  # fmt: skip
     assert info.source == {"train_data_dir": "images", "split": "train", "columns": ["image", "label"]}
     assert info.id2label == {0: "ant", 1: "bee"} and info.has_flipped

@@ -20,7 +20,8 @@ from diffusers import AutoencoderKL
 from diffusers_tread import TREADPipeline
 from diffusers_tread.data import EpochBatchSampler, LatentsDataset, LatentsInfo, derive_seed
 from diffusers_tread.data.latent_shards import LatentsWriter
-from diffusers_tread.data.latents import encode_moments, vae_fingerprint
+from diffusers_tread.data.latents import encode_moments
+from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.metrics import load_feature_extractor
 from diffusers_tread.training import fid_curve
 from diffusers_tread.training.checkpoints import list_checkpoints
@@ -67,7 +68,7 @@ def make_latents(folder, *, vae, vae_folder, seed=0):
     }
     info = LatentsInfo(
         kind="moments", dtype="float16", latent_channels=4, latent_size=8, resolution=16, scaling_factor=0.7,
-        shift_factor=0.1, vae={"name_or_path": str(vae_folder), "fingerprint": vae_fingerprint(vae)}, source={},
+        shift_factor=0.1, vae={"name_or_path": str(vae_folder), "fingerprint": weights_fingerprint(vae)}, source={},
         has_flipped=True, id2label=CLASSES, num_samples=1, shards=(),
     )  # fmt: skip
     writer = LatentsWriter(folder, info, num_shards=3)
@@ -175,7 +176,7 @@ def test_each_batch_is_a_new_sample_of_the_stored_posterior_shifted_and_scaled(a
 def test_the_pipeline_gets_the_vae_that_made_the_latents(argv, data, tmp_path):
     train(*argv, "--output_dir", tmp_path / "run", "--max_train_steps", 1)
     pipeline = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    assert vae_fingerprint(pipeline.vae) == LatentsInfo.load(data / "latents").vae["fingerprint"]
+    assert weights_fingerprint(pipeline.vae) == LatentsInfo.load(data / "latents").vae["fingerprint"]
     assert pipeline.config.id2label == {str(label): name for label, name in CLASSES.items()}
     assert (pipeline.transformer.config.sample_size, pipeline.transformer.config.in_channels) == (8, 4)
     assert pipeline("bee", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)

@@ -2,7 +2,7 @@
 from .images import DigitsDataset, ImageDataset, center_crop, collate_images, image_to_tensor, open_images
 from .latent_dataset import LatentsDataset, StreamingLatentsDataset, open_latents
 from .latent_shards import LatentsWriter, verify_latents
-from .latents import LatentsInfo, encode_images, encode_moments, latents_from_moments, vae_fingerprint
+from .latents import LatentsInfo, encode_images, encode_moments, latents_from_moments
 from .loading import make_batches, open_training_data
 from .sampling import EpochBatchSampler, derive_seed
 from .streaming import StreamingImageDataset
@@ -28,6 +28,5 @@ __all__ = [
     "open_images",
     "open_latents",
     "open_training_data",
-    "vae_fingerprint",
     "verify_latents",
 ]

@@ -11,7 +11,6 @@ Shapes: B batch, C latent channels, S side of the latents, M values a record: 2C
 """
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +48,8 @@ class LatentsInfo:
     shift_factor: float = 0.0
     """See `scaling_factor`."""
     vae: dict[str, Any]
-    """`name_or_path`, `revision`, `subfolder`, `class_name` and `fingerprint` of the VAE (see `vae_fingerprint`), and
-    the `dtype` that it encoded in."""
+    """`name_or_path`, `revision`, `subfolder`, `class_name` and `fingerprint` (see `weights_fingerprint`) of the VAE,
+    and the `dtype` that it encoded in."""
     source: dict[str, Any]
     """Where the images came from: `dataset_name`, `config`, `split`, `revision`, `columns` or `train_data_dir`."""
     crop: str = "center"
@@ -189,19 +188,6 @@ def latents_from_moments(
 def latent_scale(vae) -> tuple[float, float]:
     """`shift_factor` and `scaling_factor` of a VAE; 0 and 1 where its config has none."""
     return getattr(vae.config, "shift_factor", None) or 0.0, getattr(vae.config, "scaling_factor", None) or 1.0
-
-
-def vae_fingerprint(vae) -> str:
-    """Tells VAEs apart by what they compute with: a hash of the names, shapes and float32 values of their weights.
-
-    Returns:
-        64 hexadecimal digits, the same on every device and for weights stored in any precision that float32 holds.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().reshape(-1))
-    return digest.hexdigest()
 
 
 def _encode(vae, pixel_values: torch.Tensor) -> tuple[Any, torch.Tensor | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.latents import vae_fingerprint  # of any module's weights
+from ..fingerprint import weights_fingerprint
 from ..flops import forward_flops, guidance_flops
 from ..pipelines import TREADPipeline
 
@@ -199,7 +199,7 @@ def _check_results(pipeline: TREADPipeline, results: "Sequence[EvaluationResults
         for name, fingerprint in one.images.get("weights", {}).items():
             part = pipeline.components.get(name)
             same_dtype = part is not None and one.images["dtype"][name] == str(part.dtype).removeprefix("torch.")
-            if part is None or (same_dtype and vae_fingerprint(part) != fingerprint):
+            if part is None or (same_dtype and weights_fingerprint(part) != fingerprint):
                 raise ValueError(
                     f"Expected results of this pipeline, got those of {one.images.get('name_or_path')} with "
                     f"{'other weights of' if part is not None else 'a'} {name}. Evaluate this pipeline."

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ..data.latents import vae_fingerprint  # of any module's weights
+from ..fingerprint import weights_fingerprint
 
 
 class FeatureExtractor:
@@ -205,5 +205,5 @@ def _load_timm(name: str, weights: Path | None) -> FeatureExtractor:
 
 def _fingerprint(network: nn.Module, settings: dict[str, Any]) -> str:
     """Sixteen hexadecimal digits of weights and settings."""
-    content = json.dumps({"settings": settings, "weights": vae_fingerprint(network)}, sort_keys=True)
+    content = json.dumps({"settings": settings, "weights": weights_fingerprint(network)}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -19,8 +19,8 @@ import torch
 
 from ..data import center_crop, derive_seed
 from ..data.images import UNREADABLE
-from ..data.latents import vae_fingerprint  # of any module's weights
 from ..files import file_sha256, publish
+from ..fingerprint import weights_fingerprint
 
 
 class PipelineImages:
@@ -87,7 +87,7 @@ class PipelineImages:
             guidance = {"kind": type(guider).__name__, **_config(guider)}
         modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         return {
-            "weights": {name: vae_fingerprint(part) for name, part in modules.items()},
+            "weights": {name: weights_fingerprint(part) for name, part in modules.items()},
             "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in modules.items()},
             "scheduler": {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)},
             "num_inference_steps": self.num_inference_steps,

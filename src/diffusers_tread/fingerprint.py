@@ -1,0 +1,19 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""By what a network computes with, wherever it lies."""
+
+import hashlib
+
+import torch
+
+
+def weights_fingerprint(module: torch.nn.Module) -> str:
+    """A hash of the names, shapes and float32 values of a module's weights.
+
+    Returns:
+        64 hexadecimal digits, the same on every device and for weights stored in any precision that float32 holds.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().reshape(-1))
+    return digest.hexdigest()
