@@ -20,7 +20,7 @@ from diffusers_tread.hub.model_card import TRAINING_SETTINGS
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 sys.path[:0] = [str(HERE), str(EXAMPLES)]
-from tiny_pipeline import make_pipeline, sample  # noqa: E402
+from tiny_pipeline import make_pipeline, same, sample  # noqa: E402
 from train_tread_args import parse_args  # noqa: E402
 from train_tread_setup import name_data  # noqa: E402
 
@@ -134,7 +134,7 @@ def test_a_trained_model_is_loaded_without_the_package_and_gives_the_same_images
     images = np.load(tmp_path / "images.npz")
     tiny, digits = sample(make_pipeline()), sample(TREADPipeline.from_pretrained(folder / "pipeline"))
     for index, expected in enumerate((tiny, digits, digits, tiny)):
-        assert np.array_equal(images[f"arr_{index}"], expected), index
+        assert same(images[f"arr_{index}"], expected), index
     assert tiny.std() > 0.01 and digits.std() > 0.01 and (tmp_path / "sample.png").stat().st_size > 0
 
 
@@ -156,7 +156,7 @@ def test_the_package_loads_from_the_hub_without_trust(hub_server, hub_client, pu
 
         sys.path.insert(0, sys.argv[1])
         os.chdir(sys.argv[2])
-        from tiny_pipeline import make_pipeline, sample
+        from tiny_pipeline import make_pipeline, same, sample
         from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
 
         def parts(folder):
@@ -165,7 +165,7 @@ def test_the_package_loads_from_the_hub_without_trust(hub_server, hub_client, pu
         # All, without code; the transformer alone; what is given is not downloaded.
         expected = sample(make_pipeline())
         pipe = TREADPipeline.from_pretrained("ant/tiny", cache_dir="all")
-        assert np.array_equal(sample(pipe), expected)
+        assert same(sample(pipe), expected)
         assert type(pipe.guider) is SparseGuidance and type(pipe.scheduler) is EDMHeunScheduler
         alone = TREADTransformer2DModel.from_pretrained("ant/tiny", subfolder="transformer")
         assert torch.equal(alone.proj_out.weight, pipe.transformer.proj_out.weight)
@@ -201,7 +201,7 @@ def test_the_package_loads_from_the_hub_without_trust(hub_server, hub_client, pu
 
         # What diffusers itself pushes loads too.
         plain.save_pretrained("plain-folder", push_to_hub=True, repo_id="ant/plain")
-        assert np.array_equal(sample(TREADPipeline.from_pretrained("ant/plain")), sample(plain))
+        assert same(sample(TREADPipeline.from_pretrained("ant/plain")), sample(plain))
         exec(sys.argv[3])
         """,
         HERE,
