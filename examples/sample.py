@@ -20,11 +20,11 @@ from pathlib import Path
 import PIL.Image
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from evaluate import add_sampling_flags, check_guidance, open_pipeline_images
 from tqdm.auto import tqdm
 
 from diffusers_tread import SparseGuidance, TREADPipeline
+from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import write_json
 from diffusers_tread.metrics import PipelineImages
 from diffusers_tread.training.pictures import add_labels, make_grid, save_image
@@ -190,26 +190,23 @@ def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def claim_folder(output_dir: Path, images: PipelineImages, args: argparse.Namespace) -> set[str]:
-    """The names of the images that are there, the same for all processes.
+    """The names of the images that are there; claims the folder if there are none.
 
     Raises:
         ValueError: They depend on something else than those that are wanted.
     """
-    path, answer = output_dir / "settings.json", [None, None]
-    if PartialState().is_main_process:
-        settings = images.description | {"batch_size": args.batch_size}
-        if args.mode == "grid":  # these are in the images' names
-            settings["guidance"] = settings["guidance"] | {"guidance_scale": None, "weak_ratio": None}
-        there = {file.stem for file in output_dir.glob("images/*.png")}
-        known = settings
-        if there:  # images of another program have no settings
-            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        answer = [sorted(name for name in known | settings if known.get(name) != settings.get(name)), there]
-        if not there:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings)
-    differences, there = broadcast_object_list(answer)
-    if differences:
+    path, settings = output_dir / "settings.json", images.description | {"batch_size": args.batch_size}
+    if args.mode == "grid":  # these are in the images' names
+        settings["guidance"] = settings["guidance"] | {"guidance_scale": None, "weak_ratio": None}
+    there = {file.stem for file in output_dir.glob("images/*.png")}
+    if not there:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+        return there
+
+    # Images of another program have no settings.
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if differences := sorted(name for name in known | settings if known.get(name) != settings.get(name)):
         raise ValueError(
             f"Expected images of the same settings in {output_dir}, got others: {differences} differ from {path}. Use "
             "another --output_dir."
@@ -271,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         change = partial(SparseGuidance.from_config, images.pipeline.guider.config)
         guiders = {(scale, ratio): change(guidance_scale=scale, weak_ratio=ratio) for scale, ratio in sides}
 
-    there = claim_folder(Path(args.output_dir), images, args)
+    there = on_main_process(lambda: claim_folder(Path(args.output_dir), images, args))
     draw_missing(sheets, images, guiders, args, there=there)
     state.wait_for_everyone()
     for sheet in sheets[state.process_index :: state.num_processes]:

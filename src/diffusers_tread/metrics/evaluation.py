@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from ..distributed import on_main_process
 from .feature_store import FeatureStore
 from .features import FeatureExtractor
 from .image_sources import FolderImages, PipelineImages
@@ -295,7 +295,7 @@ def _open_reference(
 
 def _describe(source: ImageSource) -> dict[str, Any]:
     """The source's description in all processes; only one hashes files or weights for it."""
-    return broadcast_object_list([source.description if PartialState().is_main_process else None])[0]
+    return on_main_process(lambda: source.description)
 
 
 def describe_extractor(extractor: FeatureExtractor) -> dict[str, str]:
