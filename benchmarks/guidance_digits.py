@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from common import hardware, source_state, versions, write_whole
 from diffusers import BaseGuidance, ClassifierFreeGuidance
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from tqdm.auto import tqdm
-from train_step import hardware, source_state, versions, write_whole
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

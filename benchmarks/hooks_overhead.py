@@ -9,20 +9,16 @@ turns) stand beside their FLOP ceiling, counted by torch's FlopCounterMode with 
 
 import argparse
 import itertools
-import json
-import shlex
 import statistics
-import sys
 import time
-from datetime import datetime, timezone
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from common import check_common, finish_report, make_parser, start_report, summary, time_in_turns
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from train_step import hardware, source_state, summary, timed, versions, write_whole
 
 from diffusers_tread import (
     BlockSpec,
@@ -35,35 +31,26 @@ from diffusers_tread import (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = make_parser(__doc__, repeats=15, warmup=3)
     add = parser.add_argument
     add("--tokens", type=int, default=1024, help="Image tokens of the training steps, a square number.")
     add("--batch_size", type=int, default=2, help="Images per step.")
     add("--width", type=int, default=384, help="Of the transformers, a multiple of 64; they have 12 blocks.")
-    add("--device", default="cpu", help="cpu, cuda, mps, ...")
-    add("--repeats", type=int, default=15, help="Timed steps of each kind.")
-    add("--warmup", type=int, default=3, help="Steps of each kind before.")
-    add("--threads", type=int, help="Threads on the CPU; by default torch's choice.")
-    add("--seed", type=int, default=0, help="Of weights, data and subsets.")
-    add("--output", type=Path, help="JSON file to write; by default none.")
     args = parser.parse_args(argv)
+    check_common(args)
     if args.tokens < 16 or round(args.tokens**0.5) ** 2 != args.tokens:
         raise ValueError(f"Expected a square number >= 16 for --tokens, such as 1024, got {args.tokens}.")
     if args.width < 64 or args.width % 64:
         raise ValueError(f"Expected a multiple of 64 for --width, got {args.width}.")
-    if args.batch_size < 1 or args.repeats < 2 or args.warmup < 0:
-        raise ValueError("Expected --batch_size >= 1, --repeats >= 2 and --warmup >= 0.")
+    if args.batch_size < 1:
+        raise ValueError(f"Expected --batch_size >= 1, got {args.batch_size}.")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark; returns what it writes."""
     args = parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    report = start_report("hooks_overhead.py", argv)
     torch.manual_seed(args.seed)
 
     overhead = measure_overhead(args)
@@ -71,20 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"{name:24} {microseconds:6.1f} us per block")
     rows = [measure_step(name, make, args) for name, make in {"Flux": make_flux, "SD3": make_sd3}.items()]
 
-    report = {
-        "command": shlex.join(["python", "benchmarks/hooks_overhead.py", *(sys.argv[1:] if argv is None else argv)]),
-        "started": started,
-        "hardware": hardware(args.device),
-        "versions": versions(),
-        "source": source_state(),
-        "settings": {name: value for name, value in vars(args).items() if name != "output"},
-        "overhead_microseconds_per_block": overhead,
-        "rows": rows,
-    }
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.output, (json.dumps(report, indent=2) + "\n").encode())
-    return report
+    return finish_report(report, args, overhead_microseconds_per_block=overhead, rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------- cost per block
@@ -204,12 +178,7 @@ def measure_step(name: str, make, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
 
     ceiling = count_flops(step, False) / count_flops(step, True)
-    times = {"dense": [], "routed": []}
-    for repeat in range(args.warmup + args.repeats):
-        for kind, seconds in times.items():
-            elapsed = timed(step, kind == "routed", args.device)
-            if repeat >= args.warmup:
-                seconds.append(elapsed)
+    times = time_in_turns({"dense": partial(step, False), "routed": partial(step, True)}, args)
     speedup = statistics.median(times["dense"]) / statistics.median(times["routed"])
     print(f"{name:5} {args.tokens} tokens: speed-up {speedup:.2f}, ceiling {ceiling:.2f}, {speedup / ceiling:.0%}")
     return {

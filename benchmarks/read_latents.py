@@ -15,12 +15,9 @@ cache: what a disk can do is not measured.
 import argparse
 import json
 import multiprocessing
-import shlex
 import statistics
-import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,8 @@ import datasets
 import numpy as np
 import pyarrow
 import torch
+from common import hardware, start_report, summary, versions, write_whole
 from latent_formats import FORMATS, NUM_CLASSES, SEQUENTIAL
-from train_step import hardware, source_state, summary, versions, write_whole
 
 from diffusers_tread.data import make_batches, open_latents
 
@@ -69,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark; returns what it writes."""
     args = parse_args(argv)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    report = start_report("read_latents.py", argv)
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
     rng = np.random.default_rng(args.seed)
@@ -91,12 +88,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 loaders.append(measure_loader(Path(root, "latents"), streaming, num_workers, args))
                 print(format_loader(loaders[-1]), flush=True)
 
-    report = {
-        "command": shlex.join(["python", "benchmarks/read_latents.py", *(sys.argv[1:] if argv is None else argv)]),
-        "started": started,
+    report |= {
         "hardware": hardware("cpu"),
         "versions": versions() | {"datasets": datasets.__version__, "pyarrow": pyarrow.__version__},
-        "source": source_state(),
         "settings": {name: value for name, value in vars(args).items() if name not in ("output", "folder")},
         "formats": rows,
         "loaders": loaders,
