@@ -64,6 +64,26 @@ def test_importing_the_package_loads_no_package_that_only_the_examples_need():
     assert not {"cleanfid", "datasets", "matplotlib", "sklearn", "tensorboard"} & set(result.stdout.split())
 
 
+def test_the_pipeline_and_what_it_imports_of_diffusers_are_loaded_with_its_first_use():
+    late = "diffusers_tread.pipelines", "diffusers.pipelines.pipeline_utils", "diffusers.models.autoencoders", "scipy"
+    # Without transformers and peft, which import scipy where they find it.
+    loads = f"print([name for name in {late[:-1]} if name in sys.modules])"
+    result = import_without(
+        ["accelerate", "peft", "transformers"],
+        f"print([name for name in {late} if name in sys.modules]); diffusers_tread.TREADPipeline; {loads}",
+    )
+    assert result.stdout.splitlines() == ["[]", str(list(late[:-1]))], result.stderr
+
+
+def test_the_pipeline_is_a_name_of_the_package_like_the_others():
+    namespace = {}
+    exec("from diffusers_tread import *", namespace)
+    assert namespace["TREADPipeline"] is diffusers_tread.TREADPipeline
+    assert set(diffusers_tread.__all__) <= set(dir(diffusers_tread))
+    with pytest.raises(AttributeError, match="TREADPipelines"):
+        diffusers_tread.TREADPipelines  # noqa: B018
+
+
 def test_every_name_in_all_exists_once():
     names = diffusers_tread.__all__
     assert len(names) == len(set(names))

@@ -1,4 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from typing import TYPE_CHECKING, Any
+
 from .guiders import RatioSchedule, SparseGuidance
 from .hooks import (
     BlockSpec,
@@ -12,11 +14,14 @@ from .hooks import (
     remove_token_routing,
 )
 from .models import TREADTransformer2DModel
-from .pipelines import TREADPipeline
 from .routing import TokenRoute, TokenRouter, default_route, get_token_router, token_routing
 from .schedulers import EDMHeunScheduler
 from .training import EDMObjective, FlowMatchingObjective
 from .version import __version__
+
+
+if TYPE_CHECKING:
+    from .pipelines import TREADPipeline
 
 
 __all__ = [
@@ -43,3 +48,16 @@ __all__ = [
     "token_routing",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: diffusers' pipelines import its autoencoders, UNets and transformers, which training does without.
+    if name == "TREADPipeline":
+        from .pipelines import TREADPipeline
+
+        return TREADPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,14 +8,17 @@ level has three significant digits. The network gets its input in the dtype of t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler, edm_preconditioning
 from .masked_losses import check_masked_loss, masked_loss
+
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 # diffusers' flow schedulers call the network with sigma * num_train_timesteps.
@@ -193,8 +196,10 @@ class FlowMatchingObjective:
             reconstruction_weight=self.reconstruction_weight,
         )
 
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+    def scheduler(self) -> "FlowMatchEulerDiscreteScheduler":
         """The sampler with this objective's shift, calling the network with 1000 t."""
+        from diffusers import FlowMatchEulerDiscreteScheduler  # which imports scipy.stats where it is installed
+
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_FLOW_TRAIN_TIMESTEPS, shift=self.shift)
 
 
