@@ -123,6 +123,9 @@ class TREADTransformer2DModelOutput(BaseOutput):
     """Per route the ids of the kept tokens, [B, K] int64, or None for a route not taken, for losses that tell kept
     tokens from routed ones. None for a dense forward."""
 
+    prefix: torch.Tensor | None = None
+    """[B, N, D], the tokens in front of the first route's first block, if `return_prefix` asked for them."""
+
 
 class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     r"""DiT whose middle blocks can be skipped by a random share of the tokens.
@@ -167,6 +170,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     """
 
     _supports_gradient_checkpointing = True
+    _supports_prefix = True
     _no_split_modules = ["TREADTransformerBlock"]
     _repeated_blocks = ["TREADTransformerBlock"]
     _skip_layerwise_casting_patterns = [
@@ -291,6 +295,9 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         class_labels: torch.Tensor | None = None,
         kept_token_ids: list[torch.Tensor | None] | None = None,
         return_dict: bool = True,
+        *,
+        prefix: torch.Tensor | None = None,
+        return_prefix: bool = False,
     ) -> "TREADTransformer2DModelOutput | tuple[Any, ...]":
         """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data).
 
@@ -302,16 +309,22 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             kept_token_ids: Per route the ids of the kept tokens, [B, K] int64, or None for a route not taken, as
                 `TokenRouter.plan` gives them. None: the token router decides.
             return_dict: Whether to return a `TREADTransformer2DModelOutput` or a tuple.
+            prefix: [B, N, D], the tokens in front of the first route's first block, as another forward with the same
+                `hidden_states`, `timestep` and `class_labels` gave them; the blocks before are not run then. They do
+                not depend on what is routed away, so the branches of Sparse Guidance share them.
+            return_prefix: Whether to give `prefix`.
 
         Returns:
             `sample`: [B, out_channels, H, W] in the dtype of `hidden_states`; `kept_token_ids`, those that were used,
-            which a dense forward's tuple does not have.
+            and `prefix`, which a tuple has only where they are not None.
 
         Raises:
-            ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size, or
-                `kept_token_ids` that do not fit the routes and the batch.
+            ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size,
+                `kept_token_ids` that do not fit the routes and the batch, a `prefix` of another shape, or a prefix
+                where there are no routes.
         """
         height, width = self._check_inputs(hidden_states, timestep, class_labels, kept_token_ids)
+        self._check_prefix(prefix, return_prefix, (hidden_states.shape[0], height * width, self.positions.shape[1]))
         # Made contiguous once: the residual stream keeps its layout, and layer norms and products would copy it each.
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # B N D
         # Cast to the input's dtype: under autocast the residual stream stays in fp32.
@@ -321,18 +334,28 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         if kept_token_ids is None:
             kept_token_ids = self.token_router.plan(tokens, training=self.training)
 
-        tokens = self._run_blocks(tokens, conditioning, kept_token_ids)
+        tokens, prefix = self._run_blocks(tokens, conditioning, kept_token_ids, prefix, return_prefix)
 
         shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)  # B 1 D
         patches = self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale))  # B N P*P*C
         sample = self._unpatchify(patches, height, width).to(hidden_states.dtype)  # B C H W
-        output = TREADTransformer2DModelOutput(sample=sample, kept_token_ids=kept_token_ids)
+        output = TREADTransformer2DModelOutput(
+            sample=sample, kept_token_ids=kept_token_ids, prefix=prefix if return_prefix else None
+        )
         return output if return_dict else output.to_tuple()
 
     def _run_blocks(
-        self, tokens: torch.Tensor, conditioning: torch.Tensor, kept_token_ids: list[torch.Tensor | None] | None
-    ) -> torch.Tensor:
-        """The blocks, with each route's kept tokens gathered before its first block and put back after its last."""
+        self,
+        tokens: torch.Tensor,
+        conditioning: torch.Tensor,
+        kept_token_ids: list[torch.Tensor | None] | None,
+        prefix: torch.Tensor | None,
+        return_prefix: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The blocks, with each route's kept tokens gathered before its first block and put back after its last.
+
+        Gives the tokens after the last block, and the prefix if there is one or it is asked for.
+        """
         starts, ends = {}, {}
         if kept_token_ids is not None:
             for route, ids in zip(self.token_router.routes, kept_token_ids, strict=True):
@@ -341,7 +364,12 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
                     ends[route.end] = ids
 
         input_tokens = tokens
+        prefix_end = self.token_router.routes[0].start if prefix is not None or return_prefix else None
         for index, block in enumerate(self.transformer_blocks):
+            if prefix is not None and index < prefix_end:
+                continue
+            if index == prefix_end:
+                tokens = prefix = tokens if prefix is None else prefix
             if index in starts:
                 rejoin, ids = starts[index]
                 all_tokens = input_tokens if rejoin == "input" else tokens
@@ -354,7 +382,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
                 tokens = block(tokens, conditioning)
             if index in ends:
                 tokens = put_tokens(all_tokens, ends[index], tokens)  # B K D -> B N D
-        return tokens
+        return tokens, prefix
 
     def _embed_conditioning(
         self, timestep: torch.Tensor, class_labels: torch.Tensor | None, hidden_states: torch.Tensor
@@ -413,6 +441,15 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
                     f"{len(self.token_router.routes)} routes, got {shapes}."
                 )
         return height // patch_size, width // patch_size
+
+    def _check_prefix(self, prefix: torch.Tensor | None, return_prefix: bool, shape: tuple[int, int, int]) -> None:
+        if (prefix is not None or return_prefix) and not self.token_router.routes:
+            raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
+        if prefix is not None and prefix.shape != shape:
+            raise ValueError(
+                f"Expected a prefix {list(shape)}, as return_prefix=True gave it for these inputs, got "
+                f"{list(prefix.shape)}."
+            )
 
     def _init_weights(self) -> None:
         """DiT's initialisation (arXiv 2212.09748, section 3.2 and appendix A); the zeros come last."""
