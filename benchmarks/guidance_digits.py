@@ -219,9 +219,9 @@ def fingerprint(args: argparse.Namespace, guider: BaseGuidance | None) -> str:
 
 
 def cost(pipeline: TREADPipeline, guider: BaseGuidance | None) -> dict[str, float]:
-    """FLOPs of one image, and their share of dense classifier-free guidance."""
+    """FLOPs of one image, and their share of dense classifier-free guidance; all of each branch counts."""
     guider = ClassifierFreeGuidance(enabled=False) if guider is None else guider
-    flops = guidance_flops(pipeline.transformer, guider, num_steps=demo.NUM_INFERENCE_STEPS)
+    flops = guidance_flops(pipeline.transformer, guider, num_steps=demo.NUM_INFERENCE_STEPS, shared_prefix=False)
     return {"gigaflops_per_image": flops.total / 1e9, "share_of_cfg": flops.share_of_cfg}
 
 

@@ -95,8 +95,8 @@ def test_the_ceilings_are_those_known_for_the_paper_s_models(name, num_tokens, c
 
 
 def gflops_per_step(guider, **settings):
-    """As the Sparse Guidance paper counts: multiply-adds of the linear layers, all branches of a step."""
-    flops = guidance_flops(preset("XL/2"), guider, **settings)
+    """As the Sparse Guidance paper counts: multiply-adds of the linear layers, all of each branch of a step."""
+    flops = guidance_flops(preset("XL/2"), guider, shared_prefix=False, **settings)
     return flops.linear / len(flops.steps) / 2e9
 
 
@@ -113,7 +113,7 @@ def test_the_guided_steps_are_the_forwards_that_a_sampler_runs():
     guider = SparseGuidance(
         strong_ratio=0.1, weak_ratio=RatioSchedule(first=0.8, last=0.4, shape="linear"), start=0.2, stop=0.8
     )
-    flops = guidance_flops(model, guider, num_steps=5)
+    flops = guidance_flops(model, guider, num_steps=5, shared_prefix=False)
     ratios = [(0.0,), (0.1, 0.7), (0.1, 0.6), (0.1, 0.5), (0.0,)]
     counted = [[counted_flops(model, size=32, selection_ratio=ratio) for ratio in step] for step in ratios]
     assert [(step.linear, step.attention) for step in flops.steps] == [
@@ -121,6 +121,28 @@ def test_the_guided_steps_are_the_forwards_that_a_sampler_runs():
     ]
     cfg = 5 * 2 * sum(counted[0][0])
     assert flops.share_of_cfg == pytest.approx(flops.total / cfg) and guider._step is None
+
+
+def test_the_shared_blocks_count_once():
+    # 2 of 28 blocks per guided step, in FLOPs: 24 D^2 per token, 12 D^2 of modulation, 4 N^2 D of attention.
+    model, guider = preset("XL/2"), SparseGuidance(strong_ratio=0.5, weak_ratio=0.9, stop=0.6)
+    apart, shared = (guidance_flops(model, guider, num_steps=5, shared_prefix=value) for value in (False, True))
+    assert shared == guidance_flops(model, guider, num_steps=5)
+    linear, attention = 2 * (24 * 256 + 12) * 1152**2, 2 * 4 * 256**2 * 1152
+    for step in range(5):
+        saved = (linear, attention) if step < 3 else (0, 0)
+        one, other = apart.steps[step], shared.steps[step]
+        assert (one.linear - other.linear, one.attention - other.attention) == saved
+    assert apart.dense == shared.dense
+
+    # Nothing to share: another condition, another model, another kind of guidance.
+    for other in (
+        SparseGuidance(null_weak_branch=True),
+        SparseGuidance(weak_checkpoint=True),
+        SparseGuidance(guidance_scale=1.0),
+        ClassifierFreeGuidance(),
+    ):
+        assert guidance_flops(model, other) == guidance_flops(model, other, shared_prefix=False)
 
 
 def test_the_weak_branch_counts_with_its_own_model():

@@ -135,6 +135,7 @@ def guidance_flops(
     *,
     num_steps: int = 40,
     guidance_model_or_config: "TREADTransformer2DModel | Mapping[str, Any] | None" = None,
+    shared_prefix: bool = True,
 ) -> GuidanceFlops:
     """FLOPs of sampling one image with a guider, schedules and intervals included.
 
@@ -146,6 +147,9 @@ def guidance_flops(
         num_steps: Guided predictions: the sampler's steps N, or 2N - 1 with Heun's method.
         guidance_model_or_config: What runs the weak branch of `SparseGuidance(weak_checkpoint=True)`; None for a
             model of the same size.
+        shared_prefix: Whether the blocks in front of the first route count once where both branches of
+            `SparseGuidance` have the same inputs, as `TREADPipeline` runs them. False counts all of both branches, as
+            the papers do and as a loop of your own runs them.
 
     Raises:
         ValueError: Fewer than one step, or as `forward_flops`.
@@ -155,16 +159,17 @@ def guidance_flops(
         >>> from diffusers_tread.flops import guidance_flops
         >>> model = TREADTransformer2DModel.from_preset("S/2", num_classes=10)
         >>> round(guidance_flops(model, SparseGuidance(strong_ratio=0.2, weak_ratio=0.8)).share_of_cfg, 2)
-        0.7
+        0.62
     """
     if num_steps < 1:
         raise ValueError(f"Expected num_steps >= 1, the guided predictions of one sampling, got {num_steps}.")
-    _, num_tokens = _read_config(model_or_config, num_tokens)
+    config, num_tokens = _read_config(model_or_config, num_tokens)
     dense = forward_flops(model_or_config, num_tokens, selection_ratio=0.0)
     is_sparse = hasattr(guider, "check_denoisers")  # not by its class: a guider from the Hub brings code of its own
     models = [model_or_config, model_or_config]
     if is_sparse and guider.weak_checkpoint and guidance_model_or_config is not None:
         models[1] = guidance_model_or_config
+    shared = _prefix_flops(config, num_tokens) if shared_prefix and getattr(guider, "shares_inputs", False) else None
 
     guider, steps = copy.deepcopy(guider), []
     for step in range(num_steps):
@@ -174,6 +179,8 @@ def guidance_flops(
             branches = zip(models, guider.branch_ratios, strict=False)
             forwards = [forward_flops(model, num_tokens, selection_ratio=ratio) for model, ratio in branches]
         linear, attention = sum(one.linear for one in forwards), sum(one.attention for one in forwards)
+        if shared is not None and len(forwards) == 2:
+            linear, attention = linear - shared.linear, attention - shared.attention
         steps.append(ForwardFlops(linear=linear, attention=attention))
     return GuidanceFlops(steps=tuple(steps), dense=dense)
 
@@ -184,6 +191,13 @@ def _block_flops(config: Mapping[str, Any], num_tokens: int) -> ForwardFlops:
     per_token = 2 * (4 * width + 2 * int(config["mlp_ratio"] * width)) * width
     modulation = 2 * 6 * width * width
     return ForwardFlops(linear=num_tokens * per_token + modulation, attention=2 * 2 * num_tokens**2 * width)
+
+
+def _prefix_flops(config: Mapping[str, Any], num_tokens: int) -> ForwardFlops:
+    """The blocks in front of the first route, which see all tokens."""
+    routes, block = resolve_routes(config["routes"], config["num_layers"]), _block_flops(config, num_tokens)
+    num_blocks = routes[0].start if routes else 0
+    return ForwardFlops(linear=num_blocks * block.linear, attention=num_blocks * block.attention)
 
 
 def _tokens_per_block(config: Mapping[str, Any], num_tokens: int, selection_ratio: float | None) -> list[int]:

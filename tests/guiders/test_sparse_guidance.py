@@ -199,6 +199,13 @@ def test_modular_block_states_give_the_same_prediction(transformer, inputs, null
     assert torch.equal(guider(guider_state)[0], guided(guider, transformer, *inputs, seed=7)[0])
 
 
+@pytest.mark.parametrize(
+    "settings, shares", [({}, True), ({"null_weak_branch": True}, False), ({"weak_checkpoint": True}, False)], ids=str
+)
+def test_branches_of_one_denoiser_with_one_condition_share_their_inputs(settings, shares):
+    assert SparseGuidance(**settings).shares_inputs is shares
+
+
 # Schedules.
 
 

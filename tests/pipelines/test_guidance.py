@@ -222,8 +222,30 @@ def test_other_guiders_of_diffusers_guide(make_pipeline, record_calls, generator
     unguided = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=1.0)
     calls, _ = record_calls(pipe.transformer)
     images = latents_of(pipe, [1, 4], generators(0, 1))
-    assert [call[2].tolist() for call in calls] == [[1, 4], [5, 5]] * 5
+    assert [call[2].tolist() for call in calls] == [[1, 4, 5, 5]] * 5  # dense branches are one forward
     assert images.isfinite().all() and (images - unguided).abs().max() > 0.05
+
+
+class OneByOne(ClassifierFreeGuidance):
+    """Might change the model between its branches, which therefore cannot be one forward."""
+
+    def prepare_models(self, denoiser):
+        super().prepare_models(denoiser)
+
+
+@pytest.mark.parametrize("seeds", ["one", "each"])
+def test_branches_in_one_forward_equal_branches_one_by_one(make_pipeline, record_calls, generators, seeds):
+    pipe, images = make_pipeline(), []
+    for selection_ratio, size in ((None, 4), (0.5, 2)):  # of a routed model they stay apart, each with its own subset
+        for guider in (ClassifierFreeGuidance, OneByOne):
+            pipe.guider = guider(guidance_scale=2.5)
+            calls, _ = record_calls(pipe.transformer)
+            source = generators(0, 1) if seeds == "each" else generators(0)[0]
+            with token_routing(pipe.transformer, selection_ratio=selection_ratio):
+                images.append(latents_of(pipe, [1, 4], source))
+            assert {len(call[0]) for call in calls} == {size if guider is ClassifierFreeGuidance else 2}
+    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(images[2], images[3]) and (images[2] - images[0]).abs().max() > 0.01
 
 
 # The guidance transformer.

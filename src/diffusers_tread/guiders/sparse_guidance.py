@@ -214,6 +214,11 @@ class SparseGuidance(BaseGuidance):
         return 2 if self._is_within_range() and self.guidance_scale != 1.0 else 1
 
     @property
+    def shares_inputs(self) -> bool:
+        """Whether both branches give one denoiser the same inputs, so that all before its first route is the same."""
+        return not (self.null_weak_branch or self.weak_checkpoint)
+
+    @property
     def branch_ratios(self) -> list[float]:
         """Per branch of the current step, strong then weak, the share of tokens routed away.
 

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models import TREADTransformer2DModel
 from ..routing import draw_routing_seed, get_token_router, token_routing
-from .components import check_channels, check_guidance_transformer, check_scheduler, check_sigmas
+from .components import check_channels, check_guidance_transformer, check_scheduler, check_sigmas, takes_prefix
 from .hub_pipeline import HubPipeline
 
 
@@ -82,6 +82,7 @@ class TREADPipeline(HubPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = None
         self._num_timesteps = 0
+        self._takes_prefix = False
         self._interrupt = False
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -178,6 +179,7 @@ class TREADPipeline(HubPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
+        self._takes_prefix = takes_prefix(self.transformer)
         self._interrupt = False
 
         # Labels, noise and timesteps.
@@ -316,27 +318,63 @@ class TREADPipeline(HubPipeline):
             latents = self.scheduler.scale_model_input(latents, timestep)
         null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
 
-        # A guider runs its branches one by one.
         if guider is not None:
             guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
             branches = guider.prepare_inputs({"class_labels": (class_labels, null_labels)})
-            for index, branch in enumerate(branches):
-                is_checkpoint = index == 1 and getattr(guider, "weak_checkpoint", False)
-                transformer = self.guidance_transformer if is_checkpoint else self.transformer
-                guider.prepare_models(transformer)
-                try:
-                    branch.noise_pred = self._denoise(transformer, latents, timestep, branch.class_labels, generator)
-                finally:
-                    guider.cleanup_models(transformer)
+            self._run_branches(branches, guider, latents, timestep, generator)
             return guider(branches)[0]
 
-        # Plain classifier-free guidance runs both in one forward.
+        # Plain classifier-free guidance.
         if self.guidance_scale is not None and self.guidance_scale > 1.0:
-            labels = torch.cat([class_labels, null_labels])  # 2B
-            both = self._denoise(self.transformer, torch.cat([latents, latents]), timestep, labels, generator)
-            conditional, unconditional = both.chunk(2)
+            labels = [class_labels, null_labels]
+            conditional, unconditional = self._denoise_together(labels, latents, timestep, generator)
             return torch.lerp(unconditional, conditional, self.guidance_scale)
-        return self._denoise(self.transformer, latents, timestep, class_labels, generator)
+        return self._denoise(self.transformer, latents, timestep, class_labels, generator)[0]
+
+    def _run_branches(
+        self,
+        branches: list[Any],
+        guider: BaseGuidance,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        generator: "torch.Generator | list[torch.Generator] | None",
+    ) -> None:
+        """Sets `noise_pred` of each branch of a step."""
+        # Dense branches that differ in the condition alone are one forward.
+        changes_model = type(guider).prepare_models is not BaseGuidance.prepare_models
+        if not changes_model and not get_token_router(self.transformer).is_routing(training=False):
+            labels = [branch.class_labels for branch in branches]
+            predictions = self._denoise_together(labels, latents, timestep, generator)
+            for branch, prediction in zip(branches, predictions, strict=True):
+                branch.noise_pred = prediction
+            return
+
+        # The others run one by one; with the same inputs, the second goes on where the first met its first route.
+        shares = self._takes_prefix and len(branches) == 2 and getattr(guider, "shares_inputs", False)
+        settings = {"return_prefix": True} if shares else {}
+        for index, branch in enumerate(branches):
+            is_checkpoint = index == 1 and getattr(guider, "weak_checkpoint", False)
+            transformer = self.guidance_transformer if is_checkpoint else self.transformer
+            guider.prepare_models(transformer)
+            try:
+                output = self._denoise(transformer, latents, timestep, branch.class_labels, generator, **settings)
+            finally:
+                guider.cleanup_models(transformer)
+            branch.noise_pred = output[0]
+            if shares and index == 0:
+                settings = {"prefix": output[-1].clone()}
+
+    def _denoise_together(
+        self,
+        class_labels: list[torch.Tensor],
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        generator: "torch.Generator | list[torch.Generator] | None",
+    ) -> tuple[torch.Tensor, ...]:
+        """One forward for the same latents with several labels each; a prediction [B, C, H, W] for each of them."""
+        many = torch.cat([latents] * len(class_labels))
+        predictions = self._denoise(self.transformer, many, timestep, torch.cat(class_labels), generator)[0]
+        return predictions.chunk(len(class_labels))
 
     @staticmethod
     def _denoise(
@@ -345,19 +383,26 @@ class TREADPipeline(HubPipeline):
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         generator: "torch.Generator | list[torch.Generator] | None",
-    ) -> torch.Tensor:
-        """One forward in the model's dtype. Where it routes, its subset is drawn from the caller's generators."""
+        **prefix: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """One forward in the model's dtype: the prediction in float32, and the prefix last where that is asked for.
+
+        Where it routes, its subset is drawn from the caller's generators.
+        """
         router = get_token_router(transformer)
         seed = router.seed
         if seed is None and generator is not None and router.is_routing(training=False):
-            if isinstance(generator, list) and len(generator) != len(latents):
-                generator = [*generator, *generator]  # both halves of classifier-free guidance
+            if isinstance(generator, list):
+                generator = generator * (len(latents) // len(generator))  # for each half of classifier-free guidance
             seed = draw_routing_seed(generator, device=latents.device)
+        # Not `transformer.dtype`, which looks at every module.
+        latents = latents.to(transformer.patch_embedding.weight.dtype)
         with token_routing(transformer, seed=seed):
-            prediction = transformer(
-                latents.to(transformer.dtype), timestep, class_labels=class_labels, return_dict=False
-            )[0]
-        return prediction.float()
+            prediction, *others = transformer(
+                latents, timestep, class_labels=class_labels, return_dict=False, **prefix
+            )
+        # Copied, also above: a CUDA graph of torch.compile writes its next outputs over these. Not tried here.
+        return prediction.to(torch.float32, copy=True), *others
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to images in [-1, 1]; a model of pixels has them already."""
