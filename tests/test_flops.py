@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_tread import RatioSchedule, SparseGuidance, TokenRoute, TREADTransformer2DModel, token_routing
-from diffusers_tread.flops import block_flops_saved, flop_ceiling, forward_flops, guidance_flops
+from diffusers_tread.flops import block_flops_saved, flop_ceiling, forward_flops, guidance_flops, training_flops
 
 
 def preset(name, **settings):
@@ -65,6 +65,15 @@ def test_a_forward_has_the_flops_that_torch_counts_with_odd_settings_and_two_rou
 def test_the_config_alone_gives_the_same_count():
     model = preset("S/2")
     assert forward_flops(dict(model.config)) == forward_flops(model)
+
+
+@pytest.mark.parametrize("name", ["S/2", "B/4"])
+@pytest.mark.parametrize("selection_ratio", [0.0, 0.5])
+def test_a_forward_and_backward_have_the_flops_that_torch_counts(name, selection_ratio):
+    model = preset(name)
+    counted = sum(counted_flops(model, size=32, selection_ratio=selection_ratio, backward=True))
+    assert training_flops(model, selection_ratio=selection_ratio) == counted
+    assert counted == pytest.approx(3 * forward_flops(model, selection_ratio=selection_ratio).total, rel=1e-3)
 
 
 def test_the_ceiling_of_a_whole_training_step_is_that_of_its_forward():
