@@ -313,12 +313,6 @@ def test_a_model_that_dit_cannot_express_is_not_exported(changes):
         export_dit(TREADTransformer2DModel(num_layers=6, attention_head_dim=4, sample_size=8, **changes))
 
 
-def test_fused_projections_are_not_exported(transformer):
-    transformer.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="unknown: .*to_qkv"):
-        export_dit(transformer)
-
-
 # diffusers' DiT.
 
 

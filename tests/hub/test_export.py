@@ -166,8 +166,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_lost(exported, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
 
     adapted = make_pipeline()
-    adapted.transformer.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="a transformer with the weights of its class, got others, such as .*to_q"):
+    adapted.transformer.add_adapter(peft.LoraConfig(target_modules=["to_qkv"]))
+    with pytest.raises(ValueError, match="a transformer with the weights of its class, got others, such as .*to_qkv"):
         export_for_hub(adapted, tmp_path / "new")
     adapted.transformer.fuse_lora()
     adapted.transformer.unload_lora()

@@ -69,8 +69,8 @@ def numpy_forward(model, latents, timestep, labels, kept_token_ids=()):
         shift1, scale1, gate1, shift2, scale2, gate2 = np.split(linear(condition, f"{name}.modulation"), 6, 1)
         y = norm(x) * (1 + scale1[:, None]) + shift1[:, None]
         q, k, v = (
-            linear(y, f"{name}.attn.to_{letter}").reshape(batch, y.shape[1], config.num_attention_heads, -1)
-            for letter in "qkv"
+            part.reshape(batch, y.shape[1], config.num_attention_heads, -1)
+            for part in np.split(linear(y, f"{name}.attn.to_qkv"), 3, 2)
         )
         scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(config.attention_head_dim)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
@@ -218,7 +218,15 @@ def test_the_output_is_exactly_zero_at_initialisation(inputs, training, routes):
         num_attention_heads=2, attention_head_dim=8, num_layers=6, in_channels=3, num_classes=5, routes=routes
     ).train(training)
     assert torch.count_nonzero(model(*inputs).sample) == 0
-    assert all(torch.count_nonzero(block.attn.to_q.weight) > 0 for block in model.transformer_blocks)
+    assert all(torch.count_nonzero(block.attn.to_qkv.weight) > 0 for block in model.transformer_blocks)
+
+
+def test_query_key_and_value_are_initialised_as_matrices_of_their_own():
+    """Xavier's bound is sqrt(6 / (fan_in + fan_out)): sqrt(3 / D) for each, not sqrt(1.5 / D) for the three as one."""
+    model = TREADTransformer2DModel(num_attention_heads=4, attention_head_dim=16, num_layers=6)
+    for block in model.transformer_blocks:
+        for weight in block.attn.to_qkv.weight.chunk(3):
+            assert 0.95 * (3 / 64) ** 0.5 < weight.abs().max() <= (3 / 64) ** 0.5
 
 
 def test_every_parameter_gets_a_gradient(make_model, inputs):

@@ -10,7 +10,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin
 from ..models import TREADTransformer2DModel
 from ..pipelines import TREADPipeline
 from .convert_checkpoints import dit_scheduler, make_model
-from .convert_layouts import check_names, diffusers_dit_names, drop_learned_variance, rename
+from .convert_layouts import check_names, diffusers_dit_names, drop_learned_variance, join_attention, rename
 
 
 def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) -> TREADPipeline:
@@ -61,7 +61,8 @@ def _convert_diffusers_transformer(
         if not torch.equal(tensors.pop(name), tensors[first + name.split(".norm1.emb.")[1]]):
             raise ValueError(f"Expected the same embedders in all blocks, got {name} unlike block 0's.")
 
-    state_dict = rename(tensors, diffusers_dit_names(config.num_layers, attention_bias=config.attention_bias))
+    names = diffusers_dit_names(config.num_layers, attention_bias=config.attention_bias)
+    state_dict = rename(join_attention(tensors), names)
     state_dict = drop_learned_variance(state_dict, in_channels=config.in_channels, num_pixels=config.patch_size**2)
     settings = {
         "num_attention_heads": config.num_attention_heads,

@@ -2,7 +2,7 @@
 """What DiT (arXiv 2212.09748), diffusers' DiT and our transformer call the same weights.
 
 The public implementations of TREAD (arXiv 2501.04765) and SiT (arXiv 2401.08740) use DiT's names. A table maps a
-source's name to ours, to three of ours where the source keeps query, key and value in one matrix, rows after rows.
+source's name to ours. Query, key and value are one matrix here and in DiT, rows after rows.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,52 +10,52 @@ from collections.abc import Iterable, Mapping
 import torch
 
 
-Names = dict[str, tuple[str, ...]]
+Names = dict[str, str]
 
 
 def dit_names(num_layers: int) -> Names:
     """DiT's names to ours, without the fixed `pos_embed`, which our model computes."""
     modules = {
-        "x_embedder.proj": ("patch_embedding",),
-        "t_embedder.mlp.0": ("timestep_embedding.linear_1",),
-        "t_embedder.mlp.2": ("timestep_embedding.linear_2",),
-        "final_layer.adaLN_modulation.1": ("modulation_out",),
-        "final_layer.linear": ("proj_out",),
+        "x_embedder.proj": "patch_embedding",
+        "t_embedder.mlp.0": "timestep_embedding.linear_1",
+        "t_embedder.mlp.2": "timestep_embedding.linear_2",
+        "final_layer.adaLN_modulation.1": "modulation_out",
+        "final_layer.linear": "proj_out",
     }
     for i in range(num_layers):
         ours = f"transformer_blocks.{i}"
         modules |= {
-            f"blocks.{i}.attn.qkv": (f"{ours}.attn.to_q", f"{ours}.attn.to_k", f"{ours}.attn.to_v"),
-            f"blocks.{i}.attn.proj": (f"{ours}.attn.to_out.0",),
-            f"blocks.{i}.mlp.fc1": (f"{ours}.ff.net.0.proj",),
-            f"blocks.{i}.mlp.fc2": (f"{ours}.ff.net.2",),
-            f"blocks.{i}.adaLN_modulation.1": (f"{ours}.modulation",),
+            f"blocks.{i}.attn.qkv": f"{ours}.attn.to_qkv",
+            f"blocks.{i}.attn.proj": f"{ours}.attn.to_out.0",
+            f"blocks.{i}.mlp.fc1": f"{ours}.ff.net.0.proj",
+            f"blocks.{i}.mlp.fc2": f"{ours}.ff.net.2",
+            f"blocks.{i}.adaLN_modulation.1": f"{ours}.modulation",
         }
-    return _parameters(modules) | {"y_embedder.embedding_table.weight": ("class_embedding.weight",)}
+    return _parameters(modules) | {"y_embedder.embedding_table.weight": "class_embedding.weight"}
 
 
 def diffusers_dit_names(num_layers: int, *, attention_bias: bool) -> Names:
-    """The names of `DiTTransformer2DModel` to ours; the embedders are those of block 0."""
+    """The names of `DiTTransformer2DModel`, after `join_attention`, to ours; the embedders are those of block 0."""
     embedders = "transformer_blocks.0.norm1.emb"
     modules = {
-        "pos_embed.proj": ("patch_embedding",),
-        f"{embedders}.timestep_embedder.linear_1": ("timestep_embedding.linear_1",),
-        f"{embedders}.timestep_embedder.linear_2": ("timestep_embedding.linear_2",),
-        "proj_out_1": ("modulation_out",),
-        "proj_out_2": ("proj_out",),
+        "pos_embed.proj": "patch_embedding",
+        f"{embedders}.timestep_embedder.linear_1": "timestep_embedding.linear_1",
+        f"{embedders}.timestep_embedder.linear_2": "timestep_embedding.linear_2",
+        "proj_out_1": "modulation_out",
+        "proj_out_2": "proj_out",
     }
     attention = {}
     for i in range(num_layers):
         block = f"transformer_blocks.{i}"
-        attention |= {f"{block}.attn1.{part}": (f"{block}.attn.{part}",) for part in ("to_q", "to_k", "to_v")}
+        attention[f"{block}.attn1.to_qkv"] = f"{block}.attn.to_qkv"
         modules |= {
-            f"{block}.attn1.to_out.0": (f"{block}.attn.to_out.0",),
-            f"{block}.ff.net.0.proj": (f"{block}.ff.net.0.proj",),
-            f"{block}.ff.net.2": (f"{block}.ff.net.2",),
-            f"{block}.norm1.linear": (f"{block}.modulation",),
+            f"{block}.attn1.to_out.0": f"{block}.attn.to_out.0",
+            f"{block}.ff.net.0.proj": f"{block}.ff.net.0.proj",
+            f"{block}.ff.net.2": f"{block}.ff.net.2",
+            f"{block}.norm1.linear": f"{block}.modulation",
         }
     names = _parameters(modules) | _parameters(attention, ("weight", "bias") if attention_bias else ("weight",))
-    return names | {f"{embedders}.class_embedder.embedding_table.weight": ("class_embedding.weight",)}
+    return names | {f"{embedders}.class_embedder.embedding_table.weight": "class_embedding.weight"}
 
 
 def rename(state_dict: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
@@ -65,20 +65,26 @@ def rename(state_dict: Mapping[str, torch.Tensor], names: Names) -> dict[str, to
         ValueError: Weights that are missing or unknown, by name.
     """
     check_names(state_dict, names)
-    renamed = {}
-    for name, ours in names.items():
-        renamed |= zip(ours, state_dict[name].chunk(len(ours)), strict=True)
-    return renamed
+    return {ours: state_dict[name] for name, ours in names.items()}
 
 
 def rename_back(state_dict: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
-    """Our weights under the names of a source; the inverse of `rename`, bit for bit.
+    """Our weights under the names of a source; the inverse of `rename`.
 
     Raises:
         ValueError: As `rename`.
     """
-    check_names(state_dict, [name for ours in names.values() for name in ours])
-    return {name: torch.cat([state_dict[part] for part in ours]) for name, ours in names.items()}
+    return rename(state_dict, {ours: name for name, ours in names.items()})
+
+
+def join_attention(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Puts each `to_q`, `to_k` and `to_v` into one `to_qkv`, rows after rows; an incomplete trio stays as it is."""
+    joined = dict(state_dict)
+    for name in [name for name in state_dict if ".to_q." in name]:
+        parts = [name.replace(".to_q.", f".{part}.") for part in ("to_q", "to_k", "to_v")]
+        if all(part in state_dict for part in parts):
+            joined[name.replace(".to_q.", ".to_qkv.")] = torch.cat([joined.pop(part) for part in parts])
+    return joined
 
 
 def check_names(got: Iterable[str], expected: Iterable[str]) -> None:
@@ -136,9 +142,7 @@ def reverse_time(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def _parameters(modules: Names, kinds: tuple[str, ...] = ("weight", "bias")) -> Names:
-    return {
-        f"{name}.{kind}": tuple(f"{part}.{kind}" for part in ours) for name, ours in modules.items() for kind in kinds
-    }
+    return {f"{name}.{kind}": f"{ours}.{kind}" for name, ours in modules.items() for kind in kinds}
 
 
 def _shorten(names: list[str], most: int = 20) -> str:

@@ -40,12 +40,8 @@ class TREADAttnProcessor:
 
     def __call__(self, attn: "TREADAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] to [B, N, D]."""
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # B N heads D/heads
-
+        qkv = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))  # B N 3 heads D/heads
+        query, key, value = qkv.unbind(2)
         out = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -53,31 +49,21 @@ class TREADAttnProcessor:
 
 
 class TREADAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention; query, key and value are one matrix product, rows after rows of `to_qkv`."""
+
     _default_processor_cls = TREADAttnProcessor
     _available_processors = [TREADAttnProcessor]
+    _supports_qkv_fusion = False  # they always are
 
     def __init__(self, dim: int, *, heads: int, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.use_bias = bias
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(dim, dim, bias=bias)
-        self.to_v = nn.Linear(dim, dim, bias=bias)
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.set_processor(TREADAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.processor(self, hidden_states)
-
-    def fuse_projections(self) -> None:
-        """Joins query, key and value into one matrix product; for inference.
-
-        Raises:
-            ValueError: There are LoRA layers that are not merged: the joined matrix would lack them.
-        """
-        if any(getattr(layer, "merged", True) is False for layer in (self.to_q, self.to_k, self.to_v)):
-            raise ValueError("Expected no LoRA layers, or merged ones, got layers to merge. Call `fuse_lora()` first.")
-        super().fuse_projections()
 
 
 class TREADTransformerBlock(nn.Module):
@@ -453,9 +439,10 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
     def _init_weights(self) -> None:
         """DiT's initialisation (arXiv 2212.09748, section 3.2 and appendix A); the zeros come last."""
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                for weight in module.weight.chunk(3 if name.endswith("to_qkv") else 1):
+                    nn.init.xavier_uniform_(weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
