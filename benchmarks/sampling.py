@@ -1,0 +1,158 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Times guided sampling with `TREADPipeline`, beside what the FLOPs allow.
+
+    python benchmarks/sampling.py --output benchmarks/results/sampling_cpu.json
+    python benchmarks/sampling.py --device cuda --dtype bfloat16 --compile --batch_size 32 --num_inference_steps 20 \\
+        --repeats 10 --warmup 2 --output benchmarks/results/sampling_gpu.json
+
+Per sampler no guidance, dense classifier-free guidance (CFG) and Sparse Guidance (SG, strong and weak ratio) take
+turns; a prediction costs the same at every step, so one will do. "SG, apart" runs both branches from the first block
+on, as a loop does that does not know that they share the blocks in front of the first route. Weights are random, and
+there is no VAE. With one image on a CPU, reading the weights takes much of the weak branch's time: two share it. Close
+other programs first.
+"""
+
+import argparse
+import math
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from common import DTYPES, check_common, finish_report, make_parser, start_report, summary, time_in_turns
+from diffusers import BaseGuidance, ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+
+from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread.flops import guidance_flops
+
+
+SAMPLERS = {"EDM Heun": EDMHeunScheduler, "flow Euler": FlowMatchEulerDiscreteScheduler}
+
+
+class GuidanceApart(SparseGuidance):
+    """Sparse Guidance that does not tell the pipeline that its branches share their inputs."""
+
+    shares_inputs = False
+
+
+KINDS = {
+    "none": partial(ClassifierFreeGuidance, enabled=False),
+    "CFG": ClassifierFreeGuidance,
+    "SG 0/0.7": partial(SparseGuidance, strong_ratio=0.0, weak_ratio=0.7),
+    "SG 0.5/0.9": partial(SparseGuidance, strong_ratio=0.5, weak_ratio=0.9),
+    "SG 0.5/0.9, apart": partial(GuidanceApart, strong_ratio=0.5, weak_ratio=0.9),
+    "CFG + SG 0.5/0.9": partial(SparseGuidance, strong_ratio=0.5, weak_ratio=0.9, null_weak_branch=True),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, repeats=2, warmup=0)
+    add = parser.add_argument
+    add("--preset", default="XL/2", help="Size of the transformer.")
+    add("--tokens", type=int, default=256, help="Tokens per image, a square number.")
+    add("--batch_size", type=int, default=2, help="Images per call.")
+    add("--num_inference_steps", type=int, default=1, help="Steps N; Heun's method calls the model 2N - 1 times.")
+    add("--dtype", choices=sorted(DTYPES), default="float32", help="Of the weights.")
+    add("--compile", action="store_true", help="Compile the transformer, a graph per ratio; wants --warmup of 1.")
+    args = parser.parse_args(argv)
+
+    check_common(args)
+    if args.tokens < 1 or math.isqrt(args.tokens) ** 2 != args.tokens:
+        raise ValueError(f"Expected a square number for --tokens, such as 256 or 1024, got {args.tokens}.")
+    if args.batch_size < 1 or args.num_inference_steps < 1:
+        raise ValueError(
+            f"Expected --batch_size and --num_inference_steps >= 1, got {args.batch_size} and "
+            f"{args.num_inference_steps}."
+        )
+    if args.compile and args.warmup < 1:
+        raise ValueError("Expected --warmup >= 1 with --compile, got 0: the first call of each kind compiles.")
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Runs the benchmark; returns what it writes."""
+    args = parse_args(argv)
+    report = start_report("sampling.py", argv)
+    torch.manual_seed(args.seed)
+
+    sample_size = math.isqrt(args.tokens) * int(args.preset.split("/")[-1])
+    transformer = TREADTransformer2DModel.from_preset(args.preset, sample_size=sample_size)
+    transformer.to(args.device, DTYPES[args.dtype]).eval()
+    if args.compile:
+        transformer.compile(fullgraph=True, dynamic=False)
+    rows = [row for name, kind in SAMPLERS.items() for row in measure(name, kind(), transformer, args)]
+    finish_report(report, args, rows=rows)
+    print(table(report))
+    return report
+
+
+def measure(
+    name: str, scheduler: SchedulerMixin, transformer: TREADTransformer2DModel, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of a sampler: seconds per image of each kind of guidance, taken in turns."""
+    pipe = TREADPipeline(transformer, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    guiders = {kind: make() for kind, make in KINDS.items()}
+    labels, generator = list(range(args.batch_size)), torch.Generator().manual_seed(args.seed)
+
+    def sample(guider: BaseGuidance) -> None:
+        pipe.guider = guider
+        pipe(labels, num_inference_steps=args.num_inference_steps, generator=generator, output_type="latent")
+
+    calls = {kind: partial(sample, guider) for kind, guider in guiders.items()}
+    times = time_in_turns(calls, args)
+    memory = {kind: peak_memory(call, args.device) for kind, call in calls.items()}
+    rows = []
+    for kind, guider in guiders.items():
+        seconds = [second / args.batch_size for second in times[kind]]
+        speedup = statistics.median(times["CFG"]) / statistics.median(times[kind])
+        allowed, apart = (
+            1 / guidance_flops(transformer, guider, num_steps=pipe.num_timesteps, shared_prefix=shared).share_of_cfg
+            for shared in (True, False)
+        )
+        rows.append(
+            {
+                "sampler": name,
+                "guidance": kind,
+                "predictions": pipe.num_timesteps,
+                "seconds_per_image": summary(seconds),
+                "images_per_second": 1 / statistics.median(seconds),
+                "speedup_over_cfg": speedup,
+                "speedup_of_turns": summary([c / s for c, s in zip(times["CFG"], times[kind], strict=True)]),
+                "flops_speedup": allowed,
+                "flops_speedup_apart": apart,
+                "speedup_over_flops": speedup / allowed,
+                "peak_memory_bytes": memory[kind],
+            }
+        )
+    return rows
+
+
+def peak_memory(call, device: str) -> int | None:
+    """Bytes allocated at most in one more call; None where torch does not count them."""
+    if torch.device(device).type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows in Markdown: medians; the last column is what the FLOPs allow a loop that shares nothing."""
+    lines = [
+        "| sampler | guidance | s per image | images/s | speed over CFG | FLOPs allow | of it | nothing shared |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        lines.append(
+            f"| {row['sampler']} | {row['guidance']} | "
+            f"{row['seconds_per_image']['median']:.3g} | {row['images_per_second']:.3g} | "
+            f"{row['speedup_over_cfg']:.2f}× | {row['flops_speedup']:.2f}× | {row['speedup_over_flops']:.0%} | "
+            f"{row['flops_speedup_apart']:.2f}× |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
