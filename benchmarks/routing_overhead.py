@@ -82,7 +82,7 @@ def measure(
 def make_steps(
     model: TREADTransformer2DModel, batch_size: int, num_tokens: int, args: argparse.Namespace
 ) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name: the parts of routing, and a block's forward and backward over all and over kept tokens."""
+    """What is timed, by name: the parts of routing, and a block's forward and backward over all or kept tokens."""
     router, block, width = get_token_router(model), model.transformer_blocks[0], model.positions.shape[1]
     router.selection_ratio, router.seed = args.selection_ratio, args.seed
 
