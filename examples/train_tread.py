@@ -41,9 +41,10 @@ from diffusers_tread.data import derive_seed, encode_images, make_batches
 from diffusers_tread.data.latents import latents_from_moments
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import replace_folder
+from diffusers_tread.flops import training_flops
 from diffusers_tread.hub import BackgroundPush, CardDetails, open_repo
 from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
-from diffusers_tread.training.ema import whole_weights
+from diffusers_tread.training.ema import update_ema, whole_weights
 from diffusers_tread.training.monitor import LossMonitor, check_weights
 from diffusers_tread.training.pictures import make_grid, save_image
 from diffusers_tread.training.run_folder import open_run_folder
@@ -76,7 +77,7 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.parameters = list(self.model.parameters())
         self.router = get_token_router(self.model)
-        self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
+        self.ema = EMAModel(self.parameters, decay=args.ema_decay) if args.use_ema else None
 
         # Resume. The learning rate is a function of the step, so that it needs no state.
         state = {"global_step": 0, "samples_seen": 0}
@@ -185,7 +186,7 @@ class Trainer:
             total += loss.detach()
         self.lr_scheduler.step()
         if self.ema is not None:
-            self.ema.step(self.parameters)
+            update_ema(self.ema, self.parameters)
         return total / self.args.gradient_accumulation_steps
 
     def next_batch(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,11 +224,14 @@ class Trainer:
             )
 
     def log(self, progress: tqdm, loss: float, images_per_second: float) -> None:
+        is_routed, config = self.router.enabled is None, self.settings["model"]
+        flops = training_flops(config, selection_ratio=None if is_routed else 0.0)
         values = {
             "loss": loss,
             "lr": self.lr_scheduler.get_last_lr()[0],
             "images_per_second": images_per_second,
-            "block_flops_saved": self.settings["block_flops_saved"] if self.router.enabled is None else 0.0,
+            "model_tflops_per_second": images_per_second * flops / 1e12,
+            "block_flops_saved": self.settings["block_flops_saved"] if is_routed else 0.0,
         }
         progress.set_postfix(
             loss=f"{loss:.4f}",
@@ -332,7 +336,7 @@ class Trainer:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, description=__doc__.split("\n")[0])
     accelerator = make_accelerator(args)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.set_float32_matmul_precision(args.matmul_precision)
 
     # Data, objective, model: everything is checked before anything is written.
     dataset, objective = open_data(args, accelerator), make_objective(args)

@@ -99,7 +99,12 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default as `accelerate config` says.")
     flag("--gradient_checkpointing", help="Recompute the blocks in the backward pass to save memory.")
     flag("--compile", help="Compile the blocks with torch.compile.")
-    flag("--allow_tf32", help="TF32 matrix products on NVIDIA GPUs.")
+    add(
+        "--matmul_precision",
+        choices=["highest", "high", "medium"],
+        default="highest",
+        help="Of float32 matrix products, see torch.set_float32_matmul_precision; high is TF32 on NVIDIA GPUs.",
+    )
 
     # Checkpoints, logs, samples.
     add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints; one more ends the run.")

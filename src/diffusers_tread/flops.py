@@ -102,10 +102,10 @@ def training_flops(
     *,
     selection_ratio: float | None = None,
 ) -> int:
-    """FLOPs of one routed forward and backward of one sample, what torch counts for them with decomposed attention.
+    """FLOPs of one routed forward and backward of one sample, as torch counts them with decomposed attention.
 
-    Each product of the forward has two in the backward, for its inputs' gradients. Only the patch convolution and the
-    timestep's first layer have one, because nobody asks for the gradient of latents and times: below 0.1 % of a preset.
+    Three times the forward's: each product has two in the backward, one per factor. Only the patch convolution and the
+    timestep's first layer have one, because latents and times need no gradient; that is less than 0.1 % of a preset.
     Not counted: what gradient checkpointing or a fused attention computes again, the optimiser, averages, losses.
     Arguments and errors as `forward_flops`.
     """

@@ -13,10 +13,13 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_tread import EDMHeunScheduler, TREADPipeline, get_token_router
+from diffusers_tread.flops import training_flops
 from diffusers_tread.training.checkpoints import list_checkpoints, verify_checkpoint
 
 
@@ -45,6 +48,7 @@ def fresh_accelerate(tmp_path, monkeypatch):
     yield
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
@@ -222,6 +226,64 @@ def test_routing_is_on_until_the_dense_share_and_its_seeds_differ(config, tmp_pa
     # Two warm-up steps, then half a cosine over the other eight; the rate in force after each step.
     shape = [step / 2 if step < 2 else 0.5 + 0.5 * math.cos(math.pi * (step - 2) / 8) for step in range(1, 11)]
     assert [rate for _, _, rate in seen] == pytest.approx([0.01 * share for share in shape], abs=1e-12)
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what reads a value of a tensor and so, on an accelerator, waits for it."""
+
+    readers = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in self.readers, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("routes", ["default", "none"])
+def test_nothing_in_a_step_waits_for_the_device(config, tmp_path, monkeypatch, routes):
+    """From the batch to clipping, optimiser, schedule, average and sum of losses; the log alone reads."""
+    train_step, reads = train_tread.Trainer.train_step, []
+
+    def watch(trainer):
+        with NoReading():
+            return train_step(trainer)
+
+    def read(monitor, step):
+        reads.append(step)
+        with pytest.raises(AssertionError), NoReading():
+            monitor_read(monitor, step)
+        return monitor_read(monitor, step)
+
+    monitor_read = train_tread.LossMonitor.read
+    monkeypatch.setattr(train_tread.Trainer, "train_step", watch)
+    monkeypatch.setattr(train_tread.LossMonitor, "read", read)
+    path = config(max_train_steps=4, logging_steps=3, checkpointing_steps=4)
+    train("--config", path, "--routes", routes, "--output_dir", tmp_path / "run")
+    assert reads == [3, 4]
+
+
+def test_the_log_tells_the_flops_in_force(config, tmp_path, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(Accelerator, "log", lambda accelerator, values, step: logged.update({step: values}))
+    train("--config", config(), "--dense_fraction", 0.3, "--output_dir", tmp_path / "run")
+    model = json.loads((tmp_path / "run" / "train_config.json").read_text())["model"]
+    routed, dense = training_flops(model), training_flops(model, selection_ratio=0.0)
+    assert sorted(logged) == [2, 3, 4, 6, 8, 9, 10] and routed < dense
+    for step, values in logged.items():
+        flops = 1e12 * values["model_tflops_per_second"] / values["images_per_second"]
+        assert flops == pytest.approx(routed if step <= 7 else dense)
+
+
+def test_the_precision_of_products_is_set_and_is_part_of_the_run(config, tmp_path, monkeypatch):
+    losses = []
+    monkeypatch.setattr(Accelerator, "log", lambda accelerator, values, step: losses.append(values["loss"]))
+    argv = ["--config", config(max_train_steps=1, train_batch_size=64), "--output_dir"]
+    train(*argv, tmp_path / "exact")
+    assert torch.get_float32_matmul_precision() == "highest"
+    train(*argv, tmp_path / "run", "--matmul_precision", "medium")
+    assert torch.get_float32_matmul_precision() == "medium"
+    assert losses[1] == pytest.approx(losses[0], rel=2**-7)  # bfloat16's rounding, the coarsest it may be
+    with pytest.raises(ValueError, match="matmul_precision: 'medium' there, 'highest' now"):
+        train(*argv, tmp_path / "run")
 
 
 def test_labels_are_dropped_at_the_asked_rate(config, tmp_path, monkeypatch):

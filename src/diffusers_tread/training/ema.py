@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Weights and diffusers' `EMAModel`, whole (one process, DDP) and sharded (FSDP2): gather, load."""
+"""Weights and diffusers' `EMAModel`, whole (one process, DDP) and sharded (FSDP2): average, gather, load."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +8,26 @@ import safetensors.torch
 import torch
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+@torch.no_grad()
+def update_ema(ema: EMAModel, parameters: Iterable[torch.Tensor]) -> None:
+    """What `ema.step(parameters)` does, up to rounding, in one pass over the weights and without a copy of them.
+
+    Args:
+        ema: Changed in place: its averages and `optimization_step`.
+        parameters: As it was made of, all to be averaged, whole or sharded as its averages are.
+    """
+    ema.optimization_step += 1
+    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+    average = get_ema_multi_avg_fn(ema.cur_decay_value)
+    average(local_shards(ema.shadow_params), local_shards(parameters), None)
+
+
+def local_shards(weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """What this process holds of weights, sharing their storage: shards of FSDP2's, others whole."""
+    return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
 
 
 def whole_weights(

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
+
+from .ema import local_shards
 
 
 _REMEDY = (
@@ -67,7 +68,6 @@ def check_weights(accelerator: Accelerator, parameters: Iterable[torch.Tensor], 
     Raises:
         ValueError: On all processes, if any weight of any process is not finite.
     """
-    local = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in local]).all()
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in local_shards(parameters)]).all()
     if accelerator.reduce((~finite).float(), reduction="sum").item() > 0:
         raise ValueError(f"Expected finite weights, got others after step {step}. {_REMEDY}")
