@@ -67,7 +67,7 @@ train_tread.main(sys.argv[3:])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__, repeats=4, warmup=1)
+    parser = make_parser(__doc__, repeats=3, warmup=1)
     add = parser.add_argument
     add("--preset", default="S/2", help="Size of the model that checkpoints hold.")
     add("--first_steps", type=int, default=2, help="Training processes to start.")
