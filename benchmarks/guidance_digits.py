@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "held_out_digits": len(judge.held_out),
         "rows": rows,
     }
-    print(make_table(report))
+    print(table(report))
     if args.output is not None:
         write_whole(args.output, (json.dumps(report, indent=2) + "\n").encode())
     if args.plot is not None:
@@ -271,7 +271,7 @@ class Judge:
 # ----------------------------------------------------------------------------------------------------------- reporting
 
 
-def make_table(report: dict[str, Any]) -> str:
+def table(report: dict[str, Any]) -> str:
     """A line per row, mean and standard deviation of the seeds."""
     lines = ["| kind | w | FLOPs | recognised | distance of pixels | of features |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:

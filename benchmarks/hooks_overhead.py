@@ -200,5 +200,19 @@ def count_flops(step, routed: bool) -> int:
     return counter.get_total_flops()
 
 
+def table(report: dict[str, Any]) -> str:
+    """The steps and the cost per block as Markdown, medians."""
+    settings = report["settings"]
+    kind = f"12 blocks of width {settings['width']}, {settings['tokens']:,} image tokens x {settings['batch_size']}"
+    lines = [f"| {kind} | dense, ms | routed, ms | speed-up | of the ceiling |", "|---|---|---|---|---|"]
+    for row in report["rows"]:
+        dense, routed = (row[f"{name}_seconds"]["median"] * 1e3 for name in ("dense", "routed"))
+        of_ceiling = f"{row['speedup_over_ceiling']:.0%} of {row['flop_ceiling']:.2f}"
+        lines.append(f"| {row['model']} | {dense:,.0f} | {routed:,.0f} | {row['speedup']:.2f} | {of_ceiling} |")
+    lines += ["", "| routing of a block that does nothing | µs per block |", "|---|---|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in report["overhead_microseconds_per_block"].items()]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     main()

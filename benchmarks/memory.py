@@ -45,8 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", default="S/2", help="Size of the model.")
     add("--tokens", type=int, default=256, help="Tokens per image, a square number.")
-    add("--batch_sizes", default="2,8", help="At least two, separated by commas; the line goes through them.")
-    add("--check_batch_size", type=int, default=16, help="Where the line is compared with a step.")
+    add("--batch_sizes", default="2,4", help="At least two, separated by commas; the line goes through them.")
+    add("--check_batch_size", type=int, default=8, help="Where the line is compared with a step.")
     add("--budget_gib", type=float, default=8.0, help="Memory for which the line's largest batch is given.")
     add("--search", action="store_true", help="Find the largest batch that runs; on CUDA only.")
     add("--device", default="cpu", help="cpu or cuda.")
@@ -165,7 +165,8 @@ def make_step(args: argparse.Namespace, kind: str, batch_size: int) -> Callable[
     """A function that takes one training step, with a model and optimiser states of its own."""
     torch.manual_seed(args.seed)
     device, side = torch.device(args.device), round(args.tokens**0.5) * int(args.preset.split("/")[-1])
-    model = TREADTransformer2DModel.from_preset(args.preset, sample_size=side).to(device).train()
+    with device:
+        model = TREADTransformer2DModel.from_preset(args.preset, sample_size=side).train()
     get_token_router(model).enabled = KINDS[kind]["routed"]
     get_token_router(model).seed = args.seed
     if KINDS[kind]["checkpointing"]:

@@ -191,5 +191,22 @@ def format_loader(row: dict[str, Any]) -> str:
     )
 
 
+def table(report: dict[str, Any]) -> str:
+    """Formats and loaders as Markdown, medians."""
+    lines = ["| format | samples/s | MB on disk | order |", "|---|---|---|---|"]
+    for row in report["formats"]:
+        rate = row["samples_per_second"]["median"]
+        lines.append(f"| {row['format']} | {rate:,.0f} | {row['bytes'] / 1e6:,.0f} | {row['order']} |")
+    consumer = report["settings"]["consumer_rate"]
+    lines += ["", f"| loader | samples/s | waiting at {consumer:,.0f} samples/s | MB gained in an epoch |"]
+    lines.append("|---|---|---|---|")
+    for row in report["loaders"]:
+        kind = f"{'streamed' if row['streaming'] else 'memory-mapped'}, {row['num_workers']} workers"
+        gained = f"{row['anonymous_bytes_gained_in_an_epoch'] / 1e6:,.0f} of {row['epoch_bytes'] / 1e6:,.0f}"
+        rate = row["samples_per_second"]["median"]
+        lines.append(f"| {kind} | {rate:,.0f} | {row['waiting_share']:.1%} | {gained} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     main()

@@ -10,24 +10,22 @@ take turns, so that a change of the machine's speed meets all; reported are medi
 counts attention (`diffusers_tread.flops`); on a quiet machine measured/ceiling stays below 1, apart from noise. Close
 other programs first: who shares its cores measures the others.
 
-Model FLOPs of a step are three forwards, whatever is recomputed. Their rate is compared with the accelerator's data
+The FLOPs of a step are those of the model, whatever is recomputed. Their rate is compared with the accelerator's data
 sheet ("mfu") or, where that is not known, with the fastest square product of the same run ("share_of_matmul_rate").
 """
 
 import argparse
-import io
 import itertools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, check_common, finish_report, make_parser, start_report, summary, time_in_turns, write_whole
+from common import DTYPES, check_common, finish_report, make_parser, start_report, summary, time_in_turns
 from diffusers import DiTTransformer2DModel
 
 from diffusers_tread import EDMObjective, TREADTransformer2DModel, get_token_router
-from diffusers_tread.flops import forward_flops
+from diffusers_tread.flops import flop_ceiling, training_flops
 
 
 MODES = ("eager", "compiled", "blocks")
@@ -121,11 +119,12 @@ def measure(
     times = time_in_turns(steps, args)
 
     medians = {kind: statistics.median(seconds) for kind, seconds in times.items()}
+    ratios = {"dense": 0.0, "routed": args.selection_ratio}
     flops = {
-        "dense": 3 * batch_size * forward_flops(model, num_tokens, selection_ratio=0.0).total,
-        "routed": 3 * batch_size * forward_flops(model, num_tokens, selection_ratio=args.selection_ratio).total,
+        kind: batch_size * training_flops(model, num_tokens, selection_ratio=ratio) for kind, ratio in ratios.items()
     }
-    speedup, ceiling = medians["dense"] / medians["routed"], flops["dense"] / flops["routed"]
+    speedup = medians["dense"] / medians["routed"]
+    ceiling = flop_ceiling(model, num_tokens, selection_ratio=args.selection_ratio)
     row = {
         "preset": preset,
         "num_tokens": num_tokens,
@@ -267,28 +266,6 @@ def table(report: dict[str, Any]) -> str:
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[cell(row) for cell in columns.values()] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Measured speed-up of each row, with quartiles of its pairs, under a line at its FLOP ceiling."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 + 1.3 * len(rows), 4), layout="constrained")
-    axis = figure.subplots()
-    for position, row in enumerate(rows):
-        pairs = row["speedup_of_pairs"]
-        spread = [
-            [max(row["speedup"] - pairs["first_quartile"], 0)],
-            [max(pairs["third_quartile"] - row["speedup"], 0)],
-        ]
-        axis.bar(position, row["speedup"], width=0.6, yerr=spread, capsize=4, color="tab:blue")
-        axis.hlines(row["flop_ceiling"], position - 0.4, position + 0.4, color="black")
-    axis.set_xticks(range(len(rows)), [f"{row['preset']}\n{row['num_tokens']} tokens\n{row['mode']}" for row in rows])
-    axis.set_ylabel("dense / routed step time (line: FLOP ceiling)")
-    axis.set_ylim(bottom=1.0 if all(row["speedup"] > 1.0 for row in rows) else 0.0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_whole(path, buffer.getvalue())
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_the_distances_tell_noise_from_digits(judge):
 
 def test_the_guide_s_table_and_what_it_says_of_it_are_those_of_the_committed_result():
     guide, report = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8"), json.loads(RESULT.read_text())
-    assert guidance_digits.make_table(report) in guide
+    assert guidance_digits.table(report) in guide
     assert list(dict.fromkeys(row["kind"] for row in report["rows"][2:])) == list(guidance_digits.KINDS)
     assert (report["settings"]["num_images"], report["settings"]["seeds"]) == (500, 3)
 

@@ -113,8 +113,8 @@ def test_checkpointing_stores_the_short_sequence_of_a_routed_block():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batch_sizes", "4"], "two --batch_sizes"),
-        (["--check_batch_size", "8"], "not among"),
+        (["--batch_sizes", "2"], "two --batch_sizes"),
+        (["--check_batch_size", "4"], "not among"),
         (["--tokens", "10"], "square number"),
         (["--device", "meta"], "cpu or cuda"),
         (["--search"], "--device cuda"),

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,7 +56,7 @@ def test_the_ratios_and_rates_follow_from_the_seconds_and_the_flops(run):
     assert row["speedup"] == dense / routed
     assert row["speedup_over_ceiling"] == row["speedup"] / row["flop_ceiling"]
     assert row["dense_over_peer"] == dense / peer
-    assert row["flop_ceiling"] == row["dense_flops_per_step"] / row["routed_flops_per_step"]
+    assert row["flop_ceiling"] == pytest.approx(row["dense_flops_per_step"] / row["routed_flops_per_step"], rel=5e-3)
     assert row["routed_images_per_second"] == 2 / routed
     assert row["dense_tflops"] == row["dense_flops_per_step"] / dense / 1e12
     assert row["dense_share_of_matmul_rate"] == row["dense_tflops"] / report["peak"]["matmul_tflops"]
@@ -71,8 +70,7 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(kind, run):
     _, steps = train_step.make_steps("S/8", 4, 2, "eager", args)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         steps[kind]()
-    # Not needed for the weights: the gradients of the inputs of the first layers, patches and timestep.
-    assert run[0]["rows"][0][f"{kind}_flops_per_step"] == pytest.approx(counter.get_total_flops(), rel=5e-3)
+    assert run[0]["rows"][0][f"{kind}_flops_per_step"] == counter.get_total_flops()
 
 
 def test_a_known_accelerator_is_measured_by_its_data_sheet_in_bfloat16_only(monkeypatch):
@@ -152,7 +150,7 @@ def test_checkpointed_blocks_run_again_in_the_backward():
     assert len(calls) == 2
 
 
-def test_the_table_and_the_plot_show_every_row(run, tmp_path):
+def test_the_table_shows_every_row(run):
     rows = run[0]["rows"] + [run[0]["rows"][0] | {"preset": "B/2", "peer_seconds": None, "dense_over_peer": None}]
     header, _, *lines = train_step.table(run[0] | {"rows": rows}).splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["| S/8", "| B/2"]
@@ -162,9 +160,6 @@ def test_the_table_and_the_plot_show_every_row(run, tmp_path):
     on_a_gpu = {"dense_mfu": 0.5, "routed_mfu": 0.4, "dense_peak_bytes": 2**32, "routed_peak_bytes": 2**31}
     header, _, line = train_step.table({"rows": [rows[0] | on_a_gpu]}).splitlines()
     assert "MFU" in header and "50%, 40%" in line and line.endswith("| 4.0, 2.0 |")
-
-    train_step.plot(rows, tmp_path / "plot.png")
-    assert Image.open(tmp_path / "plot.png").format == "PNG"
 
 
 def test_the_quartiles_are_those_of_the_values():
