@@ -11,13 +11,15 @@ METRICS := clean-fid==0.1.35 torch-fidelity==0.4.0
 OLDEST ?= diffusers==0.36.0 "huggingface_hub<1" "transformers<5"
 PYTEST_ARGS ?=
 
+BENCH := .venv/bin/python benchmarks
+RESULTS := benchmarks/results
 SOURCES := src tests examples benchmarks
 # Two makes at once take turns in building an environment, where the system has flock.
 LOCK := $(if $(shell command -v flock),flock Makefile,)
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-oldest style quality clean
+.PHONY: help install demo bench bench-gpu test test-oldest style quality clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -27,10 +29,35 @@ install: .venv/.installed ## build .venv with the package (editable) and all tha
 demo: .venv/.installed ## train, sample and save a small TREAD model on real images, in a few minutes
 	.venv/bin/python examples/demo.py
 
-bench: .venv/.installed ## measure training steps and the reading of latents on the CPU; wants a quiet machine
-	.venv/bin/python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
-	.venv/bin/python benchmarks/hooks_overhead.py --output benchmarks/results/hooks_overhead_cpu.json
-	.venv/bin/python benchmarks/read_latents.py --output benchmarks/results/read_latents_cpu.json
+bench: .venv/.installed ## measure everything on the CPU in under ten minutes; wants a quiet machine
+	$(BENCH)/train_step.py --repeats 4 --output $(RESULTS)/train_step_cpu.json
+	$(BENCH)/train_step.py --presets S/2 --tokens 1024 --batch_size 2 --repeats 3 --output $(RESULTS)/train_step_1024_cpu.json
+	$(BENCH)/train_step.py --presets S/2 --modes blocks --repeats 4 --output $(RESULTS)/train_step_blocks_cpu.json
+	$(BENCH)/train_step.py --presets S/2 --dtype bfloat16 --output $(RESULTS)/train_step_bf16_cpu.json
+	$(BENCH)/memory.py --output $(RESULTS)/memory_cpu.json
+	$(BENCH)/training_loop.py --output $(RESULTS)/training_loop_cpu.json
+	$(BENCH)/sampling.py --output $(RESULTS)/sampling_cpu.json
+	$(BENCH)/routing_overhead.py --output $(RESULTS)/routing_overhead_cpu.json
+	$(BENCH)/hooks_overhead.py --repeats 3 --warmup 1 --batch_size 1 --output $(RESULTS)/hooks_overhead_cpu.json
+	$(BENCH)/startup.py --output $(RESULTS)/startup_cpu.json
+	$(BENCH)/read_latents.py --repeats 3 --seconds 0.3 --output $(RESULTS)/read_latents_cpu.json
+	$(BENCH)/report.py
+
+GPU := --device cuda --dtype bfloat16 --repeats 20 --warmup 5
+bench-gpu: .venv/.installed ## measure everything on a GPU, made for an H200; wants a .venv with torch for it
+	$(BENCH)/train_step.py $(GPU) --presets B/2,XL/2 --tokens 256,1024,4096 --batch_size 128,32,8 \
+		--modes eager,compiled,blocks --output $(RESULTS)/train_step_gpu.json
+	$(BENCH)/train_step.py $(GPU) --presets XL/2 --tokens 256 --batch_size 256 \
+		--modes compiled,blocks --no-peer --output $(RESULTS)/train_step_batch_256_gpu.json
+	$(BENCH)/memory.py --device cuda --dtype bfloat16 --preset XL/2 --batch_sizes 8,32 --check_batch_size 64 \
+		--search --output $(RESULTS)/memory_gpu.json
+	$(BENCH)/training_loop.py $(GPU) --preset XL/2 --batch_size 128 --steps_per_turn 20 --compile \
+		--output $(RESULTS)/training_loop_gpu.json
+	$(BENCH)/sampling.py $(GPU) --compile --batch_size 32 --num_inference_steps 10 \
+		--output $(RESULTS)/sampling_gpu.json
+	$(BENCH)/routing_overhead.py $(GPU) --preset XL/2 --shapes 128x256,32x1024,8x4096 \
+		--output $(RESULTS)/routing_overhead_gpu.json
+	$(BENCH)/report.py
 
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
 	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
