@@ -1,0 +1,129 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Says where the time of a training step goes: torch's profiler over dense and routed steps, by kind of operation.
+
+    python benchmarks/profile_step.py --output benchmarks/results/profile_step_cpu.json
+    python benchmarks/profile_step.py --preset XL/2 --batch_size 128 --device cuda --dtype bfloat16 --mode compiled
+
+The time is that of the device (of the host, on the CPU) in each operation itself. What a route cannot shorten has a
+ratio of 1 and costs the more of the speed-up, the larger its share is.
+"""
+
+import argparse
+from collections import Counter
+from typing import Any
+
+import torch
+from common import DTYPES, check_common, finish_report, make_parser, start_report
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from train_step import MODES, make_steps
+
+from diffusers_tread.flops import flop_ceiling
+
+
+# Kind to what its operations are called; the first that fits counts. Compiled models fuse the last kinds into kernels
+# of their own, "triton_*" on a GPU and "cpp_*" on the CPU.
+KINDS = {
+    "linear layers": ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::mkldnn", "aten::cudnn_conv"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_cudnn_attention", "aten::_efficient"),
+    "optimiser": ("aten::_fused_adamw",),
+    "moving tokens": ("aten::index", "aten::sort", "aten::topk"),
+    "fused kernels": ("triton_", "cpp_"),
+    "activation": ("aten::gelu", "aten::silu"),
+    "layer norm": ("aten::native_layer_norm",),
+    "sums, products, copies": ("aten::",),
+    "the rest": ("",),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, repeats=3, warmup=1)
+    add = parser.add_argument
+    add("--preset", default="B/2", help="Size of the model.")
+    add("--tokens", type=int, default=256, help="Tokens per image, a square number.")
+    add("--batch_size", type=int, default=8, help="Images per step.")
+    add("--mode", choices=MODES, default="eager", help="As train_step.py's.")
+    add("--selection_ratio", type=float, default=0.5, help="Share of tokens routed away, on the default route.")
+    add("--dtype", choices=sorted(DTYPES), default="float32", help="Below float32 by autocast; weights stay float32.")
+    args = parser.parse_args(argv)
+    check_common(args)
+    if args.tokens < 1 or round(args.tokens**0.5) ** 2 != args.tokens:
+        raise ValueError(f"Expected a square number as --tokens, such as 256 or 1024, got {args.tokens}.")
+    if args.batch_size < 1:
+        raise ValueError(f"Expected --batch_size >= 1, got {args.batch_size}.")
+    args.gradient_checkpointing = False
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Runs the benchmark; returns what it writes."""
+    args = parse_args(argv)
+    report = start_report("profile_step.py", argv)
+    torch.manual_seed(args.seed)
+    model, steps = make_steps(args.preset, args.tokens, args.batch_size, args.mode, args)
+    seconds = {kind: profile_step(step, args) for kind, step in steps.items()}
+
+    totals = {kind: sum(operations.values()) for kind, operations in seconds.items()}
+    rows = []
+    for name in KINDS:
+        dense, routed = (
+            sum(one for operation, one in seconds[kind].items() if kind_of(operation) == name) for kind in seconds
+        )
+        rows.append({"kind": name, "dense_seconds": dense, "routed_seconds": routed})
+        rows[-1] |= {f"{kind}_share": rows[-1][f"{kind}_seconds"] / totals[kind] for kind in totals}
+    report = finish_report(
+        report,
+        args,
+        flop_ceiling=flop_ceiling(model, args.tokens, selection_ratio=args.selection_ratio),
+        rows=[row for row in rows if row["dense_seconds"] or row["routed_seconds"]],
+        operations={kind: dict(Counter(operations).most_common(25)) for kind, operations in seconds.items()},
+    )
+    print(table(report))
+    return report
+
+
+def profile_step(step, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one step in each operation itself, the mean of `args.repeats` steps."""
+    for _ in range(args.warmup):
+        step()
+    is_cpu = torch.device(args.device).type == "cpu"
+    activities = [ProfilerActivity.CPU] if is_cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        for _ in range(args.repeats):
+            step()
+    events = profiler.key_averages()
+    if is_cpu:
+        microseconds = {event.key: event.self_cpu_time_total for event in events}
+    else:  # an operation of the host has the time of its kernels, which are events of their own too
+        on_host = [event for event in events if event.device_type is DeviceType.CPU]
+        microseconds = {event.key: event.self_device_time_total for event in on_host}
+        kernels = sum(event.self_device_time_total for event in events if event.device_type is not DeviceType.CPU)
+        microseconds["no operation"] = sum(event.self_device_time_total for event in kernels) - sum(
+            microseconds.values()
+        )
+    return {name: 1e-6 * time / args.repeats for name, time in microseconds.items() if time > 0}
+
+
+def kind_of(operation: str) -> str:
+    return next(kind for kind, names in KINDS.items() if operation.startswith(names))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    settings = report["settings"]
+    title = f"{settings['preset']}, {settings['tokens']} tokens x {settings['batch_size']}, {settings['mode']}"
+    lines = [f"| {title} | dense, ms | share | routed, ms | share | dense over routed |", "|---|---|---|---|---|---|"]
+    for row in report["rows"]:
+        dense, routed = row["dense_seconds"], row["routed_seconds"]
+        ratio = f"{dense / routed:.2f}" if routed else "-"
+        lines.append(
+            f"| {row['kind']} | {1e3 * dense:,.1f} | {row['dense_share']:.1%} | {1e3 * routed:,.1f} | "
+            f"{row['routed_share']:.1%} | {ratio} |"
+        )
+    dense, routed = (sum(row[f"{kind}_seconds"] for row in report["rows"]) for kind in ("dense", "routed"))
+    ratio = f"{dense / routed:.2f} (FLOPs: {report['flop_ceiling']:.2f})"
+    return "\n".join([*lines, f"| all | {1e3 * dense:,.1f} | | {1e3 * routed:,.1f} | | {ratio} |"])
+
+
+if __name__ == "__main__":
+    main()

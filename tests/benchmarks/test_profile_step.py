@@ -1,0 +1,53 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import profile_step  # noqa: E402
+
+
+TINY = ["--preset", "S/8", "--tokens", "16", "--batch_size", "2", "--repeats", "2"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    report = profile_step.main([*TINY, "--output", str(path)])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(report))
+    return report
+
+
+def test_every_operation_is_of_one_kind_and_the_shares_are_of_all(report):
+    rows = {row["kind"]: row for row in report["rows"]}
+    for kind in ("dense", "routed"):
+        assert sum(row[f"{kind}_share"] for row in rows.values()) == pytest.approx(1.0)
+        total = rows["linear layers"][f"{kind}_seconds"] / rows["linear layers"][f"{kind}_share"]
+        # The report keeps the longest operations by name; what it leaves out is short.
+        assert 0.8 * total < sum(report["operations"][kind].values()) <= total * (1 + 1e-9)
+
+
+def test_the_operations_are_found_where_they_run(report):
+    rows = {row["kind"]: row for row in report["rows"]}
+    assert {"linear layers", "attention", "optimiser", "moving tokens", "activation", "layer norm"} <= set(rows)
+    assert rows["moving tokens"]["routed_seconds"] > 0
+    assert not [name for name in report["operations"]["dense"] if name.startswith(("aten::topk", "aten::index_copy"))]
+    assert profile_step.kind_of("aten::addmm") == profile_step.kind_of("aten::mm") == "linear layers"
+    assert profile_step.kind_of("aten::native_layer_norm_backward") == "layer norm"
+    assert profile_step.kind_of("triton_poi_fused_add_0") == "fused kernels"
+
+
+def test_the_table_ends_with_the_ratio_of_all(report):
+    lines = profile_step.table(report).splitlines()
+    assert len(lines) == 3 + len(report["rows"]) and lines[-1].startswith("| all |")
+    assert f"FLOPs: {report['flop_ceiling']:.2f}" in lines[-1]
+
+
+@pytest.mark.parametrize("flags", [["--tokens", "5"], ["--batch_size", "0"], ["--repeats", "1"]])
+def test_bad_flags_are_refused(flags):
+    with pytest.raises(ValueError, match=flags[0]):
+        profile_step.main([*TINY, *flags])
