@@ -98,9 +98,7 @@ def profile_step(step, args: argparse.Namespace) -> dict[str, float]:
         on_host = [event for event in events if event.device_type is DeviceType.CPU]
         microseconds = {event.key: event.self_device_time_total for event in on_host}
         kernels = sum(event.self_device_time_total for event in events if event.device_type is not DeviceType.CPU)
-        microseconds["no operation"] = sum(event.self_device_time_total for event in kernels) - sum(
-            microseconds.values()
-        )
+        microseconds["no operation"] = kernels - sum(microseconds.values())
     return {name: 1e-6 * time / args.repeats for name, time in microseconds.items() if time > 0}
 
 
