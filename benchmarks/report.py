@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.document} differs from the results. Run `python benchmarks/report.py`.", file=sys.stderr)
         return int(after != before)
     write_whole(args.document, after.encode())
-    steps = [read(path) for path in sorted(args.results.glob("train_step*.json"))]
-    if steps:
-        plot(steps, args.plot)
+    steps = [args.results / name for name in re.findall(r"^<!-- results/(train_step\S*) -->$", after, re.MULTILINE)]
+    if reports := [read(path) for path in steps if path.exists()]:
+        plot(reports, args.plot)
     return 0
 
 
