@@ -15,6 +15,7 @@ sheet ("mfu") or, where that is not known, with the fastest square product of th
 """
 
 import argparse
+import gc
 import itertools
 import statistics
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: the seconds of dense and routed steps and of the peer's, taken in turns."""
     torch.compiler.reset()  # the graphs of earlier rows would count towards dynamo's limit
+    gc.collect()  # and their models, which refer to themselves once compiled, to the memory
     torch.manual_seed(args.seed)
     model, steps = make_steps(preset, num_tokens, batch_size, mode, args)
     memory = {f"{kind}_peak_bytes": peak_bytes(step, args.device) for kind, step in steps.items()}
