@@ -31,16 +31,18 @@ demo: .venv/.installed ## train, sample and save a small TREAD model on real ima
 
 bench: .venv/.installed ## measure everything on the CPU in under ten minutes; wants a quiet machine
 	$(BENCH)/train_step.py --repeats 4 --output $(RESULTS)/train_step_cpu.json
-	$(BENCH)/train_step.py --presets S/2 --tokens 1024 --batch_size 2 --repeats 3 --output $(RESULTS)/train_step_1024_cpu.json
+	$(BENCH)/train_step.py --presets S/2 --tokens 1024,4096 --batch_size 2,1 --repeats 2 --no-peer \
+		--output $(RESULTS)/train_step_long_cpu.json
 	$(BENCH)/train_step.py --presets S/2 --modes blocks --repeats 4 --output $(RESULTS)/train_step_blocks_cpu.json
+	$(BENCH)/train_step.py --presets S/2 --matmul_precision medium --output $(RESULTS)/train_step_medium_cpu.json
 	$(BENCH)/train_step.py --presets S/2 --dtype bfloat16 --output $(RESULTS)/train_step_bf16_cpu.json
+	$(BENCH)/profile_step.py --preset S/2 --output $(RESULTS)/profile_step_cpu.json
 	$(BENCH)/memory.py --output $(RESULTS)/memory_cpu.json
-	$(BENCH)/training_loop.py --output $(RESULTS)/training_loop_cpu.json
+	$(BENCH)/training_loop.py --repeats 5 --output $(RESULTS)/training_loop_cpu.json
 	$(BENCH)/sampling.py --output $(RESULTS)/sampling_cpu.json
 	$(BENCH)/routing_overhead.py --output $(RESULTS)/routing_overhead_cpu.json
 	$(BENCH)/hooks_overhead.py --repeats 3 --warmup 1 --batch_size 1 --output $(RESULTS)/hooks_overhead_cpu.json
 	$(BENCH)/startup.py --output $(RESULTS)/startup_cpu.json
-	$(BENCH)/read_latents.py --repeats 3 --seconds 0.3 --output $(RESULTS)/read_latents_cpu.json
 	$(BENCH)/report.py
 
 GPU := --device cuda --dtype bfloat16 --repeats 20 --warmup 5
@@ -49,6 +51,8 @@ bench-gpu: .venv/.installed ## measure everything on a GPU, made for an H200; wa
 		--modes eager,compiled,blocks --output $(RESULTS)/train_step_gpu.json
 	$(BENCH)/train_step.py $(GPU) --presets XL/2 --tokens 256 --batch_size 256 \
 		--modes compiled,blocks --no-peer --output $(RESULTS)/train_step_batch_256_gpu.json
+	$(BENCH)/profile_step.py $(GPU) --preset XL/2 --batch_size 128 --mode compiled \
+		--output $(RESULTS)/profile_step_gpu.json
 	$(BENCH)/memory.py --device cuda --dtype bfloat16 --preset XL/2 --batch_sizes 8,32 --check_batch_size 64 \
 		--search --output $(RESULTS)/memory_gpu.json
 	$(BENCH)/training_loop.py $(GPU) --preset XL/2 --batch_size 128 --steps_per_turn 20 --compile \

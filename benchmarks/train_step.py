@@ -238,7 +238,10 @@ def format_row(row: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """The report's rows as Markdown, medians."""
-    rows = report["rows"]
+    rows, settings = report["rows"], report["settings"]
+    dtype = settings["dtype"]
+    if settings["matmul_precision"] != "highest":
+        dtype += f", {settings['matmul_precision']} precision of products"
     share, of_what = next(
         (name, title)
         for name, title in (("mfu", "MFU"), ("share_of_matmul_rate", "share of the matmul rate"))
@@ -247,7 +250,7 @@ def table(report: dict[str, Any]) -> str:
     columns = {
         "model": lambda row: row["preset"],
         "tokens x images": lambda row: f"{row['num_tokens']} x {row['batch_size']}",
-        "mode": lambda row: row["mode"],
+        "mode": lambda row: f"{row['mode']}, {dtype}",
         "dense, ms": lambda row: f"{row['dense_seconds']['median'] * 1e3:,.0f}",
         "routed, ms": lambda row: f"{row['routed_seconds']['median'] * 1e3:,.0f}",
         "speed-up": lambda row: f"{row['speedup']:.2f}",

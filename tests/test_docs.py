@@ -3,12 +3,14 @@
 
 import doctest
 import importlib
+import io
 import json
 import pkgutil
 import re
+import runpy
 import shlex
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -53,10 +55,15 @@ def shell_commands(document):
 
 
 def known_flags(script, cache={}):  # noqa: B006 - one help text per script
+    """In this process, which has most of what scripts import."""
     if script not in cache:
-        result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=ROOT)
-        assert result.returncode == 0, result.stderr
-        cache[script] = set(re.findall(r"--[\w-]+", result.stdout))
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", [str(script), "--help"])
+            patch.syspath_prepend(script.parent)
+            runpy.run_path(str(script), run_name="__main__")
+        assert end.value.code in (None, 0)
+        cache[script] = set(re.findall(r"--[\w-]+", output.getvalue()))
     return cache[script]
 
 

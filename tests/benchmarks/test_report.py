@@ -50,7 +50,7 @@ def step_report(**settings):
         "source": {"commit": "0123456789abcdef", "dirty": False},
         "hardware": {"cpu": "a CPU", "cpu_cores": 2, "accelerator": None},
         "versions": {"python": "3.11.0", "torch": "2.6.0", "diffusers_tread": "0.1.0"},
-        "settings": {"dtype": "float32"},
+        "settings": {"dtype": "float32", "matmul_precision": "highest"},
         "rows": [smaller, row],
         **settings,
     }
@@ -85,7 +85,7 @@ def test_blocks_are_rewritten_and_the_rest_stays(folder):
     text = (folder / "guide.md").read_text()
     assert text.startswith("# Title\n\n<!-- goals -->\n| what |") and text.endswith("<!-- end -->\n\nlast words\n")
     assert "old" not in text and text.count("<!-- end -->") == before.count("<!-- end -->") == 4
-    assert "| B/2 | 256 x 8 | eager | 6,000 | 4,000 | 1.50 | 98% of 1.53 |" in text
+    assert "| B/2 | 256 x 8 | eager, float32 | 6,000 | 4,000 | 1.50 | 98% of 1.53 |" in text
     assert "results/train_step_gpu.json -->\nNot measured yet: `make bench-gpu`.\n" in text
     assert "results/memory_cpu.json -->\nNot measured yet: `make bench`.\n" in text
     assert Image.open(folder / "plot.png").format == "PNG"

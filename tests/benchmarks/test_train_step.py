@@ -157,8 +157,12 @@ def test_the_table_shows_every_row(run):
     assert "share of the matmul rate" in header and "GiB" not in header and lines[1].endswith("| - | - |")
     assert {line.count("|") for line in [header, *lines]} == {header.count("|")}
 
+    medium = run[0]["settings"] | {"dtype": "bfloat16", "matmul_precision": "medium"}
+    assert "| eager, float32 |" in lines[0]
+    assert "| eager, bfloat16, medium precision of products |" in train_step.table(run[0] | {"settings": medium})
+
     on_a_gpu = {"dense_mfu": 0.5, "routed_mfu": 0.4, "dense_peak_bytes": 2**32, "routed_peak_bytes": 2**31}
-    header, _, line = train_step.table({"rows": [rows[0] | on_a_gpu]}).splitlines()
+    header, _, line = train_step.table(run[0] | {"rows": [rows[0] | on_a_gpu]}).splitlines()
     assert "MFU" in header and "50%, 40%" in line and line.endswith("| 4.0, 2.0 |")
 
 

@@ -76,10 +76,10 @@ def assert_same(first, second, **tolerance):
 class PlainTREAD(TREADTransformer2DModel):
     """Our model with its blocks in a plain loop, as other people's models have them."""
 
-    def _run_blocks(self, tokens, conditioning, kept_token_ids):
+    def _run_blocks(self, tokens, conditioning, kept_token_ids, prefix, return_prefix):
         for block in self.transformer_blocks:
             tokens = block(tokens, conditioning)
-        return tokens
+        return tokens, None
 
 
 @torch.no_grad()
