@@ -23,10 +23,10 @@ from tiny_pipeline import make_pipeline, same, sample  # noqa: E402
 
 
 _ROUTING = ["routing.route", "routing.router", "routing.subset"]
-_MODEL = ["models.transformer_tread_2d", "routing.ops", *_ROUTING]
+_MODEL = ["models.blocks", "models.positions", "models.transformer_tread_2d", "routing.ops", *_ROUTING]
 # The files with code, and the package's modules that each is made of.
 CODE = {
-    "pipeline.py": ["pipelines.components", "pipelines.pipeline_tread", *_ROUTING],
+    "pipeline.py": ["pipelines.components", "pipelines.guided_prediction", "pipelines.pipeline_tread", *_ROUTING],
     "transformer/transformer_tread_2d.py": _MODEL,
     "guidance_transformer/transformer_tread_2d.py": _MODEL,
     "scheduler/scheduling_edm_heun.py": ["schedulers.scheduling_edm_heun"],

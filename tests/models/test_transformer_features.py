@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from diffusers_tread import TREADTransformer2DModel, get_token_router, token_routing
-from diffusers_tread.models.transformer_tread_2d import TREADAttnProcessor
+from diffusers_tread.models.blocks import TREADAttnProcessor
 
 
 LORA = LoraConfig(r=2, target_modules=["to_qkv", "to_out.0"], init_lora_weights=False)

@@ -13,8 +13,8 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch.utils.checkpoint import checkpoint
 
-import diffusers_tread.models.transformer_tread_2d as module
 from diffusers_tread import TokenRoute, TREADTransformer2DModel, get_token_router, token_routing
+from diffusers_tread.models.positions import sincos_positions
 
 
 # The forward in numpy, float64, from arXiv 2212.09748 (DiT) and 2501.04765 (TREAD).
@@ -203,9 +203,7 @@ def test_a_magnitude_in_a_route_measures_the_tokens_at_the_input(make_model, inp
 @pytest.mark.parametrize("size", [(4, 4), (4, 6), (3, 8)])
 def test_positions_equal_those_of_diffusers(size):
     expected = get_2d_sincos_pos_embed(16, size, base_size=4, output_type="pt")
-    torch.testing.assert_close(
-        module.sincos_positions(16, *size, base=4).double(), expected.double(), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(sincos_positions(16, *size, base=4).double(), expected.double(), atol=1e-6, rtol=0)
 
 
 # Initialisation and size.

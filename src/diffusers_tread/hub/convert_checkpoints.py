@@ -11,7 +11,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 
 from ..models import TREADTransformer2DModel
-from ..models.transformer_tread_2d import _PRESETS, sincos_positions
+from ..models.positions import sincos_positions
+from ..models.transformer_tread_2d import _PRESETS
 from ..pipelines import TREADPipeline
 from ..schedulers import EDMHeunScheduler
 from .convert_layouts import dit_names, drop_learned_variance, rename, reverse_time

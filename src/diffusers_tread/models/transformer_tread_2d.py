@@ -14,13 +14,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from ..routing import TokenRoute, TokenRouter, default_route, put_tokens, take_tokens
+from .blocks import TREADTransformerBlock
+from .positions import sincos_positions
 
 
 # DiT, table 1:  width, blocks, heads. The patch size follows the slash: "XL/2".
@@ -30,72 +31,6 @@ _PRESETS = {
     "L":  (1024,     24,    16),
     "XL": (1152,     28,    16),
 }  # fmt: skip
-
-
-class TREADAttnProcessor:
-    """Self-attention through diffusers' attention dispatcher; the backend is chosen by `set_attention_backend`."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(self, attn: "TREADAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, N, D] to [B, N, D]."""
-        qkv = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))  # B N 3 heads D/heads
-        query, key, value = qkv.unbind(2)
-        out = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        return attn.to_out[0](out.flatten(2, 3))
-
-
-class TREADAttention(nn.Module, AttentionModuleMixin):
-    """Self-attention; query, key and value are one matrix product, rows after rows of `to_qkv`."""
-
-    _default_processor_cls = TREADAttnProcessor
-    _available_processors = [TREADAttnProcessor]
-    _supports_qkv_fusion = False  # they always are
-
-    def __init__(self, dim: int, *, heads: int, bias: bool = True):
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.set_processor(TREADAttnProcessor())
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
-
-
-class TREADTransformerBlock(nn.Module):
-    """A DiT block with adaLN-Zero (arXiv 2212.09748, figure 3)."""
-
-    def __init__(
-        self, dim: int, *, heads: int, mlp_ratio: float, attention_bias: bool, norm_eps: float, ff_norm_eps: float
-    ):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
-        self.attn = TREADAttention(dim, heads=heads, bias=attention_bias)
-        self.norm2 = nn.LayerNorm(dim, eps=ff_norm_eps, elementwise_affine=False)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
-        self.modulation = nn.Linear(dim, 6 * dim)
-
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            hidden_states: [B, N, D] or the kept tokens [B, K, D]; the block does not depend on which.
-            conditioning: [B, D], SiLU of the embedded time and class.
-
-        Returns:
-            The shape of `hidden_states`.
-        """
-        modulation = self.modulation(conditioning).unsqueeze(1)  # B 1 6D
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
-
-        attn_input = torch.addcmul(shift_attn, self.norm1(hidden_states), 1 + scale_attn)
-        hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(attn_input))
-
-        ff_input = torch.addcmul(shift_ff, self.norm2(hidden_states), 1 + scale_ff)
-        return torch.addcmul(hidden_states, gate_ff, self.ff(ff_input))
 
 
 @dataclass
@@ -455,30 +390,3 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         for module in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-
-
-def sincos_positions(
-    dim: int, height: int, width: int, *, base: int | None = None, device: "torch.device | str | None" = None
-) -> torch.Tensor:
-    """Fixed 2D sine-cosine positions (arXiv 2111.06377): half the channels for the column, half for the row.
-
-    The order of the halves is that of MAE, DiT and diffusers, so that DiT's weights fit.
-
-    Args:
-        dim: D, divisible by 4.
-        height: Rows of tokens.
-        width: Columns of tokens.
-        base: If given, rows and columns are scaled to [0, base), the range of the training grid.
-        device: Where to make them.
-
-    Returns:
-        [height * width, D] float32, tokens in row-major order.
-    """
-    rows = torch.arange(height, device=device, dtype=torch.float32) * (1.0 if base is None else base / height)
-    columns = torch.arange(width, device=device, dtype=torch.float32) * (1.0 if base is None else base / width)
-    omega = 10000.0 ** (-torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))  # D/4
-
-    rows, columns = rows.unsqueeze(1) * omega, columns.unsqueeze(1) * omega  # h D/4, w D/4
-    rows = torch.cat([rows.sin(), rows.cos()], dim=1).unsqueeze(1).expand(-1, width, -1)  # h w D/2
-    columns = torch.cat([columns.sin(), columns.cos()], dim=1).unsqueeze(0).expand(height, -1, -1)  # h w D/2
-    return torch.cat([columns, rows], dim=2).flatten(0, 1)

@@ -99,12 +99,3 @@ def check_guidance_transformer(
                 "earlier checkpoint of the same training run."
             )
     check_channels(guidance_transformer, None)
-
-
-def takes_prefix(transformer: TREADTransformer2DModel) -> bool:
-    """Whether two forwards of `transformer` can share the blocks in front of its first route."""
-    # Group offloading fetches the blocks in the order of the first forward: older diffusers (seen in 0.36) fails where
-    # the first ones are left out.
-    hooks = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
-    is_offloaded = any(hook.get_hook("group_offloading") is not None for hook in hooks)
-    return getattr(transformer, "_supports_prefix", False) and not is_offloaded  # older code from the Hub has none

@@ -16,8 +16,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models import TREADTransformer2DModel
-from ..routing import draw_routing_seed, get_token_router, token_routing
-from .components import check_channels, check_guidance_transformer, check_scheduler, check_sigmas, takes_prefix
+from .components import check_channels, check_guidance_transformer, check_scheduler, check_sigmas
+from .guided_prediction import GuidedPrediction
 from .hub_pipeline import HubPipeline
 
 
@@ -82,7 +82,6 @@ class TREADPipeline(HubPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = None
         self._num_timesteps = 0
-        self._takes_prefix = False
         self._interrupt = False
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -179,7 +178,6 @@ class TREADPipeline(HubPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
-        self._takes_prefix = takes_prefix(self.transformer)
         self._interrupt = False
 
         # Labels, noise and timesteps.
@@ -196,12 +194,21 @@ class TREADPipeline(HubPipeline):
             self.scheduler.set_begin_index(0)  # spares a search, and with it a wait for the device
 
         # Denoising.
+        predict = GuidedPrediction(
+            self.transformer,
+            guidance_transformer=self.guidance_transformer,
+            guider=guider,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            num_steps=self._num_timesteps,
+        )
         step_generator = {"generator": generator} if _step_takes_generator(self.scheduler) else {}
         with self._evaluation_mode(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
-                prediction = self._predict(latents, timestep, step, class_labels, guider, generator)
+                scaled = self._scale(latents, timestep)
+                prediction = predict(scaled, timestep, step, class_labels)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_generator, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -304,105 +311,11 @@ class TREADPipeline(HubPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-    def _predict(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        step: int,
-        class_labels: torch.Tensor,
-        guider: BaseGuidance | None,
-        generator: "torch.Generator | list[torch.Generator] | None",
-    ) -> torch.Tensor:
-        """[B, C, H, W] float32: the guided prediction of one step."""
+    def _scale(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The latents as the scheduler feeds them to the model."""
         if hasattr(self.scheduler, "scale_model_input"):
-            latents = self.scheduler.scale_model_input(latents, timestep)
-        null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
-
-        if guider is not None:
-            guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
-            branches = guider.prepare_inputs({"class_labels": (class_labels, null_labels)})
-            self._run_branches(branches, guider, latents, timestep, generator)
-            return guider(branches)[0]
-
-        # Plain classifier-free guidance.
-        if self.guidance_scale is not None and self.guidance_scale > 1.0:
-            labels = [class_labels, null_labels]
-            conditional, unconditional = self._denoise_together(labels, latents, timestep, generator)
-            return torch.lerp(unconditional, conditional, self.guidance_scale)
-        return self._denoise(self.transformer, latents, timestep, class_labels, generator)[0]
-
-    def _run_branches(
-        self,
-        branches: list[Any],
-        guider: BaseGuidance,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        generator: "torch.Generator | list[torch.Generator] | None",
-    ) -> None:
-        """Sets `noise_pred` of each branch of a step."""
-        # Dense branches that differ in the condition alone are one forward.
-        changes_model = type(guider).prepare_models is not BaseGuidance.prepare_models
-        if not changes_model and not get_token_router(self.transformer).is_routing(training=False):
-            labels = [branch.class_labels for branch in branches]
-            predictions = self._denoise_together(labels, latents, timestep, generator)
-            for branch, prediction in zip(branches, predictions, strict=True):
-                branch.noise_pred = prediction
-            return
-
-        # The others run one by one; with the same inputs, the second goes on where the first met its first route.
-        shares = self._takes_prefix and len(branches) == 2 and getattr(guider, "shares_inputs", False)
-        settings = {"return_prefix": True} if shares else {}
-        for index, branch in enumerate(branches):
-            is_checkpoint = index == 1 and getattr(guider, "weak_checkpoint", False)
-            transformer = self.guidance_transformer if is_checkpoint else self.transformer
-            guider.prepare_models(transformer)
-            try:
-                output = self._denoise(transformer, latents, timestep, branch.class_labels, generator, **settings)
-            finally:
-                guider.cleanup_models(transformer)
-            branch.noise_pred = output[0]
-            if shares and index == 0:
-                settings = {"prefix": output[-1].clone()}
-
-    def _denoise_together(
-        self,
-        class_labels: list[torch.Tensor],
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        generator: "torch.Generator | list[torch.Generator] | None",
-    ) -> tuple[torch.Tensor, ...]:
-        """One forward for the same latents with several labels each; a prediction [B, C, H, W] for each of them."""
-        many = torch.cat([latents] * len(class_labels))
-        predictions = self._denoise(self.transformer, many, timestep, torch.cat(class_labels), generator)[0]
-        return predictions.chunk(len(class_labels))
-
-    @staticmethod
-    def _denoise(
-        transformer: TREADTransformer2DModel,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
-        generator: "torch.Generator | list[torch.Generator] | None",
-        **prefix: Any,
-    ) -> tuple[torch.Tensor, ...]:
-        """One forward in the model's dtype: the prediction in float32, and the prefix last where that is asked for.
-
-        Where it routes, its subset is drawn from the caller's generators.
-        """
-        router = get_token_router(transformer)
-        seed = router.seed
-        if seed is None and generator is not None and router.is_routing(training=False):
-            if isinstance(generator, list):
-                generator = generator * (len(latents) // len(generator))  # for each half of classifier-free guidance
-            seed = draw_routing_seed(generator, device=latents.device)
-        # Not `transformer.dtype`, which looks at every module.
-        latents = latents.to(transformer.patch_embedding.weight.dtype)
-        with token_routing(transformer, seed=seed):
-            prediction, *others = transformer(
-                latents, timestep, class_labels=class_labels, return_dict=False, **prefix
-            )
-        # Copied, also above: a CUDA graph of torch.compile writes its next outputs over these. Not tried here.
-        return prediction.to(torch.float32, copy=True), *others
+            return self.scheduler.scale_model_input(latents, timestep)
+        return latents
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to images in [-1, 1]; a model of pixels has them already."""
