@@ -33,12 +33,12 @@ bench: .venv/.installed ## measure everything on the CPU in under ten minutes; w
 	$(BENCH)/train_step.py --repeats 4 --output $(RESULTS)/train_step_cpu.json
 	$(BENCH)/train_step.py --presets S/2 --tokens 1024,4096 --batch_size 2,1 --repeats 2 --no-peer \
 		--output $(RESULTS)/train_step_long_cpu.json
-	$(BENCH)/train_step.py --presets S/2 --modes blocks --repeats 4 --output $(RESULTS)/train_step_blocks_cpu.json
-	$(BENCH)/train_step.py --presets S/2 --matmul_precision medium --output $(RESULTS)/train_step_medium_cpu.json
-	$(BENCH)/train_step.py --presets S/2 --dtype bfloat16 --output $(RESULTS)/train_step_bf16_cpu.json
+	$(BENCH)/train_step.py --presets S/2 --modes blocks --repeats 3 --output $(RESULTS)/train_step_blocks_cpu.json
+	$(BENCH)/train_step.py --presets S/2 --matmul_precision medium --repeats 4 --output $(RESULTS)/train_step_medium_cpu.json
+	$(BENCH)/train_step.py --presets S/2 --dtype bfloat16 --repeats 4 --output $(RESULTS)/train_step_bf16_cpu.json
 	$(BENCH)/profile_step.py --preset S/2 --output $(RESULTS)/profile_step_cpu.json
 	$(BENCH)/memory.py --output $(RESULTS)/memory_cpu.json
-	$(BENCH)/training_loop.py --repeats 5 --output $(RESULTS)/training_loop_cpu.json
+	$(BENCH)/training_loop.py --repeats 4 --output $(RESULTS)/training_loop_cpu.json
 	$(BENCH)/sampling.py --output $(RESULTS)/sampling_cpu.json
 	$(BENCH)/routing_overhead.py --output $(RESULTS)/routing_overhead_cpu.json
 	$(BENCH)/hooks_overhead.py --repeats 3 --warmup 1 --batch_size 1 --output $(RESULTS)/hooks_overhead_cpu.json

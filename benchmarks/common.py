@@ -125,7 +125,7 @@ def versions() -> dict[str, str]:
 
 
 def source_state() -> dict[str, Any]:
-    """The commit, and whether tracked files differ from it; None outside a git checkout."""
+    """The commit, and whether its code was changed since (results and documents aside); None outside a git checkout."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -135,7 +135,8 @@ def source_state() -> dict[str, Any]:
             return None
         return result.stdout.strip() if result.returncode == 0 else None
 
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    code = (":/src", ":/examples", ":/benchmarks/*.py")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
