@@ -125,7 +125,7 @@ def versions() -> dict[str, str]:
 
 
 def source_state() -> dict[str, Any]:
-    """The commit, and whether its code was changed since (results and documents aside); None outside a git checkout."""
+    """The commit, and whether code (not results, not documents) differs from it; None outside a git checkout."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

@@ -1,0 +1,54 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import common  # noqa: E402
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository of two files, one of code and one of results."""
+    for name in ("benchmarks/common.py", "benchmarks/results/step.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git = ["git", "-C", tmp_path, "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "Begin"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "benchmarks" / "common.py"))
+    return tmp_path
+
+
+def test_a_result_that_was_written_is_no_change_of_the_code(checkout):
+    state = common.source_state()
+    assert len(state["commit"]) == 40 and state["dirty"] is False
+    (checkout / "benchmarks" / "results" / "step.json").write_text("after")
+    assert common.source_state() == state
+    (checkout / "benchmarks" / "common.py").write_text("after")
+    assert common.source_state() == state | {"dirty": True}
+
+
+def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert common.source_state() == {"commit": None, "dirty": None}
+
+
+def test_steps_take_turns_and_the_first_rounds_do_not_count():
+    calls = []
+    args = common.make_parser("A test.", repeats=3, warmup=2).parse_args([])
+    seconds = common.time_in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, args)
+    assert calls == ["a", "b"] * 5
+    assert [len(one) for one in seconds.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("flags", [["--repeats", "1"], ["--warmup", "-1"], ["--threads", "0"]])
+def test_impossible_flags_are_refused(flags):
+    args = common.make_parser("A test.", repeats=3, warmup=2).parse_args(flags)
+    with pytest.raises(ValueError, match=flags[0]):
+        common.check_common(args)
