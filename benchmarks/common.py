@@ -2,6 +2,7 @@
 """What the benchmarks share: their flags, timing in turns, and the report that says what was measured where."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ import torch
 import diffusers_tread
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,7 +42,7 @@ def make_parser(description: str, *, repeats: int, warmup: int) -> argparse.Argu
 
 
 def check_common(args: argparse.Namespace) -> None:
-    """Checks the flags of `make_parser` and sets the threads.
+    """Checks the flags of `make_parser`, sets the threads, and has glibc keep what is freed.
 
     Raises:
         ValueError: A flag out of range.
@@ -51,6 +53,19 @@ def check_common(args: argparse.Namespace) -> None:
         raise ValueError(f"Expected --threads >= 1, got {args.threads}.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc give no memory back to the system, as torch does on GPUs; False where there is no glibc.
+
+    Else tensors get new pages again and again, the more of them the more the heap is in pieces: what is timed would
+    depend on what lies there from before.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def time_in_turns(

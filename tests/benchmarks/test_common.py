@@ -1,4 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,20 @@ def test_impossible_flags_are_refused(flags):
     args = common.make_parser("A test.", repeats=3, warmup=2).parse_args(flags)
     with pytest.raises(ValueError, match=flags[0]):
         common.check_common(args)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_was_freed_is_kept():
+    """In a process of its own, whose other tests want the usual allocator."""
+    program = """
+import common, torch
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+keeps = common.keep_freed_memory()
+before = resident()
+torch.ones(2**26)
+print(keeps, resident() - before > 2**27)
+"""
+    folder = Path(common.__file__).parent
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder)
+    assert result.stdout.split() == ["True", "True"], result.stderr
