@@ -215,7 +215,7 @@ def plot(reports: list[dict[str, Any]], path: Path) -> None:
     """The speed-up of each row of training steps, with quartiles of its pairs, under a line at its FLOP ceiling."""
     from matplotlib.figure import Figure
 
-    rows = [(row, report["settings"]["dtype"]) for report in reports for row in report["rows"]]
+    rows = [(row, report["settings"]) for report in reports for row in report["rows"]]
     figure = Figure(figsize=(1.5 + 1.3 * len(rows), 4), layout="constrained")
     axis = figure.subplots()
     for position, (row, _) in enumerate(rows):
@@ -226,7 +226,11 @@ def plot(reports: list[dict[str, Any]], path: Path) -> None:
         ]
         axis.bar(position, row["speedup"], width=0.6, yerr=spread, capsize=4, color="tab:blue")
         axis.hlines(row["flop_ceiling"], position - 0.4, position + 0.4, color="black")
-    names = [f"{row['preset']}, {row['num_tokens']} tokens\n{dtype}\n{row['mode']}" for row, dtype in rows]
+    names = [
+        f"{row['preset']}, {row['num_tokens']} tokens\n{settings['dtype']}, {row['mode']}"
+        + (f"\n{settings['matmul_precision']}" if settings["matmul_precision"] != "highest" else "")
+        for row, settings in rows
+    ]
     axis.set_xticks(range(len(rows)), names)
     axis.set_ylabel("dense / routed step time (line: FLOP ceiling)")
     axis.set_ylim(bottom=1.0 if all(row["speedup"] > 1.0 for row, _ in rows) else 0.0)
