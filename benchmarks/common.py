@@ -4,6 +4,7 @@
 import argparse
 import ctypes
 import json
+import math
 import os
 import platform
 import shlex
@@ -41,7 +42,7 @@ def make_parser(description: str, *, repeats: int, warmup: int) -> argparse.Argu
     return parser
 
 
-def check_common(args: argparse.Namespace) -> None:
+def set_up(args: argparse.Namespace) -> None:
     """Checks the flags of `make_parser`, sets the threads, and has glibc keep what is freed.
 
     Raises:
@@ -66,6 +67,17 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def latent_size(preset: str, num_tokens: int) -> int:
+    """The side of latents that are so many tokens for a preset such as "XL/2".
+
+    Raises:
+        ValueError: No square number of tokens.
+    """
+    if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
+        raise ValueError(f"Expected square numbers for --tokens, such as 256 or 1024, got {num_tokens}.")
+    return math.isqrt(num_tokens) * int(preset.split("/")[-1])
 
 
 def time_in_turns(

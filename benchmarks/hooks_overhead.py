@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import check_common, finish_report, make_parser, start_report, summary, time_in_turns
+from common import finish_report, make_parser, set_up, start_report, summary, time_in_turns
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=2, help="Images per step.")
     add("--width", type=int, default=384, help="Of the transformers, a multiple of 64; they have 12 blocks.")
     args = parser.parse_args(argv)
-    check_common(args)
+    set_up(args)
     if args.tokens < 16 or round(args.tokens**0.5) ** 2 != args.tokens:
         raise ValueError(f"Expected a square number >= 16 for --tokens, such as 1024, got {args.tokens}.")
     if args.width < 64 or args.width % 64:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, finish_report, start_report
+from common import DTYPES, finish_report, latent_size, start_report
 
 from diffusers_tread import EDMObjective, TREADTransformer2DModel, get_token_router
 
@@ -64,8 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.check_batch_size in args.batch_sizes:
         raise ValueError(f"Expected a --check_batch_size that is not among {args.batch_sizes}, got one that is.")
-    if args.tokens < 1 or round(args.tokens**0.5) ** 2 != args.tokens:
-        raise ValueError(f"Expected a square number for --tokens, such as 256 or 1024, got {args.tokens}.")
+    latent_size(args.preset, args.tokens)  # raises for a wrong number
     if torch.device(args.device).type not in ("cpu", "cuda"):
         raise ValueError(f"Expected cpu or cuda as --device, whose peak memory can be read, got {args.device!r}.")
     if args.search and torch.device(args.device).type != "cuda":
@@ -164,7 +163,7 @@ def search(runs: Callable[[int], bool]) -> int:
 def make_step(args: argparse.Namespace, kind: str, batch_size: int) -> Callable[[], None]:
     """A function that takes one training step, with a model and optimiser states of its own."""
     torch.manual_seed(args.seed)
-    device, side = torch.device(args.device), round(args.tokens**0.5) * int(args.preset.split("/")[-1])
+    device, side = torch.device(args.device), latent_size(args.preset, args.tokens)
     with device:
         model = TREADTransformer2DModel.from_preset(args.preset, sample_size=side).train()
     get_token_router(model).enabled = KINDS[kind]["routed"]

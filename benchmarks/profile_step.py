@@ -13,7 +13,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from common import DTYPES, check_common, finish_report, make_parser, start_report
+from common import DTYPES, finish_report, latent_size, make_parser, set_up, start_report
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_step import MODES, make_steps
@@ -46,9 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--selection_ratio", type=float, default=0.5, help="Share of tokens routed away, on the default route.")
     add("--dtype", choices=sorted(DTYPES), default="float32", help="Below float32 by autocast; weights stay float32.")
     args = parser.parse_args(argv)
-    check_common(args)
-    if args.tokens < 1 or round(args.tokens**0.5) ** 2 != args.tokens:
-        raise ValueError(f"Expected a square number as --tokens, such as 256 or 1024, got {args.tokens}.")
+    set_up(args)
+    latent_size(args.preset, args.tokens)  # raises for a wrong number
     if args.batch_size < 1:
         raise ValueError(f"Expected --batch_size >= 1, got {args.batch_size}.")
     args.gradient_checkpointing = False

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import DTYPES, check_common, finish_report, make_parser, start_report, summary, time_in_turns
+from common import DTYPES, finish_report, make_parser, set_up, start_report, summary, time_in_turns
 
 from diffusers_tread import TREADTransformer2DModel, get_token_router
 from diffusers_tread.routing import put_tokens, take_tokens
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--selection_ratio", type=float, default=0.5, help="Share of tokens routed away, on the default route.")
     add("--dtype", choices=sorted(DTYPES), default="float32", help="Of tokens and weights.")
     args = parser.parse_args(argv)
-    check_common(args)
+    set_up(args)
     try:
         args.shapes = [[int(size) for size in shape.split("x")] for shape in args.shapes.split(",")]
         wrong = [shape for shape in args.shapes if len(shape) != 2 or shape[0] < 1 or shape[1] < 2]

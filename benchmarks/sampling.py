@@ -13,13 +13,12 @@ Close other programs first.
 """
 
 import argparse
-import math
 import statistics
 from functools import partial
 from typing import Any
 
 import torch
-from common import DTYPES, check_common, finish_report, make_parser, start_report, summary, time_in_turns
+from common import DTYPES, finish_report, latent_size, make_parser, set_up, start_report, summary, time_in_turns
 from diffusers import BaseGuidance, ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 
 from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
@@ -57,9 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="Compile the transformer, a graph per ratio; wants --warmup of 1.")
     args = parser.parse_args(argv)
 
-    check_common(args)
-    if args.tokens < 1 or math.isqrt(args.tokens) ** 2 != args.tokens:
-        raise ValueError(f"Expected a square number for --tokens, such as 256 or 1024, got {args.tokens}.")
+    set_up(args)
+    latent_size(args.preset, args.tokens)  # raises for a wrong number
     if args.batch_size < 1 or args.num_inference_steps < 1:
         raise ValueError(
             f"Expected --batch_size and --num_inference_steps >= 1, got {args.batch_size} and "
@@ -77,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report = start_report("sampling.py", argv)
     torch.manual_seed(args.seed)
 
-    sample_size = math.isqrt(args.tokens) * int(args.preset.split("/")[-1])
+    sample_size = latent_size(args.preset, args.tokens)
     transformer = TREADTransformer2DModel.from_preset(args.preset, sample_size=sample_size)
     transformer.to(args.device, DTYPES[args.dtype]).eval()
     if args.compile:

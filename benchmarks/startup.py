@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from common import check_common, finish_report, make_parser, start_report, summary, time_in_turns
+from common import finish_report, make_parser, set_up, start_report, summary, time_in_turns
 from diffusers.training_utils import EMAModel
 
 from diffusers_tread import EDMObjective, TREADTransformer2DModel
@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preset", default="S/2", help="Size of the model that checkpoints hold.")
     add("--first_steps", type=int, default=2, help="Training processes to start.")
     args = parser.parse_args(argv)
-    check_common(args)
+    set_up(args)
     if args.first_steps < 2:
         raise ValueError(f"Expected --first_steps >= 2, got {args.first_steps}.")
     return args

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import DTYPES, check_common, finish_report, make_parser, start_report, summary, time_in_turns
+from common import DTYPES, finish_report, latent_size, make_parser, set_up, start_report, summary, time_in_turns
 from diffusers import DiTTransformer2DModel
 
 from diffusers_tread import EDMObjective, TREADTransformer2DModel, get_token_router
@@ -59,14 +59,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--peer", action=argparse.BooleanOptionalAction, default=True, help="Time diffusers' DiT as well.")
     args = parser.parse_args(argv)
 
-    check_common(args)
+    set_up(args)
     for name in ("presets", "modes"):
         setattr(args, name, [value.strip() for value in getattr(args, name).split(",")])
     args.tokens, args.batch_size = [list(map(int, value.split(","))) for value in (args.tokens, args.batch_size)]
     if unknown := sorted(set(args.modes) - set(MODES)):
         raise ValueError(f"Expected --modes among {list(MODES)}, got {unknown}.")
-    if wrong := [tokens for tokens in args.tokens if tokens < 1 or round(tokens**0.5) ** 2 != tokens]:
-        raise ValueError(f"Expected square numbers in --tokens, such as 256 or 1024, got {wrong}.")
+    for tokens in args.tokens:
+        latent_size(args.presets[0], tokens)  # raises for a wrong number
     if min(args.batch_size) < 1 or len(args.batch_size) not in (1, len(args.tokens)):
         raise ValueError(f"Expected one --batch_size >= 1, or one for each of --tokens, got {args.batch_size}.")
     return args
@@ -158,8 +158,7 @@ def measure(
 
 def make_steps(preset: str, num_tokens: int, batch_size: int, mode: str, args: argparse.Namespace):
     """The model, and functions "dense" and "routed" that take one training step of it."""
-    sample_size = round(num_tokens**0.5) * int(preset.split("/")[-1])
-    model = TREADTransformer2DModel.from_preset(preset, sample_size=sample_size)
+    model = TREADTransformer2DModel.from_preset(preset, sample_size=latent_size(preset, num_tokens))
     step = make_step(model, batch_size, mode, args)
     router, seeds = get_token_router(model), itertools.count(args.seed)
     router.selection_ratio = args.selection_ratio

@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import DTYPES, check_common, finish_report, make_parser, start_report, summary
+from common import DTYPES, finish_report, latent_size, make_parser, set_up, start_report, summary
 from diffusers import AutoencoderKL
 
 from diffusers_tread.data import LatentsInfo, LatentsWriter
@@ -52,12 +52,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--folder", type=Path, help="Where to write latents and checkpoint; by default temporary files.")
     args = parser.parse_args(argv)
 
-    check_common(args)
+    set_up(args)
     for name in ("batch_size", "steps_per_turn", "checkpointing_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"Expected --{name} >= 1, got {getattr(args, name)}.")
-    if args.tokens < 1 or round(args.tokens**0.5) ** 2 != args.tokens:
-        raise ValueError(f"Expected a square number as --tokens, such as 256 or 1024, got {args.tokens}.")
+    latent_size(args.preset, args.tokens)  # raises for a wrong number
     if args.device != "cpu" and not torch.accelerator.is_available():
         raise ValueError(f"Expected --device cpu, the only one here, got {args.device}.")
     return args
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def write_latents(root: Path, args: argparse.Namespace) -> None:
     """`latents`, random ones in the package's format, and `vae`, a tiny one that could have made them."""
     torch.manual_seed(args.seed)
-    size = round(args.tokens**0.5) * int(args.preset.split("/")[-1])
+    size = latent_size(args.preset, args.tokens)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     vae.save_pretrained(root / "vae")
     info = LatentsInfo(

@@ -23,6 +23,20 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate as in a process that has not used it, before and after."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset():
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
 @pytest.fixture(scope="session")
 def hub_session(tmp_path_factory):
     """The server, for the tests of one worker."""

@@ -52,12 +52,19 @@ def test_steps_take_turns_and_the_first_rounds_do_not_count():
 def test_impossible_flags_are_refused(flags):
     args = common.make_parser("A test.", repeats=3, warmup=2).parse_args(flags)
     with pytest.raises(ValueError, match=flags[0]):
-        common.check_common(args)
+        common.set_up(args)
+
+
+def test_latents_have_the_side_that_the_tokens_ask_for():
+    assert common.latent_size("XL/2", 256) == 32 and common.latent_size("B/4", 1024) == 128
+    for tokens in (0, 200):
+        with pytest.raises(ValueError, match=f"Expected square numbers for --tokens, .* got {tokens}"):
+            common.latent_size("XL/2", tokens)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_memory_that_was_freed_is_kept():
-    """In a process of its own, whose other tests want the usual allocator."""
+    """In a process of its own, where nothing asked for it before."""
     program = """
 import common, torch
 def resident():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 
 pytest.importorskip("datasets")
@@ -26,12 +25,8 @@ def script():
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+def restored(fresh_accelerate):
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     torch.set_float32_matmul_precision("highest")
 
 

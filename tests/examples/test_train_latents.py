@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 
 from diffusers_tread import TREADPipeline
@@ -29,6 +29,7 @@ from diffusers_tread.training.checkpoints import list_checkpoints
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import train_tread  # noqa: E402
@@ -98,15 +99,6 @@ def data(tmp_path_factory):
         folder / "network"
     )
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

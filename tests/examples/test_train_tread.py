@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,13 +41,9 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate(tmp_path, monkeypatch):
+def restored(fresh_accelerate, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     torch.set_float32_matmul_precision("highest")
 
 
