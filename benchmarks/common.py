@@ -135,14 +135,16 @@ def hardware(device: str) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    is_cuda = torch.device(device).type == "cuda"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
         "cpu": model or platform.processor() or platform.machine(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_at_end": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "device": device,
-        "accelerator": name,
+        "accelerator": torch.cuda.get_device_name(device) if is_cuda else None,
+        "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip() if is_cuda else None,
     }
 
 
@@ -152,7 +154,10 @@ def versions() -> dict[str, str]:
 
 
 def source_state() -> dict[str, Any]:
-    """The commit, and whether code (not results, not documents) differs from it; None outside a git checkout."""
+    """The commit, and whether code (not results, not documents) differs from it.
+
+    Outside a git checkout the commit is that of the environment's COMMIT, if there is one.
+    """
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -164,7 +169,8 @@ def source_state() -> dict[str, Any]:
 
     code = (":/src", ":/examples", ":/benchmarks/*.py")
     changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    commit = git("rev-parse", "HEAD") or os.environ.get("COMMIT")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
 def write_whole(path: Path, content: bytes) -> None:

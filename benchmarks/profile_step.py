@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report = start_report("profile_step.py", argv)
     torch.manual_seed(args.seed)
     model, steps = make_steps(args.preset, args.tokens, args.batch_size, args.mode, args)
-    seconds = {kind: profile_step(step, args) for kind, step in steps.items()}
+    profiles = {kind: profile_step(step, args) for kind, step in steps.items()}
+    seconds = {kind: operations for kind, (operations, _) in profiles.items()}
 
     totals = {kind: sum(operations.values()) for kind, operations in seconds.items()}
     rows = []
@@ -76,13 +77,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         flop_ceiling=flop_ceiling(model, args.tokens, selection_ratio=args.selection_ratio),
         rows=[row for row in rows if row["dense_seconds"] or row["routed_seconds"]],
         operations={kind: dict(Counter(operations).most_common(25)) for kind, operations in seconds.items()},
+        kernels={kind: dict(Counter(kernels).most_common(10)) for kind, (_, kernels) in profiles.items()},
     )
     print(table(report))
+    for kind, kernels in report["kernels"].items():
+        for name, one in kernels.items():
+            print(f"{kind:6} {1e3 * one:8.2f} ms  {name[:100]}")
     return report
 
 
-def profile_step(step, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of one step in each operation itself, the mean of `args.repeats` steps."""
+def profile_step(step, args: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of one step in each operation itself and in each kernel of a GPU, the mean of `args.repeats` steps."""
     for _ in range(args.warmup):
         step()
     is_cpu = torch.device(args.device).type == "cpu"
@@ -92,13 +97,17 @@ def profile_step(step, args: argparse.Namespace) -> dict[str, float]:
             step()
     events = profiler.key_averages()
     if is_cpu:
-        microseconds = {event.key: event.self_cpu_time_total for event in events}
+        operations, kernels = {event.key: event.self_cpu_time_total for event in events}, {}
     else:  # an operation of the host has the time of its kernels, which are events of their own too
         on_host = [event for event in events if event.device_type is DeviceType.CPU]
-        microseconds = {event.key: event.self_device_time_total for event in on_host}
-        kernels = sum(event.self_device_time_total for event in events if event.device_type is not DeviceType.CPU)
-        microseconds["no operation"] = kernels - sum(microseconds.values())
-    return {name: 1e-6 * time / args.repeats for name, time in microseconds.items() if time > 0}
+        operations = {event.key: event.self_device_time_total for event in on_host}
+        on_device = [event for event in events if event.device_type is not DeviceType.CPU]
+        kernels = {event.key: event.self_device_time_total for event in on_device}
+        operations["no operation"] = sum(kernels.values()) - sum(operations.values())
+    return tuple(
+        {name: 1e-6 * time / args.repeats for name, time in times.items() if time > 0}
+        for times in (operations, kernels)
+    )
 
 
 def kind_of(operation: str) -> str:

@@ -123,7 +123,7 @@ class Goal:
 def step_row(report: dict[str, Any]) -> dict[str, Any]:
     """The row of the largest size at 256 tokens, of a compiled model where there is one."""
     rows = [row for row in report["rows"] if row["num_tokens"] == 256]
-    return max(rows, key=lambda row: (row["dense_flops_per_step"] / row["batch_size"], row["mode"] == "compiled"))
+    return max(rows, key=lambda row: (row["dense_flops_per_step"] / row["batch_size"], row["mode"] != "eager"))
 
 
 def guided_speedup(report: dict[str, Any]) -> float:

@@ -4,8 +4,9 @@
     python benchmarks/routing_overhead.py --output benchmarks/results/routing_overhead_cpu.json
 
 A routed step plans once, takes the kept tokens out before the route and puts them back after it, forward and backward.
-Each is timed alone, beside the forward and backward of one of the preset's blocks over all tokens and over the kept
-ones. The step stands for these blocks: as many of either as the default route has.
+"take_backward_writing" is the backward of the taking if it wrote each gradient instead of adding it. Each is timed
+alone, beside the forward and backward of one of the preset's blocks over all tokens and over the kept ones. The step
+stands for these blocks: as many of either as the default route has.
 """
 
 import argparse
@@ -91,6 +92,7 @@ def make_steps(
 
     tokens, conditioning = random(batch_size, num_tokens, width), random(batch_size, width)  # B N D, B D
     (ids,) = router.plan(tokens, training=True)
+    flat_ids = (ids + torch.arange(batch_size, device=ids.device).unsqueeze(1) * num_tokens).flatten()  # B*K
     kept = random(batch_size, ids.shape[1], width)  # B K D
     taken, put = take_tokens(tokens, ids), put_tokens(tokens, ids, kept)
     tokens_gradient, kept_gradient = torch.randn_like(tokens), torch.randn_like(kept)
@@ -103,6 +105,9 @@ def make_steps(
         "plan": lambda: router.plan(tokens, training=True),
         "take": lambda: take_tokens(tokens, ids),
         "take_backward": lambda: torch.autograd.grad(taken, tokens, kept_gradient, retain_graph=True),
+        "take_backward_writing": lambda: tokens.new_zeros(batch_size * num_tokens, width).index_copy_(
+            0, flat_ids, kept_gradient.flatten(0, 1)
+        ),
         "put": lambda: put_tokens(tokens, ids, kept),
         "put_backward": lambda: torch.autograd.grad(put, (tokens, kept), tokens_gradient, retain_graph=True),
         "block": lambda: run_block(tokens, tokens_gradient),
@@ -111,7 +116,8 @@ def make_steps(
 
 
 def format_row(row: dict[str, Any]) -> str:
-    parts = "  ".join(f"{part} {row[f'{part}_microseconds']['median']:.0f}" for part in (*PARTS, "block"))
+    names = (*PARTS, "take_backward_writing", "block")
+    parts = "  ".join(f"{part} {row[f'{part}_microseconds']['median']:.0f}" for part in names)
     return (
         f"{row['batch_size']} x {row['num_tokens']} x {row['width']}, us: {parts}; routing "
         f"{row['share_of_block']:.2%} of a block, {row['share_of_routed_step']:.3%} of a step"

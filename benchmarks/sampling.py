@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=4, help="Images per call.")
     add("--num_inference_steps", type=int, default=1, help="Steps N; Heun's method calls the model 2N - 1 times.")
     add("--dtype", choices=sorted(DTYPES), default="float32", help="Of the weights.")
-    add("--compile", action="store_true", help="Compile the transformer, a graph per ratio; wants --warmup of 1.")
+    add("--compile", action="store_true", help="Compile the blocks, one graph per token count; wants --warmup of 1.")
     args = parser.parse_args(argv)
 
     set_up(args)
@@ -76,10 +76,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(args.seed)
 
     sample_size = latent_size(args.preset, args.tokens)
-    transformer = TREADTransformer2DModel.from_preset(args.preset, sample_size=sample_size)
-    transformer.to(args.device, DTYPES[args.dtype]).eval()
+    with torch.device(args.device):
+        transformer = TREADTransformer2DModel.from_preset(args.preset, sample_size=sample_size)
+    transformer.to(DTYPES[args.dtype]).eval()
     if args.compile:
-        transformer.compile(fullgraph=True, dynamic=False)
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     rows = [row for name in SAMPLERS for row in measure(name, transformer, args)]
     finish_report(report, args, rows=rows)
     print(table(report))

@@ -158,7 +158,8 @@ def measure(
 
 def make_steps(preset: str, num_tokens: int, batch_size: int, mode: str, args: argparse.Namespace):
     """The model, and functions "dense" and "routed" that take one training step of it."""
-    model = TREADTransformer2DModel.from_preset(preset, sample_size=latent_size(preset, num_tokens))
+    with torch.device(args.device):
+        model = TREADTransformer2DModel.from_preset(preset, sample_size=latent_size(preset, num_tokens))
     step = make_step(model, batch_size, mode, args)
     router, seeds = get_token_router(model), itertools.count(args.seed)
     router.selection_ratio = args.selection_ratio
@@ -173,9 +174,11 @@ def make_steps(preset: str, num_tokens: int, batch_size: int, mode: str, args: a
 def make_peer_step(model: TREADTransformer2DModel, batch_size: int, mode: str, args: argparse.Namespace):
     """A training step of diffusers' DiT of the model's size and None, or None and why there is none in this mode."""
     sizes = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "sample_size", "patch_size")
-    peer = DiTTransformer2DModel(
-        **{name: model.config[name] for name in sizes}, num_embeds_ada_norm=model.config.num_classes
-    )
+    with torch.device(args.device):
+        peer = DiTTransformer2DModel(
+            **{name: model.config[name] for name in sizes}, num_embeds_ada_norm=model.config.num_classes
+        )
+    peer._repeated_blocks = ["BasicTransformerBlock"]  # which diffusers leaves out
     try:
         step = make_step(peer, batch_size, mode, args)
         step()

@@ -77,13 +77,13 @@ def test_the_table_has_a_line_per_row(report):
 
 def test_other_precisions_and_compilation_run(monkeypatch):
     torch._dynamo.reset()
-    compiled, compile_model = [], TREADTransformer2DModel.compile
+    compiled, compile_blocks = [], TREADTransformer2DModel.compile_repeated_blocks
 
     def quick(self, **settings):
         compiled.append(settings)
-        compile_model(self, backend="eager", **settings)
+        compile_blocks(self, backend="eager", **settings)
 
-    monkeypatch.setattr(TREADTransformer2DModel, "compile", quick)
+    monkeypatch.setattr(TREADTransformer2DModel, "compile_repeated_blocks", quick)
     scheduler_class, _ = script.SAMPLERS["flow Euler"]
     monkeypatch.setattr(script, "SAMPLERS", {"flow Euler": (scheduler_class, ("CFG", "SG 0.5/0.9"))})
     report = script.main([*TINY, "--dtype", "bfloat16", "--compile", "--warmup", "1"])

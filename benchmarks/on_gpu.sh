@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# What needs a GPU, in one go, on a machine that has torch, accelerate and transformers but perhaps no registry.
+#
+#     bash benchmarks/on_gpu.sh checks speed       # about six minutes on an H200: the tests marked gpu, then the timings
+#     bash benchmarks/on_gpu.sh evidence           # about five minutes: dense against routed on avatars (DATA=FILE.npz)
+#     DEVICE=cpu SMOKE=1 bash benchmarks/on_gpu.sh checks speed    # does it start? tiny models
+#
+# Where diffusers is missing, its wheel and those that it needs are to lie in .whl. Results go to $OUT (by default benchmarks/results); each part has a time
+# limit and is written as it ends, so that a run that is cut keeps what was done. Exits with 1 if a part failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+export OUT=${OUT:-benchmarks/results} PYTHONPATH=src:.site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+mkdir -p "$OUT"
+if ! $python -c 'import diffusers' 2>/dev/null; then
+    $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site .whl/*.whl || exit
+fi
+
+device=${DEVICE:-cuda} failed=0 started=$SECONDS
+part() { # seconds, name, command ...
+    local limit=$1 name=$2
+    shift 2
+    echo "== $name ($((SECONDS - started)) s)"
+    timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    local status=${PIPESTATUS[0]}
+    [ "$status" = 0 ] || { failed=1 && echo "== $name failed with status $status"; }
+}
+bench() { # seconds, name, script, flags ...
+    local limit=$1 name=$2 script=$3
+    shift 3
+    part "$limit" "$name" $python "benchmarks/$script" --device "$device" "$@" --output "$OUT/$name.json"
+}
+
+if [ -n "${SMOKE:-}" ]; then
+    large="--presets S/8" base="--presets S/8" preset=S/8 short=16 long=64 suffix=smoke
+    speed="--repeats 2 --warmup 1" batches=(2 2 2 2) dtype=float32 runs=1 many="-n 0 -k checkpoint"
+    evidence="--variants dense,routed --seeds 0"
+else
+    large="--presets XL/2" base="--presets B/2,S/2" preset=XL/2 short=256 long=1024 suffix=gpu
+    speed="--repeats 15 --warmup 3" batches=(128 256 32 64) dtype=bfloat16 runs=10 many="-n 6"
+    evidence="--dtype bfloat16 --compile"
+fi
+
+for what in "$@"; do
+    case $what in
+    checks)
+        part 150 tests_gpu $python -m pytest tests/gpu tests/models/test_transformer_features.py -m gpu -q $many --durations 5
+        ;;
+    speed)
+        bench 150 train_step_$suffix train_step.py $large --tokens $short --batch_size "${batches[0]}" --modes eager,blocks \
+            --dtype $dtype $speed
+        bench 60 profile_step_$suffix profile_step.py --preset $preset --tokens $short --batch_size "${batches[0]}" \
+            --mode blocks --dtype $dtype
+        bench 40 routing_overhead_$suffix routing_overhead.py --preset $preset --dtype $dtype $speed \
+            --shapes "${batches[0]}x$short,${batches[2]}x$long"
+        bench 80 sampling_$suffix sampling.py --preset $preset --tokens $short --batch_size "${batches[3]}" --compile \
+            --num_inference_steps $runs --dtype $dtype --repeats 5 --warmup 1
+        bench 70 train_step_base_$suffix train_step.py $base --tokens $short --batch_size "${batches[1]}" --modes blocks \
+            --no-peer --dtype $dtype $speed
+        bench 70 train_step_long_$suffix train_step.py $large --tokens $long --batch_size "${batches[2]}" --modes blocks \
+            --no-peer --dtype $dtype $speed
+        bench 70 train_step_batch_256_$suffix train_step.py $large --tokens $short --batch_size "${batches[1]}" \
+            --modes blocks --no-peer --dtype $dtype $speed
+        ;;
+    evidence)
+        bench 400 convergence_$suffix convergence.py --data "${DATA:-avatars.npz}" $evidence
+        ;;
+    *)
+        echo "Expected checks, speed or evidence, got $what." >&2
+        exit 2
+        ;;
+    esac
+done
+exit $failed
