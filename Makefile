@@ -45,22 +45,8 @@ bench: .venv/.installed ## measure everything on the CPU in under ten minutes; w
 	$(BENCH)/startup.py --output $(RESULTS)/startup_cpu.json
 	$(BENCH)/report.py
 
-GPU := --device cuda --dtype bfloat16 --repeats 20 --warmup 5
-bench-gpu: .venv/.installed ## measure everything on a GPU, made for an H200; wants a .venv with torch for it
-	$(BENCH)/train_step.py $(GPU) --presets B/2,XL/2 --tokens 256,1024,4096 --batch_size 128,32,8 \
-		--modes eager,compiled,blocks --output $(RESULTS)/train_step_gpu.json
-	$(BENCH)/train_step.py $(GPU) --presets XL/2 --tokens 256 --batch_size 256 \
-		--modes compiled,blocks --no-peer --output $(RESULTS)/train_step_batch_256_gpu.json
-	$(BENCH)/profile_step.py $(GPU) --preset XL/2 --batch_size 128 --mode compiled \
-		--output $(RESULTS)/profile_step_gpu.json
-	$(BENCH)/memory.py --device cuda --dtype bfloat16 --preset XL/2 --batch_sizes 8,32 --check_batch_size 64 \
-		--search --output $(RESULTS)/memory_gpu.json
-	$(BENCH)/training_loop.py $(GPU) --preset XL/2 --batch_size 128 --steps_per_turn 20 --compile \
-		--output $(RESULTS)/training_loop_gpu.json
-	$(BENCH)/sampling.py $(GPU) --compile --batch_size 32 --num_inference_steps 10 \
-		--output $(RESULTS)/sampling_gpu.json
-	$(BENCH)/routing_overhead.py $(GPU) --preset XL/2 --shapes 128x256,32x1024,8x4096 \
-		--output $(RESULTS)/routing_overhead_gpu.json
+bench-gpu: .venv/.installed ## test and measure on a GPU, made for an H200; wants a .venv with torch for it
+	PYTHON=.venv/bin/python bash benchmarks/on_gpu.sh checks speed rest
 	$(BENCH)/report.py
 
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS

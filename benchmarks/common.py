@@ -156,7 +156,7 @@ def versions() -> dict[str, str]:
 def source_state() -> dict[str, Any]:
     """The commit, and whether code (not results, not documents) differs from it.
 
-    Outside a git checkout the commit is that of the environment's COMMIT, if there is one.
+    A copy of a checkout may know an older commit, or none: there COMMIT in the environment names the one that is run.
     """
 
     def git(*arguments: str) -> str | None:
@@ -169,8 +169,9 @@ def source_state() -> dict[str, Any]:
 
     code = (":/src", ":/examples", ":/benchmarks/*.py")
     changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    commit = git("rev-parse", "HEAD") or os.environ.get("COMMIT")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    if commit := os.environ.get("COMMIT"):
+        return {"commit": commit, "dirty": False}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 # What needs a GPU, in one go, on a machine that has torch, accelerate and transformers but perhaps no registry.
 #
 #     bash benchmarks/on_gpu.sh checks speed       # about six minutes on an H200: the tests marked gpu, then the timings
+#     bash benchmarks/on_gpu.sh rest               # the script's loop, memory
 #     bash benchmarks/on_gpu.sh evidence           # about five minutes: dense against routed on avatars (DATA=FILE.npz)
 #     DEVICE=cpu SMOKE=1 bash benchmarks/on_gpu.sh checks speed    # does it start? tiny models
 #
@@ -63,11 +64,17 @@ for what in "$@"; do
         bench 70 train_step_batch_256_$suffix train_step.py $large --tokens $short --batch_size "${batches[1]}" \
             --modes blocks --no-peer --dtype $dtype $speed
         ;;
+    rest)
+        bench 90 training_loop_$suffix training_loop.py --preset $preset --tokens $short --batch_size "${batches[0]}" \
+            --steps_per_turn 10 --compile --dtype $dtype --repeats 5 --warmup 1
+        [ -n "${SMOKE:-}" ] || bench 300 memory_gpu memory.py --dtype $dtype --preset $preset --batch_sizes 8,32 \
+            --check_batch_size 64 --search
+        ;;
     evidence)
         bench 400 convergence_$suffix convergence.py --data "${DATA:-avatars.npz}" $evidence
         ;;
     *)
-        echo "Expected checks, speed or evidence, got $what." >&2
+        echo "Expected checks, speed, rest or evidence, got $what." >&2
         exit 2
         ;;
     esac

@@ -4,11 +4,12 @@
     python benchmarks/profile_step.py --output benchmarks/results/profile_step_cpu.json
     python benchmarks/profile_step.py --preset XL/2 --batch_size 128 --device cuda --dtype bfloat16 --mode compiled
 
-The time is that of the device (of the host, on the CPU) in each operation itself. What a route cannot shorten has a
+The time is that of a GPU's kernels, or of the CPU in each operation itself. What a route cannot shorten has a
 ratio of 1 and costs the more of the speed-up, the larger its share is.
 """
 
 import argparse
+import re
 from collections import Counter
 from typing import Any
 
@@ -21,19 +22,20 @@ from train_step import MODES, make_steps
 from diffusers_tread.flops import flop_ceiling
 
 
-# Kind to what its operations are called; the first that fits counts. Compiled models fuse the last kinds into kernels
-# of their own, "triton_*" on a GPU and "cpp_*" on the CPU.
+# Kind to what its operations, or a GPU's kernels, are called; the first that fits counts. Compiled models fuse the
+# last kinds into kernels of their own, "triton_*" on a GPU and "cpp_*" on the CPU.
 KINDS = {
-    "linear layers": ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::mkldnn", "aten::cudnn_conv"),
-    "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_cudnn_attention", "aten::_efficient"),
-    "optimiser": ("aten::_fused_adamw",),
-    "moving tokens": ("aten::index", "aten::sort", "aten::topk"),
-    "fused kernels": ("triton_", "cpp_"),
-    "activation": ("aten::gelu", "aten::silu"),
-    "layer norm": ("aten::native_layer_norm",),
-    "sums, products, copies": ("aten::",),
-    "the rest": ("",),
+    "fused kernels": r"^(triton|cpp)_",
+    "linear layers": r"aten::(mm|addmm|bmm|convolution|mkldnn|cudnn_conv)|nvjet|gemm|cutlass|splitK",
+    "attention": r"aten::_(scaled_dot_product|flash|cudnn_attention|efficient)|sdpa|flash|fmha",
+    "optimiser": r"aten::_fused_adamw|multi_tensor_apply",
+    "moving tokens": r"aten::(index|sort|topk)|index|[sS]ort|gatherTopK|radix",
+    "activation": r"aten::(gelu|silu)|[gG]elu|[sS]ilu",
+    "layer norm": r"aten::native_layer_norm|layer_norm",
+    "sums, products, copies": r"aten::|at::native|Memcpy|Memset",
+    "the rest": "",
 }
+SPAN = re.compile(r"aten::|autograd::|torch::|ProfilerStep|Command Buffer Full|## ")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,8 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report = start_report("profile_step.py", argv)
     torch.manual_seed(args.seed)
     model, steps = make_steps(args.preset, args.tokens, args.batch_size, args.mode, args)
-    profiles = {kind: profile_step(step, args) for kind, step in steps.items()}
-    seconds = {kind: operations for kind, (operations, _) in profiles.items()}
+    seconds = {kind: profile_step(step, args) for kind, step in steps.items()}
 
     totals = {kind: sum(operations.values()) for kind, operations in seconds.items()}
     rows = []
@@ -77,17 +78,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         flop_ceiling=flop_ceiling(model, args.tokens, selection_ratio=args.selection_ratio),
         rows=[row for row in rows if row["dense_seconds"] or row["routed_seconds"]],
         operations={kind: dict(Counter(operations).most_common(25)) for kind, operations in seconds.items()},
-        kernels={kind: dict(Counter(kernels).most_common(10)) for kind, (_, kernels) in profiles.items()},
     )
     print(table(report))
-    for kind, kernels in report["kernels"].items():
-        for name, one in kernels.items():
-            print(f"{kind:6} {1e3 * one:8.2f} ms  {name[:100]}")
+    for kind, operations in report["operations"].items():
+        print(f"The longest of a {kind} step, ms:")
+        for name, one in list(operations.items())[:10]:
+            print(f"{1e3 * one:8.2f}  {name[:110]}")
     return report
 
 
-def profile_step(step, args: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of one step in each operation itself and in each kernel of a GPU, the mean of `args.repeats` steps."""
+def profile_step(step, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one step in each operation itself, on a GPU in each kernel; the mean of `args.repeats` steps."""
     for _ in range(args.warmup):
         step()
     is_cpu = torch.device(args.device).type == "cpu"
@@ -97,21 +98,15 @@ def profile_step(step, args: argparse.Namespace) -> tuple[dict[str, float], dict
             step()
     events = profiler.key_averages()
     if is_cpu:
-        operations, kernels = {event.key: event.self_cpu_time_total for event in events}, {}
-    else:  # an operation of the host has the time of its kernels, which are events of their own too
-        on_host = [event for event in events if event.device_type is DeviceType.CPU]
-        operations = {event.key: event.self_device_time_total for event in on_host}
+        microseconds = {event.key: event.self_cpu_time_total for event in events}
+    else:  # beside the kernels there are spans that cover several, called as the operation or the profiler's own
         on_device = [event for event in events if event.device_type is not DeviceType.CPU]
-        kernels = {event.key: event.self_device_time_total for event in on_device}
-        operations["no operation"] = sum(kernels.values()) - sum(operations.values())
-    return tuple(
-        {name: 1e-6 * time / args.repeats for name, time in times.items() if time > 0}
-        for times in (operations, kernels)
-    )
+        microseconds = {event.key: event.self_device_time_total for event in on_device if not SPAN.match(event.key)}
+    return {name: 1e-6 * time / args.repeats for name, time in microseconds.items() if time > 0}
 
 
 def kind_of(operation: str) -> str:
-    return next(kind for kind, names in KINDS.items() if operation.startswith(names))
+    return next(kind for kind, names in KINDS.items() if re.search(names, operation))
 
 
 def table(report: dict[str, Any]) -> str:

@@ -216,6 +216,8 @@ def plot(reports: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [(row, report["settings"]) for report in reports for row in report["rows"]]
+    devices = [report["hardware"]["accelerator"] or "CPU" for report in reports for _ in report["rows"]]
+    colours = {device: f"C{index}" for index, device in enumerate(dict.fromkeys(devices))}
     figure = Figure(figsize=(1.5 + 1.3 * len(rows), 4), layout="constrained")
     axis = figure.subplots()
     for position, (row, _) in enumerate(rows):
@@ -224,13 +226,16 @@ def plot(reports: list[dict[str, Any]], path: Path) -> None:
             [max(row["speedup"] - pairs["first_quartile"], 0)],
             [max(pairs["third_quartile"] - row["speedup"], 0)],
         ]
-        axis.bar(position, row["speedup"], width=0.6, yerr=spread, capsize=4, color="tab:blue")
+        device = devices[position]
+        label = device if device not in devices[:position] else None
+        axis.bar(position, row["speedup"], width=0.6, yerr=spread, capsize=4, color=colours[device], label=label)
         axis.hlines(row["flop_ceiling"], position - 0.4, position + 0.4, color="black")
     names = [
-        f"{row['preset']}, {row['num_tokens']} tokens\n{settings['dtype']}, {row['mode']}"
+        f"{row['preset']}, {row['num_tokens']} x {row['batch_size']}\n{settings['dtype']}, {row['mode']}"
         + (f"\n{settings['matmul_precision']}" if settings["matmul_precision"] != "highest" else "")
         for row, settings in rows
     ]
+    axis.legend(loc="upper left")
     axis.set_xticks(range(len(rows)), names)
     axis.set_ylabel("dense / routed step time (line: FLOP ceiling)")
     axis.set_ylim(bottom=1.0 if all(row["speedup"] > 1.0 for row, _ in rows) else 0.0)

@@ -39,6 +39,9 @@ def test_the_operations_are_found_where_they_run(report):
     assert profile_step.kind_of("aten::addmm") == profile_step.kind_of("aten::mm") == "linear layers"
     assert profile_step.kind_of("aten::native_layer_norm_backward") == "layer norm"
     assert profile_step.kind_of("triton_poi_fused_add_0") == "fused kernels"
+    assert profile_step.kind_of("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN") == "linear layers"
+    assert profile_step.kind_of("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26") == "attention"
+    assert profile_step.kind_of("void at::native::indexFuncLargeIndex<float, long>") == "moving tokens"
 
 
 def test_the_table_ends_with_the_ratio_of_all(report):
