@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from typing import TYPE_CHECKING, Any
 
-from .guiders import RatioSchedule, SparseGuidance
+from .guiders import Branch, BranchGuidance, RatioSchedule, SparseGuidance, register_guider
 from .hooks import (
     BlockSpec,
     ModelSpec,
@@ -13,10 +13,20 @@ from .hooks import (
     register_model_spec,
     remove_token_routing,
 )
-from .models import TREADTransformer2DModel
-from .routing import TokenRoute, TokenRouter, default_route, get_token_router, token_routing
+from .models import TREADTransformer2DModel, register_denoiser
+from .objectives import (
+    EDMObjective,
+    EpsilonObjective,
+    FlowMatchingObjective,
+    ForwardRecord,
+    LossTerm,
+    Objective,
+    ReconstructionLoss,
+    register_loss_term,
+    register_objective,
+)
+from .routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, default_route, get_token_router, token_routing
 from .schedulers import EDMHeunScheduler
-from .training import EDMObjective, FlowMatchingObjective
 from .version import __version__
 
 
@@ -26,11 +36,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockSpec",
+    "Branch",
+    "BranchGuidance",
     "EDMHeunScheduler",
     "EDMObjective",
+    "EpsilonObjective",
     "FlowMatchingObjective",
+    "ForwardRecord",
+    "LossTerm",
     "ModelSpec",
+    "Objective",
     "RatioSchedule",
+    "ReconstructionLoss",
+    "RoutedStack",
+    "RoutingCall",
     "SparseGuidance",
     "TREADPipeline",
     "TREADTransformer2DModel",
@@ -43,7 +62,11 @@ __all__ = [
     "default_route",
     "get_token_router",
     "register_block_spec",
+    "register_denoiser",
+    "register_guider",
+    "register_loss_term",
     "register_model_spec",
+    "register_objective",
     "remove_token_routing",
     "token_routing",
     "__version__",

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""How many FLOPs a `TREADTransformer2DModel` needs with and without its routes, in a forward and in guided sampling.
+"""How many FLOPs a denoiser needs with and without its routes: counted in a forward without data, not derived.
 
 A multiply-add counts as two FLOPs, as in torch's `FlopCounterMode`. The papers write "GFLOPs" for multiply-adds: half
-of the numbers here. Norms, activations, softmax and residuals are not counted.
-Shapes: N tokens, K kept tokens, D width, P patch size, C channels.
+of the numbers here. Norms, activations, softmax and residuals are not counted. Every denoiser of this package can be
+counted, and every diffusers model with `apply_token_routing` whose forward does not look at values.
 """
 
 import copy
@@ -11,19 +11,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import BaseGuidance
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from .models import TREADTransformer2DModel
-from .routing import num_kept_tokens, resolve_routes
-from .routing.route import check_selection_ratio
+from .guiders import Branch, branches_of
+from .routing import RoutingCall
+
+
+# What attention decomposes into; all other operations that are counted belong to linear layers and convolutions.
+_ATTENTION = ("aten.bmm", "aten.baddbmm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardFlops:
-    """FLOPs of one forward of one sample."""
+class Flops:
+    """FLOPs of one sample."""
 
     linear: int
-    """Linear layers and the patch convolution; half of it is the "GFLOPs" of Sparse Guidance's paper (see above)."""
+    """Linear layers and convolutions; half of it is the "GFLOPs" of Sparse Guidance's paper (see above)."""
 
     attention: int
     """The products query x key and weights x value, quadratic in the tokens."""
@@ -32,15 +38,18 @@ class ForwardFlops:
     def total(self) -> int:
         return self.linear + self.attention
 
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(linear=self.linear + other.linear, attention=self.attention + other.attention)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceFlops:
     """FLOPs of one sample's guided sampling, next to dense classifier-free guidance: two dense forwards per step."""
 
-    steps: tuple[ForwardFlops, ...]
+    steps: tuple[Flops, ...]
     """Of each step, all its forwards together."""
 
-    dense: ForwardFlops
+    dense: Flops
     """Of one dense forward of the main model."""
 
     @property
@@ -60,20 +69,19 @@ class GuidanceFlops:
 
 
 def forward_flops(
-    model_or_config: "TREADTransformer2DModel | Mapping[str, Any]",
-    num_tokens: int | None = None,
-    *,
-    selection_ratio: float | None = None,
-) -> ForwardFlops:
-    """FLOPs of one routed forward of one sample. For its backward see `training_flops`.
+    model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *, selection_ratio: float | None = None
+) -> Flops:
+    """FLOPs of one forward on its routes.
 
     Args:
-        model_or_config: The model, or its config.
-        num_tokens: N, the tokens of an image; None for the size of training.
+        model: A denoiser of this package, on any device, or a diffusers model with `apply_token_routing`; not wrapped
+            in DDP. It stays as it is.
+        inputs: The arguments of its forward, of one sample, of which only the shapes count. None: a latent of the size
+            of training and a class, for the denoisers of this package.
         selection_ratio: Share of tokens routed away, in [0, 1), on every route; 0.0 is dense. None: each route's own.
 
     Raises:
-        ValueError: `selection_ratio` out of range, or fewer than one token.
+        ValueError: `selection_ratio` out of range, or a model that wants `inputs`.
 
     Example:
         >>> from diffusers_tread import TREADTransformer2DModel
@@ -82,92 +90,64 @@ def forward_flops(
         >>> round(forward_flops(model, selection_ratio=0.0).total / forward_flops(model).total, 2)
         1.44
     """
-    config, num_tokens = _read_config(model_or_config, num_tokens)
-    width, channels, patch_area = _width(config), config["in_channels"], config["patch_size"] ** 2
-    out_channels = channels if config["out_channels"] is None else config["out_channels"]
-
-    # Outside the blocks: patches in and out, the timestep's two layers, the last modulation.
-    outside = 2 * num_tokens * patch_area * (channels + out_channels) * width
-    outside += 2 * (256 + width) * width + 2 * width * 2 * width
-
-    blocks = [_block_flops(config, tokens) for tokens in _tokens_per_block(config, num_tokens, selection_ratio)]
-    return ForwardFlops(
-        linear=outside + sum(block.linear for block in blocks), attention=sum(block.attention for block in blocks)
-    )
+    return _Counter(model, inputs).forward(selection_ratio)
 
 
 def training_flops(
-    model_or_config: "TREADTransformer2DModel | Mapping[str, Any]",
-    num_tokens: int | None = None,
-    *,
-    selection_ratio: float | None = None,
+    model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *, selection_ratio: float | None = None
 ) -> int:
-    """FLOPs of one routed forward and backward of one sample, as torch counts them with decomposed attention.
+    """FLOPs of one forward and backward on the routes, with decomposed attention.
 
-    Three times the forward's: each product has two in the backward, one per factor. Only the patch convolution and the
-    timestep's first layer have one, because latents and times need no gradient; that is less than 0.1 % of a preset.
-    Not counted: what gradient checkpointing or a fused attention computes again, the optimiser, averages, losses.
-    Arguments and errors as `forward_flops`.
+    About three times the forward's: each product has two in the backward, one per factor. Not counted: what gradient
+    checkpointing or a fused attention computes again, the optimiser, averages, losses. Arguments and errors as
+    `forward_flops`.
     """
-    config, num_tokens = _read_config(model_or_config, num_tokens)
-    first_layers = 2 * (num_tokens * config["patch_size"] ** 2 * config["in_channels"] + 256) * _width(config)
-    return 3 * forward_flops(config, num_tokens, selection_ratio=selection_ratio).total - first_layers
+    return _Counter(model, inputs).forward(selection_ratio, backward=True).total
 
 
 def flop_ceiling(
-    model_or_config: "TREADTransformer2DModel | Mapping[str, Any]",
-    num_tokens: int | None = None,
-    *,
-    selection_ratio: float | None = None,
+    model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *, selection_ratio: float | None = None
 ) -> float:
     """Dense over routed FLOPs, attention counted: the speed-up of a step that spends its time on nothing else.
 
     With the default route and 256 tokens 1.44 for S/2, 1.43 for B/2, 1.67 for L/2, 1.72 for XL/2 (4,096 tokens: 1.95).
     Arguments and errors as `forward_flops`.
     """
-    dense = forward_flops(model_or_config, num_tokens, selection_ratio=0.0)
-    routed = forward_flops(model_or_config, num_tokens, selection_ratio=selection_ratio)
-    return dense.total / routed.total
+    counter = _Counter(model, inputs)
+    return counter.forward(0.0).total / counter.forward(selection_ratio).total
 
 
 def block_flops_saved(
-    model_or_config: "TREADTransformer2DModel | Mapping[str, Any]",
-    num_tokens: int | None = None,
-    *,
-    selection_ratio: float | None = None,
+    model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *, selection_ratio: float | None = None
 ) -> float:
-    """The share of the blocks' FLOPs, attention counted, that the routes save, in [0, 1).
+    """The share of the FLOPs of the model's lists of blocks, attention counted, that the routes save, in [0, 1).
 
     Arguments and errors as `forward_flops`.
     """
-    config, num_tokens = _read_config(model_or_config, num_tokens)
-    tokens_per_block = _tokens_per_block(config, num_tokens, selection_ratio)
-    routed = sum(_block_flops(config, tokens).total for tokens in tokens_per_block)
-    return 1.0 - routed / (config["num_layers"] * _block_flops(config, num_tokens).total)
+    counter = _Counter(model, inputs)
+    dense, routed = (counter.blocks(ratio) for ratio in (0.0, selection_ratio))
+    return 1.0 - routed / dense
 
 
 def guidance_flops(
-    model_or_config: "TREADTransformer2DModel | Mapping[str, Any]",
+    model: torch.nn.Module,
     guider: BaseGuidance,
-    num_tokens: int | None = None,
     *,
     num_steps: int = 40,
-    guidance_model_or_config: "TREADTransformer2DModel | Mapping[str, Any] | None" = None,
+    guidance_model: torch.nn.Module | None = None,
     shared_prefix: bool = True,
 ) -> GuidanceFlops:
     """FLOPs of sampling one image with a guider, schedules and intervals included.
 
     Args:
-        model_or_config: The model, or its config.
-        guider: `SparseGuidance`, whose ratios count, or any other guider, whose forwards are all counted as dense
-            ones of the model. It stays as it is.
-        num_tokens: N, the tokens of an image; None for the size of training.
+        model: The denoiser, one of this package.
+        guider: Whose branches count, such as `SparseGuidance`; those of diffusers' own are dense forwards of the
+            model. It stays as it is.
         num_steps: Guided predictions: the sampler's steps N, or 2N - 1 with Heun's method.
-        guidance_model_or_config: What runs the weak branch of `SparseGuidance(weak_checkpoint=True)`; None for a
-            model of the same size.
-        shared_prefix: Whether the blocks in front of the first route count once where both branches of
-            `SparseGuidance` have the same inputs, as `TREADPipeline` runs them. False counts all of both branches, as
-            the papers do and as a loop of your own runs them.
+        guidance_model: What runs the branches of an earlier checkpoint; None for a model of the same size.
+        shared_prefix: Whether the blocks in front of the first route count once where branches have the same inputs,
+            as `TREADPipeline` runs them. False counts all of them, as the papers do and as a loop of your own runs
+            them.
 
     Raises:
         ValueError: Fewer than one step, or as `forward_flops`.
@@ -181,65 +161,96 @@ def guidance_flops(
     """
     if num_steps < 1:
         raise ValueError(f"Expected num_steps >= 1, the guided predictions of one sampling, got {num_steps}.")
-    config, num_tokens = _read_config(model_or_config, num_tokens)
-    dense = forward_flops(model_or_config, num_tokens, selection_ratio=0.0)
-    is_sparse = hasattr(guider, "check_denoisers")  # not by its class: a guider from the Hub brings code of its own
-    models = [model_or_config, model_or_config]
-    if is_sparse and guider.weak_checkpoint and guidance_model_or_config is not None:
-        models[1] = guidance_model_or_config
-    shared = _prefix_flops(config, num_tokens) if shared_prefix and getattr(guider, "shares_inputs", False) else None
+    counters = {"main": _Counter(model)}
+    counters["guidance"] = counters["main"] if guidance_model is None else _Counter(guidance_model)
+    counted: dict[Branch, Flops] = {}
+
+    def branch_flops(branch: Branch) -> Flops:
+        if branch not in counted:
+            shares = shared_prefix and branch.shares_prefix
+            counted[branch] = counters[branch.denoiser].forward(branch.selection_ratio, with_prefix=shares)
+        return counted[branch]
 
     guider, steps = copy.deepcopy(guider), []
     for step in range(num_steps):
         guider.set_state(step=step, num_inference_steps=num_steps, timestep=None)
-        forwards = [dense] * guider.num_conditions
-        if is_sparse:
-            branches = zip(models, guider.branch_ratios, strict=False)
-            forwards = [forward_flops(model, num_tokens, selection_ratio=ratio) for model, ratio in branches]
-        linear, attention = sum(one.linear for one in forwards), sum(one.attention for one in forwards)
-        if shared is not None and len(forwards) == 2:
-            linear, attention = linear - shared.linear, attention - shared.attention
-        steps.append(ForwardFlops(linear=linear, attention=attention))
-    return GuidanceFlops(steps=tuple(steps), dense=dense)
+        steps.append(sum((branch_flops(branch) for branch in branches_of(guider)), Flops(linear=0, attention=0)))
+    return GuidanceFlops(steps=tuple(steps), dense=counters["main"].forward(0.0))
 
 
-def _block_flops(config: Mapping[str, Any], num_tokens: int) -> ForwardFlops:
-    """One block: per token query, key, value, output and feed-forward; per sample the modulation."""
-    width = _width(config)
-    per_token = 2 * (4 * width + 2 * int(config["mlp_ratio"] * width)) * width
-    modulation = 2 * 6 * width * width
-    return ForwardFlops(linear=num_tokens * per_token + modulation, attention=2 * 2 * num_tokens**2 * width)
+class _Counter:
+    """Runs a copy of a model that has shapes but no values."""
+
+    def __init__(self, model: torch.nn.Module, inputs: Mapping[str, Any] | None = None):
+        model = getattr(model, "_orig_mod", model)
+        self.model = _without_values(model)
+        if inputs is None:
+            inputs = _example_inputs(model)
+        self.inputs = {name: _to_meta(value) for name, value in inputs.items()}
+
+    def forward(self, selection_ratio: float | None, *, with_prefix: bool = False, backward: bool = False) -> Flops:
+        """Of one forward, without the blocks of the prefix if that is given, and its backward."""
+        given = {}
+        if with_prefix:
+            given["prefix"] = self._call(0.0, return_prefix=True).prefix
+        counts = self._count(selection_ratio, backward=backward, **given)["Global"]
+        attention = sum(flops for operation, flops in counts.items() if str(operation).startswith(_ATTENTION))
+        return Flops(linear=sum(counts.values()) - attention, attention=attention)
+
+    def blocks(self, selection_ratio: float | None) -> int:
+        """Of all blocks in the model's lists of them, in one forward."""
+        counts = self._count(selection_ratio)
+        lists = [name for name, module in self.model.named_children() if isinstance(module, torch.nn.ModuleList)]
+        root = type(self.model).__name__
+        names = [f"{root}.{name}.{index}" for name in lists for index in range(len(getattr(self.model, name)))]
+        return sum(sum(counts[name].values()) for name in names if name in counts)
+
+    def _count(self, selection_ratio: float | None, *, backward: bool = False, **given: Any) -> dict[str, Any]:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            output = self._call(selection_ratio, **given)
+            if backward:
+                prediction = output.sample if hasattr(output, "sample") else output[0]
+                prediction.sum().backward()
+        return counter.get_flop_counts()
+
+    def _call(self, selection_ratio: float | None, **given: Any) -> Any:
+        routing = RoutingCall(enabled=True, selection_ratio=selection_ratio)
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.model(**self.inputs, routing=routing, **given)
 
 
-def _prefix_flops(config: Mapping[str, Any], num_tokens: int) -> ForwardFlops:
-    """The blocks in front of the first route, which see all tokens."""
-    routes, block = resolve_routes(config["routes"], config["num_layers"]), _block_flops(config, num_tokens)
-    num_blocks = routes[0].start if routes else 0
-    return ForwardFlops(linear=num_blocks * block.linear, attention=num_blocks * block.attention)
+def _without_values(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy on the meta device."""
+    if not hasattr(model, "_token_routing"):
+        with torch.device("meta"):
+            return type(model).from_config(model.config)
+    # Routed by hooks, which a config does not tell of. What the memo has is not copied.
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(model, memo)
 
 
-def _tokens_per_block(config: Mapping[str, Any], num_tokens: int, selection_ratio: float | None) -> list[int]:
-    """How many tokens each block sees: K inside a route, N outside."""
-    if selection_ratio is not None:
-        check_selection_ratio(selection_ratio)
-    tokens = [num_tokens] * config["num_layers"]
-    for route in resolve_routes(config["routes"], config["num_layers"]):
-        ratio = route.selection_ratio if selection_ratio is None else selection_ratio
-        for index in range(route.start, route.end + 1):
-            tokens[index] = num_kept_tokens(num_tokens, ratio)
-    return tokens
+def _example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """One sample for a denoiser of this package."""
+    config = model.config
+    if "num_classes" not in config or "sample_size" not in config:
+        raise ValueError(
+            f"Expected `inputs`, the arguments of one forward of {type(model).__name__}, got none. Only the denoisers "
+            "of this package do without."
+        )
+    return {
+        "hidden_states": torch.empty(1, config["in_channels"], config["sample_size"], config["sample_size"]),
+        "timestep": torch.empty(1),
+        "class_labels": torch.empty(1, dtype=torch.int64),
+    }
 
 
-def _read_config(
-    model_or_config: "TREADTransformer2DModel | Mapping[str, Any]", num_tokens: int | None
-) -> tuple[Mapping[str, Any], int]:
-    config = model_or_config if isinstance(model_or_config, Mapping) else model_or_config.config
-    if num_tokens is None:
-        num_tokens = (config["sample_size"] // config["patch_size"]) ** 2
-    if num_tokens < 1:
-        raise ValueError(f"Expected num_tokens >= 1, the tokens of one image, got {num_tokens}.")
-    return config, num_tokens
-
-
-def _width(config: Mapping[str, Any]) -> int:
-    return config["num_attention_heads"] * config["attention_head_dim"]
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_meta(one) for one in value)
+    return value

@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .batch_sampler import EpochBatchSampler
 from .images import DigitsDataset, ImageDataset, center_crop, collate_images, image_to_tensor, open_images
 from .latent_dataset import LatentsDataset, StreamingLatentsDataset, open_latents
 from .latent_shards import LatentsWriter, verify_latents
 from .latents import LatentsInfo, encode_images, encode_moments, latents_from_moments
 from .loading import make_batches, open_training_data
-from .sampling import EpochBatchSampler, derive_seed
 from .streaming import StreamingImageDataset
 
 

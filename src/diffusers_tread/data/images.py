@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from torch.utils.data import Dataset
 
-from .sampling import derive_seed
+from ..seeds import derive_seed
 
 
 # What PIL raises on damaged files of the formats it reads.

@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch.utils.data import Dataset
 
+from ..seeds import derive_seed
 from .latent_shards import RECORD_BATCH, verify_latents
 from .latents import INFO, LatentsInfo
-from .sampling import derive_seed
 from .streaming import LOST, StreamingDataset
 
 

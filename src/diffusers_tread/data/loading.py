@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from .batch_sampler import EpochBatchSampler
 from .images import DigitsDataset, ImageDataset, collate_images, open_images
 from .latent_dataset import LatentsDataset, StreamingLatentsDataset, open_latents
-from .sampling import EpochBatchSampler
 from .streaming import StreamingDataset, StreamingImageDataset
 
 

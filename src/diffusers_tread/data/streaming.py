@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import IterableDataset
 
+from ..seeds import derive_seed
 from .images import collate_images, read_image
-from .sampling import derive_seed
 
 
 # Errors of files and connections. Those of HTTP depend on the version of huggingface_hub.

@@ -1,6 +1,16 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .branches import Branch, BranchGuidance, branches_of
 from .ratio_schedule import RatioSchedule
+from .registry import GUIDERS, register_guider
 from .sparse_guidance import SparseGuidance
 
 
-__all__ = ["RatioSchedule", "SparseGuidance"]
+__all__ = [
+    "Branch",
+    "BranchGuidance",
+    "GUIDERS",
+    "RatioSchedule",
+    "SparseGuidance",
+    "branches_of",
+    "register_guider",
+]

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import BaseGuidance
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
-from ..routing import TokenRouter, get_token_router
+from .branches import Branch, BranchGuidance, check_routes
 from .ratio_schedule import RatioSchedule, as_schedule
 
 
@@ -27,13 +26,12 @@ _PRESETS = {
 }
 
 
-class SparseGuidance(BaseGuidance):
+class SparseGuidance(BranchGuidance):
     r"""D = w * D(x, t, c; strong_ratio) + (1 - w) * D(x, t, c; weak_ratio), both branches with the condition c.
 
-    Works wherever diffusers' guiders do, on `TREADTransformer2DModel` and on models prepared by `apply_token_routing`:
-    for each branch it sets the ratio of the denoiser's token router and puts it back afterwards. `null_weak_branch`
-    and `weak_checkpoint` make it the related kinds of guidance, and with ratios of 0.0 autoguidance (arXiv 2406.02507,
-    here with the condition in both branches, as in the paper and unlike diffusers' `AutoGuidance`).
+    Works wherever diffusers' guiders do, on `TREADTransformer2DModel` and on models prepared by `apply_token_routing`.
+    `null_weak_branch` and `weak_checkpoint` make it the related kinds of guidance, and with ratios of 0.0 autoguidance
+    (arXiv 2406.02507, here with the condition in both branches, as in the paper and unlike diffusers' `AutoGuidance`).
 
     Args:
         guidance_scale: w, at least 0. 1.0 leaves the strong branch alone (and does not run the weak one).
@@ -59,9 +57,6 @@ class SparseGuidance(BaseGuidance):
         >>> guider = SparseGuidance(guidance_scale=1.4, strong_ratio=0.2, weak_ratio=0.8)
         >>> guider = SparseGuidance(strong_ratio=0.0, weak_ratio=RatioSchedule(first=0.8, last=0.2, shape="linear"))
     """
-
-    # The names that diffusers' modular loops know; here "uncond" is the weak branch.
-    _input_predictions = ["pred_cond", "pred_uncond"]
 
     @register_to_config
     def __init__(
@@ -91,8 +86,6 @@ class SparseGuidance(BaseGuidance):
         self.null_weak_branch = null_weak_branch
         self.weak_checkpoint = weak_checkpoint
         self.guidance_rescale = guidance_rescale
-        self._changed_router: tuple[TokenRouter, dict[str, Any]] | None = None
-        self._strong_router_id: int | None = None
 
         # As JSON can hold them.
         for name in schedules:
@@ -129,65 +122,41 @@ class SparseGuidance(BaseGuidance):
             )
         return cls(**settings)
 
-    def check_denoisers(self, denoiser: torch.nn.Module, weak_denoiser: torch.nn.Module | None = None) -> None:
+    def check_denoisers(self, denoiser: torch.nn.Module, guidance_denoiser: torch.nn.Module | None = None) -> None:
         """Raises ValueError if these denoisers cannot run the branches; to be called before sampling.
 
         Args:
             denoiser: What runs the strong branch, and the weak one too unless `weak_checkpoint`.
-            weak_denoiser: What runs the weak branch if `weak_checkpoint`; not looked at otherwise.
+            guidance_denoiser: What runs the weak branch if `weak_checkpoint`; not looked at otherwise.
         """
         if not self._enabled:
             return
-        if self.weak_checkpoint and weak_denoiser is None:
+        if self.weak_checkpoint and guidance_denoiser is None:
             raise ValueError(
                 "Expected a second denoiser for the weak branch (weak_checkpoint=True), got None. Give the pipeline "
                 "guidance_transformer=<an earlier checkpoint>, or use weak_checkpoint=False."
             )
-        _check_routes(denoiser, self.strong_ratio)
-        _check_routes(weak_denoiser if self.weak_checkpoint else denoiser, self.weak_ratio)
+        check_routes(denoiser, _largest(self.strong_ratio))
+        check_routes(guidance_denoiser if self.weak_checkpoint else denoiser, _largest(self.weak_ratio))
 
-    def prepare_models(self, denoiser: torch.nn.Module) -> None:
-        """Sets the branch's ratio; call `cleanup_models` after the forward, also on error.
+    def branches(self) -> list[Branch]:
+        """The strong branch and, where this step is guided, the weak one.
 
         Raises:
-            ValueError: The denoiser lacks the routes that the ratio needs, or `weak_checkpoint` and both branches
-                have the same denoiser.
+            ValueError: A ratio is a schedule and `set_state` was not called.
         """
-        self.cleanup_models(denoiser)  # what a caller left behind that failed in between
-        router, branch = get_token_router(denoiser), self._count_prepared
-        ratio = self.branch_ratios[branch]
-        if self._is_within_range():
-            _check_routes(denoiser, self.weak_ratio if branch else self.strong_ratio)
-            if branch and self.weak_checkpoint and id(router) == self._strong_router_id:
-                raise ValueError(
-                    "Expected another denoiser for the weak branch (weak_checkpoint=True), got the strong branch's. "
-                    "Use TREADPipeline with a guidance_transformer, or weak_checkpoint=False."
-                )
-
-        if branch == 0:
-            self._strong_router_id = id(router)
-        self._count_prepared += 1
-        self._changed_router = (router, {"enabled": router.enabled, "selection_ratio": router.selection_ratio})
-        router.enabled, router.selection_ratio = True, ratio
-
-    def cleanup_models(self, denoiser: torch.nn.Module) -> None:
-        """Puts the router's settings back."""
-        if self._changed_router is not None:
-            router, before = self._changed_router
-            self._changed_router = None
-            for name, value in before.items():
-                setattr(router, name, value)
-
-    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
-        """One batch per branch from `{name: (conditional, unconditional)}` or `{name: tensor}`."""
-        return [self._prepare_batch(data, index, prediction) for index, prediction in self._branches()]
-
-    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
-        """As `prepare_inputs`, from the block state of a modular pipeline."""
-        return [
-            self._prepare_batch_from_block_state(input_fields, data, index, prediction)
-            for index, prediction in self._branches()
-        ]
+        if not self._is_within_range():
+            return [Branch()]
+        strong = Branch(selection_ratio=self._ratio_now(self.strong_ratio))
+        if self.guidance_scale == 1.0:
+            return [strong]
+        weak = Branch(
+            condition="null" if self.null_weak_branch else "given",
+            selection_ratio=self._ratio_now(self.weak_ratio),
+            denoiser="guidance" if self.weak_checkpoint else "main",
+            shares_prefix=not (self.null_weak_branch or self.weak_checkpoint),
+        )
+        return [strong, weak]
 
     def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> GuiderOutput:
         """Combines the branches (arXiv 2601.01608, the Sparse Guidance equation).
@@ -203,32 +172,6 @@ class SparseGuidance(BaseGuidance):
                 pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    @property
-    def is_conditional(self) -> bool:
-        """Whether the branch being run is the strong one."""
-        return self._count_prepared == 1
-
-    @property
-    def num_conditions(self) -> int:
-        """Branches, and so model calls, of the current step."""
-        return 2 if self._is_within_range() and self.guidance_scale != 1.0 else 1
-
-    @property
-    def shares_inputs(self) -> bool:
-        """Whether both branches give one denoiser the same inputs, so that all before its first route is the same."""
-        return not (self.null_weak_branch or self.weak_checkpoint)
-
-    @property
-    def branch_ratios(self) -> list[float]:
-        """Per branch of the current step, strong then weak, the share of tokens routed away.
-
-        Raises:
-            ValueError: A ratio is a schedule and `set_state` was not called.
-        """
-        if not self._is_within_range():
-            return [0.0]
-        return [self._ratio_now(ratio) for ratio in (self.strong_ratio, self.weak_ratio)][: self.num_conditions]
-
     def _ratio_now(self, ratio: "float | RatioSchedule") -> float:
         if not hasattr(ratio, "at"):
             return ratio
@@ -238,19 +181,6 @@ class SparseGuidance(BaseGuidance):
                 "num_inference_steps=..., timestep=...) before each step."
             )
         return ratio.at(self._step / max(self._num_inference_steps - 1, 1))
-
-    def _branches(self) -> list[tuple[int, str]]:
-        """Per branch the index into (conditional, unconditional) inputs and the prediction's name."""
-        self._count_prepared = 0  # the strong branch comes first, also in a loop that does not call `set_state`
-        tuple_indices = [0, 1 if self.null_weak_branch else 0][: self.num_conditions]
-        return list(zip(tuple_indices, self._input_predictions, strict=False))
-
-    def _is_within_range(self) -> bool:
-        if not self._enabled or self._num_inference_steps is None:
-            return self._enabled
-        first = int(self._start * self._num_inference_steps)
-        last = int(self._stop * self._num_inference_steps)
-        return first <= self._step < last
 
 
 def _check_gap(*, strong_ratio: RatioSchedule, weak_ratio: RatioSchedule) -> None:
@@ -264,14 +194,10 @@ def _check_gap(*, strong_ratio: RatioSchedule, weak_ratio: RatioSchedule) -> Non
         )
 
 
-def _check_routes(denoiser: torch.nn.Module, ratio: "float | RatioSchedule") -> None:
-    """Raises ValueError if `ratio` is above 0 at some time and the denoiser has no routes."""
+def _largest(ratio: "float | RatioSchedule") -> float:
+    """The largest value of a ratio or of its schedule."""
     schedule = as_schedule(ratio)
-    if max(schedule.first, schedule.last) > 0.0 and not get_token_router(denoiser).routes:
-        raise ValueError(
-            f"Expected a denoiser with token routes, got {type(denoiser).__name__} with routes=None. Use a model "
-            "trained with routes, or another guider."
-        )
+    return max(schedule.first, schedule.last)
 
 
 def _shorten(schedule: RatioSchedule) -> "float | RatioSchedule":

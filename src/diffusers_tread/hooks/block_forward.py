@@ -6,18 +6,14 @@ Shapes: B batch, L tokens of the block's stream, K kept tokens, D width.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..routing import put_tokens, take_tokens
-from .block_specs import Axis, BlockSpec, Window
-from .forward_pass import ForwardPass
-from .tables import PerSampleTable
-
-
-if TYPE_CHECKING:
-    from .forward import ModelForward
+from .forward_pass import ForwardPass, RoutedModel
+from .per_sample_table import PerSampleTable
+from .specs import Axis, BlockSpec, Window
 
 
 _MARK = "_token_routing_pass"
@@ -29,7 +25,7 @@ class BlockForward:
     Args:
         block: The block.
         spec: How it is called.
-        routing: The model's `ModelForward`, which knows the running forward.
+        shared: What the wrappers of the model share; it knows the running forward.
         route_index: Which route the block belongs to; None only notes the number of image tokens.
         argument_names: The names of the block's arguments, in order.
     """
@@ -39,13 +35,13 @@ class BlockForward:
         block: torch.nn.Module,
         *,
         spec: BlockSpec,
-        routing: "ModelForward",
+        shared: RoutedModel,
         route_index: int | None,
         argument_names: tuple[str, ...],
     ):
         self.module = block
         self.spec = spec
-        self.routing = routing
+        self.shared = shared
         self.route_index = route_index
         self.positions = {name: index for index, name in enumerate(argument_names)}
         self.gathers = [gather for gather in spec.gathers if gather[0] in self.positions]
@@ -78,7 +74,7 @@ class BlockForward:
         if self.spec.sequence_first:
             hidden_states = hidden_states.transpose(0, 1)
         window = self._window(running, hidden_states, args, kwargs)
-        if self.route_index is None:
+        if self.route_index is None or not self._is_probed(running):
             return run(*args, **kwargs)
         self._refuse_positions(args, kwargs)
         if inside and running.grad_enabled and not torch.is_grad_enabled():
@@ -93,6 +89,10 @@ class BlockForward:
 
         args, kwargs, ids = self._gather(running, kept, window, hidden_states, args, kwargs)
         return self._put(hidden_states, ids, run(*args, **kwargs))
+
+    def _is_probed(self, running: ForwardPass) -> bool:
+        """Whether this block routes in a forward that may probe another one."""
+        return running.probe is None or running.probe.only in (None, self.module)
 
     def _gather(
         self,
@@ -195,7 +195,7 @@ class BlockForward:
 
     def _find_pass(self, args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
         """The running forward; in a checkpoint's recomputation the one that the block's input was marked with."""
-        running = self.routing.running
+        running = self.shared.thread.running
         if torch.compiler.is_compiling():  # a traced checkpoint replays the graph, it does not call the block again
             return running
         hidden_states = self._argument(args, kwargs, self.spec.hidden)
@@ -204,7 +204,7 @@ class BlockForward:
                 setattr(hidden_states, _MARK, running)
             return running
         running = getattr(hidden_states, _MARK, None)
-        if running is None and self.route_index is not None and self.routing.is_routing():
+        if running is None and self.route_index is not None and self.shared.is_routing():
             raise RuntimeError(
                 f"{type(self.module).__name__} was called outside a forward of its model, so it is not known which "
                 "tokens are kept. If this is a checkpoint's recomputation, use use_reentrant=False without offloading "

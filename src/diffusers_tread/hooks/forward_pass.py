@@ -1,13 +1,57 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Which tokens the routed blocks of one forward keep.
+"""One forward of a routed model, and what its wrappers share.
 
 Shapes: B batch, L tokens of a block's stream, N routable tokens among them, K kept tokens, D width.
 """
 
+import threading
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
-from ..routing import TokenRouter, take_tokens
-from .block_specs import Window
+from ..routing import RoutingCall, TokenRouter, take_tokens
+from .specs import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Asks for all tokens in a random order instead of a subset: what `check_token_routing` does."""
+
+    only: torch.nn.Module | None = None
+    """The one block that gets them so; None for all routed blocks."""
+
+
+class _ThreadState(threading.local):
+    """What belongs to the forward that a thread is in, and so to no attribute of the model."""
+
+    def __init__(self):
+        self.running: ForwardPass | None = None
+        self.probe: Probe | None = None
+
+
+class RoutedModel:
+    """What the wrappers of one model share.
+
+    Args:
+        model: The model.
+        router: Its router.
+    """
+
+    def __init__(self, model: torch.nn.Module, router: TokenRouter):
+        self.model = model
+        self.router = router
+        self.thread = _ThreadState()
+
+    def is_routing(self, call: RoutingCall | None = None) -> bool:
+        """Whether a forward with this call would take a route in this thread."""
+        return self.thread.probe is not None or self.router.is_routing(self.model.training, call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, thread=_ThreadState())
 
 
 class ForwardPass:
@@ -16,10 +60,11 @@ class ForwardPass:
     Args:
         router: The model's router.
         training: The model's mode.
+        call: The forward's `routing`.
         seed: From `TokenRouter.forward_seed`, or None for a dense forward. Drawn here and not in a block, because the
             recomputation of a checkpointed block must not draw again.
         window: Where the routable tokens lie in the stream, if the model's arguments tell.
-        permute: Keep all tokens, in random order: the probe of `check_token_routing`.
+        probe: Keep all tokens, in random order.
     """
 
     def __init__(
@@ -27,16 +72,18 @@ class ForwardPass:
         router: TokenRouter,
         *,
         training: bool,
+        call: RoutingCall | None,
         seed: torch.Tensor | None,
         window: Window | None,
-        permute: bool = False,
+        probe: Probe | None = None,
     ):
         self.router = router
         self.training = training
+        self.call = call
         self.seed = seed
         self.window = window
-        self.permute = permute
-        self.shared_subset = router.shared_subset
+        self.probe = probe
+        self.shared_subset = router.shares_subset(call)
         self.grad_enabled = torch.is_grad_enabled()
         self.num_image_tokens: int | None = None
         self.num_routable: int | None = None
@@ -58,12 +105,12 @@ class ForwardPass:
 
     def _plan(self, tokens: torch.Tensor) -> list[torch.Tensor | None]:
         num_routes = len(self.router.routes)
-        if self.permute:
+        if self.probe is not None:
             batch_size, num_tokens = tokens.shape[:2]
             rows = 1 if self.shared_subset else batch_size
             order = torch.rand(rows, num_tokens, device=tokens.device).argsort(dim=1).expand(batch_size, -1)  # B N
             return [order] * num_routes
-        plan = self.router.plan(tokens, training=self.training, seed=self.seed)
+        plan = self.router.plan(tokens, training=self.training, call=self.call, seed=self.seed)
         return [None] * num_routes if plan is None else plan
 
     def ids_in_stream(self, kept: torch.Tensor, window: Window, length: int, route_index: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .background import BackgroundPush
 from .export import export_for_hub, push_pipeline
+from .hub_pipeline import HubPipeline
 from .model_card import CardDetails, model_card
 from .upload import open_repo, upload_folder
 
@@ -8,6 +9,7 @@ from .upload import open_repo, upload_folder
 __all__ = [
     "BackgroundPush",
     "CardDetails",
+    "HubPipeline",
     "export_for_hub",
     "model_card",
     "open_repo",

@@ -5,7 +5,8 @@ import logging
 import threading
 from pathlib import Path
 
-from ..pipelines import TREADPipeline
+from diffusers import DiffusionPipeline
+
 from .export import export_for_hub
 from .model_card import CardDetails
 from .upload import upload_folder
@@ -29,7 +30,7 @@ class BackgroundPush:
         self.repo_id, self.folder, self.private = repo_id, Path(folder), private
         self._thread: threading.Thread | None = None
 
-    def start(self, pipeline: TREADPipeline, *, commit_message: str, card: CardDetails | None = None) -> None:
+    def start(self, pipeline: DiffusionPipeline, *, commit_message: str, card: CardDetails | None = None) -> None:
         """Exports the pipeline now and uploads it meanwhile; does nothing while an earlier upload runs."""
         if self._thread is not None and self._thread.is_alive():
             logger.warning(f"Left out the push {commit_message!r}: the one before is not finished.")

@@ -18,25 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ..files import replace_folder
-from ..models import TREADTransformer2DModel
-from ..pipelines import TREADPipeline
-from ..pipelines.hub_pipeline import PACKAGE_CLASSES
+from ..guiders import GUIDERS
+from ..models import DENOISERS
+from ..schedulers import SCHEDULERS
 from .bundle import bundle_module
 from .model_card import SAMPLES, CardDetails, model_card
 from .upload import upload_folder
 
 
-# In the code beside the weights. A transformer is then any model: its class comes from a file of its own.
-_STAND_INS = {
-    "HubPipeline": "diffusers.DiffusionPipeline",
-    "TREADTransformer2DModel": "diffusers.ModelMixin",
-}
+# In the code beside the weights.
+_STAND_INS = {"HubPipeline": "diffusers.DiffusionPipeline"}
+
+
+def package_classes() -> dict[str, type]:
+    """The components of which a repository may hold the code, by class name."""
+    return {**DENOISERS, **SCHEDULERS, **GUIDERS}
 
 
 def export_for_hub(
-    pipeline: TREADPipeline,
+    pipeline: DiffusionPipeline,
     folder: str | Path,
     *,
     repo_id: str | None = None,
@@ -74,7 +77,7 @@ def export_for_hub(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         pipeline.save_pretrained(temporary, variant=variant)
-        _add_code(temporary)
+        _add_code(temporary, type(pipeline))
         _forget_local_paths(temporary)
         readme.save(temporary / "README.md")
         if card.samples is not None:
@@ -86,7 +89,7 @@ def export_for_hub(
 
 
 def push_pipeline(
-    pipeline: TREADPipeline,
+    pipeline: DiffusionPipeline,
     repo_id: str,
     *,
     variant: str | None = None,
@@ -100,21 +103,23 @@ def push_pipeline(
         return str(upload_folder(folder, repo_id=repo_id, **upload))
 
 
-def _check_components(pipeline: TREADPipeline) -> None:
+def _check_components(pipeline: DiffusionPipeline) -> None:
     """Raises ValueError for a component that could not be loaded from the folder."""
     parts = {name: getattr(part, "_orig_mod", part) for name, part in pipeline.components.items()}
+    ours, package = package_classes(), __name__.partition(".")[0]
     for name, part in {"pipeline": pipeline, **parts}.items():
         kind = type(part)
-        is_ours = kind is PACKAGE_CLASSES.get(kind.__name__) or kind is TREADPipeline
+        is_pipeline = part is pipeline and kind.__module__.partition(".")[0] == package
+        is_ours = kind is ours.get(kind.__name__) or is_pipeline
         if not is_ours and kind.__module__.split(".")[0] not in ("builtins", "diffusers", "transformers"):
             raise ValueError(
                 f"Expected components of diffusers_tread, diffusers or transformers, got a {name} of class "
                 f"{kind.__module__}.{kind.__name__}. Load the pipeline by TREADPipeline.from_pretrained, or use "
                 "save_pretrained for classes of your own."
             )
-        if kind is TREADTransformer2DModel:
+        if kind in DENOISERS.values():
             with torch.device("meta"):
-                plain = TREADTransformer2DModel.from_config(part.config)
+                plain = kind.from_config(part.config)
             if others := sorted(set(part.state_dict()) ^ set(plain.state_dict())):
                 raise ValueError(
                     f"Expected a {name} with the weights of its class, got others, such as {others[0]!r}. Fuse and "
@@ -122,14 +127,14 @@ def _check_components(pipeline: TREADPipeline) -> None:
                 )
 
 
-def _add_code(folder: Path) -> None:
+def _add_code(folder: Path, kind: type[DiffusionPipeline]) -> None:
     """Puts the code beside the weights, and names the files instead of the package's modules."""
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "pipeline.py").write_text(bundle_module(sys.modules[TREADPipeline.__module__], stand_ins=_STAND_INS))
-    index["_class_name"] = ["pipeline", TREADPipeline.__name__]
+    index, ours = json.loads((folder / "model_index.json").read_text()), package_classes()
+    (folder / "pipeline.py").write_text(bundle_module(sys.modules[kind.__module__], stand_ins=_STAND_INS))
+    index["_class_name"] = ["pipeline", kind.__name__]
     for component, entry in index.items():
-        if isinstance(entry, list) and entry[1] in PACKAGE_CLASSES:
-            module = sys.modules[PACKAGE_CLASSES[entry[1]].__module__]
+        if isinstance(entry, list) and entry[1] in ours:
+            module = sys.modules[ours[entry[1]].__module__]
             name = module.__name__.rpartition(".")[2]
             (folder / component / f"{name}.py").write_text(bundle_module(module))
             index[component] = [name, entry[1]]

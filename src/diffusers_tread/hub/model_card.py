@@ -8,11 +8,11 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
+from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..fingerprint import weights_fingerprint
 from ..flops import forward_flops, guidance_flops
-from ..pipelines import TREADPipeline
 
 
 if TYPE_CHECKING:  # it needs Accelerate
@@ -76,7 +76,7 @@ class CardDetails:
     """Evaluations of these weights, from `load_results`."""
 
 
-def model_card(pipeline: TREADPipeline, *, repo_id: str, details: CardDetails | None = None) -> ModelCard:
+def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetails | None = None) -> ModelCard:
     """Writes down what a pipeline is, how to load it and how it was trained, with the metadata that the Hub reads.
 
     Args:
@@ -116,11 +116,11 @@ def model_card(pipeline: TREADPipeline, *, repo_id: str, details: CardDetails | 
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def _facts(pipeline: TREADPipeline, details: CardDetails) -> dict[str, str]:
+def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
     """What the pipeline itself tells."""
     model, vae, guider = pipeline.transformer, pipeline.vae, pipeline.guider
     config, size = model.config, model.config.sample_size * pipeline.vae_scale_factor
-    dense, routed = forward_flops(config, selection_ratio=0.0).total, forward_flops(config).total
+    dense, routed = forward_flops(model, selection_ratio=0.0).total, forward_flops(model).total
     routes = [
         f"blocks {route['start']} to {route['end']} of {config.num_layers} (from 0, both included) without "
         f"{route['selection_ratio']:.0%} of the tokens"
@@ -138,8 +138,7 @@ def _facts(pipeline: TREADPipeline, details: CardDetails) -> dict[str, str]:
         "guidance": "none unless `guidance_scale` is given" if guider is None else type(guider).__name__,
     }
     if guider is not None:
-        weak = None if pipeline.guidance_transformer is None else pipeline.guidance_transformer.config
-        cost = guidance_flops(config, guider, guidance_model_or_config=weak)
+        cost = guidance_flops(model, guider, guidance_model=pipeline.guidance_transformer)
         settings = ", ".join(f"{name} {value}" for name, value in guider.config.items() if name[0] != "_")
         facts["guidance"] += f" ({settings}): {cost.share_of_cfg:.0%} of the FLOPs of dense classifier-free guidance"
     if details.step is not None:
@@ -193,7 +192,7 @@ def _sampling(results: "EvaluationResults") -> dict[str, Any]:
     return found | {name: images[name] for name in names if name in images}
 
 
-def _check_results(pipeline: TREADPipeline, results: "Sequence[EvaluationResults]") -> None:
+def _check_results(pipeline: DiffusionPipeline, results: "Sequence[EvaluationResults]") -> None:
     """Raises ValueError for results of other weights, where the evaluation's precision was that of these."""
     for one in results:
         for name, fingerprint in one.images.get("weights", {}).items():

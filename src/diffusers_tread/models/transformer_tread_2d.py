@@ -6,7 +6,6 @@ D width (heads * head dim).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,18 +13,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 
-from ..routing import TokenRoute, TokenRouter, default_route, put_tokens, take_tokens
-from .blocks import TREADTransformerBlock
-from .positions import sincos_positions
+from ..routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, check_can_route, default_route
+from .modeling_outputs import DenoiserOutput
 
 
 # DiT, table 1:  width, blocks, heads. The patch size follows the slash: "XL/2".
-_PRESETS = {
+PRESETS = {
     "S":  ( 384,     12,     6),
     "B":  ( 768,     12,    12),
     "L":  (1024,     24,    16),
@@ -33,19 +31,70 @@ _PRESETS = {
 }  # fmt: skip
 
 
-@dataclass
-class TREADTransformer2DModelOutput(BaseOutput):
-    """What a forward of `TREADTransformer2DModel` gives."""
+class TREADAttnProcessor:
+    """Self-attention through diffusers' attention dispatcher; the backend is chosen by `set_attention_backend`."""
 
-    sample: torch.Tensor
-    """[B, out_channels, H, W], in the dtype of the input."""
+    _attention_backend = None
+    _parallel_config = None
 
-    kept_token_ids: list[torch.Tensor | None] | None = None
-    """Per route the ids of the kept tokens, [B, K] int64, or None for a route not taken, for losses that tell kept
-    tokens from routed ones. None for a dense forward."""
+    def __call__(self, attn: "TREADAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] to [B, N, D]."""
+        qkv = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))  # B N 3 heads D/heads
+        query, key, value = qkv.unbind(2)
+        out = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](out.flatten(2, 3))
 
-    prefix: torch.Tensor | None = None
-    """[B, N, D], the tokens in front of the first route's first block, if `return_prefix` asked for them."""
+
+class TREADAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention; query, key and value are one matrix product, rows after rows of `to_qkv`."""
+
+    _default_processor_cls = TREADAttnProcessor
+    _available_processors = [TREADAttnProcessor]
+    _supports_qkv_fusion = False  # they always are
+
+    def __init__(self, dim: int, *, heads: int, bias: bool = True):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.set_processor(TREADAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class TREADTransformerBlock(nn.Module):
+    """A DiT block with adaLN-Zero (arXiv 2212.09748, figure 3)."""
+
+    def __init__(
+        self, dim: int, *, heads: int, mlp_ratio: float, attention_bias: bool, norm_eps: float, ff_norm_eps: float
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.attn = TREADAttention(dim, heads=heads, bias=attention_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=ff_norm_eps, elementwise_affine=False)
+        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: [B, N, D] or the kept tokens [B, K, D]; the block does not depend on which.
+            conditioning: [B, D], SiLU of the embedded time and class.
+
+        Returns:
+            The shape of `hidden_states`.
+        """
+        modulation = self.modulation(conditioning).unsqueeze(1)  # B 1 6D
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
+
+        attn_input = torch.addcmul(shift_attn, self.norm1(hidden_states), 1 + scale_attn)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(attn_input))
+
+        ff_input = torch.addcmul(shift_ff, self.norm2(hidden_states), 1 + scale_ff)
+        return torch.addcmul(hidden_states, gate_ff, self.ff(ff_input))
 
 
 class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -69,8 +118,8 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             mappings, None for a model without routing. Kept in the config as mappings with absolute indices.
         timestep_scale: The timestep is multiplied by it before the sinusoidal embedding, whose period is made for
             [0, 1000]. The paper feeds EDM's ln(sigma) / 4 as it is: 1.0. Flow schedulers give sigma * 1000: 1.0 too.
-        objective: "edm", "flow" or "epsilon" (DDPM's noise prediction, as in DiT), what the weights were trained with;
-            `TREADPipeline` refuses a scheduler of another kind. None: unknown, not checked.
+        objective: What the weights are trained for, a name of `diffusers_tread.objectives`: EDM's denoising as in the
+            paper, flow matching, or DDPM's noise prediction as in DiT. Losses and schedulers of another are refused.
         mlp_ratio: Width of the feed-forward layer over D.
         attention_bias: Whether query, key and value have a bias.
         norm_eps: Epsilon of the layer norms.
@@ -115,7 +164,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         num_classes: int = 1000,
         routes: "Literal['default'] | Iterable[TokenRoute | Mapping[str, Any]] | None" = "default",
         timestep_scale: float = 1.0,
-        objective: Literal["edm", "flow", "epsilon"] | None = None,
+        objective: str = "edm",
         mlp_ratio: float = 4.0,
         attention_bias: bool = True,
         norm_eps: float = 1e-6,
@@ -133,8 +182,6 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             raise ValueError(f"Expected sample_size divisible by patch_size {patch_size}, got {sample_size}.")
         if num_classes < 0:
             raise ValueError(f"Expected num_classes >= 0 (0: unconditional), got {num_classes}.")
-        if objective not in (None, "edm", "flow", "epsilon"):
-            raise ValueError(f"Expected objective 'edm', 'flow', 'epsilon' or None, got {objective!r}.")
         if freq_shift not in (0, 1):
             raise ValueError(f"Expected freq_shift 0 or 1, got {freq_shift!r}.")
 
@@ -152,7 +199,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         self.register_buffer("positions", positions, persistent=False)  # N D
 
         # Blocks.
-        self.transformer_blocks = nn.ModuleList(
+        blocks = [
             TREADTransformerBlock(
                 dim,
                 heads=num_attention_heads,
@@ -162,7 +209,8 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
                 ff_norm_eps=norm_eps if ff_norm_eps is None else ff_norm_eps,
             )
             for _ in range(num_layers)
-        )
+        ]
+        self.transformer_blocks = RoutedStack(blocks, self.token_router.routes)
 
         # Output.
         self.norm_out = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
@@ -171,6 +219,11 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
         self.gradient_checkpointing = False
         self._init_weights()
+
+    @classmethod
+    def presets(cls) -> list[str]:
+        """The names of DiT's sizes that `from_preset` knows."""
+        return [f"{size}/{patch}" for size in PRESETS for patch in (2, 4, 8)]
 
     @classmethod
     def from_preset(
@@ -182,7 +235,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         num_classes: int = 1000,
         routes: "Literal['default'] | Iterable[TokenRoute | Mapping[str, Any]] | None" = "default",
         timestep_scale: float = 1.0,
-        objective: Literal["edm", "flow", "epsilon"] | None = None,
+        objective: str = "edm",
     ) -> "TREADTransformer2DModel":
         """A model of one of DiT's sizes: "S", "B", "L" or "XL" with patch size 2, 4 or 8, such as "XL/2".
 
@@ -191,11 +244,10 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         Raises:
             ValueError: Unknown preset; the others as the constructor.
         """
-        known = [f"{size}/{patch}" for size in _PRESETS for patch in (2, 4, 8)]
-        if preset not in known:
-            raise ValueError(f"Expected a preset among {known}, got {preset!r}.")
+        if preset not in cls.presets():
+            raise ValueError(f"Expected a preset among {cls.presets()}, got {preset!r}.")
         size, patch_size = preset.split("/")
-        dim, num_layers, heads = _PRESETS[size]
+        dim, num_layers, heads = PRESETS[size]
         return cls(
             num_attention_heads=heads,
             attention_head_dim=dim // heads,
@@ -212,105 +264,87 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: "torch.Tensor | float",
         class_labels: torch.Tensor | None = None,
         kept_token_ids: list[torch.Tensor | None] | None = None,
         return_dict: bool = True,
         *,
+        routing: RoutingCall | None = None,
         prefix: torch.Tensor | None = None,
         return_prefix: bool = False,
-    ) -> "TREADTransformer2DModelOutput | tuple[Any, ...]":
+        hidden_states_at: Iterable[int] = (),
+    ) -> "DenoiserOutput | tuple[Any, ...]":
         """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data).
 
         Args:
             hidden_states: [B, C, H, W] latents, H and W divisible by the patch size.
-            timestep: [B] or [], as the scheduler gives it (EDM: ln(sigma) / 4, flow: sigma * 1000).
+            timestep: [B] or one for all, as the scheduler gives it (EDM: ln(sigma) / 4, flow: sigma * 1000).
             class_labels: [B] int64 in [0, num_classes]; None for the null class. Not checked here, which would make
                 every step wait for the device: the pipeline and the training script check.
-            kept_token_ids: Per route the ids of the kept tokens, [B, K] int64, or None for a route not taken, as
-                `TokenRouter.plan` gives them. None: the token router decides.
-            return_dict: Whether to return a `TREADTransformer2DModelOutput` or a tuple.
+            kept_token_ids: Per route the ids of the kept tokens, [B, K] int64 in [0, N), each at most once, or None
+                for a route not taken, as `TokenRouter.plan` gives them. None: the token router decides.
+            return_dict: Whether to return a `DenoiserOutput` or a tuple.
+            routing: How this forward routes; what it leaves open, `token_routing` and the router's defaults decide.
             prefix: [B, N, D], the tokens in front of the first route's first block, as another forward with the same
                 `hidden_states`, `timestep` and `class_labels` gave them; the blocks before are not run then. They do
                 not depend on what is routed away, so the branches of Sparse Guidance share them.
             return_prefix: Whether to give `prefix`.
+            hidden_states_at: Indices of blocks, 0-based, after which to give the tokens, for losses on them.
 
         Returns:
             `sample`: [B, out_channels, H, W] in the dtype of `hidden_states`; `kept_token_ids`, those that were used,
-            and `prefix`, which a tuple has only where they are not None.
+            `prefix` and `hidden_states`, which a tuple has only where they are not None.
 
         Raises:
-            ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size,
-                `kept_token_ids` that do not fit the routes and the batch, a `prefix` of another shape, or a prefix
-                where there are no routes.
+            ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size, both
+                `kept_token_ids` and `routing`, a routed forward with a cache or context parallelism; else as
+                `RoutedStack.forward`.
         """
-        height, width = self._check_inputs(hidden_states, timestep, class_labels, kept_token_ids)
-        self._check_prefix(prefix, return_prefix, (hidden_states.shape[0], height * width, self.positions.shape[1]))
+        height, width = self._check_inputs(hidden_states, class_labels, kept_token_ids, routing)
         # Made contiguous once: the residual stream keeps its layout, and layer norms and products would copy it each.
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # B N D
-        # Cast to the input's dtype: under autocast the residual stream stays in fp32.
-        tokens = (tokens + self._positions_for(height, width)).to(hidden_states.dtype)
+        # In the input's dtype, whichever way the weights came to theirs: under autocast the residual stream stays in
+        # fp32, and bfloat16 positions are the same after `to` and after `from_pretrained`.
+        positions = self._positions_for(height, width).to(hidden_states.dtype)  # N D
+        tokens = (tokens + positions).to(hidden_states.dtype)
         conditioning = self._embed_conditioning(timestep, class_labels, hidden_states)  # B D
 
+        # Blocks.
         if kept_token_ids is None:
-            kept_token_ids = self.token_router.plan(tokens, training=self.training)
+            kept_token_ids = self.token_router.plan(tokens, training=self.training, call=routing)
+        if kept_token_ids is not None:
+            check_can_route(self)
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        tokens, prefix, hidden_states_after = self.transformer_blocks(
+            tokens,
+            conditioning,
+            kept_token_ids=kept_token_ids,
+            prefix=prefix,
+            return_prefix=return_prefix,
+            hidden_states_at=hidden_states_at,
+            checkpoint=self._gradient_checkpointing_func if checkpointing else None,
+        )
 
-        tokens, prefix = self._run_blocks(tokens, conditioning, kept_token_ids, prefix, return_prefix)
-
+        # Output.
         shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)  # B 1 D
         patches = self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale))  # B N P*P*C
-        sample = self._unpatchify(patches, height, width).to(hidden_states.dtype)  # B C H W
-        output = TREADTransformer2DModelOutput(
-            sample=sample, kept_token_ids=kept_token_ids, prefix=prefix if return_prefix else None
+        output = DenoiserOutput(
+            sample=self._unpatchify(patches, height, width).to(hidden_states.dtype),  # B C H W
+            kept_token_ids=kept_token_ids,
+            prefix=prefix if return_prefix else None,
+            hidden_states=hidden_states_after or None,
         )
         return output if return_dict else output.to_tuple()
 
-    def _run_blocks(
-        self,
-        tokens: torch.Tensor,
-        conditioning: torch.Tensor,
-        kept_token_ids: list[torch.Tensor | None] | None,
-        prefix: torch.Tensor | None,
-        return_prefix: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The blocks, with each route's kept tokens gathered before its first block and put back after its last.
-
-        Gives the tokens after the last block, and the prefix if there is one or it is asked for.
-        """
-        starts, ends = {}, {}
-        if kept_token_ids is not None:
-            for route, ids in zip(self.token_router.routes, kept_token_ids, strict=True):
-                if ids is not None:
-                    starts[route.start] = route.rejoin, ids
-                    ends[route.end] = ids
-
-        input_tokens = tokens
-        prefix_end = self.token_router.routes[0].start if prefix is not None or return_prefix else None
-        for index, block in enumerate(self.transformer_blocks):
-            if prefix is not None and index < prefix_end:
-                continue
-            if index == prefix_end:
-                tokens = prefix = tokens if prefix is None else prefix
-            if index in starts:
-                rejoin, ids = starts[index]
-                all_tokens = input_tokens if rejoin == "input" else tokens
-                if rejoin == "sum":
-                    all_tokens = input_tokens + tokens
-                tokens = take_tokens(tokens, ids)  # B N D -> B K D
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
-            else:
-                tokens = block(tokens, conditioning)
-            if index in ends:
-                tokens = put_tokens(all_tokens, ends[index], tokens)  # B K D -> B N D
-        return tokens, prefix
-
     def _embed_conditioning(
-        self, timestep: torch.Tensor, class_labels: torch.Tensor | None, hidden_states: torch.Tensor
+        self, timestep: "torch.Tensor | float", class_labels: torch.Tensor | None, hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """[B, D]: SiLU of the sum of the time and class embeddings, which every block and the output use."""
         batch_size = hidden_states.shape[0]
-        timestep = timestep.to(hidden_states.device, torch.float32).expand(batch_size) * self.config.timestep_scale
+        timestep = torch.as_tensor(timestep, device=hidden_states.device, dtype=torch.float32)
+        if timestep.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(f"Expected one timestep or {batch_size}, got shape {list(timestep.shape)}.")
+        timestep = timestep.expand(batch_size) * self.config.timestep_scale
         frequencies = get_timestep_embedding(
             timestep, 256, flip_sin_to_cos=True, downscale_freq_shift=self.config.freq_shift
         )  # B 256
@@ -336,9 +370,9 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     def _check_inputs(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
         class_labels: torch.Tensor | None,
         kept_token_ids: list[torch.Tensor | None] | None,
+        routing: RoutingCall | None,
     ) -> tuple[int, int]:
         """Compares shapes, nothing that waits for the device; gives the grid's height and width in tokens."""
         patch_size, in_channels = self.config.patch_size, self.config.in_channels
@@ -349,28 +383,11 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             raise ValueError(
                 f"Expected height and width divisible by the patch size {patch_size}, got {height}x{width}."
             )
-        if timestep.shape not in ((), (1,), (batch_size,)):
-            raise ValueError(f"Expected one timestep or {batch_size}, got shape {list(timestep.shape)}.")
         if class_labels is not None and class_labels.shape != (batch_size,):
             raise ValueError(f"Expected {batch_size} class labels, got shape {list(class_labels.shape)}.")
-        if kept_token_ids is not None:
-            shapes = [None if ids is None else list(ids.shape) for ids in kept_token_ids]
-            fits = [shape is None or (len(shape) == 2 and shape[0] == batch_size) for shape in shapes]
-            if len(shapes) != len(self.token_router.routes) or not all(fits):
-                raise ValueError(
-                    f"Expected kept_token_ids of shape [{batch_size}, K], or None, for each of the "
-                    f"{len(self.token_router.routes)} routes, got {shapes}."
-                )
+        if kept_token_ids is not None and routing is not None:
+            raise ValueError("Expected kept_token_ids or routing, got both. Leave one out.")
         return height // patch_size, width // patch_size
-
-    def _check_prefix(self, prefix: torch.Tensor | None, return_prefix: bool, shape: tuple[int, int, int]) -> None:
-        if (prefix is not None or return_prefix) and not self.token_router.routes:
-            raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
-        if prefix is not None and prefix.shape != shape:
-            raise ValueError(
-                f"Expected a prefix {list(shape)}, as return_prefix=True gave it for these inputs, got "
-                f"{list(prefix.shape)}."
-            )
 
     def _init_weights(self) -> None:
         """DiT's initialisation (arXiv 2212.09748, section 3.2 and appendix A); the zeros come last."""
@@ -390,3 +407,30 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         for module in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def sincos_positions(
+    dim: int, height: int, width: int, *, base: int | None = None, device: "torch.device | str | None" = None
+) -> torch.Tensor:
+    """Fixed 2D sine-cosine positions (arXiv 2111.06377): half the channels for the column, half for the row.
+
+    The order of the halves is that of MAE, DiT and diffusers, so that DiT's weights fit.
+
+    Args:
+        dim: D, divisible by 4.
+        height: Rows of tokens.
+        width: Columns of tokens.
+        base: If given, rows and columns are scaled to [0, base), the range of the training grid.
+        device: Where to make them.
+
+    Returns:
+        [height * width, D] float32, tokens in row-major order.
+    """
+    rows = torch.arange(height, device=device, dtype=torch.float32) * (1.0 if base is None else base / height)
+    columns = torch.arange(width, device=device, dtype=torch.float32) * (1.0 if base is None else base / width)
+    omega = 10000.0 ** (-torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))  # D/4
+
+    rows, columns = rows.unsqueeze(1) * omega, columns.unsqueeze(1) * omega  # h D/4, w D/4
+    rows = torch.cat([rows.sin(), rows.cos()], dim=1).unsqueeze(1).expand(-1, width, -1)  # h w D/2
+    columns = torch.cat([columns.sin(), columns.cos()], dim=1).unsqueeze(0).expand(height, -1, -1)  # h w D/2
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)

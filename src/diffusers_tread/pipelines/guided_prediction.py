@@ -4,125 +4,188 @@
 Shapes: B images, C latent channels, H and W latent size.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers import BaseGuidance
+from diffusers import BaseGuidance, ModelMixin
 
-from ..models import TREADTransformer2DModel
-from ..routing import draw_routing_seed, get_token_router, token_routing
+from ..guiders import Branch
+from ..routing import RoutingCall, draw_routing_seed, get_token_router
 
 
 class GuidedPrediction:
-    """Runs the denoisers of one sampling; called at each of its steps.
+    """Runs the denoisers of one sampling; called at each of its steps. Changes nothing about them.
 
     Args:
-        transformer: The denoiser, in evaluation mode.
-        guidance_transformer: Runs the second branch of a guider with `weak_checkpoint`.
-        guider: Any guider of diffusers; None for plain classifier-free guidance by `guidance_scale`.
-        guidance_scale: w; None or at most 1 for the conditional prediction alone. Not looked at with a guider.
+        transformer: The denoiser.
+        guidance_transformer: Runs the branches with `denoiser="guidance"`.
         generator: One generator, or one per image, from which the routes' subsets are drawn; None for torch's default.
         num_steps: Predictions of the whole sampling.
     """
 
     def __init__(
         self,
-        transformer: TREADTransformer2DModel,
+        transformer: ModelMixin,
         *,
-        guidance_transformer: TREADTransformer2DModel | None,
-        guider: BaseGuidance | None,
-        guidance_scale: float | None,
+        guidance_transformer: ModelMixin | None,
         generator: "torch.Generator | list[torch.Generator] | None",
         num_steps: int,
     ):
-        self.transformer, self.guidance_transformer = transformer, guidance_transformer
-        self.guider, self.guidance_scale = guider, guidance_scale
+        self.denoisers = {"main": transformer, "guidance": guidance_transformer}
         self.generator, self.num_steps = generator, num_steps
         self.takes_prefix = _takes_prefix(transformer)
 
     def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor, step: int, class_labels: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        step: int,
+        class_labels: torch.Tensor,
+        *,
+        guider: BaseGuidance | None,
+        guidance_scale: float | None,
     ) -> torch.Tensor:
-        """[B, C, H, W] float32, of latents as the scheduler scales them."""
-        null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
-        if self.guider is not None:
-            self.guider.set_state(step=step, num_inference_steps=self.num_steps, timestep=timestep)
-            branches = self.guider.prepare_inputs({"class_labels": (class_labels, null_labels)})
-            self._run_branches(branches, latents, timestep)
-            return self.guider(branches)[0]
+        """The prediction of one step.
+
+        Args:
+            latents: [B, C, H, W] float32, as the scheduler scales them.
+            timestep: Of the scheduler.
+            step: Which of the predictions, 0-based.
+            class_labels: [B] int64.
+            guider: Any guider of diffusers; None for plain classifier-free guidance by `guidance_scale`.
+            guidance_scale: w; None or at most 1 for the conditional prediction alone. Not looked at with a guider.
+
+        Returns:
+            [B, C, H, W] float32.
+        """
+        labels = {"given": class_labels}
+        labels["null"] = torch.full_like(class_labels, self.denoisers["main"].config.num_classes)
+        if guider is not None:
+            guider.set_state(step=step, num_inference_steps=self.num_steps, timestep=timestep)
+            if hasattr(guider, "branches"):  # not by its class: a guider from the Hub brings code of its own
+                predictions = self._run_branches(guider.branches(), latents, timestep, labels)
+                return guider.forward(*predictions)[0]
+            return self._run_guider(guider, latents, timestep, labels)
 
         # Plain classifier-free guidance.
-        if self.guidance_scale is not None and self.guidance_scale > 1.0:
-            conditional, unconditional = self._run_together([class_labels, null_labels], latents, timestep)
-            return torch.lerp(unconditional, conditional, self.guidance_scale)
-        return self._run(self.transformer, latents, timestep, class_labels)[0]
+        if guidance_scale is not None and guidance_scale > 1.0:
+            conditional, unconditional = self._run_together([labels["given"], labels["null"]], latents, timestep)
+            return torch.lerp(unconditional, conditional, guidance_scale)
+        return self._run(self.denoisers["main"], latents, timestep, class_labels)[0]
 
-    def _run_branches(self, branches: list[Any], latents: torch.Tensor, timestep: torch.Tensor) -> None:
-        """Sets `noise_pred` of each branch of a step."""
+    def _run_branches(
+        self, branches: list[Branch], latents: torch.Tensor, timestep: torch.Tensor, labels: dict[str, torch.Tensor]
+    ) -> "list[torch.Tensor] | tuple[torch.Tensor, ...]":
+        """The prediction of each branch."""
         # Dense branches that differ in the condition alone are one forward.
-        guider = self.guider
-        changes_model = type(guider).prepare_models is not BaseGuidance.prepare_models
-        if not changes_model and not get_token_router(self.transformer).is_routing(training=False):
-            predictions = self._run_together([branch.class_labels for branch in branches], latents, timestep)
-            for branch, prediction in zip(branches, predictions, strict=True):
-                branch.noise_pred = prediction
-            return
+        if all(branch.denoiser == "main" and branch.selection_ratio == 0.0 for branch in branches):
+            dense = RoutingCall(enabled=False)
+            return self._run_together([labels[branch.condition] for branch in branches], latents, timestep, dense)
 
-        # The others run one by one; with the same inputs, the second goes on where the first met its first route.
-        shares = self.takes_prefix and len(branches) == 2 and getattr(guider, "shares_inputs", False)
-        prefix = {"return_prefix": True} if shares else {}
+        # The others run one by one; with the same inputs, they go on where the first met its first route.
+        shares = self.takes_prefix and any(branch.shares_prefix for branch in branches[1:])
+        predictions, prefix = [], None
         for index, branch in enumerate(branches):
-            is_checkpoint = index == 1 and getattr(guider, "weak_checkpoint", False)
-            transformer = self.guidance_transformer if is_checkpoint else self.transformer
-            guider.prepare_models(transformer)
-            try:
-                output = self._run(transformer, latents, timestep, branch.class_labels, **prefix)
-            finally:
-                guider.cleanup_models(transformer)
-            branch.noise_pred = output[0]
-            if shares and index == 0:
-                prefix = {"prefix": output[-1].clone()}
+            asked = {"return_prefix": True} if shares and index == 0 else {}
+            asked |= {"prefix": prefix} if shares and branch.shares_prefix else {}
+            routing = RoutingCall(enabled=True, selection_ratio=branch.selection_ratio)
+            output = self._run(
+                self.denoisers[branch.denoiser],
+                latents,
+                timestep,
+                labels[branch.condition],
+                routing,
+                context=f"branch {index}",
+                **asked,
+            )
+            predictions.append(output[0])
+            if "return_prefix" in asked:
+                prefix = output[-1].clone()
+        return predictions
+
+    def _run_guider(
+        self, guider: BaseGuidance, latents: torch.Tensor, timestep: torch.Tensor, labels: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The guided prediction of a guider of diffusers, which may change the model for a batch of its own."""
+        transformer = self.denoisers["main"]
+        batches = guider.prepare_inputs({"class_labels": (labels["given"], labels["null"])})
+        changes_model = type(guider).prepare_models is not BaseGuidance.prepare_models
+        if not changes_model and not get_token_router(transformer).is_routing(training=False):
+            predictions = self._run_together([batch.class_labels for batch in batches], latents, timestep)
+        else:
+            predictions = []
+            for index, batch in enumerate(batches):
+                guider.prepare_models(transformer)
+                try:
+                    output = self._run(transformer, latents, timestep, batch.class_labels, context=f"branch {index}")
+                finally:
+                    guider.cleanup_models(transformer)
+                predictions.append(output[0])
+        for batch, prediction in zip(batches, predictions, strict=True):
+            batch.noise_pred = prediction
+        return guider(batches)[0]
 
     def _run_together(
-        self, class_labels: list[torch.Tensor], latents: torch.Tensor, timestep: torch.Tensor
+        self,
+        class_labels: list[torch.Tensor],
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        routing: RoutingCall | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """One forward for the same latents with several labels each; a prediction [B, C, H, W] for each of them."""
         many = torch.cat([latents] * len(class_labels))
-        predictions = self._run(self.transformer, many, timestep, torch.cat(class_labels))[0]
+        predictions = self._run(self.denoisers["main"], many, timestep, torch.cat(class_labels), routing)[0]
         return predictions.chunk(len(class_labels))
 
     def _run(
         self,
-        transformer: TREADTransformer2DModel,
+        transformer: ModelMixin,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
+        routing: RoutingCall | None = None,
+        context: str = "all",
         **prefix: Any,
     ) -> tuple[torch.Tensor, ...]:
         """One forward in the model's dtype: the prediction in float32, and the prefix last where that is asked for.
 
-        Where it routes, its subset is drawn from the caller's generators.
+        It routes as in evaluation mode, whatever mode the model is in. Its subset is drawn from the caller's
+        generators, and a cache of diffusers keeps what belongs to `context` apart.
         """
-        router, generator = get_token_router(transformer), self.generator
-        seed = router.seed
-        if seed is None and generator is not None and router.is_routing(training=False):
+        router, generator, seed = get_token_router(transformer), self.generator, None
+        is_routing = router.is_routing(training=False, call=routing)
+        if is_routing and generator is not None and router.given_seed() is None:
             if isinstance(generator, list):
                 generator = generator * (len(latents) // len(generator))  # for each half of classifier-free guidance
             seed = draw_routing_seed(generator, device=latents.device)
-        # Not `transformer.dtype`, which looks at every module.
-        latents = latents.to(transformer.patch_embedding.weight.dtype)
-        with token_routing(transformer, seed=seed):
+        ratio = None if routing is None else routing.selection_ratio
+        call = RoutingCall(enabled=is_routing, selection_ratio=ratio, seed=seed)
+        is_caching = getattr(transformer, "is_cache_enabled", False)
+        with transformer.cache_context(context) if is_caching else nullcontext():
             prediction, *others = transformer(
-                latents, timestep, class_labels=class_labels, return_dict=False, **prefix
+                latents.to(_input_dtype(transformer)),
+                timestep,
+                class_labels=class_labels,
+                return_dict=False,
+                routing=call,
+                **prefix,
             )
-        # Copied, also above: a CUDA graph of torch.compile writes its next outputs over these. Not tried here.
+        # Copied, also above: a CUDA graph of torch.compile writes its next outputs over these.
         return prediction.to(torch.float32, copy=True), *others
 
 
-def _takes_prefix(transformer: TREADTransformer2DModel) -> bool:
+def _input_dtype(transformer: ModelMixin) -> torch.dtype:
+    """What the first layer computes in. Not `transformer.dtype`, which looks at every module."""
+    return next(transformer.parameters()).dtype
+
+
+def _takes_prefix(transformer: ModelMixin) -> bool:
     """Whether two forwards of `transformer` can share the blocks in front of its first route."""
+    # A cache of diffusers compares what its first block gives in each forward.
+    if not getattr(transformer, "_supports_prefix", False) or getattr(transformer, "is_cache_enabled", False):
+        return False
     # Group offloading fetches the blocks in the order of the first forward: older diffusers (seen in 0.36) fails where
     # the first ones are left out.
     hooks = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
-    is_offloaded = any(hook.get_hook("group_offloading") is not None for hook in hooks)
-    return getattr(transformer, "_supports_prefix", False) and not is_offloaded  # older code from the Hub has none
+    return not any(hook.get_hook("group_offloading") is not None for hook in hooks)

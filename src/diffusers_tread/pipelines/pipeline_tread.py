@@ -6,26 +6,33 @@ Shapes: B images (labels x images per label), C latent channels, H and W latent 
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from diffusers import BaseGuidance, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..models import TREADTransformer2DModel
-from .components import check_channels, check_guidance_transformer, check_scheduler, check_sigmas
+from ..hub import HubPipeline
+from .compatibility import (
+    check_channels,
+    check_guidance_transformer,
+    check_no_dropout,
+    check_scheduler,
+    check_sigmas,
+)
 from .guided_prediction import GuidedPrediction
-from .hub_pipeline import HubPipeline
 
 
 class TREADPipeline(HubPipeline):
     r"""Samples images of given classes from a `TREADTransformer2DModel`.
 
     Args:
-        transformer: The denoiser, a `TREADTransformer2DModel`, of this package or from code on the Hub.
+        transformer: The denoiser, a `TREADTransformer2DModel`, of this package or from code on the Hub, or another one
+            that `register_denoiser` made known. It may be shared with other pipelines, threads and a training loop:
+            nothing about it is changed, and it is sampled as in evaluation mode whatever mode it is in.
         scheduler: Any diffusers scheduler of the kind that the transformer was trained for: EDM (`EDMHeunScheduler`,
             `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`) or flow matching (`FlowMatchEulerDiscreteScheduler`,
             `FlowMatchHeunDiscreteScheduler`, or a solver with `prediction_type="flow_prediction"` and
@@ -58,15 +65,15 @@ class TREADPipeline(HubPipeline):
 
     def __init__(
         self,
-        transformer: TREADTransformer2DModel,
+        transformer: ModelMixin,
         scheduler: SchedulerMixin,
         vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers 0.36 does not read `X | None`
         guider: Optional[BaseGuidance] = None,  # noqa: UP045
-        guidance_transformer: Optional[TREADTransformer2DModel] = None,  # noqa: UP045
+        guidance_transformer: Optional[ModelMixin] = None,  # noqa: UP045
         id2label: Optional[dict[str, str]] = None,  # noqa: UP045
     ):
         super().__init__()
-        check_scheduler(scheduler, transformer.config.objective)
+        check_scheduler(scheduler, transformer)
         check_channels(transformer, vae)
         check_guidance_transformer(transformer, guidance_transformer)
         self.register_modules(
@@ -150,7 +157,8 @@ class TREADPipeline(HubPipeline):
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent".
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each scheduler step; may
-                return changed tensors.
+                return changed tensors, and set `pipe._guidance_scale` or `pipe.guider` for the steps to come (a scale
+                of 0 ends all guidance).
             callback_on_step_end_tensor_inputs: What the callback gets: "latents", "class_labels".
 
         Returns:
@@ -163,14 +171,15 @@ class TREADPipeline(HubPipeline):
         image_size = self.transformer.config.sample_size * self.vae_scale_factor
         height = image_size if height is None else height
         width = image_size if width is None else width
-        guider = self.guider if guidance_scale is None else None
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             class_labels,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
             sigmas=sigmas,
-            guider=guider,
+            guider=self.guider if guidance_scale is None else None,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,
@@ -197,18 +206,18 @@ class TREADPipeline(HubPipeline):
         predict = GuidedPrediction(
             self.transformer,
             guidance_transformer=self.guidance_transformer,
-            guider=guider,
-            guidance_scale=guidance_scale,
             generator=generator,
             num_steps=self._num_timesteps,
         )
         step_generator = {"generator": generator} if _step_takes_generator(self.scheduler) else {}
-        with self._evaluation_mode(), self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
                 scaled = self._scale(latents, timestep)
-                prediction = predict(scaled, timestep, step, class_labels)
+                # Read at each step: a callback may change them.
+                guider, scale = (self.guider, None) if self._guidance_scale is None else (None, self._guidance_scale)
+                prediction = predict(scaled, timestep, step, class_labels, guider=guider, guidance_scale=scale)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_generator, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -258,15 +267,17 @@ class TREADPipeline(HubPipeline):
     ) -> None:
         """Raises ValueError for the first argument of `__call__` that cannot work."""
         config = self.transformer.config
-        check_scheduler(self.scheduler, config.objective)
+        check_scheduler(self.scheduler, self.transformer)
         check_channels(self.transformer, self.vae)
         check_guidance_transformer(self.transformer, self.guidance_transformer)
+        check_no_dropout(self.transformer)
+        check_no_dropout(self.guidance_transformer)
         if hasattr(guider, "check_denoisers"):
             guider.check_denoisers(self.transformer, self.guidance_transformer)
         if sigmas is not None:
             check_sigmas(self.scheduler, sigmas)
         batch_size = len(class_labels) * num_images_per_prompt
-        stride = self.vae_scale_factor * config.patch_size
+        stride = self.vae_scale_factor * config.get("patch_size", 1)
 
         if batch_size < 1:
             raise ValueError(
@@ -338,19 +349,6 @@ class TREADPipeline(HubPipeline):
         known = list(id2label.values())
         hint = f"among {known[:10]}{' …' if len(known) > 10 else ''}" if known else "only with id2label; give ids"
         raise ValueError(f"Expected class names {hint}, got {name!r}.")
-
-    @contextmanager
-    def _evaluation_mode(self):
-        """Evaluation mode inside, whatever a training loop left; restored also on error."""
-        models = [model for model in (self.transformer, self.guidance_transformer) if model is not None]
-        were_training = [model.training for model in models]
-        for model in models:
-            model.eval()
-        try:
-            yield
-        finally:
-            for model, was_training in zip(models, were_training, strict=True):
-                model.train(was_training)
 
 
 def _step_takes_generator(scheduler: SchedulerMixin) -> bool:

@@ -1,12 +1,17 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .ops import put_tokens, take_tokens
 from .route import TokenRoute, default_route, num_kept_tokens, resolve_routes
-from .router import TokenRouter, draw_routing_seed, get_token_router, token_routing
+from .router import RoutingCall, TokenRouter, check_can_route, draw_routing_seed, get_token_router, token_routing
+from .stack import RoutedStack, StackOutput
 
 
 __all__ = [
+    "RoutedStack",
+    "RoutingCall",
+    "StackOutput",
     "TokenRoute",
     "TokenRouter",
+    "check_can_route",
     "default_route",
     "draw_routing_seed",
     "get_token_router",

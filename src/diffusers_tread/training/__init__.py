@@ -1,7 +1,2 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Training objectives."""
-
-from .objectives import EDMObjective, FlowMatchingObjective
-
-
-__all__ = ["EDMObjective", "FlowMatchingObjective"]
+"""What a training run needs besides the model: checkpoints, averages, its folder, its log."""

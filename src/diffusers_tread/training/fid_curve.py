@@ -10,8 +10,8 @@ from accelerate.utils import broadcast_object_list
 
 from ..files import write_json
 from ..metrics import FeatureExtractor, check_metrics, evaluate_pipeline, prepare_reference
+from ..pictures import save_curve
 from ..pipelines import TREADPipeline
-from .pictures import save_curve
 
 
 RECORDS, STORE, PICTURE = "metrics.json", "eval", "samples/fid.png"

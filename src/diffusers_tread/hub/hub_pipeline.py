@@ -3,21 +3,15 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from ..guiders import SparseGuidance
-from ..models import TREADTransformer2DModel
-from ..schedulers import EDMHeunScheduler
+from .export import package_classes, push_pipeline
+from .model_card import CardDetails
 
 
-if TYPE_CHECKING:
-    from ..hub import CardDetails
-
-# The components of which a repository may hold the code, by class name.
-PACKAGE_CLASSES = {kind.__name__: kind for kind in (TREADTransformer2DModel, EDMHeunScheduler, SparseGuidance)}
 _DOWNLOAD_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
@@ -28,12 +22,12 @@ class HubPipeline(DiffusionPipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> "dict[str, Any] | tuple":
         """As diffusers', with the classes of this package where the configuration names files of the repository."""
         loaded = super().load_config(*args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config, ours = loaded[0] if isinstance(loaded, tuple) else loaded, package_classes()
         for name, entry in config.items():
             if name == "_class_name" and isinstance(entry, list):
                 config[name] = entry[1]
-            elif isinstance(entry, list) and entry[1] in PACKAGE_CLASSES:
-                config[name] = [PACKAGE_CLASSES[entry[1]].__module__, entry[1]]
+            elif isinstance(entry, list) and entry[1] in ours:
+                config[name] = [ours[entry[1]].__module__, entry[1]]
         return loaded
 
     @classmethod
@@ -67,7 +61,7 @@ class HubPipeline(DiffusionPipeline):
         *,
         variant: str | None = None,
         revision: str | None = None,
-        card: "CardDetails | None" = None,
+        card: CardDetails | None = None,
     ) -> str:
         """Pushes what `export_for_hub` writes: it loads with this package and, with the user's trust, without it.
 
@@ -88,8 +82,6 @@ class HubPipeline(DiffusionPipeline):
             ValueError: A component cannot be exported, or the Hub refuses.
             ConnectionError: The Hub could not be reached. The same call later goes on.
         """
-        from ..hub import push_pipeline  # which needs this module
-
         return push_pipeline(
             self,
             repo_id,

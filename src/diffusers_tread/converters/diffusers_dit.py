@@ -8,9 +8,10 @@ import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin
 
 from ..models import TREADTransformer2DModel
+from ..objectives import EpsilonObjective
 from ..pipelines import TREADPipeline
-from .convert_checkpoints import dit_scheduler, make_model
-from .convert_layouts import check_names, diffusers_dit_names, drop_learned_variance, join_attention, rename
+from .checkpoints import make_model
+from .layouts import check_names, diffusers_dit_names, drop_learned_variance, join_attention, rename
 
 
 def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) -> TREADPipeline:
@@ -42,7 +43,7 @@ def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) 
     transformer = _convert_diffusers_transformer(original, tensors)
 
     if not is_pipeline:
-        return TREADPipeline(transformer, dit_scheduler(), vae=vae)
+        return TREADPipeline(transformer, EpsilonObjective().scheduler(), vae=vae)
     pipe = DiTPipeline.from_pretrained(folder, transformer=original)
     id2label = json.loads(index.read_text(encoding="utf-8")).get("id2label")
     return TREADPipeline(transformer, pipe.scheduler, vae=pipe.vae if vae is None else vae, id2label=id2label)
@@ -76,4 +77,4 @@ def _convert_diffusers_transformer(
         "ff_norm_eps": config.norm_eps,
         "freq_shift": 1,
     }
-    return make_model(settings | {"routes": None, "objective": "epsilon"}, state_dict)
+    return make_model(settings | {"routes": None, "objective": EpsilonObjective.name}, state_dict)

@@ -2,50 +2,38 @@
 """Checkpoint files of TREAD's reference, DiT and SiT as `TREADPipeline`s."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 
 from ..models import TREADTransformer2DModel
-from ..models.positions import sincos_positions
-from ..models.transformer_tread_2d import _PRESETS
+from ..models.transformer_tread_2d import PRESETS, sincos_positions
+from ..objectives import EDMObjective, EpsilonObjective, FlowMatchingObjective, Objective
 from ..pipelines import TREADPipeline
-from ..schedulers import EDMHeunScheduler
-from .convert_layouts import dit_names, drop_learned_variance, rename, reverse_time
-from .convert_read import read_dit_weights
+from .layouts import dit_names, drop_learned_variance, rename, reverse_time
+from .read import read_dit_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
     """What a checkpoint does not say: how its network was trained."""
 
-    objective: Literal["edm", "flow", "epsilon"]
-    scheduler: Callable[[], SchedulerMixin]
+    objective: Objective
     timestep_scale: float = 1.0
     routes: Literal["default"] | None = None
     reversed_time: bool = False
 
 
-def dit_scheduler() -> DDIMScheduler:
-    """The noise levels that DiT was trained with."""
-    # DiT, section 4: ADM's linear schedule, 1e-4 to 2e-2 over 1000 steps. Latents exceed 1, so no clipping.
-    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-
-
-# Flow schedulers give 1000 sigma, the flow models here were trained on [0, 1].
+# DiT, section 4: ADM's linear schedule, 1e-4 to 2e-2 over 1000 steps, the objective's defaults. Flow schedulers give
+# 1000 sigma, the flow models here were trained on [0, 1].
 SOURCES = {
-    "tread": _Source(objective="edm", scheduler=EDMHeunScheduler, routes="default"),
-    "tread_flow": _Source(
-        objective="flow", scheduler=FlowMatchEulerDiscreteScheduler, timestep_scale=1e-3, routes="default"
-    ),
-    "dit": _Source(objective="epsilon", scheduler=dit_scheduler),
-    "sit": _Source(
-        objective="flow", scheduler=FlowMatchEulerDiscreteScheduler, timestep_scale=1e-3, reversed_time=True
-    ),
+    "tread": _Source(objective=EDMObjective(), routes="default"),
+    "tread_flow": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3, routes="default"),
+    "dit": _Source(objective=EpsilonObjective()),
+    "sit": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3, reversed_time=True),
 }
 
 
@@ -98,8 +86,8 @@ def convert_checkpoint(
     if origin.reversed_time:
         state_dict = reverse_time(state_dict)
 
-    config |= {"objective": origin.objective, "timestep_scale": origin.timestep_scale, "routes": origin.routes}
-    return TREADPipeline(make_model(config, state_dict), origin.scheduler(), vae=vae)
+    config |= {"objective": origin.objective.name, "timestep_scale": origin.timestep_scale, "routes": origin.routes}
+    return TREADPipeline(make_model(config, state_dict), origin.objective.scheduler(), vae=vae)
 
 
 def _num_layers(tensors: dict[str, torch.Tensor]) -> int:
@@ -120,7 +108,7 @@ def _config(
 
     # Heads.
     if num_attention_heads is None:
-        known = {(width, depth): heads for width, depth, heads in _PRESETS.values()}
+        known = {(width, depth): heads for width, depth, heads in PRESETS.values()}
         num_attention_heads = known.get((dim, num_layers), 0)
     if num_attention_heads < 1 or dim % num_attention_heads:
         raise ValueError(

@@ -4,49 +4,26 @@
 import inspect
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
-from diffusers import (
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    ModelMixin,
-    SchedulerMixin,
-)
+import torch
+from diffusers import EDMEulerScheduler, ModelMixin, SchedulerMixin
 
-from ..models import TREADTransformer2DModel
+from ..objectives import OBJECTIVES, FlowMatchingObjective, find_objective
 
 
-# These say by their class, not by their `prediction_type`, that the network predicts noise - data.
-_FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
-
-
-def scheduler_kind(scheduler: SchedulerMixin) -> Literal["edm", "flow", "epsilon"] | None:
-    """The objective of the models that `scheduler` samples from; None for another one."""
-    prediction = scheduler.config.get("prediction_type")
-    if "sigma_data" in scheduler.config:
-        return "edm" if prediction == "epsilon" else None
-    if isinstance(scheduler, _FLOW_SCHEDULERS):
-        return "flow"
-    # Solvers of several kinds say with `use_flow_sigmas` whose noise levels they have.
-    if prediction == "flow_prediction":
-        return "flow" if scheduler.config.get("use_flow_sigmas", True) else None
-    return "epsilon" if prediction == "epsilon" and not scheduler.config.get("use_flow_sigmas", False) else None
-
-
-def check_scheduler(scheduler: SchedulerMixin, objective: str | None) -> None:
-    """Raises ValueError if `scheduler` cannot sample from a model trained with `objective`; None is not checked."""
-    if objective is not None and scheduler_kind(scheduler) != objective:
-        advice = {
-            "edm": "EDMHeunScheduler, EDMEulerScheduler or EDMDPMSolverMultistepScheduler, prediction_type 'epsilon'",
-            "flow": "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction', "
-            "use_flow_sigmas=True",
-            "epsilon": "DDIMScheduler or another of DDPM's, prediction_type 'epsilon'",
-        }[objective]
+def check_scheduler(scheduler: SchedulerMixin, transformer: ModelMixin) -> None:
+    """Raises ValueError if `scheduler` cannot sample from the transformer, or nobody said what that is trained for."""
+    name = transformer.config.get("objective")
+    if name is None:
         raise ValueError(
-            f"Expected a scheduler for the transformer's objective {objective!r}, got {type(scheduler).__name__} "
-            f"(prediction_type {scheduler.config.get('prediction_type')!r}). Use {advice}."
+            f"Expected a transformer with an objective in its config, got {type(transformer).__name__} without. Say "
+            f"what it was trained for, one of {list(OBJECTIVES)}: transformer.register_to_config(objective=...)."
+        )
+    objective = find_objective(name)
+    if not objective.accepts(scheduler):
+        raise ValueError(
+            f"Expected a scheduler for the transformer's objective {name!r}, got {type(scheduler).__name__} "
+            f"(prediction_type {scheduler.config.get('prediction_type')!r}). Use {objective.scheduler_advice}."
         )
 
 
@@ -60,7 +37,7 @@ def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
             "EDMHeunScheduler or FlowMatchEulerDiscreteScheduler."
         )
     levels = [*map(float, sigmas), 0.0]
-    largest = 1.0 if scheduler_kind(scheduler) == "flow" else sys.float_info.max
+    largest = 1.0 if FlowMatchingObjective.accepts(scheduler) else sys.float_info.max
     is_decreasing = all(sigma > following for sigma, following in zip(levels, levels[1:], strict=False))
     if len(levels) == 1 or not is_decreasing or levels[0] > largest:
         limit = "at most 1 (flow matching)" if largest == 1.0 else "finite"
@@ -70,10 +47,10 @@ def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
         )
 
 
-def check_channels(transformer: TREADTransformer2DModel, vae: ModelMixin | None) -> None:
+def check_channels(transformer: ModelMixin, vae: ModelMixin | None) -> None:
     """Raises ValueError if the transformer's output is not of its input's kind, or the VAE cannot decode it."""
     config = transformer.config
-    if config.out_channels not in (None, config.in_channels):
+    if config.get("out_channels") not in (None, config.in_channels):
         raise ValueError(
             f"Expected a transformer with as many output as input channels ({config.in_channels}), "
             f"got out_channels={config.out_channels}."
@@ -85,17 +62,28 @@ def check_channels(transformer: TREADTransformer2DModel, vae: ModelMixin | None)
         )
 
 
-def check_guidance_transformer(
-    transformer: TREADTransformer2DModel, guidance_transformer: TREADTransformer2DModel | None
-) -> None:
+def check_guidance_transformer(transformer: ModelMixin, guidance_transformer: ModelMixin | None) -> None:
     """Raises ValueError if the predictions of the two cannot be combined; None is not checked."""
     if guidance_transformer is None:
         return
     for name in ("in_channels", "patch_size", "num_classes", "objective"):
-        expected, got = transformer.config[name], guidance_transformer.config.get(name)
+        expected, got = transformer.config.get(name), guidance_transformer.config.get(name)
         if expected != got:
             raise ValueError(
                 f"Expected a guidance_transformer with the transformer's {name} ({expected!r}), got {got!r}. Use an "
                 "earlier checkpoint of the same training run."
             )
     check_channels(guidance_transformer, None)
+
+
+def check_no_dropout(transformer: ModelMixin | None) -> None:
+    """Raises ValueError if the transformer would drop values at random: sampling leaves its mode as it is."""
+    if transformer is None or not transformer.training:
+        return
+    kinds = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.AlphaDropout)
+    for name, module in transformer.named_modules():
+        if isinstance(module, kinds) and module.training and module.p > 0.0:
+            raise ValueError(
+                f"Expected a transformer without active dropout, got {name} with p={module.p} in training mode. Call "
+                "transformer.eval() before sampling."
+            )

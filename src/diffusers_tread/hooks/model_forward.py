@@ -12,63 +12,51 @@ from typing import Any
 
 import torch
 
-from ..routing import TokenRouter
+from ..routing import RoutingCall, check_can_route
 from .block_forward import BlockForward
-from .block_specs import ModelSpec
-from .forward_pass import ForwardPass
+from .forward_pass import ForwardPass, RoutedModel
+from .specs import ModelSpec
 
 
 class ModelForward:
     """Set as the `forward` of the model: opens a `ForwardPass` for the blocks below, closes it afterwards.
 
+    Takes one more argument than the model does: `routing`, a `RoutingCall`.
+
     Args:
-        model: The model.
+        shared: The model, its router, and what its wrappers share.
         spec: Where its stacks are, and how its arguments tell the routable tokens.
-        router: Its router.
         argument_names: The names of its forward's arguments, in order.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, *, spec: ModelSpec, router: TokenRouter, argument_names: tuple[str, ...]
-    ):
-        self.module = model
+    def __init__(self, shared: RoutedModel, *, spec: ModelSpec, argument_names: tuple[str, ...]):
+        self.shared = shared
+        self.module = shared.model
         self.spec = spec
-        self.router = router
         self.argument_names = argument_names
-        self.before = model.__dict__.get("forward")
+        self.before = self.module.__dict__.get("forward")
         self.blocks: list[BlockForward] = []
-        self.running: ForwardPass | None = None
-        self.permute = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, outer = self.module, self.running
-        self.running = running = self._open(args, kwargs)
-        checkpointing = getattr(model, "gradient_checkpointing", False)
-        if checkpointing:
-            original = model._gradient_checkpointing_func
-            model._gradient_checkpointing_func = CheckpointForward(original, running)
+    def __call__(self, *args: Any, routing: RoutingCall | None = None, **kwargs: Any) -> Any:
+        model, thread = self.module, self.shared.thread
+        unwrapped = wrap_checkpoint_function(self.shared)
+        outer, thread.running = thread.running, self._open(routing, args, kwargs)
         try:
             if self.before is not None:
                 return self.before(*args, **kwargs)
             return type(model).forward(model, *args, **kwargs)
         finally:
-            self.running = outer
-            if checkpointing:
-                model._gradient_checkpointing_func = original
+            thread.running = outer
+            if unwrapped is not None and torch.compiler.is_compiling():
+                # A graph that left the wrapper behind would not serve the next call.
+                model._gradient_checkpointing_func = unwrapped
 
-    def is_routing(self) -> bool:
-        return self.permute or self.router.is_routing(self.module.training)
-
-    def _open(self, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
-        training = self.module.training
-        if not self.is_routing():
-            return ForwardPass(self.router, training=training, seed=None, window=None)
-        parallel = getattr(self.module, "_parallel_config", None)
-        if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
-            raise ValueError(
-                "Expected a model without context parallelism, which splits the sequence by position. Disable it, or "
-                "switch routing off: token_routing(model, enabled=False)."
-            )
+    def _open(self, routing: RoutingCall | None, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
+        shared, training = self.shared, self.module.training
+        router, probe = shared.router, shared.thread.probe
+        if not shared.is_routing(routing):
+            return ForwardPass(router, training=training, call=routing, seed=None, window=None)
+        check_can_route(self.module)
         arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
         for name in self.spec.must_be_none:
             if arguments.get(name) is not None:
@@ -77,8 +65,8 @@ class ModelForward:
                     f"{self.spec.must_be_none[name]}. Leave it out, or switch routing off for this call."
                 )
         window = None if self.spec.window is None else self.spec.window(self.module, arguments)
-        seed = self.router.forward_seed(_device_of(arguments.values()) or "cpu")
-        return ForwardPass(self.router, training=training, seed=seed, window=window, permute=self.permute)
+        seed = router.forward_seed(_device_of(arguments.values()) or "cpu", routing)
+        return ForwardPass(router, training=training, call=routing, seed=seed, window=window, probe=probe)
 
     @property
     def __func__(self) -> Callable:
@@ -92,23 +80,41 @@ class ModelForward:
 
 
 class CheckpointForward:
-    """Stands in for the model's checkpoint function during one forward.
+    """Set as the model's checkpoint function.
 
     Gathers and puts back outside the checkpoint and lets it run the bare block on the short input. So nothing about
     routing has to be known again in the recomputation, and the checkpoint stores less.
+
+    Args:
+        checkpoint: The model's own.
+        shared: What the wrappers of the model share.
     """
 
-    def __init__(self, checkpoint: Callable, running: ForwardPass):
+    def __init__(self, checkpoint: Callable, shared: RoutedModel):
         self.checkpoint = checkpoint
-        self.running = running
+        self.shared = shared
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        block = getattr(function, "__self__", function)  # some models pass `block.__call__`
+        block, running = (
+            getattr(function, "__self__", function),
+            self.shared.thread.running,
+        )  # some pass `block.__call__`
         forward = block.__dict__.get("forward") if isinstance(block, torch.nn.Module) else None
-        if not isinstance(forward, BlockForward):
+        if running is None or not isinstance(forward, BlockForward):
             return self.checkpoint(function, *args, **kwargs)
         run = partial(self.checkpoint, RoutedBlock(block))
-        return forward.route(self.running, run, args, kwargs, inside=False)
+        return forward.route(running, run, args, kwargs, inside=False)
+
+
+def wrap_checkpoint_function(shared: RoutedModel) -> Callable | None:
+    """Wraps the checkpoint function of a model that uses one, if that is not done; gives the bare one if it was
+    not."""
+    model = shared.model
+    function = getattr(model, "_gradient_checkpointing_func", None)
+    if function is None or not model.gradient_checkpointing or isinstance(function, CheckpointForward):
+        return None
+    model._gradient_checkpointing_func = CheckpointForward(function, shared)
+    return function
 
 
 class RoutedBlock:

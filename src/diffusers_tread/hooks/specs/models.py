@@ -11,8 +11,21 @@ from typing import Any
 
 import torch
 
-from .block_specs import ModelSpec, Window
+from .types import ModelSpec, Window
 
+
+# The attributes that are a model's main stacks, in the order they run.
+MAIN_STACKS = (
+    "transformer_blocks",
+    "joint_transformer_blocks",
+    "double_stream_blocks",
+    "double_blocks",
+    "visual_transformer_blocks",
+    "blocks",
+    "layers",
+    "single_transformer_blocks",
+    "single_stream_blocks",
+)
 
 Arguments = Mapping[str, Any]
 

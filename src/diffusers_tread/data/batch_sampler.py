@@ -1,30 +1,12 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Stateless randomness: every draw of a run is a function of what it is for, so a resumed run needs no saved state."""
+"""The order in which a run sees its samples."""
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
 
-
-def derive_seed(*keys: int | str) -> int:
-    """Hashes what a draw is for into a seed in [0, 2**63).
-
-    Args:
-        keys: What tells this draw from every other one, such as the run's seed, a purpose, the step and the rank.
-            Integers and strings do not collide: 1 and "1" give different seeds.
-
-    Returns:
-        The same integer on every machine and in every process.
-
-    Example:
-        >>> from diffusers_tread.data import derive_seed
-        >>> derive_seed(0, "noise", 12) == derive_seed(0, "noise", 12) != derive_seed(0, "noise", 13)
-        True
-    """
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from ..seeds import derive_seed
 
 
 class EpochBatchSampler(Sampler):

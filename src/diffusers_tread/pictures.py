@@ -12,7 +12,7 @@ import PIL.ImageFont
 import PIL.ImageOps
 from diffusers.utils import make_image_grid
 
-from ..files import publish
+from .files import publish
 
 
 FRAME = 1  # pixels around each image of a grid

@@ -1,25 +1,25 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Token routing on an unmodified diffusers transformer: apply, remove, check, compile."""
+"""Puts token routing on an unmodified diffusers transformer, and takes it away."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ..routing import TokenRouter, token_routing
+from ..routing import TokenRouter
 from .block_forward import BlockForward
-from .block_specs import (
+from .forward_pass import RoutedModel
+from .model_forward import CheckpointForward, ModelForward, forward_of_model, wrap_checkpoint_function
+from .specs import (
     BLOCK_SPECS,
     MAIN_STACKS,
+    MODEL_SPECS,
     REFUSED_BLOCKS,
     REFUSED_MODELS,
     BlockSpec,
     ModelSpec,
     find_by_class,
 )
-from .forward import ModelForward, forward_of_model
-from .model_specs import MODEL_SPECS
 
 
 def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | None = None) -> TokenRouter:
@@ -63,9 +63,10 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
             "`rejoin` out: its other values are for TREADTransformer2DModel."
         )
 
-    forward = ModelForward(model, spec=spec, router=router, argument_names=_argument_names(model))
+    shared = RoutedModel(model, router)
+    forward = ModelForward(shared, spec=spec, argument_names=_argument_names(model))
     forward.blocks = [
-        _wrap(block, block_spec, forward, route_index)
+        _wrap(block, block_spec, shared, route_index)
         for index, (block, block_spec) in enumerate(zip(blocks, specs, strict=True))
         for route_index, route in enumerate(router.routes)
         if route.start <= index <= route.end
@@ -74,13 +75,14 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
     first_stack = next(iter(_known_stacks(model, spec)), stacks[0])
     first = model.get_submodule(first_stack)[0]
     if all(wrapper.module is not first for wrapper in forward.blocks):
-        forward.blocks.insert(0, _wrap(first, _block_spec(first, model, first_stack), forward, None))
+        forward.blocks.insert(0, _wrap(first, _block_spec(first, model, first_stack), shared, None))
 
     for wrapper in forward.blocks:
         wrapper.module.forward = wrapper
     model.forward = forward
     model._token_routing = forward
     model.token_router = router
+    wrap_checkpoint_function(shared)
     return router
 
 
@@ -90,7 +92,7 @@ def remove_token_routing(model: torch.nn.Module) -> None:
     Raises:
         ValueError: The model has no routing, or something else has wrapped a forward since and must be removed first.
     """
-    forward = _model_forward(model)
+    forward = model_forward(model)
     wrappers = forward.blocks
     top = model.__dict__.get("forward")
     covered = [w.module for w in wrappers if w.module.__dict__.get("forward") is not w]
@@ -106,59 +108,10 @@ def remove_token_routing(model: torch.nn.Module) -> None:
             del wrapper.module.forward
         else:
             wrapper.module.forward = wrapper.before
+    checkpoint = getattr(model, "_gradient_checkpointing_func", None)
+    if isinstance(checkpoint, CheckpointForward):
+        model._gradient_checkpointing_func = checkpoint.checkpoint
     del model._token_routing, model.token_router
-
-
-@torch.no_grad()
-def check_token_routing(model: torch.nn.Module, *, tolerance: float = 1e-4, **inputs: Any) -> float:
-    """Runs the routed blocks on all tokens in a random order per sample and compares the output with the dense one.
-
-    They agree only if everything that belongs to a token (positions, masks, modulations) was gathered with it. Do this
-    once for a model of your own or a spec you registered. It does not see text that is routed by mistake, and no
-    mistake at all through weights that are zero, such as the gates of a freshly initialised model.
-
-    Args:
-        model: A model with `apply_token_routing`.
-        tolerance: Largest difference allowed, relative to the largest value of the dense output.
-        inputs: The arguments of the model's forward. At least two samples.
-
-    Returns:
-        The largest relative difference found.
-
-    Raises:
-        ValueError: The outputs differ by more; names the block classes at fault.
-
-    Example:
-        >>> import torch
-        >>> from diffusers import DiTTransformer2DModel
-        >>> from diffusers_tread import TokenRoute, apply_token_routing, check_token_routing
-        >>> transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=8)
-        >>> router = apply_token_routing(transformer, TokenRoute(start=2, end=-4))
-        >>> latents, timestep, labels = torch.randn(2, 4, 32, 32), torch.tensor([10, 500]), torch.tensor([3, 7])
-        >>> error = check_token_routing(
-        ...     transformer, hidden_states=latents, timestep=timestep, class_labels=labels
-        ... )
-    """
-    forward, training = _model_forward(model), model.training
-    model.eval()
-    try:
-        with token_routing(model, enabled=False):
-            dense = _first_output(model(**inputs))
-        error = _permuted_error(model, inputs, dense)
-        if error > tolerance:
-            guilty = {
-                type(block.module).__name__
-                for block in forward.blocks
-                if block.route_index is not None and _permuted_error(model, inputs, dense, only=block) > tolerance
-            }
-            raise ValueError(
-                f"Expected the same output for permuted tokens, got a relative difference of {error:.1e}. Something "
-                f"that belongs to a token was not gathered in {sorted(guilty)}: correct the spec with "
-                "register_block_spec, see docs/routing-any-model.md."
-            )
-        return error
-    finally:
-        model.train(training)
 
 
 def compile_blocks(model: torch.nn.Module, **compile_options: Any) -> None:
@@ -174,7 +127,7 @@ def compile_blocks(model: torch.nn.Module, **compile_options: Any) -> None:
     Raises:
         ValueError: The model has no routing.
     """
-    forward = _model_forward(model)
+    forward = model_forward(model)
     wrapped = {id(wrapper.module) for wrapper in forward.blocks}
     compiled = {}
     for wrapper in forward.blocks:
@@ -238,7 +191,7 @@ def _block_spec(block: torch.nn.Module, model: torch.nn.Module, stack: str) -> B
     return spec
 
 
-def _wrap(block: torch.nn.Module, spec: BlockSpec, routing: ModelForward, route_index: int | None) -> BlockForward:
+def _wrap(block: torch.nn.Module, spec: BlockSpec, shared: RoutedModel, route_index: int | None) -> BlockForward:
     names = _argument_names(block)
     missing = sorted(spec.argument_names - set(names))
     if missing:
@@ -246,44 +199,16 @@ def _wrap(block: torch.nn.Module, spec: BlockSpec, routing: ModelForward, route_
             f"Expected {type(block).__name__}.forward to take {missing}, as its spec says, but it takes "
             f"{list(names)}. Correct the spec with register_block_spec."
         )
-    return BlockForward(block, spec=spec, routing=routing, route_index=route_index, argument_names=names)
+    return BlockForward(block, spec=spec, shared=shared, route_index=route_index, argument_names=names)
 
 
 def _argument_names(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _model_forward(model: torch.nn.Module) -> ModelForward:
+def model_forward(model: torch.nn.Module) -> ModelForward:
+    """What `apply_token_routing` set as the model's forward; ValueError if it has not."""
     forward = model.__dict__.get("_token_routing")
     if forward is None:
         raise ValueError(f"Expected a model with apply_token_routing, got {type(model).__name__} without.")
     return forward
-
-
-def _permuted_error(
-    model: torch.nn.Module, inputs: Mapping[str, Any], dense: torch.Tensor, *, only: BlockForward | None = None
-) -> float:
-    """Largest difference to `dense`, relative to its largest value, with the kept tokens being all, permuted."""
-    forward = _model_forward(model)
-    routed = [block for block in forward.blocks if block.route_index is not None]
-    before = [block.route_index for block in routed]
-    for block in routed:
-        if only is not None and block is not only:
-            block.route_index = None
-    forward.permute = True
-    try:
-        output = _first_output(model(**inputs))
-    finally:
-        forward.permute = False
-        for block, route_index in zip(routed, before, strict=True):
-            block.route_index = route_index
-    return ((output - dense).abs().max() / dense.abs().max().clamp_min(1e-30)).item()
-
-
-def _first_output(output: Any) -> torch.Tensor:
-    """The prediction among what a model returned; a list of samples is stacked."""
-    while not isinstance(output, torch.Tensor):
-        if isinstance(output, (tuple, list)) and all(isinstance(x, torch.Tensor) for x in output) and len(output) > 1:
-            return torch.stack(list(output)) if len({x.shape for x in output}) == 1 else output[0]
-        output = output[0]
-    return output

@@ -1,8 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Converts class-conditional diffusion transformers of others into `TREADPipeline`s, and ours into DiT's layout.
-
-On the command line: `python -m diffusers_tread.hub.convert --help`.
-"""
+"""Converts class-conditional diffusion transformers of others into `TREADPipeline`s, and ours into DiT's layout."""
 
 import argparse
 import shutil
@@ -17,32 +14,14 @@ from diffusers import AutoModel
 from ..files import publish, sync
 from ..models import TREADTransformer2DModel
 from ..pipelines import TREADPipeline
-from .convert_checkpoints import SOURCES, convert_checkpoint
-from .convert_diffusers import convert_diffusers_dit
-from .convert_layouts import dit_names, rename_back
-
-
-__all__ = ["convert_checkpoint", "convert_diffusers_dit", "export_dit"]
-
-
-def export_dit(transformer: TREADTransformer2DModel) -> dict[str, torch.Tensor]:
-    """The weights of our transformer in DiT's layout, `pos_embed` included; loads with `strict=True` into a DiT.
-
-    Raises:
-        ValueError: A model that is no plain DiT: other settings than DiT's, fused projections, or adapters.
-    """
-    config = transformer.config
-    plain = {"timestep_scale": 1.0, "attention_bias": True, "norm_eps": 1e-6, "ff_norm_eps": None, "freq_shift": 0}
-    others = {name: config[name] for name, value in plain.items() if config[name] != value}
-    if others:
-        raise ValueError(f"Expected a model with DiT's settings {plain}, got {others}.")
-    tensors = rename_back(transformer.state_dict(), dit_names(config.num_layers))
-    return tensors | {"pos_embed": transformer.positions[None].clone()}
+from .checkpoints import SOURCES, convert_checkpoint
+from .diffusers_dit import convert_diffusers_dit
+from .export_dit import export_dit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m diffusers_tread.hub.convert", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m diffusers_tread.converters", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
     add = commands.add_parser("checkpoint", help=_summary(convert_checkpoint)).add_argument

@@ -1,0 +1,10 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Diffusion transformers of others as `TREADPipeline`s, and ours in DiT's layout: `python -m
+diffusers_tread.converters`."""
+
+from .checkpoints import convert_checkpoint
+from .diffusers_dit import convert_diffusers_dit
+from .export_dit import export_dit
+
+
+__all__ = ["convert_checkpoint", "convert_diffusers_dit", "export_dit"]

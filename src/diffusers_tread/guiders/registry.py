@@ -1,0 +1,17 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The guiders of this package by class name: what a repository on the Hub may hold and is loaded with our code."""
+
+from diffusers import BaseGuidance
+
+from .sparse_guidance import SparseGuidance
+
+
+GUIDERS: dict[str, type[BaseGuidance]] = {}
+
+
+def register_guider(guider: type[BaseGuidance]) -> None:
+    """Makes `TREADPipeline` save, export and load a guider of your own."""
+    GUIDERS[guider.__name__] = guider
+
+
+register_guider(SparseGuidance)

@@ -1,0 +1,109 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What a spec of a block or of a model says.
+
+A spec says which argument holds the tokens, where they come out, and which other arguments have an entry per token.
+Specs are keyed by class name and found through the MRO, because FSDP2 replaces a module's class by a subclass of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+
+class Window(NamedTuple):
+    """The routable tokens of a stream: `length` of them from `start` on. All others are always kept."""
+
+    start: "int | torch.Tensor"
+    """0-based; negative counts from the end of the stream; a tensor [B] gives each sample its own."""
+
+    length: int
+
+
+Axis = int | tuple[int, ...] | Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """How to give a block some of its tokens.
+
+    Example:
+        >>> from diffusers_tread import BlockSpec, register_block_spec
+        >>> register_block_spec("MyBlock", BlockSpec(output=1, tokens={"image_rotary_emb": 0}, text="first"))
+    """
+
+    hidden: str = "hidden_states"
+    """The argument that holds the routable tokens, [B, L, D]."""
+
+    output: int = 0
+    """Which element of the returned tuple holds them. Without meaning for blocks that return a tensor."""
+
+    tokens: Mapping[str, Axis] = field(default_factory=dict)
+    """The other arguments with an entry per token, and their token axis. Axis 0 means without a batch axis. A tuple
+    names several axes (a mask [B, 1, L, L]: (2, 3)); a mapping gives the axis by number of dimensions, and leaves
+    other ranks alone (a modulation [B, L, 6, D] that may also be [B, 6, D]: {4: 1}). "name.0" or "name.key" reaches
+    into a tuple or dict; else all tensors inside count. Axes of length 1 broadcast and stay."""
+
+    text: Literal["first", "last"] | None = None
+    """Where the text lies in arrays that cover text and image. None: no argument covers both."""
+
+    joint: bool = False
+    """Whether the block's own stream holds text and image."""
+
+    sequence_first: bool = False
+    """Whether the stream is [L, B, D]. Token axis 0 of other arguments then means [L, B, ...] too."""
+
+    keep_first: str | None = None
+    """An integer argument: that many tokens at the start of the stream are conditions and never routed."""
+
+    window_mask: str | None = None
+    """An argument [B, L] that is 1 on the routable tokens, which are contiguous."""
+
+    must_be_none: tuple[str, ...] = ()
+    """Arguments that address tokens by position. The block cannot be routed when they are given."""
+
+    objection: Callable[[torch.nn.Module, Callable[[str], Any]], str | None] | None = None
+    """From the block and a function that gives its arguments by name, why this call cannot be routed, or None."""
+
+    newer: tuple[str, ...] = ()
+    """Arguments that the block does not have in the oldest supported diffusers."""
+
+    needs_shared_subset: bool = False
+    """Whether an argument without a batch axis is used as an index, so that all samples must keep the same tokens."""
+
+    @cached_property
+    def gathers(self) -> tuple[tuple[str, tuple[str, ...], Axis], ...]:
+        """(argument, path inside it, axis) for each entry of `tokens`."""
+        return tuple((key.split(".")[0], tuple(key.split(".")[1:]), axis) for key, axis in self.tokens.items())
+
+    @property
+    def argument_names(self) -> set[str]:
+        """The arguments that the block must have."""
+        optional = [name for name in (self.keep_first, self.window_mask) if name is not None]
+        named = {self.hidden, *optional, *self.must_be_none, *(name for name, _, _ in self.gathers)}
+        return named - set(self.newer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What the blocks alone do not tell."""
+
+    stacks: tuple[str, ...] | None = None
+    """The main stacks, in the order they run. None: those attributes of `MAIN_STACKS` that the model has."""
+
+    window: Callable[[torch.nn.Module, Mapping[str, Any]], Window | None] | None = None
+    """From the model and the arguments of its forward, where the routable tokens lie in the stream of its blocks."""
+
+    must_be_none: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of the model's forward that routing does not go with, and why."""
+
+
+def find_by_class(table: Mapping[str, Any], module: torch.nn.Module, *, stack: str = "") -> Any:
+    """The entry for the nearest class of the module's MRO, one for this stack ("Class/stack") before a general one."""
+    for cls in type(module).__mro__:
+        for name in (f"{cls.__name__}/{stack}", cls.__name__):
+            if name in table:
+                return table[name]
+    return None

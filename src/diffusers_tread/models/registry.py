@@ -1,0 +1,44 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The denoisers of this package by class name: what can be trained by a preset or config, exported and loaded.
+
+A denoiser is a diffusers `ModelMixin` that offers:
+
+- in its config `in_channels`, `sample_size` (height and width of the training latents), `num_classes` (0:
+unconditional)
+  and `objective` (a name of `diffusers_tread.objectives`);
+- `forward(hidden_states [B, C, H, W], timestep [B], class_labels=[B], return_dict=True, *, routing=None,
+  hidden_states_at=())`, which gives a `DenoiserOutput`;
+- `token_router`, a `TokenRouter`, with or without routes;
+- if it has sizes with names, `presets()` and `from_preset(name, **config)`.
+"""
+
+from typing import Any
+
+from diffusers import ModelMixin
+
+from .transformer_tread_2d import TREADTransformer2DModel
+
+
+DENOISERS: dict[str, type[ModelMixin]] = {}
+
+
+def register_denoiser(denoiser: type[ModelMixin]) -> None:
+    """Makes a denoiser of your own known to the training script, `TREADPipeline` and the Hub."""
+    DENOISERS[denoiser.__name__] = denoiser
+
+
+def make_denoiser(preset_or_class: str, **config: Any) -> ModelMixin:
+    """A new denoiser of a preset, such as "XL/2", or of the class of this name.
+
+    Raises:
+        ValueError: Neither a preset nor a class is called so; else as the class.
+    """
+    if preset_or_class in DENOISERS:
+        return DENOISERS[preset_or_class](**config)
+    presets = {name: kind for kind in DENOISERS.values() for name in getattr(kind, "presets", list)()}
+    if preset_or_class not in presets:
+        raise ValueError(f"Expected a preset among {list(presets)}, got {preset_or_class!r}.")
+    return presets[preset_or_class].from_preset(preset_or_class, **config)
+
+
+register_denoiser(TREADTransformer2DModel)

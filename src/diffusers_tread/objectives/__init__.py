@@ -1,0 +1,24 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .base import CorruptedLatents, Objective
+from .edm import EDMObjective
+from .epsilon import EpsilonObjective
+from .flow import FlowMatchingObjective
+from .registry import OBJECTIVES, find_objective, register_objective
+from .terms import LOSS_TERMS, ForwardRecord, LossTerm, ReconstructionLoss, register_loss_term
+
+
+__all__ = [
+    "CorruptedLatents",
+    "EDMObjective",
+    "EpsilonObjective",
+    "FlowMatchingObjective",
+    "ForwardRecord",
+    "LOSS_TERMS",
+    "LossTerm",
+    "OBJECTIVES",
+    "Objective",
+    "ReconstructionLoss",
+    "find_objective",
+    "register_loss_term",
+    "register_objective",
+]

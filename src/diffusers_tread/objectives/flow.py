@@ -1,0 +1,97 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Rectified flow (Esser et al. 2024, arXiv 2403.03206)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from diffusers import SchedulerMixin
+
+from .base import CorruptedLatents, Objective, check_fields, draw
+
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+
+# diffusers' flow schedulers call the network with sigma * num_train_timesteps.
+_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingObjective(Objective):
+    """Rectified flow in diffusers' direction: t = 1 is noise, the network predicts noise - x (arXiv 2403.03206,
+    Section 3.1 for the times, Equation 23 for the shift). The network's timestep is 1000 t.
+
+    Raises:
+        ValueError: A field is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_tread import FlowMatchingObjective, TREADTransformer2DModel
+        >>> model = TREADTransformer2DModel(num_layers=6, sample_size=8, objective="flow")
+        >>> objective = FlowMatchingObjective(shift=3.0)
+        >>> loss = objective.loss(model, torch.randn(8, 4, 8, 8), class_labels=torch.zeros(8, dtype=torch.long))
+        >>> loss.shape, objective.scheduler().config.shift
+        (torch.Size([8]), 3.0)
+    """
+
+    scheduler_advice = (
+        "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction', use_flow_sigmas=True"
+    )
+
+    weighting_scheme: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of the training times before the shift."""
+    logit_mean: float = 0.0
+    """Mean of logit(t); read by `logit_normal` only."""
+    logit_std: float = 1.0
+    """Standard deviation of logit(t), > 0; read by `logit_normal` only."""
+    shift: float = 1.0
+    """t becomes shift t / (1 + (shift - 1) t), in training and in the scheduler; > 0, above 1 for more noise."""
+
+    def __post_init__(self):
+        if self.weighting_scheme not in ("logit_normal", "uniform"):
+            raise ValueError(
+                f"Expected weighting_scheme to be 'logit_normal' or 'uniform', got {self.weighting_scheme!r}. Use one."
+            )
+        check_fields(self, positive=("logit_std", "shift"), finite=("logit_mean",))
+
+    def corrupt(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> CorruptedLatents:
+        normal, noise = draw(latents, generator)
+        if self.weighting_scheme == "logit_normal":
+            t = torch.sigmoid(self.logit_mean + self.logit_std * normal)
+        else:
+            t = torch.special.ndtr(normal)  # the normal's distribution function makes it uniform
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+
+        x, t_map = latents.float(), t[:, None, None, None]
+        noisy = (1 - t_map) * x + t_map * noise
+        return CorruptedLatents(
+            hidden_states=noisy.to(latents.dtype),
+            timestep=_TRAIN_TIMESTEPS * t,
+            target=noise - x,
+            noisy=noisy,
+            denoise=lambda prediction: noisy - t_map * prediction,
+        )
+
+    def scheduler(self) -> "FlowMatchEulerDiscreteScheduler":
+        """The sampler with this objective's shift, calling the network with 1000 t."""
+        from diffusers import FlowMatchEulerDiscreteScheduler  # which imports scipy.stats where it is installed
+
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_TRAIN_TIMESTEPS, shift=self.shift)
+
+    @classmethod
+    def accepts(cls, scheduler: SchedulerMixin) -> bool:
+        # These say by their class, not by their `prediction_type`, that the network predicts noise - data.
+        from diffusers import (
+            FlowMatchEulerDiscreteScheduler,
+            FlowMatchHeunDiscreteScheduler,
+            FlowMatchLCMScheduler,
+        )
+
+        kinds = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+        if isinstance(scheduler, kinds):
+            return True
+        # Solvers of several kinds say with `use_flow_sigmas` whose noise levels they have.
+        is_flow = scheduler.config.get("prediction_type") == "flow_prediction" and "sigma_data" not in scheduler.config
+        return is_flow and scheduler.config.get("use_flow_sigmas", True)

@@ -1,0 +1,35 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The objectives by the names that a model's config has for them."""
+
+from .base import Objective
+from .edm import EDMObjective
+from .epsilon import EpsilonObjective
+from .flow import FlowMatchingObjective
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register_objective(name: str, objective: type[Objective]) -> None:
+    """Makes an objective known by a name: in a model's config, for the pipeline and for the training script."""
+    OBJECTIVES[name] = objective
+    objective.name = name
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The objective of a model's config.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"Expected an objective among {list(OBJECTIVES)}, got {name!r}. One of your own is made known by "
+            "register_objective."
+        )
+    return OBJECTIVES[name]
+
+
+register_objective("edm", EDMObjective)
+register_objective("flow", FlowMatchingObjective)
+register_objective("epsilon", EpsilonObjective)

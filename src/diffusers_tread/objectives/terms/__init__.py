@@ -1,0 +1,7 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .base import ForwardRecord, LossTerm
+from .reconstruction import ReconstructionLoss
+from .registry import LOSS_TERMS, register_loss_term
+
+
+__all__ = ["ForwardRecord", "LOSS_TERMS", "LossTerm", "ReconstructionLoss", "register_loss_term"]

@@ -1,0 +1,95 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The loss of TREAD's first version: the kept tokens are denoised, the routed ones reconstruct their noisy input.
+
+Shapes: B batch, C channels, P patch size, N tokens, K kept tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from .base import ForwardRecord, LossTerm
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionLoss(LossTerm):
+    """The mean over the routes of L_dsm over the tokens a route keeps + lambda L_mae over those it routes away.
+
+    The loss of TREAD v1 (arXiv 2501.04765v1), in the place of the denoising loss of all tokens, which the final
+    version has and which dense forwards have in any case. The reconstruction is MaskDiT's (arXiv 2306.09305): the
+    denoised latents at the routed tokens, from the same output layer, are compared with the noisy latents, each patch
+    of which is normalised by its own mean and unbiased variance + 1e-6 (MAE, arXiv 2111.06377). Each term is a mean
+    over its own tokens.
+
+    Raises:
+        ValueError: A field out of range.
+    """
+
+    replaces_denoising: ClassVar[bool] = True
+
+    patch_size: int
+    """P, of the model's patches."""
+
+    weight: float = 0.1
+    """lambda, at least 0: 0.1 in the text; 0.0, no reconstruction, in the released run."""
+
+    def __post_init__(self):
+        if not (isinstance(self.weight, (int, float)) and 0 <= self.weight < math.inf):
+            raise ValueError(f"Expected weight to be a finite number >= 0, got {self.weight!r}. Use 0.1.")
+
+    @classmethod
+    def for_model(cls, model: torch.nn.Module, *, weight: float = 0.1) -> "ReconstructionLoss":
+        """The term for a denoiser of patches.
+
+        Raises:
+            ValueError: The model has no routes or no patches; or its patches have a single value, which is 0 once
+                normalised and leaves nothing to reconstruct.
+        """
+        config: Any = getattr(model, "config", {})
+        routes = getattr(getattr(model, "token_router", None), "routes", ())
+        patch_size, channels = config.get("patch_size"), config.get("in_channels")
+        if not routes or patch_size is None or channels is None:
+            raise ValueError(
+                f"Expected a denoiser of patches with routes for the reconstruction loss, got {type(model).__name__}. "
+                "Give it routes, or leave the term out for the plain loss."
+            )
+        if weight > 0 and patch_size**2 * channels == 1:
+            raise ValueError(
+                f"Expected patches of several values for a reconstruction weight of {weight}, got 1x1 of one channel. "
+                "Use a larger patch size, or 0.0 to train on the kept tokens alone."
+            )
+        return cls(patch_size=patch_size, weight=weight)
+
+    def __call__(self, record: ForwardRecord) -> torch.Tensor:
+        error = (record.prediction - record.target).square()
+        if record.kept_token_ids is None:
+            return error.mean(dim=(1, 2, 3))
+
+        # Per token: the error of denoising, and that of reconstructing.
+        token_error = self._patches(error).mean(dim=2)  # B N
+        if self.weight > 0:
+            target = self._patches(record.noisy)  # B N C*P*P
+            variance, mean = torch.var_mean(target, dim=2, keepdim=True)
+            target = (target - mean) * (variance + 1e-6).rsqrt()
+            reconstruction_error = (self._patches(record.denoise(record.prediction)) - target).square().mean(dim=2)
+
+        # Per route: the one over its kept tokens, the other over those routed away.
+        losses = []
+        for ids in record.kept_token_ids:
+            if ids is None:
+                losses.append(token_error.mean(dim=1))
+                continue
+            loss = token_error.gather(1, ids).mean(dim=1)
+            if self.weight > 0:
+                is_routed = torch.ones_like(token_error).scatter(1, ids, 0.0)
+                routed = (is_routed * reconstruction_error).sum(dim=1) / (token_error.shape[1] - ids.shape[1])
+                loss = loss + self.weight * routed
+            losses.append(loss)
+        return torch.stack(losses).mean(dim=0)
+
+    def _patches(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] to [B, N, C*P*P], rows of patches one after the other, as the model has its tokens."""
+        return F.unfold(latents, self.patch_size, stride=self.patch_size).transpose(1, 2)

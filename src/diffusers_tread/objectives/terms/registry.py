@@ -1,0 +1,16 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The terms of a loss by name."""
+
+from .base import LossTerm
+from .reconstruction import ReconstructionLoss
+
+
+LOSS_TERMS: dict[str, type[LossTerm]] = {}
+
+
+def register_loss_term(name: str, term: type[LossTerm]) -> None:
+    """Makes a term known by a name, for `--loss_terms` of the training script."""
+    LOSS_TERMS[name] = term
+
+
+register_loss_term("reconstruction", ReconstructionLoss)

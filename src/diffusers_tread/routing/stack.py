@@ -1,0 +1,141 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Runs a stack of blocks whose routed tokens skip some of them.
+
+Shapes: B batch, N tokens, K kept tokens, D width.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from .ops import put_tokens, take_tokens
+from .route import TokenRoute
+
+
+class StackOutput(NamedTuple):
+    """What a forward of `RoutedStack` gives."""
+
+    tokens: torch.Tensor
+    """[B, N, D] after the last block."""
+
+    prefix: torch.Tensor | None
+    """[B, N, D], the tokens in front of the first route's first block, if they were given or asked for."""
+
+    hidden_states: dict[int, torch.Tensor]
+    """After each block asked for: [B, N, D], or [B, K, D] of the kept tokens for a block in a route that was taken."""
+
+
+class RoutedStack(nn.ModuleList):
+    """The blocks of a denoiser and the one place where their tokens are routed.
+
+    Kept tokens are gathered once before a route's first block and put back once after its last, so the blocks know
+    nothing of routing and run on a shorter sequence.
+
+    Args:
+        blocks: Called as `block(tokens, *per_token, *shared)`, [B, N, D] to [B, N, D] for any N.
+        routes: The model's routes, `TokenRouter.routes`.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module] | None = None, routes: Sequence[TokenRoute] = ()):
+        super().__init__(blocks)
+        self.routes = tuple(routes)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *shared: Any,
+        kept_token_ids: list[torch.Tensor | None] | None = None,
+        per_token: Sequence[torch.Tensor] = (),
+        prefix: torch.Tensor | None = None,
+        return_prefix: bool = False,
+        hidden_states_at: Iterable[int] = (),
+        checkpoint: Callable[..., torch.Tensor] | None = None,
+    ) -> StackOutput:
+        """Runs the blocks.
+
+        Args:
+            tokens: [B, N, D].
+            shared: What every block gets as it is, such as the conditioning.
+            kept_token_ids: The plan: per route [B, K] int64, or None for a route not taken; None for a dense forward.
+            per_token: Arguments with an entry for each token, [B, N, ...] or [1, N, ...], such as rotary tables:
+                inside a route a block gets those of its kept tokens.
+            prefix: The prefix that another forward with the same inputs gave: the blocks before it are not run again.
+            return_prefix: Whether to give the prefix.
+            hidden_states_at: Indices of blocks, 0-based, whose output to give as well.
+            checkpoint: Calls a block in a way that it is recomputed in the backward, `checkpoint(block, *arguments)`.
+
+        Raises:
+            ValueError: `kept_token_ids` or `prefix` that does not fit the routes and the tokens; a prefix without
+                routes; the index of a block that there is not.
+        """
+        wanted = set(hidden_states_at)
+        self._check(tokens, kept_token_ids, prefix, return_prefix, wanted)
+        taken = zip(self.routes, kept_token_ids, strict=True) if kept_token_ids is not None else ()
+        starts = {route.start: (route, ids) for route, ids in taken if ids is not None}
+        prefix_end = self.routes[0].start if prefix is not None or return_prefix else None
+
+        first_tokens, arguments, hidden_states, route = tokens, per_token, {}, None
+        for index, block in enumerate(self):
+            # The prefix.
+            if prefix is not None and index < prefix_end:
+                continue
+            if index == prefix_end:
+                tokens = prefix = tokens if prefix is None else prefix
+
+            # A route begins: the kept tokens go on alone.
+            if index in starts:
+                route, ids = starts[index]
+                rejoining = _rejoining_tokens(route, first_tokens, tokens)  # B N D
+                tokens = take_tokens(tokens, ids)  # B K D
+                arguments = [take_tokens(one.expand(len(ids), *one.shape[1:]), ids) for one in per_token]
+
+            run = block if checkpoint is None else partial(checkpoint, block)
+            tokens = run(tokens, *arguments, *shared)
+            if index in wanted:
+                hidden_states[index] = tokens
+
+            # It ends: all tokens are together again.
+            if route is not None and index == route.end:
+                tokens, arguments, route = put_tokens(rejoining, ids, tokens), per_token, None  # B N D
+        return StackOutput(tokens, prefix, hidden_states)
+
+    def _check(
+        self,
+        tokens: torch.Tensor,
+        kept_token_ids: list[torch.Tensor | None] | None,
+        prefix: torch.Tensor | None,
+        return_prefix: bool,
+        wanted: set[int],
+    ) -> None:
+        """Compares shapes, nothing that waits for the device."""
+        if kept_token_ids is not None:
+            shapes = [None if ids is None else list(ids.shape) for ids in kept_token_ids]
+            fits = [
+                ids is None or (ids.dim() == 2 and len(ids) == len(tokens) and 1 <= ids.shape[1] <= tokens.shape[1])
+                for ids in kept_token_ids
+            ]
+            if len(shapes) != len(self.routes) or not all(fits):
+                raise ValueError(
+                    f"Expected kept_token_ids of shape [{len(tokens)}, K <= {tokens.shape[1]}], or None, for each of "
+                    f"the {len(self.routes)} routes, got {shapes}."
+                )
+        if (prefix is not None or return_prefix) and not self.routes:
+            raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
+        if prefix is not None and prefix.shape != tokens.shape:
+            raise ValueError(
+                f"Expected a prefix {list(tokens.shape)}, as return_prefix=True gave it for these inputs, got "
+                f"{list(prefix.shape)}."
+            )
+        first = 0 if prefix is None else self.routes[0].start
+        if wrong := sorted(wanted - set(range(first, len(self)))):
+            raise ValueError(f"Expected indices of blocks that run, {first} to {len(self) - 1}, got {wrong}.")
+
+
+def _rejoining_tokens(route: TokenRoute, first_tokens: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, N, D]: as what the routed tokens come back after the route, see `TokenRoute.rejoin`."""
+    if route.rejoin == "input":
+        return first_tokens
+    return first_tokens + tokens if route.rejoin == "sum" else tokens

@@ -1,0 +1,9 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The schedulers of this package by class name: what a repository on the Hub may hold and is loaded with our code."""
+
+from diffusers import SchedulerMixin
+
+from .scheduling_edm_heun import EDMHeunScheduler
+
+
+SCHEDULERS: dict[str, type[SchedulerMixin]] = {EDMHeunScheduler.__name__: EDMHeunScheduler}
