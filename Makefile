@@ -17,9 +17,12 @@ SOURCES := src tests examples benchmarks
 # Two makes at once take turns in building an environment, where the system has flock.
 LOCK := $(if $(shell command -v flock),flock Makefile,)
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+# PyTorch, MKL and oneDNN as on a processor without AVX; what inductor compiled for another one must not be taken here.
+PLAIN := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
+PLAIN += TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.venv/inductor-plain"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench bench-gpu test test-oldest style quality clean
+.PHONY: help install demo bench bench-gpu test test-plain test-oldest style quality clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -51,6 +54,9 @@ bench-gpu: .venv/.installed ## test and measure on a GPU, made for an H200; want
 
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
 	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-plain: .venv/.installed ## run the tests without the processor's newer instructions
+	$(TEST_ENVIRONMENT) $(PLAIN) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-oldest: .venv-oldest/.installed ## run the tests with the oldest supported diffusers, in .venv-oldest
 	$(TEST_ENVIRONMENT) .venv-oldest/bin/python -m pytest -n 2 $(PYTEST_ARGS)

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import tiny_transformers
 import torch
+from closeness import assert_same_gradients, rounding
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     checkpoint_wrapper,
@@ -34,6 +35,8 @@ from diffusers_tread.hooks import block_specs, model_specs
 
 
 ROUTE = TokenRoute(start=1, end=-4)
+# The gradients': forward and backward through 8 blocks of width 16, with 64 in the MLP and about 20 tokens.
+LIMIT = rounding(2 * 8 * 160)
 
 
 def routed(name="FluxTransformer2DModel", route=ROUTE, **kwargs):
@@ -64,10 +67,8 @@ def gradients(case, seeds=(1, 2)):
     return {name: p.grad.clone() for name, p in zip(names, parameters, strict=True) if p.grad is not None}
 
 
-def assert_same(first, second, **tolerance):
-    assert first.keys() == second.keys() and first
-    for key in first:
-        torch.testing.assert_close(first[key], second[key], **(tolerance or {"rtol": 1e-5, "atol": 1e-7}))
+def assert_same(found, expected, limit=LIMIT):
+    assert_same_gradients(found, expected, limit)
 
 
 # ------------------------------------------------------------------------------------------------------- our model
@@ -343,7 +344,7 @@ def test_accelerate_prepares_and_unwraps_a_routed_model(keep_wrapper):
     with token_routing(prepared, seed=1):
         prepared(**case.inputs, return_dict=False)[0].float().square().mean().backward()
     model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=keep_wrapper)
-    assert_same(gradients(dataclasses.replace(case, model=model), (1,)), expected, rtol=0.2, atol=0.02)
+    assert_same(gradients(dataclasses.replace(case, model=model), (1,)), expected, limit=0.2)  # in bfloat16
     if not keep_wrapper:
         assert_same(gradients(dataclasses.replace(case, model=copy.deepcopy(model)), (1,)), expected)
         remove_token_routing(model)
