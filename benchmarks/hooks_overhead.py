@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from common import finish_report, make_parser, set_up, start_report, summary, time_in_turns
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_tread import (
     BlockSpec,
+    RoutingCall,
     TokenRoute,
     apply_token_routing,
-    get_token_router,
     register_block_spec,
     token_routing,
 )
+from diffusers_tread.flops import flop_ceiling
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -168,16 +167,16 @@ def measure_step(name: str, make, args: argparse.Namespace) -> dict[str, Any]:
     model.to(args.device).train()
     inputs = {key: value.to(args.device) for key, value in inputs.items()}
     apply_token_routing(model, TokenRoute(start=2, end=-4))
-    router, seeds = get_token_router(model), itertools.count(args.seed)
+    seeds = itertools.count(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(routed: bool) -> None:
-        router.enabled, router.seed = routed, next(seeds)
-        model(**inputs, return_dict=False)[0].square().mean().backward()
+        routing = RoutingCall(enabled=routed, seed=next(seeds))
+        model(**inputs, routing=routing, return_dict=False)[0].square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    ceiling = count_flops(step, False) / count_flops(step, True)
+    ceiling = flop_ceiling(model, inputs)
     times = time_in_turns({"dense": partial(step, False), "routed": partial(step, True)}, args)
     speedup = statistics.median(times["dense"]) / statistics.median(times["routed"])
     print(f"{name:5} {args.tokens} tokens: speed-up {speedup:.2f}, ceiling {ceiling:.2f}, {speedup / ceiling:.0%}")
@@ -191,13 +190,6 @@ def measure_step(name: str, make, args: argparse.Namespace) -> dict[str, Any]:
         "flop_ceiling": ceiling,
         "speedup_over_ceiling": speedup / ceiling,
     }
-
-
-def count_flops(step, routed: bool) -> int:
-    """FLOPs of one step; attention as matrix products, because not all fused kernels are counted."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step(routed)
-    return counter.get_total_flops()
 
 
 def table(report: dict[str, Any]) -> str:

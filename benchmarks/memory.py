@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from common import DTYPES, finish_report, latent_size, start_report
 
-from diffusers_tread import EDMObjective, TREADTransformer2DModel, get_token_router
+from diffusers_tread import EDMObjective, RoutingCall, TREADTransformer2DModel
 
 
 M_MMAP_THRESHOLD = -3  # malloc.h of glibc
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     points = [(kind, batch_size) for kind in KINDS for batch_size in batch_sizes]
     if torch.device(args.device).type == "cpu":
         context = multiprocessing.get_context("forkserver")  # a process each, without importing torch each time
-        context.set_forkserver_preload(["diffusers_tread.models", "diffusers_tread.training"])
+        context.set_forkserver_preload(["diffusers_tread"])
         with context.Pool(args.workers, maxtasksperchild=1) as pool:
             peaks = pool.starmap(partial(peak_resident_bytes, args), points, chunksize=1)
     else:
@@ -166,8 +166,7 @@ def make_step(args: argparse.Namespace, kind: str, batch_size: int) -> Callable[
     device, side = torch.device(args.device), latent_size(args.preset, args.tokens)
     with device:
         model = TREADTransformer2DModel.from_preset(args.preset, sample_size=side).train()
-    get_token_router(model).enabled = KINDS[kind]["routed"]
-    get_token_router(model).seed = args.seed
+    routing = RoutingCall(enabled=KINDS[kind]["routed"], seed=args.seed)
     if KINDS[kind]["checkpointing"]:
         model.enable_gradient_checkpointing()
 
@@ -182,7 +181,7 @@ def make_step(args: argparse.Namespace, kind: str, batch_size: int) -> Callable[
 
     def step() -> None:
         with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "float32"):
-            loss = EDMObjective().loss(model, latents, labels).mean()
+            loss = EDMObjective().loss(model, latents, class_labels=labels, routing=routing).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)

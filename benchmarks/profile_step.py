@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report = finish_report(
         report,
         args,
-        flop_ceiling=flop_ceiling(model, args.tokens, selection_ratio=args.selection_ratio),
+        flop_ceiling=flop_ceiling(model, selection_ratio=args.selection_ratio),
         rows=[row for row in rows if row["dense_seconds"] or row["routed_seconds"]],
         operations={kind: dict(Counter(operations).most_common(25)) for kind, operations in seconds.items()},
     )

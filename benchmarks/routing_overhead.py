@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import DTYPES, finish_report, make_parser, set_up, start_report, summary, time_in_turns
 
-from diffusers_tread import TREADTransformer2DModel, get_token_router
+from diffusers_tread import RoutingCall, TREADTransformer2DModel, get_token_router
 from diffusers_tread.routing import put_tokens, take_tokens
 
 
@@ -85,13 +85,13 @@ def make_steps(
 ) -> dict[str, Callable[[], Any]]:
     """What is timed, by name: the parts of routing, and a block's forward and backward over all or kept tokens."""
     router, block, width = get_token_router(model), model.transformer_blocks[0], model.positions.shape[1]
-    router.selection_ratio, router.seed = args.selection_ratio, args.seed
+    call = RoutingCall(selection_ratio=args.selection_ratio, seed=args.seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=args.device, dtype=DTYPES[args.dtype], requires_grad=True)
 
     tokens, conditioning = random(batch_size, num_tokens, width), random(batch_size, width)  # B N D, B D
-    (ids,) = router.plan(tokens, training=True)
+    (ids,) = router.plan(tokens, training=True, call=call)
     flat_ids = (ids + torch.arange(batch_size, device=ids.device).unsqueeze(1) * num_tokens).flatten()  # B*K
     kept = random(batch_size, ids.shape[1], width)  # B K D
     taken, put = take_tokens(tokens, ids), put_tokens(tokens, ids, kept)
@@ -102,7 +102,7 @@ def make_steps(
         torch.autograd.grad(block(inputs, conditioning), wanted, gradient)
 
     return {
-        "plan": lambda: router.plan(tokens, training=True),
+        "plan": lambda: router.plan(tokens, training=True, call=call),
         "take": lambda: take_tokens(tokens, ids),
         "take_backward": lambda: torch.autograd.grad(taken, tokens, kept_gradient, retain_graph=True),
         "take_backward_writing": lambda: tokens.new_zeros(batch_size * num_tokens, width).index_copy_(

@@ -14,21 +14,23 @@ Close other programs first.
 
 import argparse
 import statistics
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from common import DTYPES, finish_report, latent_size, make_parser, set_up, start_report, summary, time_in_turns
-from diffusers import BaseGuidance, ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
+from diffusers import BaseGuidance, ClassifierFreeGuidance
 
-from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import Branch, SparseGuidance, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import guidance_flops
 
 
 class GuidanceApart(SparseGuidance):
     """Sparse Guidance that does not tell the pipeline that its branches share their inputs."""
 
-    shares_inputs = False
+    def branches(self) -> list[Branch]:
+        return [replace(branch, shares_prefix=False) for branch in super().branches()]
 
 
 KINDS = {
@@ -38,10 +40,10 @@ KINDS = {
     "SG 0.5/0.9": partial(SparseGuidance, strong_ratio=0.5, weak_ratio=0.9),
     "SG 0.5/0.9, apart": partial(GuidanceApart, strong_ratio=0.5, weak_ratio=0.9),
 }
-# What is run with each sampler: a prediction costs the same in both.
+# What is run with the sampler of each objective: a prediction costs the same in both.
 SAMPLERS = {
-    "flow Euler": (FlowMatchEulerDiscreteScheduler, tuple(KINDS)),
-    "EDM Heun": (EDMHeunScheduler, ("CFG", "SG 0/0.7", "SG 0.5/0.9")),
+    "flow Euler": (FlowMatchingObjective(), tuple(KINDS)),
+    "EDM Heun": (EDMObjective(), ("CFG", "SG 0/0.7", "SG 0.5/0.9")),
 }
 
 
@@ -89,8 +91,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def measure(name: str, transformer: TREADTransformer2DModel, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of a sampler: seconds per image of each kind of guidance, taken in turns."""
-    scheduler_class, kinds = SAMPLERS[name]
-    pipe = TREADPipeline(transformer, scheduler_class())
+    objective, kinds = SAMPLERS[name]
+    transformer.register_to_config(objective=objective.name)
+    pipe = TREADPipeline(transformer, objective.scheduler())
     pipe.set_progress_bar_config(disable=True)
     guiders = {kind: KINDS[kind]() for kind in kinds}
     labels, generator = list(range(args.batch_size)), torch.Generator().manual_seed(args.seed)

@@ -158,7 +158,7 @@ def make_state(args: argparse.Namespace) -> tuple[Accelerator, EMAModel, list[st
     names = [name for name, _ in model.named_parameters()]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=True))
     latents = torch.randn(1, 4, 16, 16, device=accelerator.device)
-    EDMObjective().loss(model, latents, None).mean().backward()
+    EDMObjective().loss(model, latents).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
     return accelerator, EMAModel(list(model.parameters())), names

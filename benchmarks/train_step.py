@@ -25,7 +25,7 @@ import torch
 from common import DTYPES, finish_report, latent_size, make_parser, set_up, start_report, summary, time_in_turns
 from diffusers import DiTTransformer2DModel
 
-from diffusers_tread import EDMObjective, TREADTransformer2DModel, get_token_router
+from diffusers_tread import EDMObjective, RoutingCall, TREADTransformer2DModel
 from diffusers_tread.flops import flop_ceiling, training_flops
 
 
@@ -122,11 +122,9 @@ def measure(
 
     medians = {kind: statistics.median(seconds) for kind, seconds in times.items()}
     ratios = {"dense": 0.0, "routed": args.selection_ratio}
-    flops = {
-        kind: batch_size * training_flops(model, num_tokens, selection_ratio=ratio) for kind, ratio in ratios.items()
-    }
+    flops = {kind: batch_size * training_flops(model, selection_ratio=ratio) for kind, ratio in ratios.items()}
     speedup = medians["dense"] / medians["routed"]
-    ceiling = flop_ceiling(model, num_tokens, selection_ratio=args.selection_ratio)
+    ceiling = flop_ceiling(model, selection_ratio=args.selection_ratio)
     row = {
         "preset": preset,
         "num_tokens": num_tokens,
@@ -160,13 +158,11 @@ def make_steps(preset: str, num_tokens: int, batch_size: int, mode: str, args: a
     """The model, and functions "dense" and "routed" that take one training step of it."""
     with torch.device(args.device):
         model = TREADTransformer2DModel.from_preset(preset, sample_size=latent_size(preset, num_tokens))
-    step = make_step(model, batch_size, mode, args)
-    router, seeds = get_token_router(model), itertools.count(args.seed)
-    router.selection_ratio = args.selection_ratio
+    step, seeds = make_step(model, batch_size, mode, args), itertools.count(args.seed)
 
     def with_routing(enabled: bool) -> None:
-        router.enabled, router.seed = enabled, next(seeds)  # a fresh subset, without drawing inside a compiled forward
-        step()
+        # A fresh subset, without drawing inside a compiled forward.
+        step(RoutingCall(enabled=enabled, selection_ratio=args.selection_ratio, seed=next(seeds)))
 
     return model, {"dense": lambda: with_routing(False), "routed": lambda: with_routing(True)}
 
@@ -187,8 +183,8 @@ def make_peer_step(model: TREADTransformer2DModel, batch_size: int, mode: str, a
     return step, None
 
 
-def make_step(model: torch.nn.Module, batch_size: int, mode: str, args: argparse.Namespace) -> Callable[[], None]:
-    """A function that takes one training step on a fixed batch of random latents."""
+def make_step(model: torch.nn.Module, batch_size: int, mode: str, args: argparse.Namespace) -> Callable[..., None]:
+    """A function that takes one training step on a fixed batch of random latents, routed as its argument says."""
     device = torch.device(args.device)
     model.to(device).train()
     if args.gradient_checkpointing:
@@ -204,9 +200,9 @@ def make_step(model: torch.nn.Module, batch_size: int, mode: str, args: argparse
     labels = torch.randint(0, 1000, (batch_size,), device=device)
     objective = EDMObjective()
 
-    def step() -> None:
+    def step(routing: RoutingCall | None = None) -> None:
         with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "float32"):
-            loss = objective.loss(model, latents, labels).mean()
+            loss = objective.loss(model, latents, class_labels=labels, routing=routing).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -164,7 +164,9 @@ class TimedTrainer(train_tread.Trainer):
 
     def bare_step(self) -> None:
         optimizer = self.optimizer.optimizer  # torch's own
-        self.objective.loss(self.model, *self.batch).mean().backward()
+        latents, class_labels, routing = self.batch
+        loss = self.objective.loss(self.model, latents, class_labels=class_labels, routing=routing)
+        loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

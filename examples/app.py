@@ -20,16 +20,14 @@ from diffusers import BaseGuidance, ClassifierFreeGuidance
 import diffusers_tread
 from diffusers_tread import SparseGuidance, TREADPipeline
 from diffusers_tread.flops import guidance_flops
-from diffusers_tread.pipelines.components import scheduler_kind
-from diffusers_tread.training.pictures import make_grid
+from diffusers_tread.objectives import find_objective
+from diffusers_tread.pictures import make_grid
 
 
-# By the objective of the model; each takes the settings of the pipeline's own.
-SAMPLERS = {
-    "edm": ("EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"),
-    "flow": ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-    "epsilon": ("DDIMScheduler", "DPMSolverMultistepScheduler"),
-}
+# Those offered that the model's objective accepts; each takes the settings of the pipeline's own.
+SAMPLERS = ("EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+SAMPLERS += ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+SAMPLERS += ("DDIMScheduler", "DPMSolverMultistepScheduler")
 CFG, SPARSE, AUTO = "classifier-free", "Sparse Guidance", "autoguidance"
 SPARSE_KINDS = {
     SPARSE: {},
@@ -80,14 +78,18 @@ def make_guider(kind: str, scale: float, strong_ratio: float, weak_ratio: float)
     return SparseGuidance(guidance_scale=scale, **ratios, **SPARSE_KINDS[kind])
 
 
+def scheduler_class(name: str) -> type:
+    return getattr(diffusers, name, None) or getattr(diffusers_tread, name)
+
+
 def sample(
     pipeline: TREADPipeline, guider: BaseGuidance, *, sampler: str, label: int, steps: int, seed: int, num_images: int
 ) -> tuple[PIL.Image.Image, str]:
     """The images side by side, and what they cost."""
-    kind = getattr(diffusers, sampler, None) or getattr(diffusers_tread, sampler)
     # The page's pipeline stays as it is.
     parts = {name: pipeline.components[name] for name in ("transformer", "vae", "guidance_transformer")}
-    pipeline = TREADPipeline(**parts, scheduler=kind.from_config(pipeline.scheduler.config), guider=guider)
+    scheduler = scheduler_class(sampler).from_config(pipeline.scheduler.config)
+    pipeline = TREADPipeline(**parts, scheduler=scheduler, guider=guider)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
 
@@ -96,7 +98,7 @@ def sample(
     seconds = time.perf_counter() - started
 
     calls, weak_model = pipeline.num_timesteps, parts["guidance_transformer"]
-    cost = guidance_flops(parts["transformer"], guider, num_steps=calls, guidance_model_or_config=weak_model)
+    cost = guidance_flops(parts["transformer"], guider, num_steps=calls, guidance_model=weak_model)
     text = f"**{cost.total / 1e9:.3g} GFLOPs** and **{seconds / num_images * 1e3:.3g} ms** per image"
     text += f" · {cost.share_of_cfg:.0%} of the FLOPs of dense classifier-free guidance"
     return make_grid(images, columns=4), text
@@ -126,7 +128,8 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
     """The page of a pipeline; one request runs at a time."""
     config, names = pipeline.transformer.config, pipeline.config.id2label or {}
     own = type(pipeline.scheduler).__name__
-    samplers = list(dict.fromkeys([own, *SAMPLERS.get(scheduler_kind(pipeline.scheduler), ())]))
+    accepts = find_objective(config.objective).accepts
+    samplers = list(dict.fromkeys([own, *(name for name in SAMPLERS if accepts(scheduler_class(name)()))]))
     labels = range(config.num_classes)
     classes = [(f"{label}: {names[str(label)]}" if str(label) in names else f"{label}", label) for label in labels]
     kinds = ["none", CFG]

@@ -195,7 +195,7 @@ def step_times(transformer: TREADTransformer2DModel) -> tuple[float, float]:
         for routed in times:
             with token_routing(model, enabled=routed):
                 start = time.perf_counter()
-                objective.loss(model, latents, labels).mean().backward()
+                objective.loss(model, latents, class_labels=labels).mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 if repeat >= num_warmups:

@@ -41,8 +41,8 @@ from diffusers_tread.metrics import (
     prepare_reference,
     save_statistics,
 )
+from diffusers_tread.pictures import make_grid, save_image
 from diffusers_tread.training.config import config_flags, read_json
-from diffusers_tread.training.pictures import make_grid, save_image
 
 
 # What only a pipeline has a use for.

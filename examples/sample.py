@@ -27,7 +27,7 @@ from diffusers_tread import SparseGuidance, TREADPipeline
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import write_json
 from diffusers_tread.metrics import PipelineImages
-from diffusers_tread.training.pictures import add_labels, make_grid, save_image
+from diffusers_tread.pictures import add_labels, make_grid, save_image
 
 
 # What is made, and the flags that only it has a use for.

@@ -25,8 +25,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from diffusers_tread import apply_token_routing
-from diffusers_tread.data import EpochBatchSampler, center_crop, derive_seed, encode_images, image_to_tensor
+from diffusers_tread import apply_token_routing, token_routing
+from diffusers_tread.data import EpochBatchSampler, center_crop, encode_images, image_to_tensor
+from diffusers_tread.seeds import derive_seed
 from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_tread.training.run_folder import open_run_folder
 
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("Expected a transformer with guidance_embeds for a --guidance_scale other than 1.0.")
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     parameters = prepare_transformer(pipeline, args, frozen_dtype)
-    router = apply_token_routing(transformer, json.loads(args.routes))
+    apply_token_routing(transformer, json.loads(args.routes))
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module) and component is not transformer:
             component.to(accelerator.device, frozen_dtype)
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     loss_sum, logged_step = torch.zeros((), device=accelerator.device), step
     while step < args.max_train_steps:
-        router.enabled = step < (1.0 - args.dense_fraction) * args.max_train_steps
+        is_routed = step < (1.0 - args.dense_fraction) * args.max_train_steps
         for micro_step in range(
             step * args.gradient_accumulation_steps, (step + 1) * args.gradient_accumulation_steps
         ):
@@ -268,9 +269,9 @@ def main(argv: list[str] | None = None) -> None:
             keys = (args.seed, micro_step, accelerator.process_index)
             generator = torch.Generator().manual_seed(derive_seed("noise", *keys))
             torch.manual_seed(derive_seed("sigmas", *keys))
-            router.seed = derive_seed("routing", *keys)
+            routing = {"enabled": is_routed, "seed": derive_seed("routing", *keys)}
 
-            with accelerator.accumulate(velocity):
+            with accelerator.accumulate(velocity), token_routing(transformer, **routing):
                 pixels, prompts = make_batch(dataset, args, [index for _, index in next(batches)])
                 latents = encode_images(pipeline.vae, pixels.to(accelerator.device), generator=generator).float()
                 noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -295,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
             mean_loss = loss_sum.item() / (step - logged_step) / args.gradient_accumulation_steps
             if not math.isfinite(mean_loss):
                 raise ValueError(f"Expected a finite loss, got {mean_loss} before step {step}. Lower --learning_rate.")
-            progress.set_postfix(loss=f"{mean_loss:.4f}", routed=router.enabled)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", routed=is_routed)
             loss_sum.zero_()
             logged_step = step
         if is_checkpoint:

@@ -28,6 +28,7 @@ from train_tread_setup import (
     make_accelerator,
     make_model,
     make_objective,
+    make_terms,
     name_data,
     open_data,
     open_feature_extractor,
@@ -36,17 +37,19 @@ from train_tread_setup import (
     resolve_settings,
 )
 
-from diffusers_tread import TREADPipeline, TREADTransformer2DModel, get_token_router
-from diffusers_tread.data import derive_seed, encode_images, make_batches
+from diffusers_tread import RoutingCall, TREADPipeline
+from diffusers_tread.data import encode_images, make_batches
 from diffusers_tread.data.latents import latents_from_moments
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import replace_folder
 from diffusers_tread.flops import training_flops
 from diffusers_tread.hub import BackgroundPush, CardDetails, open_repo
+from diffusers_tread.models import make_denoiser
+from diffusers_tread.pictures import make_grid, save_image
+from diffusers_tread.seeds import derive_seed
 from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_tread.training.ema import update_ema, whole_weights
 from diffusers_tread.training.monitor import LossMonitor, check_weights
-from diffusers_tread.training.pictures import make_grid, save_image
 from diffusers_tread.training.run_folder import open_run_folder
 
 
@@ -62,6 +65,8 @@ class Trainer:
         self.latents_info = getattr(dataset, "info", None)
 
         # Model.
+        self.terms = make_terms(args, model)
+        self.flops = {True: training_flops(model), False: training_flops(model, selection_ratio=0.0)}
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if args.compile:
@@ -76,7 +81,6 @@ class Trainer:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **adam)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.parameters = list(self.model.parameters())
-        self.router = get_token_router(self.model)
         self.ema = EMAModel(self.parameters, decay=args.ema_decay) if args.use_ema else None
 
         # Resume. The learning rate is a function of the step, so that it needs no state.
@@ -111,7 +115,7 @@ class Trainer:
             folder = Path(args.output_dir, "hub")
             self.background_push = BackgroundPush(args.hub_model_id, folder, private=args.hub_private)
         self.position, self.corrupt = None, set(state.get("corrupt_images", []))
-        self.generator = torch.Generator(accelerator.device)
+        self.generator, self.is_routed = torch.Generator(accelerator.device), True
         self.fid_curve = None
         if extractor is not None:
             size = dataset.resolution
@@ -149,7 +153,7 @@ class Trainer:
                 action()
         monitor = LossMonitor(accelerator, step=self.step, samples_per_step=total_batch_size)
         while self.step < args.max_train_steps:
-            self.router.enabled = None if self.step < first_dense_step else False
+            self.is_routed = self.step < first_dense_step
             monitor.add(self.train_step())
             self.step += 1
             self.samples_seen += total_batch_size
@@ -175,9 +179,16 @@ class Trainer:
         """One optimiser step; the loss of this process as a tensor, so that nothing waits for the device."""
         accelerator, total = self.accelerator, 0.0
         for micro_step in range(self.args.gradient_accumulation_steps):
-            latents, class_labels = self.next_batch(micro_step)
+            latents, class_labels, routing = self.next_batch(micro_step)
             with accelerator.accumulate(self.model):
-                loss = self.objective.loss(self.model, latents, class_labels, self.generator).mean()
+                loss = self.objective.loss(
+                    self.model,
+                    latents,
+                    class_labels=class_labels,
+                    generator=self.generator,
+                    routing=routing,
+                    terms=self.terms,
+                ).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and self.args.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
@@ -189,8 +200,8 @@ class Trainer:
             update_ema(self.ema, self.parameters)
         return total / self.args.gradient_accumulation_steps
 
-    def next_batch(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents and labels; sets the generator and the routing seed of this forward, functions of where it is."""
+    def next_batch(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor, RoutingCall]:
+        """Latents, labels and how to route; seeds the generator. All draws are functions of where the run is."""
         seed = partial(derive_seed, self.args.seed, self.step, micro_step, self.accelerator.process_index)
         batch = next(self.batches)
         self.note_corrupt(batch)
@@ -202,8 +213,8 @@ class Trainer:
 
         # Latents.
         self.generator.manual_seed(seed("noise"))
-        self.router.seed = seed("routing")
-        return self.make_latents(batch), labels
+        routing = RoutingCall(enabled=None if self.is_routed else False, seed=seed("routing"))
+        return self.make_latents(batch), labels, routing
 
     def make_latents(self, batch: dict[str, Any]) -> torch.Tensor:
         if self.latents_info is not None:
@@ -224,14 +235,12 @@ class Trainer:
             )
 
     def log(self, progress: tqdm, loss: float, images_per_second: float) -> None:
-        is_routed, config = self.router.enabled is None, self.settings["model"]
-        flops = training_flops(config, selection_ratio=None if is_routed else 0.0)
         values = {
             "loss": loss,
             "lr": self.lr_scheduler.get_last_lr()[0],
             "images_per_second": images_per_second,
-            "model_tflops_per_second": images_per_second * flops / 1e12,
-            "block_flops_saved": self.settings["block_flops_saved"] if is_routed else 0.0,
+            "model_tflops_per_second": images_per_second * self.flops[self.is_routed] / 1e12,
+            "block_flops_saved": self.settings["block_flops_saved"] if self.is_routed else 0.0,
         }
         progress.set_postfix(
             loss=f"{loss:.4f}",
@@ -268,7 +277,7 @@ class Trainer:
         weights = self.parameters if self.ema is None else self.ema.shadow_params
         device = self.accelerator.device
         with init_empty_weights():
-            transformer = TREADTransformer2DModel(**self.settings["model"])
+            transformer = make_denoiser(self.settings["model_class"], **self.settings["model"])
         transformer.load_state_dict(whole_weights(weights, self.names, device=device), assign=True)
         transformer.requires_grad_(False).to(device)
         transformer.forward = self.accelerator.autocast()(transformer.forward)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 
+from diffusers_tread.objectives import OBJECTIVES, FlowMatchingObjective
 from diffusers_tread.training.config import config_flags
 
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.json"
-OBJECTIVES = ("edm", "flow")
 # Flags that say where and how to run, not what: no part of the run's settings.
 CONTROL_FLAGS = (
     *("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run"),
@@ -76,8 +76,9 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
     add("--dense_fraction", type=float, default=0.15, help="Last share of the steps, trained without routing.")
 
     # Objective and optimisation.
-    add("--objective", choices=OBJECTIVES, default="flow", help="EDM or flow matching.")
+    add("--objective", choices=list(OBJECTIVES), default=FlowMatchingObjective.name, help="What is predicted.")
     add("--objective_config", default="{}", help='Fields of the objective as JSON, such as {"shift": 3.0}.')
+    add("--loss_terms", default="{}", help='Further terms as JSON, such as {"reconstruction": {"weight": 0.1}}.')
     add("--class_dropout_prob", type=float, default=0.1, help="Share of labels replaced by the null class.")
     add("--train_batch_size", type=int, default=16, help="Images per process and forward.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Forwards per optimiser step.")

@@ -17,18 +17,16 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, Projec
 from diffusers import AutoModel
 from train_tread_args import CONTROL_FLAGS
 
-from diffusers_tread import EDMObjective, FlowMatchingObjective, TREADTransformer2DModel
-from diffusers_tread.data import derive_seed, encode_images, open_training_data
+from diffusers_tread.data import encode_images, open_training_data
 from diffusers_tread.data.latents import LatentsInfo
 from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.flops import block_flops_saved
 from diffusers_tread.metrics import FeatureExtractor, load_feature_extractor
+from diffusers_tread.models import DENOISERS, TREADTransformer2DModel, make_denoiser
+from diffusers_tread.objectives import LOSS_TERMS, LossTerm, find_objective
+from diffusers_tread.seeds import derive_seed
 from diffusers_tread.training.config import read_json
 from diffusers_tread.training.fid_curve import FIDCurve
-from diffusers_tread.training.masked_losses import check_masked_loss
-
-
-OBJECTIVES = {"edm": EDMObjective, "flow": FlowMatchingObjective}
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -102,10 +100,18 @@ def load_vae(args: argparse.Namespace, dataset) -> tuple[Any, int, int]:
 
 
 def make_objective(args: argparse.Namespace):
-    fields, kind = read_json(args.objective_config), OBJECTIVES[args.objective]
+    fields, kind = read_json(args.objective_config), find_objective(args.objective)
     if unknown := sorted(set(fields) - set(inspect.signature(kind).parameters)):
         raise ValueError(f"Expected fields of {kind.__name__} in --objective_config, got {unknown}.")
     return kind(**fields)
+
+
+def make_terms(args: argparse.Namespace, model: torch.nn.Module) -> list[LossTerm]:
+    """The terms of --loss_terms for a model, which is not wrapped."""
+    settings = read_json(args.loss_terms)
+    if unknown := sorted(set(settings) - set(LOSS_TERMS)):
+        raise ValueError(f"Expected terms among {list(LOSS_TERMS)} in --loss_terms, got {unknown}.")
+    return [LOSS_TERMS[name].for_model(model, **values) for name, values in settings.items()]
 
 
 def make_model(args: argparse.Namespace, *, channels: int, sample_size: int, num_classes: int):
@@ -117,15 +123,19 @@ def make_model(args: argparse.Namespace, *, channels: int, sample_size: int, num
         given["routes"] = routes[args.routes] if args.routes in routes else json.loads(args.routes)
     torch.manual_seed(derive_seed(args.seed, "init"))
     if args.preset is not None:
-        return TREADTransformer2DModel.from_preset(args.preset, **given)
+        return make_denoiser(args.preset, **given)
 
-    config = {key: value for key, value in read_json(args.model_config_name_or_path).items() if key[0] != "_"}
-    if unknown := sorted(set(config) - set(inspect.signature(TREADTransformer2DModel.__init__).parameters)):
-        raise ValueError(f"Expected settings of TREADTransformer2DModel in the model config, got {unknown}.")
+    config = read_json(args.model_config_name_or_path)
+    name = config.get("_class_name", TREADTransformer2DModel.__name__)
+    if name not in DENOISERS:
+        raise ValueError(f"Expected a model config of one of {list(DENOISERS)}, got {name!r}.")
+    config = {key: value for key, value in config.items() if key[0] != "_"}
+    if unknown := sorted(set(config) - set(inspect.signature(DENOISERS[name].__init__).parameters)):
+        raise ValueError(f"Expected settings of {name} in the model config, got {unknown}.")
     for key in set(config) & set(given) - {"routes"}:
         if config[key] not in (None, given[key]):
             raise ValueError(f"Expected {key}={given[key]!r} for these data and flags, got {config[key]!r}.")
-    return TREADTransformer2DModel(**{**config, **given})
+    return make_denoiser(name, **{**config, **given})
 
 
 def open_feature_extractor(args: argparse.Namespace, accelerator: Accelerator) -> FeatureExtractor | None:
@@ -174,9 +184,9 @@ def latents_digest(info: LatentsInfo) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def resolve_settings(args, accelerator, *, dataset, model: TREADTransformer2DModel) -> dict[str, Any]:
+def resolve_settings(args, accelerator, *, dataset, model: torch.nn.Module) -> dict[str, Any]:
     """All that the run depends on, for the eye and for telling this run from others."""
-    check_masked_loss(model, reconstruction_weight=make_objective(args).reconstruction_weight)
+    make_terms(args, model)  # raises for a model that they do not fit
     total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     num_images, info = None if args.streaming else len(dataset), getattr(dataset, "info", None)
     if args.max_train_steps is None:
@@ -192,7 +202,8 @@ def resolve_settings(args, accelerator, *, dataset, model: TREADTransformer2DMod
         "num_classes": dataset.num_classes,
         "steps_per_epoch": None if num_images is None else num_images / total_batch_size,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "block_flops_saved": block_flops_saved(config),
+        "block_flops_saved": block_flops_saved(model),
+        "model_class": type(model).__name__,
         "model": config,
     }
 

@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, K kept tokens, D width.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,10 +62,6 @@ class RoutingCall:
     magnitude_mix: float | None = None
     """Overrides `TokenRoute.magnitude_mix` of every route, in [-1, 1]."""
 
-    num_forced: int = field(init=False, repr=False, default=0)
-    """The largest number of tokens that `force_keep` has in a sample; counted here, so that no forward has to wait for
-    the device."""
-
     def __post_init__(self):
         if self.selection_ratio is not None:
             check_selection_ratio(self.selection_ratio)
@@ -90,7 +86,8 @@ class RoutingCall:
         is_mask = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() in (1, 2)
         if mask is not None and not is_mask:
             raise ValueError(f"Expected a bool tensor [N] or [B, N] as force_keep, got {_describe(mask)}.")
-        object.__setattr__(self, "num_forced", 0 if mask is None else int(mask.sum(dim=-1).max()))
+        # Counted here, so that no forward has to wait for the device.
+        object.__setattr__(self, "_num_forced", 0 if mask is None else int(mask.sum(dim=-1).max()))
 
 
 class _Surroundings(threading.local):
@@ -209,7 +206,7 @@ class TokenRouter:
                 f"Expected force_keep of shape [{num_tokens}] or [{batch_size}, {num_tokens}], "
                 f"got {list(layer.force_keep.shape)}."
             )
-        return layer.force_keep.to(hidden_states.device, non_blocking=True), layer.num_forced
+        return layer.force_keep.to(hidden_states.device, non_blocking=True), layer._num_forced
 
     def _value(self, name: str, call: RoutingCall | None) -> Any:
         """What the nearest layer says of a field; None if none does."""
