@@ -22,7 +22,14 @@ import torch
 from common import DTYPES, finish_report, latent_size, make_parser, set_up, start_report, summary, time_in_turns
 from diffusers import BaseGuidance, ClassifierFreeGuidance
 
-from diffusers_tread import Branch, SparseGuidance, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import (
+    Branch,
+    EDMObjective,
+    FlowMatchingObjective,
+    SparseGuidance,
+    TREADPipeline,
+    TREADTransformer2DModel,
+)
 from diffusers_tread.flops import guidance_flops
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffusers_tread import TokenRoute, TREADTransformer2DModel, get_token_router
+from diffusers_tread import RoutingCall, TokenRoute, TREADTransformer2DModel, get_token_router
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -92,7 +92,7 @@ def stored_bytes(last_routed_block, *, checkpointing):
     route = TokenRoute(start=1, end=last_routed_block, selection_ratio=0.75)
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 9, "sample_size": 16}
     model = TREADTransformer2DModel(**size, num_classes=10, routes=[route]).train()
-    get_token_router(model).seed = 0
+    get_token_router(model).defaults = RoutingCall(seed=0)
     if checkpointing:
         model.enable_gradient_checkpointing()
     latents, labels = torch.randn(3, 4, 16, 16), torch.zeros(3, dtype=torch.int64)

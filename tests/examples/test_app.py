@@ -24,7 +24,7 @@ from diffusers import ClassifierFreeGuidance, DDIMScheduler, FlowMatchEulerDiscr
 
 from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import guidance_flops
-from diffusers_tread.training.pictures import make_grid
+from diffusers_tread.pictures import make_grid
 
 
 if importlib.util.find_spec("gradio") is None:  # not imported here, where it would cost every worker seconds

@@ -18,7 +18,7 @@ from scipy.spatial import geometric_slerp
 
 from diffusers_tread import SparseGuidance, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.metrics import PipelineImages
-from diffusers_tread.training.pictures import FRAME
+from diffusers_tread.pictures import FRAME
 
 
 ROOT = Path(__file__).parents[2]

@@ -211,7 +211,7 @@ def test_routing_is_on_until_the_dense_share_and_its_seeds_differ(config, tmp_pa
         loss = train_step(trainer)
         router = get_token_router(trainer.model)
         rate = trainer.optimizer.param_groups[0]["lr"]
-        seen.append((router.is_routing(trainer.model.training), int(router.seed), rate))
+        seen.append((router.is_routing(trainer.model.training), int(router.defaults.seed), rate))
         return loss
 
     monkeypatch.setattr(train_tread.Trainer, "train_step", watch)

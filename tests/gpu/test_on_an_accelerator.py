@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from diffusers_tread import (
     EDMHeunScheduler,
     FlowMatchingObjective,
+    RoutingCall,
     SparseGuidance,
     TokenRoute,
     TREADPipeline,
@@ -198,7 +199,7 @@ def test_a_training_step_never_waits(make_model, batch, no_waiting, cuda):
     router, generator = get_token_router(model), torch.Generator(cuda)
 
     def step(seed):
-        router.seed = seed
+        router.defaults = RoutingCall(seed=seed)
         with torch.autocast("cuda", torch.bfloat16):
             loss = OBJECTIVE.loss(model, *batch, generator.manual_seed(seed)).mean()
         loss.backward()

@@ -12,6 +12,7 @@ from diffusers.modular_pipelines import BlockState
 
 from diffusers_tread import (
     RatioSchedule,
+    RoutingCall,
     SparseGuidance,
     TREADTransformer2DModel,
     get_token_router,
@@ -45,6 +46,11 @@ def transformer(make_transformer):
 @pytest.fixture
 def inputs():
     return torch.randn(3, 2, 4, 4), torch.tensor(0.3), torch.tensor([0, 1, 4])
+
+
+def ratios_of(guider):
+    """The ratio of each branch of the current step."""
+    return [branch.selection_ratio for branch in guider.branches()]
 
 
 def guided(guider, model, latents, timestep, labels, *, step=0, num_steps=10, seed=None, weak_model=None):
@@ -138,7 +144,7 @@ def test_every_forward_draws_its_own_subset(transformer, inputs):
     router, plans = get_token_router(transformer), []
     plan = router.plan
     router.plan = lambda *args, **kwargs: plans.append(plan(*args, **kwargs)) or plans[-1]
-    router.generator = torch.Generator().manual_seed(0)
+    router.defaults = RoutingCall(generator=torch.Generator().manual_seed(0))
     guider = SparseGuidance(strong_ratio=0.5, weak_ratio=0.55)  # 16 tokens: both keep 8
     for step in range(3):
         guided(guider, transformer, *inputs, step=step)
@@ -149,19 +155,29 @@ def test_every_forward_draws_its_own_subset(transformer, inputs):
 
 def test_the_router_is_as_before_after_each_branch(transformer, inputs):
     router = get_token_router(transformer)
-    router.enabled, router.selection_ratio = False, 0.3
+    router.defaults = RoutingCall(enabled=False, selection_ratio=0.3)
     guided(SparseGuidance(), transformer, *inputs, seed=7)
-    assert (router.enabled, router.selection_ratio) == (False, 0.3)
+    assert (router.defaults.enabled, router.defaults.selection_ratio) == (False, 0.3)
 
 
 def test_a_branch_left_open_by_an_error_is_closed_by_the_next_step(transformer, inputs):
     guider, router = SparseGuidance(), get_token_router(transformer)
     guider.set_state(step=0, num_inference_steps=10, timestep=inputs[1])
     guider.prepare_models(transformer)  # and the forward failed
-    assert router.selection_ratio == 0.2
+    assert router.route_ratio(router.routes[0]) == 0.2
     prediction, _ = guided(guider, transformer, *inputs, step=1, seed=7)
-    assert (router.enabled, router.selection_ratio) == (None, None)
+    assert not router.is_routing(training=False)
     assert torch.equal(prediction, guided(SparseGuidance(), transformer, *inputs, step=1, seed=7)[0])
+
+
+def test_a_branch_that_outlives_what_surrounds_it_leaves_nothing_behind(transformer, inputs):
+    guider, router = SparseGuidance(), get_token_router(transformer)
+    guider.set_state(step=0, num_inference_steps=10, timestep=inputs[1])
+    with token_routing(transformer, seed=7):
+        guider.prepare_models(transformer)
+    assert router.given_seed() is None and router.is_routing(training=False)
+    guider.cleanup_models(transformer)
+    assert router.given_seed() is None and not router.is_routing(training=False)
 
 
 def test_a_bare_loop_needs_no_state(transformer, inputs):
@@ -203,7 +219,8 @@ def test_modular_block_states_give_the_same_prediction(transformer, inputs, null
     "settings, shares", [({}, True), ({"null_weak_branch": True}, False), ({"weak_checkpoint": True}, False)], ids=str
 )
 def test_branches_of_one_denoiser_with_one_condition_share_their_inputs(settings, shares):
-    assert SparseGuidance(**settings).shares_inputs is shares
+    strong, weak = SparseGuidance(**settings).branches()
+    assert not strong.shares_prefix and weak.shares_prefix is shares
 
 
 # Schedules.
@@ -220,7 +237,7 @@ def test_a_schedule_sets_the_ratio_of_each_step(transformer, inputs, shape, weak
     strong = predicted(transformer, *inputs, ratio=0.1, seed=7)
     for step, ratio in enumerate(weak):
         prediction, _ = guided(guider, transformer, *inputs, step=step, num_steps=5, seed=7)
-        assert guider.branch_ratios == pytest.approx([0.1, ratio], abs=0.005)
+        assert ratios_of(guider) == pytest.approx([0.1, ratio], abs=0.005)
         expected = 1.6 * strong - 0.6 * predicted(transformer, *inputs, ratio=ratio, seed=7)
         torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
 
@@ -228,15 +245,14 @@ def test_a_schedule_sets_the_ratio_of_each_step(transformer, inputs, shape, weak
 def test_a_single_step_has_the_first_ratio(transformer, inputs):
     guider = SparseGuidance(strong_ratio=0.0, weak_ratio=RatioSchedule(first=0.8, last=0.2))
     guided(guider, transformer, *inputs, num_steps=1, seed=7)
-    assert guider.branch_ratios == [0.0, 0.8]
+    assert ratios_of(guider) == [0.0, 0.8]
 
 
 def test_a_schedule_needs_the_step(transformer):
     guider = SparseGuidance(strong_ratio=0.0, weak_ratio=RatioSchedule(first=0.8, last=0.2))
-    guider.prepare_inputs({"class_labels": torch.tensor([0])})
     with pytest.raises(ValueError, match="Call guider.set_state"):
-        guider.prepare_models(transformer)
-    assert get_token_router(transformer).selection_ratio is None
+        guider.prepare_inputs({"class_labels": torch.tensor([0])})
+    assert not get_token_router(transformer).is_routing(training=False)
 
 
 # An earlier checkpoint as the weak branch.
@@ -258,13 +274,13 @@ def test_a_checkpoint_predicts_the_weak_branch(
         null_weak_branch=null_weak_branch,
     )
     routers = [get_token_router(model) for model in (transformer, earlier)]
-    routers[1].enabled = False
+    routers[1].defaults = RoutingCall(enabled=False)
     prediction, seen = guided(guider, transformer, *inputs, seed=7, weak_model=earlier)
-    assert [(router.enabled, router.selection_ratio) for router in routers] == [(None, None), (False, None)]
+    assert routers[0].defaults.enabled is None and routers[1].defaults.enabled is False
 
     weak_labels = torch.full_like(labels, NUM_CLASSES) if null_weak_branch else labels
     assert [label.tolist() for label in seen] == [labels.tolist(), weak_labels.tolist()]
-    routers[1].enabled = None
+    routers[1].defaults = RoutingCall(enabled=None)
     strong = predicted(transformer, *inputs, ratio=strong_ratio, seed=7)
     weak = predicted(earlier, latents, timestep, weak_labels, ratio=weak_ratio, seed=7)
     torch.testing.assert_close(prediction, 2.0 * strong - weak, atol=1e-5, rtol=1e-5)
@@ -274,7 +290,7 @@ def test_a_loop_that_forgets_the_checkpoint_is_told(transformer, inputs):
     guider = SparseGuidance(weak_checkpoint=True)
     with pytest.raises(ValueError, match="Expected another denoiser for the weak branch"):
         guided(guider, transformer, *inputs, seed=7)
-    assert get_token_router(transformer).selection_ratio is None
+    assert get_token_router(transformer).given_seed() is None
 
     # Outside the interval there is no weak branch.
     guider = SparseGuidance(weak_checkpoint=True, start=0.5)
@@ -322,7 +338,7 @@ def test_presets_have_the_papers_values():
     for step in range(40):
         fid.set_state(step=step, num_inference_steps=40, timestep=None)
         gamma = 0.3 + 0.3 * math.cos(math.pi * step / 39)
-        assert fid.branch_ratios == pytest.approx([0.6 - gamma, gamma], abs=1e-12)
+        assert ratios_of(fid) == pytest.approx([0.6 - gamma, gamma], abs=1e-12)
 
 
 @pytest.mark.parametrize("preset", ["flops", "fid"])

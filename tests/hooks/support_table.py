@@ -16,7 +16,7 @@ import tiny_transformers  # noqa: E402
 from diffusers.models import transformers as diffusers_transformers  # noqa: E402
 
 from diffusers_tread import TokenRoute, apply_token_routing  # noqa: E402
-from diffusers_tread.hooks.block_specs import REFUSED_BLOCKS, REFUSED_MODELS  # noqa: E402
+from diffusers_tread.hooks.specs import REFUSED_BLOCKS, REFUSED_MODELS  # noqa: E402
 
 
 GUIDE = Path(__file__).parents[2] / "docs" / "routing-any-model.md"

@@ -12,7 +12,7 @@ from diffusers.models import transformers as diffusers_transformers
 from support_table import GUIDE, all_transformers, reason_to_refuse, support_table
 
 from diffusers_tread import TokenRoute, TREADTransformer2DModel, apply_token_routing
-from diffusers_tread.hooks.block_specs import BLOCK_SPECS
+from diffusers_tread.hooks.specs import BLOCK_SPECS
 
 
 ROUTE = TokenRoute(start=1, end=-4)

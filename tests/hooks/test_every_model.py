@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_tread import TokenRoute, get_token_router, token_routing
 from diffusers_tread.hooks import apply_token_routing, check_token_routing, remove_token_routing
 from diffusers_tread.hooks.block_forward import map_leaves
-from diffusers_tread.hooks.block_specs import BLOCK_SPECS
+from diffusers_tread.hooks.specs import BLOCK_SPECS
 
 
 ROUTE = TokenRoute(start=1, end=-4, selection_ratio=0.5)

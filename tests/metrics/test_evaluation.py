@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
-from diffusers_tread.data import derive_seed
 from diffusers_tread.metrics import (
     DatasetImages,
     EvaluationResults,
@@ -34,6 +33,7 @@ from diffusers_tread.metrics import (
     prepare_reference,
     save_statistics,
 )
+from diffusers_tread.seeds import derive_seed
 
 
 class TinyExtractor(FeatureExtractor):

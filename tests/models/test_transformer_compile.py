@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from diffusers_tread import get_token_router, token_routing
+from diffusers_tread import RoutingCall, get_token_router, token_routing
 
 
 # A shallow model is quick to compile.
@@ -44,7 +44,7 @@ def test_compiled_training_equals_eager_and_never_recompiles(
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     router, samples = get_token_router(compiled), []
     for seed in (1, torch.tensor(2), 2**61):
-        router.seed = seed
+        router.defaults = RoutingCall(seed=seed)
         samples.append(output_and_gradients(model, compiled, inputs))
         torch.testing.assert_close(samples[-1], output_and_gradients(model, model, inputs), atol=1e-6, rtol=1e-5)
     assert not torch.equal(samples[0][0], samples[1][0])

@@ -13,8 +13,8 @@ from diffusers import attention_backend
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
-from diffusers_tread import TREADTransformer2DModel, get_token_router, token_routing
-from diffusers_tread.models.blocks import TREADAttnProcessor
+from diffusers_tread import RoutingCall, TREADTransformer2DModel, get_token_router, token_routing
+from diffusers_tread.models.transformer_tread_2d import TREADAttnProcessor
 
 
 LORA = LoraConfig(r=2, target_modules=["to_qkv", "to_out.0"], init_lora_weights=False)
@@ -126,8 +126,8 @@ def test_an_ema_model_keeps_its_own_routing_and_leaves_the_config(make_model, in
     twin = copy.deepcopy(model).eval()
     ema = EMAModel(twin.parameters(), decay=0.5, model_cls=TREADTransformer2DModel, model_config=twin.config)
     ema.step(model.parameters())
-    get_token_router(twin).selection_ratio = 0.75
-    assert get_token_router(model).selection_ratio is None
+    get_token_router(twin).defaults = RoutingCall(selection_ratio=0.75)
+    assert get_token_router(model).defaults.selection_ratio is None
     assert dict(model.config) == dict(twin.config) == config
 
     ema.save_pretrained(tmp_path)
@@ -170,7 +170,7 @@ def test_group_offloading_to_the_cpu_gives_the_same_output(make_model, inputs, o
 @pytest.mark.gpu
 def test_the_subset_is_the_same_on_every_device(make_model):
     router = get_token_router(make_model())
-    router.seed = 3
+    router.defaults = RoutingCall(seed=3)
     tokens = torch.empty(8, 1024, 1)
     (expected,) = router.plan(tokens, training=True)
     (found,) = router.plan(tokens.to(torch.accelerator.current_accelerator()), training=True)

@@ -13,8 +13,8 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch.utils.checkpoint import checkpoint
 
-from diffusers_tread import TokenRoute, TREADTransformer2DModel, get_token_router, token_routing
-from diffusers_tread.models.positions import sincos_positions
+from diffusers_tread import RoutingCall, TokenRoute, TREADTransformer2DModel, get_token_router, token_routing
+from diffusers_tread.models.transformer_tread_2d import sincos_positions
 
 
 # The forward in numpy, float64, from arXiv 2212.09748 (DiT) and 2501.04765 (TREAD).
@@ -169,7 +169,7 @@ def test_the_gradient_takes_every_way_back_to_the_input(make_model, inputs, rejo
 def test_the_router_decides_when_no_ids_are_given(make_model, inputs):
     model = make_model().train()
     router = get_token_router(model)
-    router.seed = 3
+    router.defaults = RoutingCall(seed=3)
     ids = router.plan(torch.empty(3, 16, 1), training=True)
     assert ids[0].shape == (3, 8)
     assert_close(model(*inputs).sample, numpy_forward(model, *inputs, ids))
@@ -297,7 +297,7 @@ def recorded_tokens(model, run):
 def test_routed_tokens_keep_every_bit_across_the_route(make_model, inputs):
     model = make_model(num_layers=8, routes=[{"start": 2, "end": 4, "selection_ratio": 0.75}]).train()
     router = get_token_router(model)
-    router.seed = 7
+    router.defaults = RoutingCall(seed=7)
     (ids,) = router.plan(torch.empty(3, 16, 1), training=True)
     calls = recorded_tokens(model, lambda: model(*inputs))
 
@@ -433,11 +433,13 @@ def test_a_wrong_number_of_labels_or_timesteps_is_refused(make_model, inputs):
 
 def test_kept_ids_that_do_not_fit_are_refused(make_model, inputs):
     ids = torch.arange(4).expand(3, 4)
-    for wrong in ([], [ids, ids], [ids[:2]], [ids[0]]):
-        with pytest.raises(ValueError, match=r"kept_token_ids of shape \[3, K\].*1 routes"):
+    for wrong in ([], [ids, ids], [ids[:2]], [ids[0]], [ids[:, :0]], [torch.arange(17).expand(3, 17)]):
+        with pytest.raises(ValueError, match=r"kept_token_ids of shape \[3, K <= 16\].*1 routes"):
             make_model()(*inputs, kept_token_ids=wrong)
     with pytest.raises(ValueError, match="0 routes"):
         make_model(routes=None)(*inputs, kept_token_ids=[ids])
+    with pytest.raises(ValueError, match="Expected kept_token_ids or routing, got both"):
+        make_model()(*inputs, kept_token_ids=[ids], routing=RoutingCall(seed=1))
 
 
 @pytest.mark.parametrize(
@@ -447,7 +449,6 @@ def test_kept_ids_that_do_not_fit_are_refused(make_model, inputs):
         ({"sample_size": 9}, "sample_size divisible by patch_size 2, got 9"),
         ({"patch_size": 0}, "patch_size 0"),
         ({"num_classes": -1}, "num_classes >= 0"),
-        ({"objective": "score"}, "objective 'edm', 'flow', 'epsilon' or None, got 'score'"),
         ({"freq_shift": 2}, "freq_shift 0 or 1, got 2"),
     ],
 )
@@ -464,7 +465,7 @@ def gradients(model, *losses_inputs):
     model.zero_grad()
     loss = 0.0
     for seed, inputs in losses_inputs:
-        get_token_router(model).seed = seed
+        get_token_router(model).defaults = RoutingCall(seed=seed)
         loss = loss + model(*inputs).sample.square().mean()
     loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

@@ -6,6 +6,13 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel, get_token_router
+from diffusers_tread.objectives import OBJECTIVES
+
+
+@pytest.fixture
+def objective_of():
+    """Tells the name of the objective whose models a scheduler samples from."""
+    return lambda scheduler: next(name for name, objective in OBJECTIVES.items() if objective.accepts(scheduler))
 
 
 @pytest.fixture
@@ -24,11 +31,14 @@ def make_transformer():
 
 
 @pytest.fixture
-def make_pipeline(make_transformer):
+def make_pipeline(make_transformer, objective_of):
     """Makes quiet pipelines; what is not given is a model of pixels with Heun's method."""
 
     def make(scheduler=None, transformer=None, **components):
-        pipe = TREADPipeline(transformer or make_transformer(), scheduler or EDMHeunScheduler(), **components)
+        scheduler = scheduler or EDMHeunScheduler()
+        if transformer is None:
+            transformer = make_transformer(objective=objective_of(scheduler))
+        pipe = TREADPipeline(transformer, scheduler, **components)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -166,9 +166,11 @@ def test_a_scheduler_put_in_later_is_checked_too(make_transformer, make_pipeline
         pipe(0, num_inference_steps=1)
 
 
-def test_models_of_unknown_objective_take_any_scheduler(make_pipeline):
-    for scheduler in MATCHING["edm"] + MATCHING["flow"]:
-        assert make_pipeline(scheduler).transformer.config.objective is None
+def test_models_of_unknown_objective_are_refused(make_transformer, make_pipeline):
+    with pytest.raises(ValueError, match=r"with an objective in its config.*one of \['edm', 'flow', 'epsilon'\]"):
+        make_pipeline(transformer=make_transformer(objective=None))
+    with pytest.raises(ValueError, match=r"Expected an objective among .*got 'score'.*register_objective"):
+        make_pipeline(transformer=make_transformer(objective="score"))
 
 
 def test_vaes_and_outputs_of_other_channels_are_refused(make_transformer, make_pipeline, make_vae):

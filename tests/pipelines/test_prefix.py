@@ -3,6 +3,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -33,16 +34,17 @@ SCHEDULERS = {
 class Unshared(SparseGuidance):
     """Both branches from the first block on."""
 
-    shares_inputs = False
+    def branches(self):
+        return [replace(branch, shares_prefix=False) for branch in super().branches()]
 
 
-class OlderTransformer(TREADTransformer2DModel):
-    """As code on the Hub may be: a forward without `prefix`."""
+class PlainTransformer(TREADTransformer2DModel):
+    """A denoiser with a forward without `prefix`."""
 
     _supports_prefix = False
 
-    def forward(self, hidden_states, timestep, class_labels=None, kept_token_ids=None, return_dict=True):
-        return super().forward(hidden_states, timestep, class_labels, kept_token_ids, return_dict)
+    def forward(self, hidden_states, timestep, class_labels=None, return_dict=True, *, routing=None):
+        return super().forward(hidden_states, timestep, class_labels, return_dict=return_dict, routing=routing)
 
 
 @pytest.fixture
@@ -79,7 +81,9 @@ def both_ways(pipe, settings, generator):
 def test_shared_images_have_the_bits_of_unshared_ones(
     make_pipeline, make_transformer, generators, scheduler, kind, strong_ratio
 ):
-    pipe = make_pipeline(SCHEDULERS[scheduler], make_transformer(routes=ROUTES[kind], num_layers=8))
+    objective = "flow" if scheduler == "flow" else "edm"
+    transformer = make_transformer(routes=ROUTES[kind], num_layers=8, objective=objective)
+    pipe = make_pipeline(SCHEDULERS[scheduler], transformer)
     settings = {"strong_ratio": strong_ratio, "weak_ratio": 0.75}
     shared, unshared = both_ways(pipe, settings, lambda: generators(0, 1))
     assert torch.equal(shared, unshared)
@@ -97,7 +101,8 @@ def test_the_subsets_are_drawn_as_before_from_every_source(make_pipeline, kind):
 
 def test_images_equal_those_of_the_guiders_own_loop(make_pipeline, make_transformer):
     """A bare loop, in which nothing is shared, as an independent account of what the pipeline does."""
-    pipe = make_pipeline(FlowMatchEulerDiscreteScheduler(), make_transformer(routes=ROUTES["sum"], num_layers=8))
+    transformer = make_transformer(routes=ROUTES["sum"], num_layers=8, objective="flow")
+    pipe = make_pipeline(FlowMatchEulerDiscreteScheduler(), transformer)
     pipe.guider, seed = SparseGuidance(strong_ratio=0.25, weak_ratio=0.75), torch.tensor([5, 6])
     x = torch.randn(2, 3, 8, 8)
     with token_routing(pipe.transformer, seed=seed):
@@ -139,9 +144,8 @@ def test_the_blocks_before_the_first_route_run_once_per_step(
     assert early_counts == [5 if "weak_checkpoint" in settings else 0] * 6
 
 
-def test_a_guider_that_does_not_know_of_sharing_runs_everything_twice(make_pipeline, count_blocks, monkeypatch):
-    monkeypatch.delattr(SparseGuidance, "shares_inputs")  # as code on the Hub may be
-    pipe = make_pipeline(guider=SparseGuidance())
+def test_a_guider_that_does_not_share_runs_everything_twice(make_pipeline, count_blocks):
+    pipe = make_pipeline(guider=Unshared())
     counts = count_blocks(pipe.transformer)
     pipe(1, num_inference_steps=1)
     assert counts == [2] * 6
@@ -149,9 +153,9 @@ def test_a_guider_that_does_not_know_of_sharing_runs_everything_twice(make_pipel
 
 def test_a_transformer_that_knows_no_prefix_gives_the_same_images(make_pipeline, make_transformer, generators):
     transformer = make_transformer()
-    older = OlderTransformer.from_config(transformer.config).eval()
-    older.load_state_dict(transformer.state_dict())
-    new, old = (make_pipeline(transformer=one, guider=SparseGuidance()) for one in (transformer, older))
+    plain = PlainTransformer.from_config(transformer.config).eval()
+    plain.load_state_dict(transformer.state_dict())
+    new, old = (make_pipeline(transformer=one, guider=SparseGuidance()) for one in (transformer, plain))
     assert torch.equal(latents_of(new, generators(0, 1)), latents_of(old, generators(0, 1)))
 
 

@@ -3,12 +3,14 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn as nn
 
-from diffusers_tread import TokenRoute, TokenRouter, get_token_router, token_routing
+from diffusers_tread import RoutingCall, TokenRoute, TokenRouter, get_token_router, token_routing
 from diffusers_tread.routing import draw_routing_seed
 from diffusers_tread.routing.subset import random_priority, select_kept_tokens, subset_hashes
 
@@ -51,18 +53,18 @@ def test_training_routes_and_evaluation_is_dense():
 @pytest.mark.parametrize("training", [False, True])
 def test_enabled_overrides_the_mode(training):
     router = make_router()
-    router.enabled = True
+    router.defaults = RoutingCall(enabled=True)
     assert router.plan(TOKENS, training=training)[0].shape == (4, 10)
-    router.enabled = False
+    router.defaults = RoutingCall(enabled=False)
     assert router.plan(TOKENS, training=training) is None
-    router.selection_ratio = 0.3
+    router.defaults = RoutingCall(enabled=False, selection_ratio=0.3)
     assert router.plan(TOKENS, training=training) is None
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_ratio_override_routes_in_both_modes(training):
     router = make_router([(1, 2, 0.5), (4, 6, 0.25)])
-    router.selection_ratio = 0.7
+    router.defaults = RoutingCall(selection_ratio=0.7)
     assert [ids.shape[1] for ids in router.plan(TOKENS, training=training)] == [6, 6]
 
 
@@ -70,7 +72,7 @@ def test_a_ratio_override_routes_in_both_modes(training):
 @pytest.mark.parametrize("enabled", [None, True])
 def test_ratio_zero_is_dense(training, enabled):
     router = make_router()
-    router.enabled, router.selection_ratio = enabled, 0.0
+    router.defaults = RoutingCall(enabled=enabled, selection_ratio=0.0)
     assert router.plan(TOKENS, training=training) is None
     assert make_router([(2, 5, 0.0)]).plan(TOKENS, training=training) is None
 
@@ -89,7 +91,7 @@ def test_a_ratio_too_small_to_route_a_token_is_dense():
 
 def test_a_model_without_routes_never_routes():
     router = TokenRouter(None, num_layers=3)
-    router.enabled, router.selection_ratio = True, 0.5
+    router.defaults = RoutingCall(enabled=True, selection_ratio=0.5)
     assert router.routes == () and router.plan(TOKENS, training=True) is None
 
 
@@ -114,16 +116,16 @@ def test_the_default_generator_is_torchs():
 
 def test_a_generator_decides_alone_and_advances_once_per_forward():
     router = make_router([(1, 2, 0.5), (4, 6, 0.5)])
-    router.generator = torch.Generator().manual_seed(5)
+    router.defaults = RoutingCall(generator=torch.Generator().manual_seed(5))
     state = torch.get_rng_state()
     plans = [router.plan(TOKENS, training=True) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert not equal(*plans)
 
     seeds = [torch.randint(0, 2**62, (), generator=g) for g in [torch.Generator().manual_seed(5)] for _ in range(2)]
-    router.generator = None
+    router.defaults = RoutingCall(generator=None)
     for seed, plan in zip(seeds, plans, strict=True):
-        router.seed = seed
+        router.defaults = RoutingCall(seed=seed)
         assert equal(router.plan(TOKENS, training=True), plan)
 
 
@@ -135,22 +137,23 @@ def test_a_dense_forward_draws_nothing():
 
 def test_a_seed_fixes_the_subset_and_is_not_advanced():
     router = make_router()
-    router.seed = 9
+    router.defaults = RoutingCall(seed=9)
     first = router.plan(TOKENS, training=True)
     assert equal(router.plan(TOKENS, training=True), first)
     hashes = subset_hashes(torch.tensor(9), route_index=0, batch_size=4, num_tokens=20)
     assert torch.equal(first[0], select_kept_tokens(random_priority(hashes), 10))
-    router.seed = torch.tensor(9)
+    router.defaults = RoutingCall(seed=torch.tensor(9))
     assert equal(router.plan(TOKENS, training=True), first)
 
 
 def test_one_seed_per_sample_makes_samples_independent_of_the_batch():
     router = make_router()
-    router.seed = seeds = torch.tensor([3, 1, 4, 1])
+    seeds = torch.tensor([3, 1, 4, 1])
+    router.defaults = RoutingCall(seed=seeds)
     (whole,) = router.plan(TOKENS, training=True)
     assert torch.equal(whole[1], whole[3]) and not torch.equal(whole[0], whole[1])
     for sample in range(4):
-        router.seed = seeds[sample : sample + 1]
+        router.defaults = RoutingCall(seed=seeds[sample : sample + 1])
         assert torch.equal(router.plan(TOKENS[sample : sample + 1], training=True)[0][0], whole[sample])
 
 
@@ -169,7 +172,7 @@ def test_drawn_seeds_depend_on_each_generator_alone():
 
 def test_a_shared_subset_is_the_same_for_all_samples():
     router = make_router([(1, 2, 0.5), (4, 6, 0.5)])
-    router.shared_subset = True
+    router.defaults = RoutingCall(shared_subset=True)
     first, second = router.plan(TOKENS, training=True)
     assert (first == first[:1]).all() and (second == second[:1]).all()
     assert not torch.equal(first, second)
@@ -179,8 +182,8 @@ def test_a_shared_subset_is_the_same_for_all_samples():
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
 def test_forced_tokens_are_never_routed(mix, ratio):
     router = make_router()
-    router.force_keep = mask = torch.rand(4, 20) < 0.15
-    router.selection_ratio, router.magnitude_mix = ratio, mix
+    mask = torch.rand(4, 20) < 0.15
+    router.defaults = RoutingCall(force_keep=mask, selection_ratio=ratio, magnitude_mix=mix)
     for _ in range(5):
         (ids,) = router.plan(TOKENS, training=True)
         kept = torch.zeros(4, 20, dtype=torch.bool).scatter(1, ids, True)
@@ -190,7 +193,7 @@ def test_forced_tokens_are_never_routed(mix, ratio):
 
 def test_a_mask_for_all_samples_may_force_every_token():
     router = make_router()
-    router.force_keep = torch.ones(20, dtype=torch.bool)
+    router.defaults = RoutingCall(force_keep=torch.ones(20, dtype=torch.bool))
     assert router.plan(TOKENS, training=True) is None
 
 
@@ -198,7 +201,7 @@ def test_the_magnitude_decides_alone_at_one_and_minus_one():
     router = make_router()
     norms = TOKENS.abs().sum(-1)
     for mix, expected in ((1.0, norms.topk(10).indices), (-1.0, norms.topk(10, largest=False).indices)):
-        router.magnitude_mix = mix
+        router.defaults = RoutingCall(magnitude_mix=mix)
         assert torch.equal(router.plan(TOKENS, training=True)[0], expected.sort(1).values)
 
 
@@ -206,7 +209,7 @@ def test_each_route_has_its_own_magnitude_and_the_router_overrides_all():
     def plan(*mixes, override=None):
         routes = [TokenRoute(start=2 * i, end=2 * i, magnitude_mix=mix) for i, mix in enumerate(mixes)]
         router = TokenRouter(routes, num_layers=12)
-        router.seed, router.magnitude_mix = 3, override
+        router.defaults = RoutingCall(seed=3, magnitude_mix=override)
         return router.plan(TOKENS, training=True)
 
     uniform = plan(0.0, 0.0, 0.0)
@@ -221,7 +224,7 @@ def test_each_route_has_its_own_magnitude_and_the_router_overrides_all():
 @pytest.mark.parametrize("mix", [0.0, 0.5])
 def test_a_plan_under_autocast_is_the_same(mix):
     router = make_router()
-    router.seed, router.magnitude_mix = 3, mix
+    router.defaults = RoutingCall(seed=3, magnitude_mix=mix)
     expected = router.plan(TOKENS, training=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert equal(router.plan(TOKENS, training=True), expected)
@@ -252,23 +255,21 @@ def test_a_plan_under_autocast_is_the_same(mix):
 )
 def test_a_bad_setting_is_refused_and_changes_nothing(name, value, message):
     denoiser = Denoiser()
-    before = getattr(denoiser.token_router, name)
     with pytest.raises(ValueError, match=message):
-        setattr(denoiser.token_router, name, value)
+        RoutingCall(**{name: value})
     with pytest.raises(ValueError, match=message), token_routing(denoiser, **{"shared_subset": True, name: value}):
         pass
-    assert getattr(denoiser.token_router, name) == before
-    assert denoiser.token_router.shared_subset is False
+    assert not denoiser.token_router.shares_subset()
 
 
 def test_settings_that_do_not_fit_the_batch_are_refused():
     router = make_router()
-    router.seed = torch.arange(3)
+    router.defaults = RoutingCall(seed=torch.arange(3))
     with pytest.raises(ValueError, match=r"one routing seed per sample \(4\), got 3"):
         router.plan(TOKENS, training=True)
-    router.seed = None
+    router.defaults = RoutingCall(seed=None)
     for shape in ((19,), (3, 20), (4, 19)):
-        router.force_keep = torch.zeros(shape, dtype=torch.bool)
+        router.defaults = RoutingCall(force_keep=torch.zeros(shape, dtype=torch.bool))
         with pytest.raises(ValueError, match=r"shape \[20\] or \[4, 20\]"):
             router.plan(TOKENS, training=True)
 
@@ -278,54 +279,74 @@ def test_bad_routes_are_refused_by_the_router():
         make_router([(2, 8, 0.5)], num_layers=6)
 
 
-# Borrowing a router.
+# Whose word counts.
 
 
-def test_token_routing_changes_and_restores():
+def test_the_call_comes_before_what_surrounds_it_and_that_before_the_defaults():
     denoiser = Denoiser().eval()
     router = denoiser.token_router
-    router.seed = 4
-    before = router.seed
-    with token_routing(denoiser, selection_ratio=0.7, seed=1, shared_subset=True) as inside:
-        assert inside is router and denoiser(TOKENS)[1][0].shape == (4, 6)
+    router.defaults = RoutingCall(selection_ratio=0.25, seed=4)
+
+    def kept(call=None):
+        plan = router.plan(TOKENS, training=False, call=call)
+        return None if plan is None else plan[0].shape[1]
+
+    assert kept() == 15 and kept(RoutingCall(selection_ratio=0.5)) == 10
+    with token_routing(denoiser, selection_ratio=0.7) as inside:
+        assert inside is router and kept() == 6 and kept(RoutingCall(seed=1)) == 6
         with token_routing(denoiser, enabled=False):
-            assert denoiser(TOKENS)[1] is None
-        assert router.seed == 1 and router.shared_subset
-    assert router.seed is before and router.selection_ratio is None and router.shared_subset is False
+            assert kept() is None and kept(RoutingCall(enabled=True)) == 6
+        assert kept() == 6 and kept(RoutingCall(selection_ratio=0.0)) is None
+        assert router.given_seed() == 4 and router.given_seed(RoutingCall(seed=1)) == 1
+    assert kept() == 15
+
+
+def test_what_a_call_leaves_open_is_not_changed():
+    denoiser = Denoiser()
+    denoiser.token_router.defaults = RoutingCall(selection_ratio=0.7, force_keep=torch.arange(20) < 2)
+    with token_routing(denoiser, seed=3):
+        (ids,) = denoiser(TOKENS)[1]
+    assert ids.shape == (4, 6) and (ids[:, :2] == torch.arange(2)).all()
+
+
+def test_token_routing_ends_on_error():
+    denoiser = Denoiser().eval()
+    with pytest.raises(KeyError), token_routing(denoiser, enabled=True):
+        raise KeyError
     assert denoiser(TOKENS)[1] is None
 
 
-def test_token_routing_restores_every_setting_on_error():
-    denoiser = Denoiser()
-    router = denoiser.token_router
-    settings = {
-        "enabled": True,
-        "selection_ratio": 0.7,
-        "seed": torch.tensor(1),
-        "generator": torch.Generator(),
-        "shared_subset": True,
-        "force_keep": torch.ones(20, dtype=torch.bool),
-        "magnitude_mix": 0.5,
-    }
-    before = {name: getattr(router, name) for name in settings}
-    with pytest.raises(KeyError), token_routing(denoiser, **settings):
-        assert all(getattr(router, name) is value for name, value in settings.items())
-        raise KeyError
-    assert all(getattr(router, name) is value for name, value in before.items())
-    assert router.plan(TOKENS, training=True)[0].shape == (4, 10)
-
-
-def test_what_is_not_given_stays_as_it_is():
-    denoiser = Denoiser()
-    denoiser.token_router.selection_ratio = 0.7
-    with token_routing(denoiser, seed=3):
-        assert denoiser(TOKENS)[1][0].shape == (4, 6)
-
-
 def test_an_unknown_setting_is_refused():
-    with pytest.raises(ValueError, match=r"Expected settings among \[.*got \['ratio'\]"):
-        with token_routing(Denoiser(), ratio=0.5):
-            pass
+    with pytest.raises(TypeError, match="ratio"), token_routing(Denoiser(), ratio=0.5):
+        pass
+
+
+def test_no_forward_changes_the_router():
+    denoiser = Denoiser()
+    before = dict(vars(denoiser.token_router))
+    with token_routing(denoiser, selection_ratio=0.7, seed=1):
+        denoiser(TOKENS)
+    assert vars(denoiser.token_router) == before
+
+
+def test_threads_do_not_see_each_other():
+    denoiser, barrier = Denoiser().eval(), threading.Barrier(3, timeout=20)
+    settings = [{"selection_ratio": 0.3, "seed": 1}, {"selection_ratio": 0.7, "seed": 2}, {"enabled": False}]
+
+    def run(settings):
+        shapes = []
+        for _ in range(50):
+            with token_routing(denoiser, **settings):
+                barrier.wait()
+                plan = denoiser(TOKENS)[1]
+                barrier.wait()
+            shapes.append(None if plan is None else plan[0].shape[1])
+        return shapes
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(run, settings))
+    assert results == [[14] * 50, [6] * 50, [None] * 50]
+    assert denoiser(TOKENS)[1] is None
 
 
 # Copies and wrappers.
@@ -333,16 +354,16 @@ def test_an_unknown_setting_is_refused():
 
 def test_copies_have_a_router_of_their_own():
     denoiser = Denoiser()
-    denoiser.token_router.seed, denoiser.token_router.magnitude_mix = 5, 0.3
-    denoiser.token_router.force_keep = torch.arange(20) < 2
-    denoiser.token_router.generator = torch.Generator()
+    denoiser.token_router.defaults = RoutingCall(
+        seed=5, magnitude_mix=0.3, force_keep=torch.arange(20) < 2, generator=torch.Generator()
+    )
     expected = denoiser(TOKENS)[1]
     for twin in (copy.deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))):
-        assert twin.token_router is not denoiser.token_router and twin.token_router.generator is None
+        assert twin.token_router is not denoiser.token_router and twin.token_router.defaults.generator is None
         assert equal(twin(TOKENS)[1], expected)
-        twin.token_router.enabled, twin.token_router.seed = False, 6
-        assert denoiser.token_router.enabled is None and denoiser.token_router.seed == 5
-    assert denoiser.token_router.generator is not None
+        twin.token_router.defaults = RoutingCall(enabled=False, seed=6)
+        assert denoiser.token_router.defaults.enabled is None and denoiser.token_router.defaults.seed == 5
+    assert denoiser.token_router.defaults.generator is not None
 
 
 def test_a_model_without_a_router_is_refused():
@@ -380,6 +401,6 @@ def test_a_compiled_plan_takes_new_seeds_without_recompiling():
     compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
     for seed in (1, torch.tensor(2), 2**61, -3):
-        denoiser.token_router.seed = seed
+        denoiser.token_router.defaults = RoutingCall(seed=seed)
         assert equal(compiled(TOKENS)[1], denoiser(TOKENS)[1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -19,7 +19,6 @@ __all__ = [
     "StreamingLatentsDataset",
     "center_crop",
     "collate_images",
-    "derive_seed",
     "encode_images",
     "encode_moments",
     "image_to_tensor",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import BaseGuidance  # noqa: F401 - diffusers looks for the base class here, by name
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 

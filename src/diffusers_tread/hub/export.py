@@ -21,21 +21,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..files import replace_folder
-from ..guiders import GUIDERS
 from ..models import DENOISERS
-from ..schedulers import SCHEDULERS
 from .bundle import bundle_module
+from .loadable import package_classes
 from .model_card import SAMPLES, CardDetails, model_card
 from .upload import upload_folder
 
 
-# In the code beside the weights.
-_STAND_INS = {"HubPipeline": "diffusers.DiffusionPipeline"}
-
-
-def package_classes() -> dict[str, type]:
-    """The components of which a repository may hold the code, by class name."""
-    return {**DENOISERS, **SCHEDULERS, **GUIDERS}
+# In the code beside the weights. A transformer is then any model: its class comes from a file of its own.
+_STAND_INS = {
+    "HubPipeline": "diffusers.DiffusionPipeline",
+    "TREADTransformer2DModel": "diffusers.ModelMixin",
+}
 
 
 def export_for_hub(

@@ -8,7 +8,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from .export import package_classes, push_pipeline
+from . import loadable
+from .export import push_pipeline
 from .model_card import CardDetails
 
 
@@ -22,12 +23,12 @@ class HubPipeline(DiffusionPipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> "dict[str, Any] | tuple":
         """As diffusers', with the classes of this package where the configuration names files of the repository."""
         loaded = super().load_config(*args, **kwargs)
-        config, ours = loaded[0] if isinstance(loaded, tuple) else loaded, package_classes()
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, entry in config.items():
             if name == "_class_name" and isinstance(entry, list):
                 config[name] = entry[1]
-            elif isinstance(entry, list) and entry[1] in ours:
-                config[name] = [ours[entry[1]].__module__, entry[1]]
+            elif isinstance(entry, list) and entry[1] in loadable.package_classes():
+                config[name] = [loadable.__name__, entry[1]]
         return loaded
 
     @classmethod

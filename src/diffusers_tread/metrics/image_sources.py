@@ -17,10 +17,11 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from ..data import center_crop, derive_seed
+from ..data import center_crop
 from ..data.images import UNREADABLE
 from ..files import file_sha256, publish
 from ..fingerprint import weights_fingerprint
+from ..seeds import derive_seed
 
 
 class PipelineImages:

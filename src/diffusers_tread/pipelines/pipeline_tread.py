@@ -16,6 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..hub import HubPipeline
+from ..models import TREADTransformer2DModel
 from .compatibility import (
     check_channels,
     check_guidance_transformer,
@@ -65,11 +66,11 @@ class TREADPipeline(HubPipeline):
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: TREADTransformer2DModel,
         scheduler: SchedulerMixin,
         vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers 0.36 does not read `X | None`
         guider: Optional[BaseGuidance] = None,  # noqa: UP045
-        guidance_transformer: Optional[ModelMixin] = None,  # noqa: UP045
+        guidance_transformer: Optional[TREADTransformer2DModel] = None,  # noqa: UP045
         id2label: Optional[dict[str, str]] = None,  # noqa: UP045
     ):
         super().__init__()

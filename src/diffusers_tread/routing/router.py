@@ -315,12 +315,12 @@ def token_routing(denoiser: torch.nn.Module, **settings: Any) -> Iterator[TokenR
     """
     router = get_token_router(denoiser)
     surroundings, call = router._surroundings, RoutingCall(**settings)
-    before = surroundings.calls
-    surroundings.calls = (call, *before)
+    surroundings.calls = (call, *surroundings.calls)
     try:
         yield router
     finally:
-        surroundings.calls = before
+        # Takes out what it put in: guiders may end theirs after a block around it has ended.
+        surroundings.calls = tuple(one for one in surroundings.calls if one is not call)
 
 
 def _describe(value: Any) -> str:

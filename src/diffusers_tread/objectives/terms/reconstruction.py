@@ -51,10 +51,11 @@ class ReconstructionLoss(LossTerm):
         config: Any = getattr(model, "config", {})
         routes = getattr(getattr(model, "token_router", None), "routes", ())
         patch_size, channels = config.get("patch_size"), config.get("in_channels")
-        if not routes or patch_size is None or channels is None:
+        is_hooked = hasattr(model, "_token_routing")  # whose output does not tell the kept tokens
+        if not routes or is_hooked or patch_size is None or channels is None:
             raise ValueError(
-                f"Expected a denoiser of patches with routes for the reconstruction loss, got {type(model).__name__}. "
-                "Give it routes, or leave the term out for the plain loss."
+                "Expected a denoiser of this package with patches and routes for the reconstruction loss, got "
+                f"{type(model).__name__}. Give it routes, or leave the term out for the plain loss."
             )
         if weight > 0 and patch_size**2 * channels == 1:
             raise ValueError(

@@ -3,15 +3,23 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
+from diffusers_tread import (
+    EDMObjective,
+    EpsilonObjective,
+    FlowMatchingObjective,
+    RoutingCall,
+    TREADTransformer2DModel,
+)
+from diffusers_tread.objectives import LossTerm, find_objective
 from diffusers_tread.schedulers import EDMHeunScheduler
-from diffusers_tread.training import EDMObjective, FlowMatchingObjective
 
 
 OBJECTIVES = [
@@ -20,8 +28,11 @@ OBJECTIVES = [
     FlowMatchingObjective(),
     FlowMatchingObjective(weighting_scheme="uniform", shift=3.0),
     FlowMatchingObjective(logit_mean=0.5, logit_std=0.7, shift=0.5),
+    EpsilonObjective(),
+    EpsilonObjective(num_train_timesteps=50, beta_start=1e-3, beta_end=0.1),
 ]
-EDM_OBJECTIVES, FLOW_OBJECTIVES = OBJECTIVES[:2], OBJECTIVES[2:]
+EDM_OBJECTIVES, FLOW_OBJECTIVES, EPSILON_OBJECTIVES = OBJECTIVES[:2], OBJECTIVES[2:5], OBJECTIVES[5:]
+DEFAULTS = [EDMObjective(), FlowMatchingObjective(), EpsilonObjective()]
 MEAN, STD = 0.3, 0.8  # of the Gaussian data
 
 
@@ -36,11 +47,10 @@ def batch(size=6, height=4):
 class Denoiser:
     """A tiny network that depends on all of its inputs and keeps what it was called with."""
 
-    def __call__(self, hidden_states, timestep, class_labels, return_dict):
-        assert return_dict is False
+    def __call__(self, hidden_states, timestep, class_labels):
         self.hidden_states, self.timestep, self.class_labels = hidden_states, timestep, class_labels
         self.output = self.compute(hidden_states, timestep, class_labels)
-        return (self.output,)
+        return SimpleNamespace(sample=self.output)
 
     def compute(self, hidden_states, timestep, class_labels):
         shift = torch.sin(timestep) + 0.1 * class_labels
@@ -70,6 +80,15 @@ class IdealFlowDenoiser(Denoiser):
         return -MEAN + (t - (1 - t) * STD**2) / variance * (hidden_states - (1 - t) * MEAN)
 
 
+class IdealEpsilonDenoiser(Denoiser):
+    """E[noise | z] for Gaussian data and z = sqrt(abar) x + sqrt(1 - abar) noise, with DDPM's betas."""
+
+    def compute(self, hidden_states, timestep, class_labels):
+        alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod[timestep.long()].reshape(-1, 1, 1, 1)
+        variance = alpha_bar * STD**2 + 1 - alpha_bar
+        return (1 - alpha_bar).sqrt() / variance * (hidden_states - alpha_bar.sqrt() * MEAN)
+
+
 # Parity with the formulas.
 
 
@@ -85,7 +104,7 @@ def edm_draws(objective, latents):
 def test_edm_loss_is_the_weighted_denoising_error_of_the_paper(objective):
     latents, labels = batch()
     denoiser = Denoiser()
-    loss = objective.loss(denoiser, latents, labels, generator=seeded())
+    loss = objective.loss(denoiser, latents, class_labels=labels, generator=seeded())
 
     sigma, noise = edm_draws(objective, latents)
     x, sigma_data = latents.double().numpy(), objective.sigma_data
@@ -104,7 +123,7 @@ def test_edm_loss_is_the_weighted_denoising_error_of_the_paper(objective):
 def test_flow_loss_is_the_squared_error_of_the_velocity(objective):
     latents, labels = batch()
     denoiser = Denoiser()
-    loss = objective.loss(denoiser, latents, labels, generator=seeded())
+    loss = objective.loss(denoiser, latents, class_labels=labels, generator=seeded())
 
     generator = seeded()
     normal = torch.randn(latents.shape[0], generator=generator).double().numpy()
@@ -122,10 +141,32 @@ def test_flow_loss_is_the_squared_error_of_the_velocity(objective):
     np.testing.assert_allclose(denoiser.timestep, 1000 * t, rtol=1e-5)
 
 
+@pytest.mark.parametrize("objective", EPSILON_OBJECTIVES, ids=str)
+def test_epsilon_loss_is_the_squared_error_of_the_noise_that_diffusers_adds(objective):
+    latents, labels = batch()
+    denoiser = Denoiser()
+    loss = objective.loss(denoiser, latents, class_labels=labels, generator=seeded())
+
+    generator = seeded()
+    normal = torch.randn(latents.shape[0], generator=generator).double().numpy()
+    noise = torch.randn(latents.shape, generator=generator)
+    uniform = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in normal])
+    t = np.floor(uniform * objective.num_train_timesteps)
+    scheduler = DDPMScheduler.from_config(objective.scheduler().config)
+    expected = scheduler.add_noise(latents, noise, torch.tensor(t).long())
+
+    assert denoiser.timestep.tolist() == t.tolist()
+    np.testing.assert_allclose(denoiser.hidden_states, expected, rtol=1e-4, atol=1e-6)
+    error = denoiser.output.double().numpy() - noise.double().numpy()
+    np.testing.assert_allclose(loss, (error**2).mean((1, 2, 3)), rtol=1e-4)
+
+
 def test_logit_normal_times_equal_those_of_diffusers():
     latents, labels = batch(32)
     denoiser = Denoiser()
-    FlowMatchingObjective(logit_mean=0.5, logit_std=0.7).loss(denoiser, latents, labels, generator=seeded())
+    FlowMatchingObjective(logit_mean=0.5, logit_std=0.7).loss(
+        denoiser, latents, class_labels=labels, generator=seeded()
+    )
     expected = compute_density_for_timestep_sampling(
         "logit_normal", 32, logit_mean=0.5, logit_std=0.7, generator=seeded()
     )
@@ -140,7 +181,7 @@ def test_logit_normal_times_equal_those_of_diffusers():
 def test_edm_loss_of_the_ideal_denoiser_is_its_analytic_value(sigma, sigma_data):
     latents = MEAN + STD * torch.randn(4, 3, 100, 100, generator=seeded(7))
     objective = EDMObjective(sigma_data=sigma_data, P_mean=math.log(sigma), P_std=1e-6)
-    loss = objective.loss(IdealEDMDenoiser(sigma_data), latents, torch.zeros(4), generator=seeded())
+    loss = objective.loss(IdealEDMDenoiser(sigma_data), latents, class_labels=torch.zeros(4), generator=seeded())
     # lambda times the variance that is left of x once x + sigma noise is known.
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     expected = weight * STD**2 * sigma**2 / (STD**2 + sigma**2)
@@ -151,20 +192,31 @@ def test_edm_loss_of_the_ideal_denoiser_is_its_analytic_value(sigma, sigma_data)
 def test_flow_loss_of_the_ideal_denoiser_is_its_analytic_value(t):
     latents = MEAN + STD * torch.randn(4, 3, 100, 100, generator=seeded(7))
     objective = FlowMatchingObjective(logit_mean=math.log(t / (1 - t)), logit_std=1e-6)
-    loss = objective.loss(IdealFlowDenoiser(), latents, torch.zeros(4), generator=seeded())
+    loss = objective.loss(IdealFlowDenoiser(), latents, class_labels=torch.zeros(4), generator=seeded())
     # The variance that is left of noise - x once (1 - t) x + t noise is known.
     expected = STD**2 / ((1 - t) ** 2 * STD**2 + t**2)
     assert loss.mean().item() == pytest.approx(expected, rel=0.02)
 
 
+def test_epsilon_loss_of_the_ideal_denoiser_is_its_analytic_value():
+    latents = MEAN + STD * torch.randn(4, 3, 100, 100, generator=seeded(7))
+    loss = EpsilonObjective().loss(IdealEpsilonDenoiser(), latents, class_labels=torch.zeros(4), generator=seeded())
+    denoiser = Denoiser()
+    EpsilonObjective().loss(denoiser, latents, class_labels=torch.zeros(4), generator=seeded())
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[denoiser.timestep.long().numpy()]
+    # The variance that is left of the noise once z is known.
+    expected = alpha_bar * STD**2 / (alpha_bar * STD**2 + 1 - alpha_bar)
+    np.testing.assert_allclose(loss, expected, rtol=0.03)
+
+
 def sample(objective, scheduler, denoiser, num_steps):
     """The plain diffusers loop, with the same call of the denoiser as in training."""
     scheduler.set_timesteps(num_steps)
-    init_noise_sigma = scheduler.init_noise_sigma if objective.name == "edm" else 1.0
-    latents = noise = init_noise_sigma * torch.randn(2, 3, 4, 5, generator=seeded())
+    is_edm = isinstance(objective, EDMObjective)
+    latents = noise = (scheduler.init_noise_sigma if is_edm else 1.0) * torch.randn(2, 3, 4, 5, generator=seeded())
     for t in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(latents, t) if objective.name == "edm" else latents
-        output = denoiser(model_input, timestep=t.expand(2), class_labels=torch.zeros(2), return_dict=False)[0]
+        model_input = scheduler.scale_model_input(latents, t) if is_edm else latents
+        output = denoiser(model_input, timestep=t.expand(2), class_labels=torch.zeros(2)).sample
         latents = scheduler.step(output, t, latents, return_dict=False)[0]
     return latents, noise
 
@@ -187,6 +239,14 @@ def test_flow_schedulers_sample_what_the_objective_trains(scheduler_class, shift
     actual, noise = sample(objective, scheduler, IdealFlowDenoiser(), 400)
     expected = MEAN + STD * noise  # the flow from N(0, 1) at t = 1 to N(MEAN, STD^2) at t = 0
     torch.testing.assert_close(actual, expected, atol=0.02, rtol=0)
+
+
+def test_the_epsilon_scheduler_samples_what_the_objective_trains():
+    objective = EpsilonObjective()
+    scheduler = objective.scheduler()
+    assert type(scheduler) is DDIMScheduler
+    actual, noise = sample(objective, scheduler, IdealEpsilonDenoiser(), 1000)
+    torch.testing.assert_close(actual, MEAN + STD * noise, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
@@ -213,14 +273,15 @@ def test_ideal_denoiser_has_the_lowest_loss():
     for objective, ideal in (
         (EDMObjective(), IdealEDMDenoiser(0.5)),
         (FlowMatchingObjective(), IdealFlowDenoiser()),
+        (EpsilonObjective(), IdealEpsilonDenoiser()),
     ):
-        best = objective.loss(ideal, latents, labels, generator=seeded()).mean()
+        best = objective.loss(ideal, latents, class_labels=labels, generator=seeded()).mean()
         for scale, offset in ((1.1, 0.0), (0.9, 0.0), (1.0, 0.1), (1.0, -0.1)):
 
             def perturbed(hidden_states, scale=scale, offset=offset, ideal=ideal, **inputs):
-                return (scale * ideal(hidden_states, **inputs)[0] + offset,)
+                return SimpleNamespace(sample=scale * ideal(hidden_states, **inputs).sample + offset)
 
-            assert objective.loss(perturbed, latents, labels, generator=seeded()).mean() > best
+            assert objective.loss(perturbed, latents, class_labels=labels, generator=seeded()).mean() > best
 
 
 # The draws.
@@ -228,7 +289,7 @@ def test_ideal_denoiser_has_the_lowest_loss():
 
 def drawn_timesteps(objective, count=20_000):
     denoiser = Denoiser()
-    objective.loss(denoiser, torch.zeros(count, 1, 1, 1), torch.zeros(count), generator=seeded())
+    objective.loss(denoiser, torch.zeros(count, 1, 1, 1), class_labels=torch.zeros(count), generator=seeded())
     return denoiser.timestep.double().numpy()
 
 
@@ -253,20 +314,22 @@ def test_flow_times_have_the_named_distribution(objective):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_a_seed_decides_the_loss(objective):
     latents, labels = batch()
-    first, again, other = (objective.loss(Denoiser(), latents, labels, generator=seeded(s)) for s in (0, 0, 1))
+    first, again, other = (
+        objective.loss(Denoiser(), latents, class_labels=labels, generator=seeded(s)) for s in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.isclose(first, other).any()
 
 
-@pytest.mark.parametrize("objective", [EDMObjective(), FlowMatchingObjective()], ids=str)
+@pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_without_a_generator_torch_s_global_seed_decides(objective):
     latents, labels = batch()
     losses = []
     for _ in range(2):
         torch.manual_seed(3)
-        losses.append(objective.loss(Denoiser(), latents, labels))
+        losses.append(objective.loss(Denoiser(), latents, class_labels=labels))
     assert torch.equal(*losses)
-    assert torch.equal(losses[0], objective.loss(Denoiser(), latents, labels, generator=seeded(3)))
+    assert torch.equal(losses[0], objective.loss(Denoiser(), latents, class_labels=labels, generator=seeded(3)))
 
 
 # Properties.
@@ -277,30 +340,30 @@ def test_a_sample_s_loss_does_not_depend_on_the_others(objective):
     latents, labels = batch()
     others, other_labels = latents.clone(), labels.clone()
     others[1:], other_labels[1:] = 5.0, 9
-    loss = objective.loss(Denoiser(), latents, labels, generator=seeded())
-    changed = objective.loss(Denoiser(), others, other_labels, generator=seeded())
+    loss = objective.loss(Denoiser(), latents, class_labels=labels, generator=seeded())
+    changed = objective.loss(Denoiser(), others, class_labels=other_labels, generator=seeded())
     assert loss.shape == (6,)
     assert loss[0] == changed[0]
     assert not torch.isclose(loss[1:], changed[1:]).any()
 
 
-@pytest.mark.parametrize("objective", [EDMObjective(), FlowMatchingObjective()], ids=str)
+@pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_gradient_is_that_of_the_squared_error(objective):
     latents, labels = batch()
     weight = torch.tensor(0.5, requires_grad=True)
 
     def linear(hidden_states, **inputs):
-        return (weight * hidden_states,)
+        return SimpleNamespace(sample=weight * hidden_states)
 
-    loss = objective.loss(linear, latents, labels, generator=seeded()).mean()
+    loss = objective.loss(linear, latents, class_labels=labels, generator=seeded()).mean()
     (gradient,) = torch.autograd.grad(loss, weight)
 
     # The loss is quadratic in the weight: a central difference is exact but for rounding.
     def at(value):
         def scaled(hidden_states, **inputs):
-            return (value * hidden_states,)
+            return SimpleNamespace(sample=value * hidden_states)
 
-        return objective.loss(scaled, latents, labels, generator=seeded()).double().mean()
+        return objective.loss(scaled, latents, class_labels=labels, generator=seeded()).double().mean()
 
     assert gradient.item() == pytest.approx(((at(1.5) - at(-0.5)) / 2).item(), rel=1e-4)
 
@@ -310,34 +373,111 @@ def test_bfloat16_latents_keep_times_and_loss_in_float32(objective):
     latents, labels = batch()
     latents = latents.bfloat16()
     denoiser, reference = Denoiser(), Denoiser()
-    loss = objective.loss(denoiser, latents, labels, generator=seeded())
-    expected = objective.loss(reference, latents.float(), labels, generator=seeded())
+    loss = objective.loss(denoiser, latents, class_labels=labels, generator=seeded())
+    expected = objective.loss(reference, latents.float(), class_labels=labels, generator=seeded())
     assert denoiser.hidden_states.dtype == torch.bfloat16
     assert denoiser.timestep.dtype == loss.dtype == torch.float32
     assert torch.equal(denoiser.timestep, reference.timestep)
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.01)
 
 
-@pytest.mark.parametrize("objective", [EDMObjective(), FlowMatchingObjective()], ids=str)
+@pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_float64_latents_give_a_float32_loss(objective):
     latents, labels = batch()
-    loss = objective.loss(Denoiser(), latents.double(), labels, generator=seeded())
+    loss = objective.loss(Denoiser(), latents.double(), class_labels=labels, generator=seeded())
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, objective.loss(Denoiser(), latents, labels, generator=seeded()))
+    torch.testing.assert_close(loss, objective.loss(Denoiser(), latents, class_labels=labels, generator=seeded()))
 
 
-@pytest.mark.parametrize("objective", [EDMObjective(), FlowMatchingObjective()], ids=str)
+@pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_labels_reach_the_denoiser_and_latents_stay_untouched(objective):
     latents, labels = batch()
     before, denoiser = latents.clone(), Denoiser()
-    objective.loss(denoiser, latents, labels)
+    objective.loss(denoiser, latents, class_labels=labels)
     assert denoiser.class_labels is labels
     assert torch.equal(latents, before)
 
 
 def test_names_tell_the_objectives_apart():
-    assert (EDMObjective.name, FlowMatchingObjective.name) == ("edm", "flow")
+    assert [kind.name for kind in (EDMObjective, FlowMatchingObjective, EpsilonObjective)] == [
+        "edm",
+        "flow",
+        "epsilon",
+    ]
     assert "name" not in dataclasses.asdict(EDMObjective())
+    assert find_objective("flow") is FlowMatchingObjective
+    with pytest.raises(ValueError, match=r"objective among \['edm', 'flow', 'epsilon'\], got 'ddpm'"):
+        find_objective("ddpm")
+
+
+@pytest.mark.parametrize("objective", DEFAULTS, ids=str)
+def test_an_objective_accepts_its_own_scheduler_and_refuses_the_others(objective):
+    assert [other.accepts(objective.scheduler()) for other in DEFAULTS] == [other == objective for other in DEFAULTS]
+
+
+# The denoiser and the terms.
+
+
+def tiny_model(**changes):
+    config = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 6, "sample_size": 8, "num_classes": 4}
+    model = TREADTransformer2DModel(**config | {"in_channels": 3, "objective": "flow"} | changes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=seeded(1))
+    return model
+
+
+class LargestToken(LossTerm):
+    """A term that sees everything a record has."""
+
+    hidden_states_at = (1, 4)
+
+    @classmethod
+    def for_model(cls, model):
+        return cls()
+
+    def __call__(self, record):
+        self.record = record
+        return record.hidden_states[4].abs().amax(dim=(1, 2))
+
+
+def test_terms_are_added_and_see_the_forward():
+    model, latents, labels = tiny_model().train(), torch.randn(3, 3, 8, 8), torch.tensor([0, 4, 1])
+    term, routing = LargestToken(), RoutingCall(seed=3)
+    objective = FlowMatchingObjective()
+    settings = {"class_labels": labels, "routing": routing}
+    plain = objective.loss(model, latents, generator=seeded(), **settings)
+    loss = objective.loss(model, latents, generator=seeded(), terms=(term, term), **settings)
+
+    record, noised = term.record, objective.corrupt(latents, seeded())
+    output = model(
+        noised.hidden_states, noised.timestep, class_labels=labels, routing=routing, hidden_states_at=(1, 4)
+    )
+    torch.testing.assert_close(loss, plain + 2 * output.hidden_states[4].abs().amax(dim=(1, 2)))
+    assert torch.equal(record.prediction, output.sample) and torch.equal(record.target, noised.target)
+    assert torch.equal(record.noisy, noised.noisy) and torch.equal(record.timestep, noised.timestep)
+    assert record.latents is latents and record.conditions == {"class_labels": labels}
+    assert torch.equal(record.kept_token_ids[0], output.kept_token_ids[0])
+    assert set(record.hidden_states) == {1, 4}
+
+
+@pytest.mark.parametrize("objective", DEFAULTS, ids=str)
+def test_a_prediction_stands_for_the_latents_that_it_would_have_been_right_about(objective):
+    latents, _ = batch()
+    noised = objective.corrupt(latents, seeded())
+    torch.testing.assert_close(noised.denoise(noised.target), latents, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_a_model_for_another_objective_is_refused(wrap):
+    model, latents = wrap(tiny_model(objective="edm")), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="for the objective 'flow', got .* with objective='edm'"):
+        FlowMatchingObjective().loss(model, latents)
+    assert EDMObjective().loss(model, latents).shape == (2,)
+
+
+def test_a_misspelled_condition_is_refused_by_the_denoiser():
+    with pytest.raises(TypeError, match="class_label"):
+        FlowMatchingObjective().loss(tiny_model(), torch.randn(2, 3, 8, 8), class_label=torch.tensor([0, 1]))
 
 
 # Bad input.
@@ -355,6 +495,8 @@ def test_names_tell_the_objectives_apart():
         (FlowMatchingObjective, "logit_std", 0.0),
         (FlowMatchingObjective, "logit_mean", math.inf),
         (FlowMatchingObjective, "weighting_scheme", "mode"),
+        (EpsilonObjective, "beta_end", 0.0),
+        (EpsilonObjective, "num_train_timesteps", 0),
     ],
 )
 def test_fields_outside_their_range_are_refused(objective_class, field, value):
@@ -362,18 +504,18 @@ def test_fields_outside_their_range_are_refused(objective_class, field, value):
         objective_class(**{field: value})
 
 
-@pytest.mark.parametrize("objective", [EDMObjective(), FlowMatchingObjective()], ids=str)
+@pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_latents_and_outputs_of_the_wrong_shape_are_refused(objective):
     def two_channels_more(hidden_states, **inputs):
-        return (torch.cat([hidden_states, hidden_states], dim=1),)
+        return SimpleNamespace(sample=torch.cat([hidden_states, hidden_states], dim=1))
 
     def one_channel(hidden_states, **inputs):  # would broadcast
-        return (hidden_states[:, :1],)
+        return SimpleNamespace(sample=hidden_states[:, :1])
 
     latents, labels = batch()
     for denoiser in (two_channels_more, one_channel):
         with pytest.raises(ValueError, match="Expected the denoiser to return"):
-            objective.loss(denoiser, latents, labels)
-    for bad_latents in (latents[0], latents.to(torch.uint8)):
+            objective.loss(denoiser, latents, class_labels=labels)
+    for bad_latents in (latents[0], latents.to(torch.uint8), 128 + 100 * latents):
         with pytest.raises(ValueError, match="Expected latents"):
-            objective.loss(Denoiser(), bad_latents, labels)
+            objective.loss(Denoiser(), bad_latents, class_labels=labels)

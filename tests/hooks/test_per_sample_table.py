@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from diffusers_tread.hooks.tables import PerSampleTable
+from diffusers_tread.hooks.per_sample_table import PerSampleTable
 
 
 ROWS = torch.randn(3, 5, 4)  # B K D

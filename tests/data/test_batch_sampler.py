@@ -3,7 +3,8 @@ from itertools import islice
 
 import torch
 
-from diffusers_tread.data import EpochBatchSampler, derive_seed
+from diffusers_tread.data import EpochBatchSampler
+from diffusers_tread.seeds import derive_seed
 
 
 def batches(count, **options):

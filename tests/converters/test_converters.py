@@ -16,7 +16,7 @@ from closeness import difference, rounding
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from diffusers_tread import TokenRoute, TREADPipeline, TREADTransformer2DModel
-from diffusers_tread.hub.convert import convert_checkpoint, convert_diffusers_dit, export_dit, main
+from diffusers_tread.converters import convert_checkpoint, convert_diffusers_dit, export_dit, main
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -447,8 +447,8 @@ def test_the_command_round_trip_through_dit_s_layout(tmp_path, transformer, monk
     transformer.save_pretrained(tmp_path / "ours")
     command = ["convert", "to_dit", f"{tmp_path}/ours", f"{tmp_path}/dit.safetensors"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.delitem(sys.modules, "diffusers_tread.hub.convert")
-    runpy.run_module("diffusers_tread.hub.convert", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "diffusers_tread.converters")
+    runpy.run_module("diffusers_tread.converters", run_name="__main__")
     options = ["--source", "tread", "--num_attention_heads", "4", "--transformer_only"]
     main(["checkpoint", f"{tmp_path}/dit.safetensors", f"{tmp_path}/back", *options])
     assert_equal(TREADTransformer2DModel.from_pretrained(tmp_path / "back"), transformer)

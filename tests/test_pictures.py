@@ -3,7 +3,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diffusers_tread.training.pictures import make_grid, save_curve, save_image
+from diffusers_tread.pictures import make_grid, save_curve, save_image
 
 
 def test_a_grid_keeps_the_order_enlarges_small_images_and_fills_the_last_row():
