@@ -12,8 +12,8 @@ from .evaluation import (
     prepare_reference,
 )
 from .feature_store import FeatureStore
-from .features import FeatureExtractor, TorchFeatureExtractor, load_feature_extractor
 from .image_sources import DatasetImages, FolderImages, KeptImages, PipelineImages
+from .networks import FeatureExtractor, TorchFeatureExtractor, load_feature_extractor
 from .references import NpzImages, Reference, load_reference, save_statistics
 from .results import EvaluationResults, load_results
 from .scores import InceptionScore, PrecisionRecall, inception_score, precision_recall

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from ..distributed import on_main_process
 from .feature_store import FeatureStore
-from .features import FeatureExtractor
 from .image_sources import FolderImages, PipelineImages
+from .networks import FeatureExtractor
 from .references import load_reference
 from .scores import inception_score, precision_recall
 from .statistics import FeatureStatistics, frechet_distance

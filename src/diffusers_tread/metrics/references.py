@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..files import file_sha256, publish
-from .features import FeatureExtractor
+from .networks import FeatureExtractor
 from .statistics import FeatureStatistics
 
 
