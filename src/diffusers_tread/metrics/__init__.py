@@ -11,13 +11,16 @@ from .evaluation import (
     possible_metrics,
     prepare_reference,
 )
+from .feature_statistics import FeatureStatistics
 from .feature_store import FeatureStore
+from .frechet import frechet_distance
 from .image_sources import DatasetImages, FolderImages, KeptImages, PipelineImages
+from .inception_score import inception_score
+from .metric import MeanStd
 from .networks import FeatureExtractor, TorchFeatureExtractor, load_feature_extractor
+from .precision_recall import precision, recall
 from .references import NpzImages, Reference, load_reference, save_statistics
 from .results import EvaluationResults, load_results
-from .scores import InceptionScore, PrecisionRecall, inception_score, precision_recall
-from .statistics import FeatureStatistics, frechet_distance
 
 
 __all__ = [
@@ -27,12 +30,11 @@ __all__ = [
     "FeatureStatistics",
     "FeatureStore",
     "FolderImages",
-    "InceptionScore",
     "KeptImages",
     "METRICS",
+    "MeanStd",
     "NpzImages",
     "PipelineImages",
-    "PrecisionRecall",
     "PreparedReference",
     "Reference",
     "TorchFeatureExtractor",
@@ -46,7 +48,8 @@ __all__ = [
     "load_reference",
     "load_results",
     "possible_metrics",
-    "precision_recall",
+    "precision",
     "prepare_reference",
+    "recall",
     "save_statistics",
 ]

@@ -18,12 +18,14 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..distributed import on_main_process
+from .feature_statistics import FeatureStatistics
 from .feature_store import FeatureStore
+from .frechet import frechet_distance
 from .image_sources import FolderImages, PipelineImages
+from .inception_score import inception_score
 from .networks import FeatureExtractor
+from .precision_recall import precision, recall
 from .references import load_reference
-from .scores import inception_score, precision_recall
-from .statistics import FeatureStatistics, frechet_distance
 
 
 # Each metric and the extractor's output that it needs.
@@ -195,8 +197,9 @@ def compute_metrics(
     if set(metrics) & set(_OF_IMAGES):
         # Apple's GPUs know no float64.
         device = "cpu" if extractor.device.type == "mps" else extractor.device
-        both = precision_recall(reference.store.features("features"), samples.features("features"), device=device)
-        values |= {name: getattr(both, name) for name in _OF_IMAGES if name in metrics}
+        mine, theirs = (store.features("features").to(device) for store in (samples, reference.store))
+        both = {"precision": precision, "recall": recall}
+        values |= {name: compute(mine, theirs) for name, compute in both.items() if name in metrics}
     return values
 
 

@@ -19,7 +19,7 @@ import torch
 
 from ..distributed import on_main_process
 from ..files import publish, write_json
-from .statistics import FeatureStatistics
+from .feature_statistics import FeatureStatistics
 
 
 SETTINGS = "settings.json"

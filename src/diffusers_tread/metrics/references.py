@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ..files import file_sha256, publish
+from .feature_statistics import FeatureStatistics
 from .networks import FeatureExtractor
-from .statistics import FeatureStatistics
 
 
 logger = logging.getLogger(__name__)
