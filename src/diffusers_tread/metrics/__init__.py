@@ -1,25 +1,19 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""FID and its companions: statistics, scores, feature extractors, references."""
+"""FID and its companions: metrics, the networks whose features they compare, references and evaluation."""
 
-from .evaluation import (
-    METRICS,
-    PreparedReference,
-    check_metrics,
-    describe_extractor,
-    evaluate_images,
-    evaluate_pipeline,
-    possible_metrics,
-    prepare_reference,
-)
+from .evaluation import evaluate_images, evaluate_pipeline
 from .feature_statistics import FeatureStatistics
 from .feature_store import FeatureStore
 from .frechet import frechet_distance
-from .image_sources import DatasetImages, FolderImages, KeptImages, PipelineImages
+from .image_sources import DatasetImages, FolderImages, ImageSource, KeptImages
 from .inception_score import inception_score
-from .metric import MeanStd
+from .metric import MeanStd, Metric
 from .networks import FeatureExtractor, TorchFeatureExtractor, load_feature_extractor
+from .npz import NpzImages, NpzReference, load_reference, save_statistics
+from .pipeline_images import PipelineImages
 from .precision_recall import precision, recall
-from .references import NpzImages, Reference, load_reference, save_statistics
+from .reference import PreparedReference, prepare_reference
+from .registry import METRICS, check_metrics, possible_metrics, register_metric
 from .results import EvaluationResults, load_results
 
 
@@ -30,16 +24,17 @@ __all__ = [
     "FeatureStatistics",
     "FeatureStore",
     "FolderImages",
+    "ImageSource",
     "KeptImages",
     "METRICS",
     "MeanStd",
+    "Metric",
     "NpzImages",
+    "NpzReference",
     "PipelineImages",
     "PreparedReference",
-    "Reference",
     "TorchFeatureExtractor",
     "check_metrics",
-    "describe_extractor",
     "evaluate_images",
     "evaluate_pipeline",
     "frechet_distance",
@@ -51,5 +46,6 @@ __all__ = [
     "precision",
     "prepare_reference",
     "recall",
+    "register_metric",
     "save_statistics",
 ]

@@ -10,6 +10,7 @@ import logging
 import torch
 
 from .feature_statistics import FeatureStatistics, check_same_features
+from .metric import Metric
 
 
 logger = logging.getLogger(__name__)
@@ -55,3 +56,7 @@ def _square_root(covariance: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     noise = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
     return (vectors * values.where(values > noise, 0).sqrt()) @ vectors.T
+
+
+FID = Metric(label="FID", compute=frechet_distance, takes="statistics", output="features", higher_is_better=False)
+SFID = Metric(label="sFID", compute=frechet_distance, takes="statistics", output="spatial", higher_is_better=False)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from .metric import MeanStd, as_features
+from .metric import MeanStd, Metric, as_features
 
 
 def inception_score(logits: torch.Tensor, *, num_splits: int = 10) -> MeanStd:
@@ -37,3 +37,14 @@ def inception_score(logits: torch.Tensor, *, num_splits: int = 10) -> MeanStd:
         scores.append((log_p.exp() * (log_p - log_marginal)).sum(dim=1).mean().exp())
     scores = torch.stack(scores)
     return MeanStd(mean=scores.mean().item(), std=scores.std(correction=0).item())
+
+
+INCEPTION_SCORE = Metric(
+    label="Inception Score",
+    # As ADM computes it: on parts of 5,000 samples.
+    compute=lambda logits: inception_score(logits, num_splits=max(1, len(logits) // 5000)),
+    takes="features",
+    output="logits",
+    higher_is_better=True,
+    needs_reference=False,
+)

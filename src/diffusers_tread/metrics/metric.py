@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What all metrics have in common: features in float64 to start from, values with a spread to end with."""
+"""The description of a metric, and what metrics start from and end with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -14,6 +16,27 @@ class MeanStd:
     """Mean over the parts."""
     std: float
     """Standard deviation over the parts, of the population."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a metric is computed from, and how."""
+
+    label: str
+    """Name in tables and model cards, such as "FID"."""
+    compute: Callable[..., float | MeanStd]
+    """Called as `compute(samples, reference)`, or as `compute(samples)` if the metric needs no reference."""
+    takes: Literal["statistics", "features"]
+    """Type of these arguments. "statistics": `FeatureStatistics`, which a file may hold, and which are gathered batch
+    by batch; "features": a float32 tensor [N, D] of all images in their order, on a device that has float64."""
+    output: str
+    """Output of the extractor that it is computed from: "features" (pooled), "spatial", "logits" or another one."""
+    higher_is_better: bool
+    """Direction in which samples are better."""
+    needs_reference: bool = True
+    """Whether samples are compared with a reference."""
+    min_samples: int = 2
+    """Fewest samples, and fewest images of the reference, that give a value."""
 
 
 def as_features(features: torch.Tensor, *, device: str | torch.device = "cpu") -> torch.Tensor:

@@ -8,7 +8,7 @@ Shapes: N samples, M reference images, D features.
 
 import torch
 
-from .metric import as_features
+from .metric import Metric, as_features
 
 
 def precision(samples: torch.Tensor, reference: torch.Tensor, *, k: int = 3, block_size: int = 1024) -> float:
@@ -43,3 +43,12 @@ def precision(samples: torch.Tensor, reference: torch.Tensor, *, k: int = 3, blo
 def recall(samples: torch.Tensor, reference: torch.Tensor, *, k: int = 3, block_size: int = 1024) -> float:
     """Computes the share of the reference that lies in the manifold of the samples: `precision` with both swapped."""
     return precision(reference, samples, k=k, block_size=block_size)
+
+
+# Four images: one and three neighbours.
+PRECISION = Metric(
+    label="Precision", compute=precision, takes="features", output="features", higher_is_better=True, min_samples=4
+)
+RECALL = Metric(
+    label="Recall", compute=recall, takes="features", output="features", higher_is_better=True, min_samples=4
+)
