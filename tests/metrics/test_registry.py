@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from tiny_evaluation import make_pipeline, pixels, write_images
 
-from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.metrics import (
     METRICS,
     EvaluationResults,
@@ -63,11 +63,8 @@ def register():
 @pytest.fixture
 def folders(tmp_path):
     """Two folders of twenty images."""
-    for seed, name in enumerate(("images", "reference")):
-        (tmp_path / name).mkdir()
-        for index, pixels in enumerate(np.random.RandomState(seed).randint(0, 256, (20, 8, 8, 3), dtype=np.uint8)):
-            PIL.Image.fromarray(pixels).save(tmp_path / name / f"{index:02d}.png")
-    return tmp_path / "images", tmp_path / "reference"
+    names = ("images", "reference")
+    return [write_images(tmp_path / name, pixels(seed, 20)) for seed, name in enumerate(names)]
 
 
 def pixels_of(folder):
@@ -99,16 +96,11 @@ def test_a_metric_of_statistics_is_one_function_and_one_call(register, extractor
 
 def test_a_pipeline_is_judged_by_it(register, extractor, folders, tmp_path):
     register("feature_mean_distance", compute=feature_mean_distance, takes="statistics")
-    model = TREADTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, num_layers=6, in_channels=3, sample_size=8, num_classes=5
-    )
-    pipeline = TREADPipeline(model, EDMHeunScheduler())
-    pipeline.set_progress_bar_config(disable=True)
     metrics = ("feature_mean_distance",)
     common = {"extractor": extractor, "batch_size": 4}
     reference = prepare_reference(folders[1], **common, metrics=metrics, store_dir=tmp_path)
     options = {"num_samples": 8, "num_inference_steps": 2, "store_dir": tmp_path / "features"}
-    values = evaluate_pipeline(pipeline, **common, reference=reference, **options)
+    values = evaluate_pipeline(make_pipeline(), **common, reference=reference, **options)
     assert set(values) == {"feature_mean_distance"} and values["feature_mean_distance"] > 0
 
 

@@ -1,9 +1,17 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import subprocess
 import sys
 
 import pytest
 
 from diffusers_tread.metrics import load_feature_extractor
+
+
+def test_no_network_s_library_is_needed_before_the_network_is():
+    absent = ["cleanfid", "datasets", "peft", "timm", "torch_fidelity", "torchvision", "transformers"]
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import diffusers_tread.metrics"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatch):
