@@ -71,6 +71,7 @@ def prepare_reference(
             f"{list(statistics)} only. Leave these metrics out or give images."
         )
 
+    # Their features, and the statistics of these.
     store = None
     if source is not None and of_images:
         check_metrics(of_images, extractor, num_samples=len(source))
