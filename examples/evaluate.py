@@ -34,7 +34,6 @@ from diffusers_tread.metrics import (
     PipelineImages,
     PreparedReference,
     check_metrics,
-    describe_extractor,
     evaluate_images,
     load_feature_extractor,
     possible_metrics,
@@ -152,8 +151,9 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     )
     if args.resolution is not None and not is_cropped:
         raise ValueError("Expected --resolution only with a folder or a data set: nothing else is cropped.")
-    if args.save_statistics and args.metrics and "fid" not in args.metrics:
-        raise ValueError(f"Expected fid among --metrics for --save_statistics, got {args.metrics}.")
+    of_statistics = [name for name, metric in METRICS.items() if metric.takes == "statistics"]
+    if args.save_statistics and args.metrics and not set(args.metrics) & set(of_statistics):
+        raise ValueError(f"Expected any of {of_statistics} in --metrics for --save_statistics, got {args.metrics}.")
     judged = [name for name in (args.pretrained_pipeline, args.images) if name is not None]
     if len(judged) > 1 or not (judged or args.save_statistics):
         raise ValueError(
@@ -244,7 +244,7 @@ def report(args, images, values: dict[str, float], *, extractor, reference: Prep
         metrics=values,
         num_samples=len(images),
         images=(origin if args.pretrained_pipeline is not None else {}) | images.description,
-        feature_extractor=describe_extractor(extractor),
+        feature_extractor=extractor.description,
         reference=reference.description,
         batch_size=args.batch_size,
     )
@@ -257,8 +257,9 @@ def report(args, images, values: dict[str, float], *, extractor, reference: Prep
         first = [PIL.Image.open(images.path(index)) for index in range(min(images.num_kept, 40))]
         save_image(make_grid(first), path.with_suffix(".png"))
     print(f"{len(images)} images against {reference.description['name']}, features of {extractor.name}")
-    for metric, value in values.items():
-        print(f"  {metric:20} {value:.4f}")
+    for name, value in values.items():
+        better = {True: "  higher is better", False: "  lower is better"}
+        print(f"  {name:20} {value:.4f}{better[METRICS[name].higher_is_better] if name in METRICS else ''}")
     print(f"Saved {path}.")
 
 

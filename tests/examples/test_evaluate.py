@@ -17,7 +17,7 @@ from accelerate.state import PartialState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel
-from diffusers_tread.metrics import load_feature_extractor, load_results
+from diffusers_tread.metrics import METRICS, Metric, load_feature_extractor, load_results, register_metric
 
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +140,33 @@ def test_the_results_say_what_was_done(argv, material, tmp_path, capsys):
     assert PIL.Image.open(grid).size == (10 * 66, 2 * 66)
 
 
+def test_a_metric_that_is_registered_is_known_to_the_flag_the_results_and_the_table(argv, tmp_path, capsys):
+    def feature_mean_distance(samples, reference):
+        return (samples.mean - reference.mean).norm().item()
+
+    metric = Metric(
+        label="Distance of the means",
+        compute=feature_mean_distance,
+        takes="statistics",
+        output="features",
+        higher_is_better=False,
+    )
+    register_metric("feature_mean_distance", metric)
+    try:
+        run(*argv, "--metrics", "feature_mean_distance,recall", "--output_dir", tmp_path,
+            "--save_statistics", tmp_path / "statistics.npz")  # fmt: skip
+        with pytest.raises(SystemExit):
+            evaluate.parse_args(["--help"])
+    finally:
+        del METRICS["feature_mean_distance"]
+    values = results_of(tmp_path).metrics
+    assert set(values) == {"feature_mean_distance", "recall"} and values["feature_mean_distance"] > 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "recall, feature_mean_distance, with commas" in printed  # of --help
+    assert f"feature_mean_distance {values['feature_mean_distance']:.4f} lower is better" in printed
+    assert f"recall {values['recall']:.4f} higher is better" in printed
+
+
 def test_a_pipeline_of_latents_runs_in_bfloat16_with_a_float32_vae(argv, tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -216,7 +243,7 @@ def test_the_samples_written_to_a_folder_are_judged_alike(argv, material, tmp_pa
         (["--feature_extractor", "perception"], "perception"),
         (["--feature_extractor_weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--pretrained_pipeline", "nowhere"], "nowhere"),
-        (["--save_statistics", "a.npz", "--metrics", "recall"], "fid among --metrics"),
+        (["--save_statistics", "a.npz", "--metrics", "recall"], "sfid.* in --metrics"),
         (["--reference", "a.npz", "--resolution", "8"], "nothing else is cropped"),
     ],
 )

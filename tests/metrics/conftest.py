@@ -1,13 +1,19 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The libraries that metrics are compared with, importable without torchvision."""
+"""Imports of the libraries that metrics are compared with, without torchvision, and of `tiny_evaluation`."""
 
 import contextlib
 import importlib
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_evaluation import TinyExtractor, pixels, write_images  # noqa: E402
 
 
 class StandIn(types.ModuleType):
@@ -55,3 +61,13 @@ def torch_fidelity():
 @pytest.fixture(scope="session")
 def cleanfid():
     return import_or_skip("cleanfid.fid")
+
+
+@pytest.fixture
+def extractor():
+    return TinyExtractor()
+
+
+@pytest.fixture
+def reference_folder(tmp_path):
+    return write_images(tmp_path / "reference images", pixels(5, 40))

@@ -26,14 +26,6 @@ random share of the tokens skips the middle blocks; in sampling, all take them, 
 [Sparse Guidance](https://arxiv.org/abs/2601.01608) makes a guide of the difference."""
 _WITHOUT_ROUTES = "A class-conditional diffusion transformer ([DiT](https://arxiv.org/abs/2212.09748))."
 _TASK = "unconditional-image-generation"
-_METRICS = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "inception_score_std": "Inception Score, standard deviation",
-    "precision": "Precision",
-    "recall": "Recall",
-}
 # Of train_tread.py's settings, those that do not tell about the machine.
 TRAINING_SETTINGS = {
     "objective": "objective",
@@ -162,7 +154,7 @@ def _evaluation(results: "Sequence[EvaluationResults]") -> str:
     for one in results:
         sampling = ", ".join(f"{name} {value}" for name, value in _sampling(one).items())
         for name, value in one.metrics.items():
-            cells = (_METRICS.get(name, name), f"{value:.4g}", f"{one.num_samples:,}", one.reference["name"])
+            cells = (one.label(name), f"{value:.4g}", f"{one.num_samples:,}", one.reference["name"])
             lines.append(f"| {' | '.join(map(str, (*cells, one.feature_extractor['name'], sampling)))} |")
     return "\n".join([*lines, ""])
 
@@ -176,7 +168,7 @@ def _eval_results(results: "EvaluationResults", details: CardDetails) -> list[Ev
             dataset_type=details.dataset or results.reference["name"],
             dataset_name=results.reference["name"],
             metric_type=name,
-            metric_name=_METRICS.get(name, name),
+            metric_name=results.label(name),
             metric_value=value,
             metric_args=arguments | _sampling(results),
         )

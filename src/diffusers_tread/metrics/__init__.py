@@ -1,23 +1,20 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""FID and its companions: statistics, scores, feature extractors, references."""
+"""FID and its companions: metrics, the networks whose features they compare, references and evaluation."""
 
-from .evaluation import (
-    METRICS,
-    PreparedReference,
-    check_metrics,
-    describe_extractor,
-    evaluate_images,
-    evaluate_pipeline,
-    possible_metrics,
-    prepare_reference,
-)
+from .evaluation import evaluate_images, evaluate_pipeline
+from .feature_statistics import FeatureStatistics
 from .feature_store import FeatureStore
-from .features import FeatureExtractor, TorchFeatureExtractor, load_feature_extractor
-from .image_sources import DatasetImages, FolderImages, KeptImages, PipelineImages
-from .references import NpzImages, Reference, load_reference, save_statistics
+from .frechet import frechet_distance
+from .image_sources import DatasetImages, FolderImages, ImageSource, KeptImages
+from .inception_score import inception_score
+from .metric import MeanStd, Metric
+from .networks import FeatureExtractor, TorchFeatureExtractor, load_feature_extractor
+from .npz import NpzImages, NpzReference, load_reference, save_statistics
+from .pipeline_images import PipelineImages
+from .precision_recall import precision, recall
+from .reference import PreparedReference, prepare_reference
+from .registry import METRICS, check_metrics, possible_metrics, register_metric
 from .results import EvaluationResults, load_results
-from .scores import InceptionScore, PrecisionRecall, inception_score, precision_recall
-from .statistics import FeatureStatistics, frechet_distance
 
 
 __all__ = [
@@ -27,17 +24,17 @@ __all__ = [
     "FeatureStatistics",
     "FeatureStore",
     "FolderImages",
-    "InceptionScore",
+    "ImageSource",
     "KeptImages",
     "METRICS",
+    "MeanStd",
+    "Metric",
     "NpzImages",
+    "NpzReference",
     "PipelineImages",
-    "PrecisionRecall",
     "PreparedReference",
-    "Reference",
     "TorchFeatureExtractor",
     "check_metrics",
-    "describe_extractor",
     "evaluate_images",
     "evaluate_pipeline",
     "frechet_distance",
@@ -46,7 +43,9 @@ __all__ = [
     "load_reference",
     "load_results",
     "possible_metrics",
-    "precision_recall",
+    "precision",
     "prepare_reference",
+    "recall",
+    "register_metric",
     "save_statistics",
 ]

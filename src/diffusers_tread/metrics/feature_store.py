@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Features of many images on the disk, one file per batch, so that many processes make them and a kill costs little.
+"""Features of many images on the disk, one file per batch: processes share the work, and a kill costs one batch.
 
     settings.json                  what the features depend on
-    batch-000000.safetensors ...   for each output of the extractor the features of one batch, [B, D] float32
+    batch-000000.safetensors ...   features [B, D] float32 of one batch, for each output of the extractor
 
-Batch k holds the images k * batch_size to (k + 1) * batch_size - 1 and is made by one process as a whole. Everything
-read from a store comes in the images' order, so nothing depends on how many processes made it or how often they died.
+Batch k holds the images k * batch_size to (k + 1) * batch_size - 1 and is written by one process. Reading goes in the
+order of the images, so that nothing depends on the number of processes or on kills.
 """
 
 import json
@@ -19,7 +19,7 @@ import torch
 
 from ..distributed import on_main_process
 from ..files import publish, write_json
-from .statistics import FeatureStatistics
+from .feature_statistics import FeatureStatistics
 
 
 SETTINGS = "settings.json"
@@ -29,10 +29,10 @@ class FeatureStore:
     """The features of `num_images` images in a folder that all processes see.
 
     Args:
-        folder: Made by `claim` if missing.
-        num_images: Images in all.
-        batch_size: Images per file; the last one may have fewer.
-        settings: What the features depend on, JSON. A folder with others is refused.
+        folder: The folder; `claim` makes it if it is missing.
+        num_images: Number of images.
+        batch_size: Images per file; the last file may have fewer.
+        settings: What the features depend on (JSON). A folder with other settings is refused.
     """
 
     def __init__(self, folder: str | Path, *, num_images: int, batch_size: int, settings: dict[str, Any]):
@@ -45,22 +45,22 @@ class FeatureStore:
         return -(-self.num_images // self.batch_size)
 
     def rows(self, batch: int) -> range:
-        """The images of a batch."""
+        """Indices of the images of a batch."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
 
     def claim(self) -> list[int]:
-        """Makes the folder this store's and returns the missing batches; all processes call it together.
+        """Makes the folder, or checks its settings, and lists the missing batches; all processes call it together.
 
         Raises:
-            ValueError: The folder holds features of something else.
+            ValueError: The folder holds other features.
         """
         return on_main_process(self._claim)
 
     def write(self, batch: int, features: dict[str, torch.Tensor]) -> None:
-        """Stores one batch, whole or not at all.
+        """Writes one batch, whole or not at all.
 
         Raises:
-            ValueError: The disk is full or does not take the file.
+            ValueError: The disk is full, or the file cannot be written.
         """
         features = {name: values.detach().float().cpu().contiguous() for name, values in features.items()}
         temporary = self.folder / f".batch-{batch:06d}.tmp"
@@ -75,14 +75,14 @@ class FeatureStore:
             ) from error
 
     def num_done(self) -> int:
-        """Images whose features are on the disk, made by whichever process."""
+        """Counts the images whose features are on the disk, from all processes."""
         return sum(len(self.rows(batch)) for batch in self._done())
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
-        """Each batch's features [B, D] float32 of one output, in order.
+        """Reads one output batch by batch, each [B, D] float32.
 
         Raises:
-            ValueError: A damaged file, named.
+            ValueError: A file is damaged; the message names it.
         """
         for batch in range(self.num_batches):
             try:
@@ -95,7 +95,7 @@ class FeatureStore:
             yield features
 
     def statistics(self, name: str, *, extractor: str) -> FeatureStatistics:
-        """Mean and covariance of one output, in float64."""
+        """Computes mean and covariance of one output, in float64."""
         statistics = None
         # Merging costs as much as 2 D samples, so batches are joined to some thousands.
         for features in self._joined(name, at_least=4096):
@@ -106,11 +106,11 @@ class FeatureStore:
         return statistics
 
     def features(self, name: str) -> torch.Tensor:
-        """[N, D] float32: one output for all images."""
+        """Reads one output of all images, [N, D] float32."""
         return torch.cat(list(self.read(name)))
 
     def _joined(self, name: str, *, at_least: int) -> Iterator[torch.Tensor]:
-        """The features in parts of `at_least` rows, the last one of what is left."""
+        """Reads one output in parts of at least that many rows; the last part may have fewer."""
         parts, num_rows = [], 0
         for features in self.read(name):
             parts.append(features)
@@ -133,6 +133,7 @@ class FeatureStore:
         return [batch for batch in range(self.num_batches) if batch not in done]
 
     def _check_owner(self) -> None:
+        # Settings of an earlier run.
         path = self.folder / SETTINGS
         if path.exists():
             before, now = _flatten(json.loads(path.read_text())), _flatten(self.settings)
@@ -147,6 +148,8 @@ class FeatureStore:
                     f"({'; '.join(changes)}). Use another folder or delete this one."
                 )
             return
+
+        # Or a new folder.
         if self._done():
             raise ValueError(f"Expected {SETTINGS} beside the features in {self.folder}, got none. Delete the folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +157,7 @@ class FeatureStore:
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one dictionary, so that a difference can be named: {"a": {"b": 1}} is {"a.b": 1}."""
+    """Flattens nested settings, so that a difference has a name: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat = {}
     for key, value in settings.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

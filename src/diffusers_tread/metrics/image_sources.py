@@ -1,16 +1,13 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Images to extract features from: samples of a pipeline, a folder, a `datasets` repository.
+"""Images to extract features from: what a source of images is, folders, `datasets` repositories.
 
-Each source has a length, a `description` (JSON, by which the same images are known again) and `read(start, stop)`,
-which gives images start .. stop - 1 as [B, 3, H, W] uint8, in any order of calls, so that processes can share work.
-Grey images become RGB.
+Pieces are read in any order, so that processes can share the work. Grey images become RGB.
 """
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -20,93 +17,29 @@ import torch
 from ..data import center_crop
 from ..data.images import UNREADABLE
 from ..files import file_sha256, publish
-from ..fingerprint import weights_fingerprint
-from ..seeds import derive_seed
 
 
-class PipelineImages:
-    """Samples of a `TREADPipeline`, each a function of the seed and its index alone.
+class ImageSource(Protocol):
+    """Any set of images that can be read piece by piece."""
 
-    Sample i starts from the generator seeded with `derive_seed(seed, "evaluate", i)`, on the CPU whatever the device.
+    description: dict[str, Any]
+    """Identifies the images in feature stores and results (JSON)."""
 
-    Args:
-        pipeline: Whole and on its device.
-        num_images: Samples in all.
-        num_inference_steps: Steps of the sampler.
-        guidance_scale: Plain classifier-free guidance; None for the pipeline's guider, if it has one.
-        seed: Of the noise, and of random labels.
-        random_labels: False for class i mod num_classes, as many of each class as of any other; True for independent
-            uniform draws, as in ADM's and DiT's sampling scripts.
-    """
-
-    def __init__(
-        self,
-        pipeline,
-        *,
-        num_images: int,
-        num_inference_steps: int,
-        guidance_scale: float | None = None,
-        seed: int = 0,
-        random_labels: bool = False,
-    ):
-        self.pipeline, self.num_images, self.seed, self.random_labels = pipeline, num_images, seed, random_labels
-        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def label(self, index: int) -> int:
-        """The class of a sample."""
-        choice = derive_seed(self.seed, "class", index) if self.random_labels else index
-        return choice % self.pipeline.transformer.config.num_classes
-
-    def generator(self, index: int) -> torch.Generator:
-        """What all of a sample's random numbers come from, its noise first."""
-        return torch.Generator().manual_seed(derive_seed(self.seed, "evaluate", index))
+    def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """[B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images."""
-        images = self.pipeline(
-            class_labels=[self.label(index) for index in range(start, stop)],
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            generator=[self.generator(index) for index in range(start, stop)],
-            output_type="pt",
-        ).images  # B C H W in [0, 1]
-        if images.shape[1] not in (1, 3):
-            raise ValueError(f"Expected a pipeline of images with 1 or 3 channels, got {images.shape[1]}.")
-        return (images.float() * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """Everything that the samples depend on: weights, sampler, guidance, labels, seed."""
-        pipeline, guider = self.pipeline, self.pipeline.guider
-        if self.guidance_scale is not None or guider is None:
-            scale = self.guidance_scale or 1.0
-            guidance = {"kind": "classifier-free" if scale > 1.0 else "none", "guidance_scale": scale}
-        else:
-            guidance = {"kind": type(guider).__name__, **_config(guider)}
-        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-        return {
-            "weights": {name: weights_fingerprint(part) for name, part in modules.items()},
-            "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in modules.items()},
-            "scheduler": {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)},
-            "num_inference_steps": self.num_inference_steps,
-            "guidance": guidance,
-            "labels": "random" if self.random_labels else "balanced",
-            "seed": self.seed,
-        }
+        """Reads the images start .. stop - 1 as [B, 3, H, W] uint8."""
 
 
 class FolderImages:
     """The image files of a folder and its sub-folders, in the order of their paths.
 
     Args:
-        folder: At least one image.
-        resolution: Side to which `center_crop` brings them; None takes them as they are, all of one size.
+        folder: Folder with at least one image.
+        resolution: Side in pixels to which `center_crop` crops and resizes; None if all images have one size already.
 
     Raises:
-        ValueError: No such folder, no images.
+        ValueError: The folder is missing or has no images.
     """
 
     def __init__(self, folder: str | Path, *, resolution: int | None = None):
@@ -120,16 +53,16 @@ class FolderImages:
         return len(self.paths)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """[B, 3, H, W] uint8.
+        """Reads the images start .. stop - 1 as [B, 3, H, W] uint8.
 
         Raises:
-            ValueError: An unreadable file, or sizes that differ; both named.
+            ValueError: A file is unreadable or of another size; the message names it.
         """
         return _stack([(_open(path), str(path)) for path in self.paths[start:stop]], self.resolution)
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """The digest is of the files' names and contents."""
+        """Identifies the images by a hash of the files' names and contents."""
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(f"{path.relative_to(self.folder).as_posix()} {file_sha256(path)}\n".encode())
@@ -143,18 +76,18 @@ class FolderImages:
 
 
 class DatasetImages:
-    """The images of a map-style `datasets` repository; it needs no labels.
+    """The images of a map-style `datasets` repository, which needs no labels.
 
     Args:
-        dataset_name: On the Hub, or a local folder that `datasets.load_dataset` understands.
-        resolution: Side to which `center_crop` brings them.
-        dataset_config_name: Its configuration.
-        split: The split to read.
-        image_column: Column with images.
-        cache_dir: Where `datasets` keeps its cache.
+        dataset_name: Repository on the Hub, or a local folder that `datasets.load_dataset` reads.
+        resolution: Side in pixels to which `center_crop` crops and resizes.
+        dataset_config_name: Configuration of the data set.
+        split: Split to read.
+        image_column: Column with the images.
+        cache_dir: Cache folder of `datasets`.
 
     Raises:
-        ValueError: No such data set or no access; no such column, or not of images.
+        ValueError: The data set is missing or not accessible, or has no such column of images.
     """
 
     def __init__(
@@ -188,10 +121,10 @@ class DatasetImages:
         return len(self.source)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """[B, 3, R, R] uint8.
+        """Reads the images start .. stop - 1 as [B, 3, resolution, resolution] uint8.
 
         Raises:
-            ValueError: An unreadable image, named.
+            ValueError: An image is unreadable; the message names it.
         """
         images = []
         for row in range(start, stop):
@@ -203,7 +136,7 @@ class DatasetImages:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The version is how `datasets` names it in its cache: a commit on the Hub, a hash of files on the disk."""
+        """Identifies the images by the version in `datasets`' cache: a commit on the Hub, or a hash of local files."""
         version = ["/".join(Path(file["filename"]).parts[-4:-1]) for file in self.source.cache_files[:1]]
         return {
             "kind": "dataset",
@@ -216,22 +149,22 @@ class DatasetImages:
 
 
 class KeptImages:
-    """Another source that also leaves its first images as PNG files behind: `000000.png`, `000001.png`, ...
+    """Wraps a source and keeps the first images that are read from it as PNG files `000000.png`, `000001.png`, ...
 
     Args:
-        source: Where the images come from.
-        folder: Where they go; made if missing.
-        num_kept: How many of the first images are kept.
+        source: The images.
+        folder: Folder for the files; made if missing.
+        num_kept: Number of first images to keep.
     """
 
-    def __init__(self, source, *, folder: str | Path, num_kept: int):
+    def __init__(self, source: ImageSource, *, folder: str | Path, num_kept: int):
         self.source, self.folder, self.num_kept = source, Path(folder), min(num_kept, len(source))
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """[B, 3, H, W] uint8; the files of kept ones are whole when this returns."""
+        """Reads the images start .. stop - 1 as [B, 3, H, W] uint8; files of kept ones are whole when this returns."""
         images = self.source.read(start, stop)
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, image in zip(range(start, min(stop, self.num_kept)), images, strict=False):
@@ -241,12 +174,12 @@ class KeptImages:
         return images
 
     def path(self, index: int) -> Path:
-        """Of a kept image."""
+        """Path of a kept image."""
         return self.folder / f"{index:06d}.png"
 
     @property
     def description(self) -> dict[str, Any]:
-        """The source's, and how many are kept, so that no finished batch lacks its files."""
+        """Adds the number of kept images to the source's, so that no finished batch lacks its files."""
         return self.source.description | {"num_kept": self.num_kept}
 
 
@@ -259,7 +192,7 @@ def _open(path: Path) -> PIL.Image.Image:
 
 
 def _stack(images: list[tuple[PIL.Image.Image, str]], resolution: int | None) -> torch.Tensor:
-    """Named RGB images as [B, 3, H, W] uint8."""
+    """Stacks RGB images, each with its name, to [B, 3, H, W] uint8."""
     arrays = []
     for image, name in images:
         arrays.append(np.array(image if resolution is None else center_crop(image, resolution)))  # H W 3
@@ -269,9 +202,3 @@ def _stack(images: list[tuple[PIL.Image.Image, str]], resolution: int | None) ->
                 "Give the resolution to which all are cropped."
             )
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
-def _config(component) -> dict[str, Any]:
-    """A component's settings as its JSON file has them."""
-    config = json.loads(component.to_json_string())
-    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What an evaluation found and everything it depends on, as a JSON file that a model card can be made from."""
+"""Results of an evaluation and everything they depend on, as a JSON file from which model cards are made."""
 
 import dataclasses
 import datetime
@@ -14,13 +14,14 @@ import torch
 from accelerate import PartialState
 
 from ..files import write_json
+from .registry import value_label
 
 
 _PACKAGES = ("diffusers-tread", "torch", "diffusers", "transformers", "clean-fid", "torch-fidelity", "timm", "numpy")
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a metric may depend on; what is not installed is left out."""
+    """Lists the versions of Python and of the installed packages that a metric may depend on."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -31,7 +32,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """The device of this process and how many processes there are."""
+    """Describes the device of this process and the number of processes."""
     state = PartialState()
     name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else platform.machine()
     return {"device": state.device.type, "name": name, "num_processes": state.num_processes}
@@ -39,50 +40,54 @@ def describe_hardware() -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResults:
-    """One evaluation.
+    """Results of one evaluation.
 
     Raises:
-        ValueError: Another format version.
+        ValueError: The format version is unknown.
     """
 
     metrics: dict[str, float]
-    """Those that were computed: "fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"."""
+    """Values by name: those of `METRICS`, and `<name>_std` for a metric that is computed on parts of the images."""
     num_samples: int
-    """Images that were judged."""
+    """Number of images that were judged."""
     images: dict[str, Any]
-    """What was judged. For a pipeline: `name_or_path`, `revision`, `weights` (SHA-256 by component), `scheduler`,
-    `num_inference_steps`, `guidance`, `labels`, `seed`; for a folder or file its name and hash."""
+    """The images that were judged. For a pipeline: `name_or_path`, `revision`, `weights` (SHA-256 by component),
+    `scheduler`, `num_inference_steps`, `guidance`, `labels`, `seed`; for a folder or file its name and hash."""
     feature_extractor: dict[str, str]
     """`name` and `fingerprint` of the network whose features were compared."""
     reference: dict[str, Any]
-    """Name and hash of what the images were compared with."""
+    """Name and hash of the reference."""
     batch_size: int
-    """Images per forward. On most hardware sums are rounded differently with another one."""
+    """Images per forward. On most hardware, another one rounds sums differently."""
     versions: dict[str, str] = field(default_factory=package_versions)
-    """Of Python and the packages that took part, where they are installed."""
+    """Versions of Python and of the installed packages."""
     hardware: dict[str, Any] = field(default_factory=describe_hardware)
     """Device and number of processes."""
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")  # noqa: UP017
     )
-    """Of the end of the evaluation, UTC, ISO 8601."""
+    """End of the evaluation in UTC, ISO 8601."""
     format_version: int = 1
-    """Of this description."""
+    """Version of this format."""
 
     def __post_init__(self):
         if self.format_version != 1:
             raise ValueError(f"Expected results of format_version 1, got {self.format_version}.")
 
+    def label(self, name: str) -> str:
+        """Finds what tables and cards call one of the values, such as "FID"."""
+        return value_label(name)
+
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file."""
+        """Returns the content of the file."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EvaluationResults":
-        """Undoes `to_dict`.
+        """Makes results from the content of a file.
 
         Raises:
-            ValueError: Missing or unknown entries, or another format version.
+            ValueError: Entries are missing or unknown, or the format version is.
         """
         try:
             return cls(**values)
@@ -98,7 +103,7 @@ def load_results(path: str | Path) -> EvaluationResults:
     """Reads a results file.
 
     Raises:
-        ValueError: It is not there or not of this format.
+        ValueError: The file is missing or of another format.
     """
     try:
         return EvaluationResults.from_dict(json.loads(Path(path).read_text()))

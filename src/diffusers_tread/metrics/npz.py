@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What samples are compared with: `.npz` files of statistics or images, in the format of ADM's reference batches.
+"""References as `.npz` files of statistics, images or both, in the format of ADM's reference batches.
 
-- mu, sigma: mean and covariance of the features; mu_s, sigma_s: of the spatial ones, for sFID.
+- mu, sigma: mean and covariance of the features; mu_s, sigma_s: those of the spatial features, for sFID. Those of any
+  other output have its name for a suffix.
 - arr_0: images, uint8 [N, H, W, 3].
-- count, extractor: number of samples and the network's fingerprint, only in files that `save_statistics` wrote.
+- count, extractor: number of samples and fingerprint of the network, only in files that `save_statistics` wrote.
 """
 
 import logging
@@ -17,13 +18,14 @@ import numpy as np
 import torch
 
 from ..files import file_sha256, publish
-from .features import FeatureExtractor
-from .statistics import FeatureStatistics
+from .feature_statistics import FeatureStatistics
+from .networks import FeatureExtractor
 
 
 logger = logging.getLogger(__name__)
 
-_KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+# ADM's suffixes.
+_SUFFIXES = {"features": "", "spatial": "_s"}
 # Files without a fingerprint are taken for statistics of the 2015 Inception, as ADM's and clean-fid's are.
 _INCEPTION = ("inception", "clean-fid:clean", "clean-fid:legacy_tensorflow")
 _INCEPTION_SIZES = {"features": 2048, "spatial": 2023}
@@ -33,10 +35,10 @@ class NpzImages:
     """The images of an `.npz` file, read piece by piece.
 
     Args:
-        path: With arr_0, uint8 [N, H, W, 3].
+        path: File with arr_0, uint8 [N, H, W, 3].
 
     Raises:
-        ValueError: No such file or array, or another type or shape.
+        ValueError: The file or the array is missing, or the array has another type or shape.
     """
 
     def __init__(self, path: str | Path):
@@ -52,7 +54,7 @@ class NpzImages:
                 f"Expected arr_0 of {path} as uint8 [N, H, W, 3] in C order, got {dtype} {shape}. Convert the images."
             )
         self._length, self.height, self.width, _ = shape
-        # Opened once: going forward then does not read again what lies before.
+        # Kept open: going forward in the compressed file then does not read again what lies before.
         self._file = None
 
     def __len__(self) -> int:
@@ -60,11 +62,11 @@ class NpzImages:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """By which the same images are known again."""
+        """Identifies the images by the file's hash."""
         return {"kind": "file", "name": self.path.name, "num_images": len(self), "sha256": file_sha256(self.path)}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """The images from `start` up to, not including, `stop` as uint8 [stop - start, 3, H, W].
+        """Reads the images start .. stop - 1 as [B, 3, H, W] uint8.
 
         Raises:
             ValueError: The file is cut off.
@@ -82,33 +84,35 @@ class NpzImages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What `load_reference` found."""
+class NpzReference:
+    """Content of a reference file."""
 
     path: Path
     sha256: str
-    """Of the file."""
+    """Hash of the file."""
     statistics: dict[str, FeatureStatistics]
-    """By output of the extractor: "features", "spatial". Empty if the file holds images only."""
+    """Statistics by output of the extractor; empty if the file holds images only."""
     images: NpzImages | None
-    """What precision and recall need the features of."""
+    """Images; None if the file holds statistics only."""
 
 
 def save_statistics(path: str | Path, statistics: dict[str, FeatureStatistics]) -> None:
-    """Writes statistics of one set of images to an `.npz` file, which is there whole or not at all.
+    """Writes statistics of one set of images to an `.npz` file, whole or not at all.
 
     Args:
         path: The file.
-        statistics: Of "features" and, where the extractor has them, "spatial".
+        statistics: Statistics by output of one extractor, such as "features"; at least one.
     """
     path = Path(path)
     arrays = {}
     for output, values in statistics.items():
-        mean, covariance = _KEYS[output]
+        mean, covariance = _keys(output)
         arrays |= {mean: values.mean.numpy(), covariance: values.covariance.numpy()}
-    features = statistics["features"]
-    known = {"count": features.count, "extractor": features.extractor}
+    first = next(iter(statistics.values()))  # the others are of the same images and network
+    known = {"count": first.count, "extractor": first.extractor}
     arrays |= {key: np.array(value) for key, value in known.items() if value is not None}
+
+    # Under another name until it is whole.
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -118,54 +122,59 @@ def save_statistics(path: str | Path, statistics: dict[str, FeatureStatistics]) 
         temporary.unlink(missing_ok=True)
 
 
-def load_reference(path: str | Path, *, extractor: FeatureExtractor) -> Reference:
+def load_reference(path: str | Path, *, extractor: FeatureExtractor) -> NpzReference:
     """Reads statistics, images or both from an `.npz` file.
 
-    ADM's files do not say how their statistics were made. They are taken for Inception's, with a warning.
+    ADM's files do not say which network made their statistics. They are taken for Inception's, with a warning.
 
     Args:
         path: A file of `save_statistics`, of ADM or of clean-fid.
-        extractor: What the samples' features will be made with.
+        extractor: The network that will make the samples' features.
 
     Raises:
-        ValueError: No such file, neither statistics nor images, statistics of another extractor, pickled arrays.
+        ValueError: The file does not exist, holds neither statistics nor images, or statistics of another extractor,
+            or pickled arrays.
     """
     path = Path(path)
     with _open_zip(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
-    if not {"arr_0"} <= names and not {"mu", "sigma"} <= names:
-        raise ValueError(
-            f"Expected mu and sigma, or images as arr_0, in {path}, got {sorted(names)}. Use a file in ADM's format."
-        )
     try:
         statistics = _read_statistics(path, names, extractor)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Reference(
-        path=path,
-        sha256=file_sha256(path),
-        statistics=statistics,
-        images=NpzImages(path) if "arr_0" in names else None,
-    )
+    images = NpzImages(path) if "arr_0" in names else None
+    if not statistics and images is None:
+        raise ValueError(
+            f"Expected mu and sigma, or images as arr_0, in {path}, got {sorted(names)}. Use a file in ADM's format."
+        )
+    return NpzReference(path=path, sha256=file_sha256(path), statistics=statistics, images=images)
+
+
+def _keys(output: str) -> tuple[str, str]:
+    """Names of mean and covariance in a file."""
+    suffix = _SUFFIXES.get(output, f"_{output}")
+    return f"mu{suffix}", f"sigma{suffix}"
 
 
 def _read_statistics(path: Path, names: set[str], extractor: FeatureExtractor) -> dict[str, FeatureStatistics]:
+    """Reads the statistics of the extractor's outputs and checks whose they are."""
     statistics = {}
     with np.load(path, allow_pickle=False) as file:
         count = int(file["count"]) if "count" in names else None
         recorded = str(file["extractor"]) if "extractor" in names else None
-        for output, (mean, covariance) in _KEYS.items():
-            if output in extractor.outputs and {mean, covariance} <= names:
+        for output in extractor.outputs:
+            mean, covariance = _keys(output)
+            if {mean, covariance} <= names:
                 statistics[output] = _statistics(file[mean], file[covariance], count, recorded)
 
-    # Whose statistics they are.
+    # The file says which network made them, or they must look like Inception's.
     if recorded is not None and recorded != extractor.fingerprint:
         raise ValueError(
             f"Expected statistics made with {extractor.fingerprint}, got some made with {recorded}. Use that one, or "
             "make them again from the images."
         )
     for output, values in statistics.items() if recorded is None else ():
-        if extractor.name not in _INCEPTION or values.num_features != _INCEPTION_SIZES[output]:
+        if extractor.name not in _INCEPTION or values.num_features != _INCEPTION_SIZES.get(output):
             raise ValueError(
                 f"Expected statistics made with {extractor.fingerprint}, got {values.num_features} {output} of which "
                 "the file does not say what made them. Use such files with an Inception extractor only."
@@ -195,7 +204,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and type of an open .npy file."""
+    """Reads shape, Fortran order and type of an open .npy file."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)

@@ -1,0 +1,59 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Extracting the features of images into a feature store, on any number of processes."""
+
+from typing import Any
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..distributed import on_main_process
+from .feature_store import FeatureStore
+from .image_sources import ImageSource
+from .networks import FeatureExtractor
+
+
+def describe_images(source: ImageSource) -> dict[str, Any]:
+    """Gets a source's description in all processes; only the main process hashes files or weights for it."""
+    return on_main_process(lambda: source.description)
+
+
+def extract_features(source: ImageSource, extractor: FeatureExtractor, store: FeatureStore, *, label: str) -> None:
+    """Fills a store with the features of images, except for batches that it holds already; all processes together.
+
+    Args:
+        source: The images, as many as the store is made for.
+        extractor: The network.
+        store: Where the features go.
+        label: Label of the progress bar, which counts the images of all processes.
+
+    Raises:
+        ValueError: The store holds other features; the images differ in size.
+    """
+    # Each process takes its share of the missing batches.
+    state, missing = PartialState(), store.claim()
+    mine = missing[state.process_index :: state.num_processes]
+
+    # Any process finishes batches; the main one counts them on the disk.
+    done, size = store.num_done(), None
+    progress = tqdm(
+        total=store.num_images, initial=done, desc=label, unit=" images", disable=not state.is_main_process
+    )
+    for batch in mine:
+        rows = store.rows(batch)
+        images = source.read(rows.start, rows.stop)  # B 3 H W
+        size = size or images.shape[-2:]
+        if images.shape[-2:] != size:
+            raise ValueError(
+                f"Expected images of one size, got {tuple(size)} and {tuple(images.shape[-2:])} in images "
+                f"{rows.start} to {rows.stop - 1}. Give the resolution to which all are cropped."
+            )
+        store.write(batch, extractor(images))
+        if state.is_main_process:
+            now = store.num_done()
+            progress.update(now - done)
+            done = now
+
+    # The others may take longer.
+    state.wait_for_everyone()
+    progress.update(store.num_images - done)
+    progress.close()

@@ -1,0 +1,69 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""TensorFlow's Inception network of 2015-12-05 in torch-fidelity's port: the network of FID, sFID and Inception Score.
+
+Network and resizing are torch-fidelity's own. Loading the weights is not: torch-fidelity unpickles whatever is in the
+file.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .feature_extractor import FeatureExtractor
+from .weights import download_weights, read_state_dict
+
+
+class InceptionExtractor(FeatureExtractor):
+    """torch-fidelity's Inception, with TensorFlow 1's resizing.
+
+    Outputs:
+        features: pool_3, 2,048 values.
+        logits: 1,008 classes without bias, from which the Inception Score is computed.
+        spatial: The first 7 channels of mixed_6/conv, 17 x 17 x 7 = 2,023 values with the channel last, as in ADM's
+            sFID. In torch-fidelity's table of names this node is `Mixed_6d.branch1x1`; the values were not compared
+            with TensorFlow's.
+
+    Args:
+        weights: File with a state dict; None for torch-fidelity's download.
+
+    Raises:
+        ImportError: torch-fidelity, or the torchvision it imports, is missing or broken.
+        ValueError: The weights are missing or those of another network.
+    """
+
+    def __init__(self, weights: Path | None = None):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
+            raise ImportError(
+                f'Expected torch-fidelity and a torchvision made for torch {torch.__version__}, got "{error}". Do '
+                '`pip install "diffusers-tread[fid]"`, or use "clean-fid:legacy_tensorflow" for FID, '
+                "which needs no torchvision."
+            ) from error
+        network = _load_network(FeatureExtractorInceptionV3, weights or download_weights(URL_INCEPTION_V3))
+        super().__init__(network, name="inception", outputs=("features", "spatial", "logits"), settings={})
+
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        spatial = []
+        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda module, args, output: spatial.append(output)
+        )
+        try:
+            features, logits = self.network(images)
+        finally:
+            hook.remove()
+        spatial = spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1)  # B 17*17*7
+        return {"features": features, "spatial": spatial, "logits": logits}
+
+
+def _load_network(network_class: type[nn.Module], weights: Path) -> nn.Module:
+    """Builds torch-fidelity's network. Its class unpickles the file it is given, so it gets a copy of the tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "weights.pth"
+        torch.save(read_state_dict(weights), copy)
+        try:
+            return network_class("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy))
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"Expected weights of torch-fidelity's Inception in {weights}, got {error}") from error

@@ -1,0 +1,95 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Samples of a pipeline as images to extract features from."""
+
+import json
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..fingerprint import weights_fingerprint
+from ..seeds import derive_seed
+
+
+class PipelineImages:
+    """Samples of a `TREADPipeline`; each depends on the seed and its index only.
+
+    Sample i starts from a generator seeded with `derive_seed(seed, "evaluate", i)`, which is on the CPU whatever the
+    pipeline's device.
+
+    Args:
+        pipeline: The pipeline, on its device.
+        num_images: Number of samples.
+        num_inference_steps: Steps of the sampler.
+        guidance_scale: Scale of plain classifier-free guidance; None for the pipeline's guider, if it has one.
+        seed: Seed of the noise and of random labels.
+        random_labels: False for class i mod num_classes, so that all classes are equally frequent; True for
+            independent uniform draws, as in ADM's and DiT's sampling scripts.
+    """
+
+    def __init__(
+        self,
+        pipeline,
+        *,
+        num_images: int,
+        num_inference_steps: int,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        random_labels: bool = False,
+    ):
+        self.pipeline, self.num_images, self.seed, self.random_labels = pipeline, num_images, seed, random_labels
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def label(self, index: int) -> int:
+        """Chooses the class of a sample."""
+        choice = derive_seed(self.seed, "class", index) if self.random_labels else index
+        return choice % self.pipeline.transformer.config.num_classes
+
+    def generator(self, index: int) -> torch.Generator:
+        """Makes the generator of all of a sample's random numbers."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, "evaluate", index))
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Samples [B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images."""
+        images = self.pipeline(
+            class_labels=[self.label(index) for index in range(start, stop)],
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            generator=[self.generator(index) for index in range(start, stop)],
+            output_type="pt",
+        ).images  # B C H W in [0, 1]
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"Expected a pipeline of images with 1 or 3 channels, got {images.shape[1]}.")
+        return (images.float() * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Lists everything that the samples depend on: weights, sampler, guidance, labels, seed."""
+        # Guidance.
+        pipeline, guider = self.pipeline, self.pipeline.guider
+        if self.guidance_scale is not None or guider is None:
+            scale = self.guidance_scale or 1.0
+            guidance = {"kind": "classifier-free" if scale > 1.0 else "none", "guidance_scale": scale}
+        else:
+            guidance = {"kind": type(guider).__name__, **_config(guider)}
+
+        # Weights, in what precision, and the rest.
+        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        return {
+            "weights": {name: weights_fingerprint(part) for name, part in modules.items()},
+            "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in modules.items()},
+            "scheduler": {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)},
+            "num_inference_steps": self.num_inference_steps,
+            "guidance": guidance,
+            "labels": "random" if self.random_labels else "balanced",
+            "seed": self.seed,
+        }
+
+
+def _config(component) -> dict[str, Any]:
+    """Reads a component's settings as its JSON file has them."""
+    config = json.loads(component.to_json_string())
+    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -1,0 +1,78 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Which metrics there are. Evaluation, examples/evaluate.py, results and model cards know them from here alone.
+
+A metric is added by a file with its formula and a `Metric` that describes it, and by a line in `METRICS`; outside of
+this package by a call of `register_metric`.
+"""
+
+from collections.abc import Sequence
+
+from .frechet import FID, SFID
+from .inception_score import INCEPTION_SCORE
+from .metric import MeanStd, Metric
+from .networks import FeatureExtractor
+from .precision_recall import PRECISION, RECALL
+
+
+METRICS: dict[str, Metric] = {
+    "fid": FID,
+    "sfid": SFID,
+    "inception_score": INCEPTION_SCORE,
+    "precision": PRECISION,
+    "recall": RECALL,
+}
+"""By the name that `--metrics` and results files use."""
+
+
+def register_metric(name: str, metric: Metric) -> None:
+    """Adds a metric to those that can be computed; docs/evaluation.md shows one.
+
+    Args:
+        name: What `metrics=` and `--metrics` call it.
+        metric: Its description.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in METRICS:
+        raise ValueError(f"Expected a new name for {metric.label}, got {name!r}, the name of {METRICS[name].label}.")
+    METRICS[name] = metric
+
+
+def possible_metrics(extractor: FeatureExtractor) -> tuple[str, ...]:
+    """Lists the metrics for which the extractor has the output."""
+    return tuple(name for name, metric in METRICS.items() if metric.output in extractor.outputs)
+
+
+def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, *, num_samples: int | None = None) -> None:
+    """Raises ValueError for metrics that do not exist or that cannot be computed.
+
+    Args:
+        metrics: Names of metrics.
+        extractor: The network, which must have the outputs they are computed from.
+        num_samples: Number of images; None if it does not matter.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"Expected metrics among {list(METRICS)}, got {name!r}.")
+        metric = METRICS[name]
+        if metric.output not in extractor.outputs:
+            raise ValueError(
+                f"Expected an extractor with the output {metric.output!r} for {name}, got {extractor.name} with "
+                f"{list(extractor.outputs)}. Leave {name} out or use 'inception'."
+            )
+        if num_samples is not None and num_samples < metric.min_samples:
+            raise ValueError(f"Expected at least {metric.min_samples} images for {name}, got {num_samples}. Use more.")
+
+
+def named_values(name: str, value: float | MeanStd) -> dict[str, float]:
+    """Names what a metric returned, as results files do: a standard deviation gets the suffix "_std"."""
+    return {name: value.mean, f"{name}_std": value.std} if isinstance(value, MeanStd) else {name: value}
+
+
+def value_label(name: str) -> str:
+    """Finds the label of a value that `named_values` named; without a registered metric it is the name itself."""
+    if name in METRICS:
+        return METRICS[name].label
+    metric = METRICS.get(name.removesuffix("_std"))
+    return name if metric is None else f"{metric.label}, standard deviation"
