@@ -89,6 +89,11 @@ def names() -> list[str]:
     return list(_ROWS)
 
 
+def classes() -> list[str]:
+    """The names that are no variants."""
+    return [name for name in names() if "-" not in name]
+
+
 def build(name: str) -> Case:
     torch.manual_seed(1)
     wanted = _ROWS[name]
