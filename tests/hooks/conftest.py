@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Lets the tests of this folder import `tiny_transformers`."""
+"""Lets the tests of this folder import the modules beside them."""
 
 import sys
 from pathlib import Path

@@ -43,7 +43,7 @@ def reason_to_refuse(name: str) -> str | None:
 
 def support_table() -> str:
     lines = ["| model | blocks that can be routed |", "|---|---|"]
-    for name in sorted(name for name in tiny_transformers.names() if "-" not in name):
+    for name in sorted(tiny_transformers.classes()):
         model = tiny_transformers.build(name).model
         apply_token_routing(model, TokenRoute(start=0, end=-4))
         blocks = [block.module for block in model._token_routing.blocks]

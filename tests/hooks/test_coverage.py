@@ -20,10 +20,10 @@ ROUTE = TokenRoute(start=1, end=-4)
 
 @pytest.mark.parametrize("name", all_transformers())
 def test_each_transformer_of_diffusers_is_routed_or_refused(name):
-    tested = name in {case.split("-")[0] for case in tiny_transformers.names()}
+    tested = name in tiny_transformers.classes()
     refused = reason_to_refuse(name) is not None
     assert tested != refused, (
-        f"{name} is new to routing: add its blocks to BLOCK_SPECS and a tiny model to tiny_transformers.py, or give a "
+        f"{name} is new to routing: add its blocks to BLOCK_SPECS and a row to tiny_transformers.py, or give a "
         "reason in REFUSED_MODELS or REFUSED_BLOCKS."
     )
 
@@ -35,7 +35,7 @@ def test_the_walk_sees_the_transformers():
 def test_at_least_46_classes_are_routed():
     if len(all_transformers()) < 60:
         pytest.skip(f"diffusers {diffusers.__version__} has {len(all_transformers())} transformers in all")
-    assert len({name.split("-")[0] for name in tiny_transformers.names()}) >= 46
+    assert len(tiny_transformers.classes()) >= 46
 
 
 def test_the_guides_support_table_is_that_of_the_newest_diffusers():
@@ -57,24 +57,14 @@ def test_every_block_of_the_table_is_tested_if_this_diffusers_has_it():
 
 
 def test_refused_blocks_name_the_reason():
-    model = diffusers.SanaTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=8,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=8,
-    )
+    model = tiny_transformers.make("SanaTransformer2DModel", num_cross_attention_heads=2, cross_attention_head_dim=8)
     with pytest.raises(ValueError, match="SanaTransformer2DModel cannot be routed: .* convolves over the grid"):
         apply_token_routing(model, ROUTE)
     assert "forward" not in model.__dict__
 
 
 def test_refused_models_name_the_reason():
-    model = diffusers.PriorTransformer(
-        num_attention_heads=2, attention_head_dim=8, num_layers=8, embedding_dim=8, num_embeddings=3
-    )
+    model = tiny_transformers.make("PriorTransformer", embedding_dim=8, num_embeddings=3)
     with pytest.raises(ValueError, match="PriorTransformer cannot be routed: its stream holds conditions"):
         apply_token_routing(model, ROUTE)
 

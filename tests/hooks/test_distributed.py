@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradients import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,6 @@ def found(tmp_path_factory):
 
 def mean_of_ranks(found):
     return {name: (found[0]["alone"][name] + found[1]["alone"][name]) / 2 for name in found[0]["alone"]}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys() and first
-    for key in first:
-        torch.testing.assert_close(first[key], second[key], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

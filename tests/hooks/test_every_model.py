@@ -11,6 +11,7 @@ import pytest
 import tiny_transformers
 import torch
 from diffusers.training_utils import EMAModel
+from gradients import assert_same, gradients_of
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_tread import TokenRoute, get_token_router, token_routing
@@ -24,7 +25,7 @@ SEED = 5
 
 built = cache(tiny_transformers.build)
 every_model = pytest.mark.parametrize("name", tiny_transformers.names())
-every_class = pytest.mark.parametrize("name", [name for name in tiny_transformers.names() if "-" not in name])
+every_class = pytest.mark.parametrize("name", tiny_transformers.classes())
 
 
 @pytest.fixture
@@ -64,13 +65,7 @@ def routed_run(model, inputs, seed=SEED):
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys() and first
-    for key in first:
-        torch.testing.assert_close(first[key], second[key], rtol=1e-5, atol=1e-7)
+    return gradients_of(model)
 
 
 @every_model

@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Sparse Guidance in a pipeline of diffusers that takes a guider, on a hooked transformer."""
 
+import tiny_transformers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline, HunyuanImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline
 
 from diffusers_tread import SparseGuidance, TokenRoute, apply_token_routing, token_routing
 
@@ -10,19 +11,8 @@ from diffusers_tread import SparseGuidance, TokenRoute, apply_token_routing, tok
 def hunyuan_image_pipeline():
     """Without text encoders and VAE: the calls below bring embeddings and ask for latents."""
     torch.manual_seed(0)
-    transformer = HunyuanImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=3,
-        num_single_layers=5,
-        num_refiner_layers=1,
-        text_embed_dim=12,
-        text_embed_2_dim=10,
-        patch_size=(1, 1),
-        rope_axes_dim=(4, 4),
-    )
+    config = {"num_layers": 3, "text_embed_2_dim": 10, "patch_size": (1, 1), "rope_axes_dim": (4, 4)}
+    transformer = tiny_transformers.make("HunyuanImageTransformer2DModel", **config)
     components = dict.fromkeys(["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
     pipeline = HunyuanImagePipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), **components

@@ -8,6 +8,7 @@ import pytest
 import tiny_transformers
 import torch
 from closeness import assert_same_gradients, rounding
+from gradients import gradients_of
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     checkpoint_wrapper,
@@ -46,6 +47,10 @@ def routed(name="FluxTransformer2DModel", route=ROUTE, **kwargs):
     return case
 
 
+def flux():
+    return tiny_transformers.build("FluxTransformer2DModel").model
+
+
 def run(case):
     return case.model(**case.inputs, return_dict=False)[0]
 
@@ -62,9 +67,7 @@ def losses(case, seeds):
 def gradients(case, seeds=(1, 2)):
     case.model.zero_grad()
     losses(case, seeds).backward()
-    names = (name.replace("_checkpoint_wrapped_module.", "") for name, _ in case.model.named_parameters())
-    parameters = case.model.parameters()
-    return {name: p.grad.clone() for name, p in zip(names, parameters, strict=True) if p.grad is not None}
+    return gradients_of(case.model)
 
 
 def assert_same(found, expected, limit=LIMIT):
@@ -162,11 +165,9 @@ def test_routes_count_all_main_stacks_or_one_named_stack():
 def test_one_stack_alone_can_be_routed(name, stack):
     """Flux 2's single blocks then learn the number of image tokens from a double block that is not routed."""
     case = routed(name, TokenRoute(start=0, end=-3), stack=stack)
-    dense, error = (
-        run(dataclasses.replace(case, model=case.model.eval())),
-        check_token_routing(case.model, **case.inputs),
-    )
-    assert error < 1e-5
+    case.model.eval()
+    dense = run(case)
+    assert check_token_routing(case.model, **case.inputs) < 1e-5
     with token_routing(case.model, selection_ratio=0.5):
         assert not torch.equal(run(case), dense)
 
@@ -207,7 +208,7 @@ def test_gradients_are_the_same_after_routing_is_switched_off_between_forward_an
     with token_routing(case.model, enabled=False):
         case.model.zero_grad()
         loss.backward()
-    assert_same({n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}, expected)
+    assert_same(gradients_of(case.model), expected)
 
 
 def wrap_blocks(model, wrapper):
@@ -224,7 +225,7 @@ def test_gradients_are_the_same_under_torchs_checkpoint_wrapper():
 
 
 def test_blocks_wrapped_before_routing_are_unknown_and_named():
-    model = tiny_transformers.build("FluxTransformer2DModel").model
+    model = flux()
     wrap_blocks(model, checkpoint_wrapper)
     with pytest.raises(ValueError, match="got CheckpointWrapper in FluxTransformer2DModel"):
         apply_token_routing(model, ROUTE)
@@ -310,8 +311,7 @@ def test_one_full_graph_trains_with_eager_gradients_and_a_fresh_subset_each_step
         with token_routing(case.model, seed=seed):
             outputs.append(run(compiled))
         outputs[-1].square().mean().backward()
-        actual = {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
-        assert_same(actual, expected)
+        assert_same(gradients_of(case.model), expected)
     assert not torch.equal(*outputs)
     assert len(graphs) == 1  # a new seed is not a new graph
 
@@ -365,7 +365,7 @@ def test_the_signature_of_the_model_is_that_of_its_class():
     from inspect import signature
 
     case = routed()
-    assert signature(case.model.forward) == signature(tiny_transformers.build("FluxTransformer2DModel").model.forward)
+    assert signature(case.model.forward) == signature(flux().forward)
 
 
 @torch.no_grad()
@@ -404,13 +404,13 @@ def test_routing_twice_is_an_error():
 
 
 def test_wrappers_around_the_model_are_refused():
-    model = tiny_transformers.build("FluxTransformer2DModel").model
+    model = flux()
     with pytest.raises(ValueError, match="Give the transformer itself, not a wrapper"):
         apply_token_routing(torch.compile(model), ROUTE)
 
 
 def test_functions_for_routed_models_refuse_others():
-    model = tiny_transformers.build("FluxTransformer2DModel").model
+    model = flux()
     for function in (remove_token_routing, check_token_routing, compile_blocks):
         with pytest.raises(ValueError, match="Expected a model with apply_token_routing"):
             function(model)
@@ -428,7 +428,7 @@ def test_functions_for_routed_models_refuse_others():
     ],
 )
 def test_bad_routes_are_refused_before_anything_changes(routes, stack, message):
-    model = tiny_transformers.build("FluxTransformer2DModel").model
+    model = flux()
     with pytest.raises(ValueError, match=message):
         apply_token_routing(model, routes, stack=stack)
     assert not any("forward" in module.__dict__ for module in model.modules())
@@ -437,7 +437,7 @@ def test_bad_routes_are_refused_before_anything_changes(routes, stack, message):
 def test_a_spec_that_names_an_unknown_argument_is_refused(monkeypatch):
     monkeypatch.setitem(block_specs.BLOCK_SPECS, "FluxTransformerBlock", BlockSpec(tokens={"rotary": 0}))
     with pytest.raises(ValueError, match=r"FluxTransformerBlock.forward to take \['rotary'\]"):
-        apply_token_routing(tiny_transformers.build("FluxTransformer2DModel").model, ROUTE)
+        apply_token_routing(flux(), ROUTE)
 
 
 def test_a_wrong_spec_is_named_by_the_check(monkeypatch):
@@ -533,30 +533,24 @@ class MyModel(torch.nn.Module):
         return states[:, 1:]
 
 
-def test_models_and_blocks_of_others_can_be_registered(monkeypatch):
-    monkeypatch.setattr(block_specs, "BLOCK_SPECS", block_specs.BLOCK_SPECS)
-    block_spec = BlockSpec(hidden="states", tokens={"positions": 1}, text="first", joint=True)
-    model_spec = ModelSpec(
-        stacks=("my_blocks",), window=lambda model, arguments: Window(1, arguments["image"].shape[1])
-    )
-    try:
-        register_block_spec("MyBlock", block_spec)
-        register_model_spec("MyModel", model_spec)
-        model = MyModel()
-        apply_token_routing(model, ROUTE)
-        assert check_token_routing(model, image=torch.randn(2, 6, 4), time=torch.randn(2, 1, 4)) < 1e-5
-        assert model(torch.randn(2, 6, 4), torch.randn(2, 1, 4)).shape == (2, 6, 4)
-    finally:
-        block_specs.BLOCK_SPECS.pop("MyBlock")
-        model_specs.MODEL_SPECS.pop("MyModel")
+@pytest.fixture
+def my_model():
+    """`MyModel`, whose blocks are registered for as long."""
+    register_block_spec("MyBlock", BlockSpec(hidden="states", tokens={"positions": 1}, text="first", joint=True))
+    yield MyModel()
+    block_specs.BLOCK_SPECS.pop("MyBlock")
+    model_specs.MODEL_SPECS.pop("MyModel", None)
 
 
-def test_a_joint_stream_whose_image_part_nobody_tells_is_refused():
-    try:
-        register_block_spec("MyBlock", BlockSpec(hidden="states", tokens={"positions": 1}, text="first", joint=True))
-        model = MyModel()
-        apply_token_routing(model, ROUTE, stack="my_blocks")
-        with pytest.raises(ValueError, match="mixes text and image tokens.*register_model_spec"):
-            model(torch.randn(2, 6, 4), torch.randn(2, 1, 4))
-    finally:
-        block_specs.BLOCK_SPECS.pop("MyBlock")
+def test_models_and_blocks_of_others_can_be_registered(my_model):
+    spec = ModelSpec(stacks=("my_blocks",), window=lambda model, arguments: Window(1, arguments["image"].shape[1]))
+    register_model_spec("MyModel", spec)
+    apply_token_routing(my_model, ROUTE)
+    assert check_token_routing(my_model, image=torch.randn(2, 6, 4), time=torch.randn(2, 1, 4)) < 1e-5
+    assert my_model(torch.randn(2, 6, 4), torch.randn(2, 1, 4)).shape == (2, 6, 4)
+
+
+def test_a_joint_stream_whose_image_part_nobody_tells_is_refused(my_model):
+    apply_token_routing(my_model, ROUTE, stack="my_blocks")
+    with pytest.raises(ValueError, match="mixes text and image tokens.*register_model_spec"):
+        my_model(torch.randn(2, 6, 4), torch.randn(2, 1, 4))

@@ -7,10 +7,9 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tiny_transformers import make
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
@@ -79,20 +78,8 @@ def vae():
 
 
 def sd3_pipeline(folder):
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=8,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        pos_embed_max_size=8,
-    )
     return StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=make("SD3Transformer2DModel", joint_attention_dim=32, pooled_projection_dim=32),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(),
         text_encoder=clip_encoder(CLIPTextModelWithProjection),
@@ -105,19 +92,9 @@ def sd3_pipeline(folder):
 
 
 def flux_pipeline(folder):
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=5,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=True,
-    )
+    config = {"joint_attention_dim": 32, "pooled_projection_dim": 16, "guidance_embeds": True}
     return FluxPipeline(
-        transformer=transformer,
+        transformer=make("FluxTransformer2DModel", in_channels=16, num_layers=3, **config),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae(),
         text_encoder=clip_encoder(CLIPTextModel),
