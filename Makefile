@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 # What the tests compare metrics with. Without their torchvision, of which there is no build for every build of torch:
 # where one of another build lies around, transformers fails to import.
 METRICS := clean-fid==0.1.35 torch-fidelity==0.4.0
+# What checks the citation file. It asks for jsonschema<4 and dicebear-core for 4; with 4.26 both were seen to work.
+CITATION := cffconvert==2.0.0
 # The oldest supported releases, for `make test-oldest`.
 OLDEST ?= diffusers==0.36.0 "huggingface_hub<1" "transformers<5"
 PYTEST_ARGS ?=
@@ -88,6 +90,6 @@ define build_environment
 	$(LOCK) $(PYTHON) -m venv $(1)
 	$(LOCK) $(1)/bin/python -m pip install $(TORCH)
 	$(LOCK) $(1)/bin/python -m pip install $(2) -e ".[$(3)]"
-	$(LOCK) $(1)/bin/python -m pip install --no-deps $(METRICS)
+	$(LOCK) $(1)/bin/python -m pip install --no-deps $(METRICS) $(CITATION)
 	@touch $@
 endef
