@@ -74,7 +74,7 @@ def read_folders(train: Path, heldout: Path, *, size: int) -> Images:
     Raises:
         ValueError: No classes, or other classes in the two folders.
     """
-    names = [sorted(path.name for path in folder.iterdir() if path.is_dir()) for folder in (train, heldout)]
+    names = [sorted({path.parent.name for path in folder.glob("[!.]*/*.png")}) for folder in (train, heldout)]
     if not names[0] or names[0] != names[1]:
         raise ValueError(f"Expected the same classes as folders in {train} and {heldout}, got {names}.")
     sets = [[], []]

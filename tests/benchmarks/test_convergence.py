@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -164,6 +165,20 @@ def test_the_first_steps_route_and_the_dense_end_does_not(make_run):
     for _ in run.train(lambda run, number: {}):
         pass
     assert lengths == [4] * 9 + [16] * 3
+
+
+def test_a_step_asks_the_device_for_no_value(make_run):
+    class Values(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return function(*args, **kwargs or {})
+
+    run = make_run("routed")
+    with Values():
+        for step in range(2):
+            run.step(step)
+        with pytest.raises(AssertionError):
+            run.loss_sum.item()
 
 
 def test_a_run_counts_the_flops_of_its_steps(make_run):
