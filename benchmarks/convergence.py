@@ -166,7 +166,8 @@ def compare_variants(args: argparse.Namespace, argv: list[str] | None) -> dict[s
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph per number of tokens, of images and mode
     for text in args.variants:
-        Variant.parse(text, depth=args.depth)  # raises for a wrong one
+        if Variant.parse(text, depth=args.depth).num_steps(args.steps) < args.evaluations:
+            raise ValueError(f"Expected at least --evaluations {args.evaluations} steps, got fewer for {text!r}.")
 
     images = Images.load(args.data)
     data = to_device(images, args.device)

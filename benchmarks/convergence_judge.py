@@ -24,24 +24,22 @@ NUM_FEATURES = 64
 class HeldOutLoss:
     """The flow-matching loss of held-out images at the middles of `NUM_LEVELS` equal parts of the times [0, 1].
 
-    Images, noise and times are the same in every call, so runs differ by their weights alone.
+    Images, noise and times are the same in every call, so runs differ by their weights alone. Each level has images of
+    its own.
 
     Args:
         args: Flags of convergence.py.
-        images: [N, 3, H, W] uint8, on the device; used again from the start where there are fewer than needed.
+        images: [N, 3, H, W] uint8, on the device; where there are too few, they serve several levels.
         labels: [N], on the device.
     """
 
     def __init__(self, args: argparse.Namespace, *, images: torch.Tensor, labels: torch.Tensor):
-        self.args, generator = args, torch.Generator().manual_seed(0)
-        count = NUM_LEVELS * args.heldout_per_level
-        chosen = (torch.randperm(len(images), generator=generator).repeat(-(-count // len(images)))[:count]).to(
-            args.device
-        )
+        self.args, count = args, NUM_LEVELS * args.heldout_per_level
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        chosen = order.repeat(-(-count // len(order)))[:count].to(args.device)
         self.images, self.labels = images[chosen], labels[chosen]
-        self.noise = torch.randn(
-            self.images.shape, generator=torch.Generator(args.device).manual_seed(0), device=args.device
-        )
+        generator = torch.Generator(args.device).manual_seed(0)
+        self.noise = torch.randn(self.images.shape, generator=generator, device=args.device)
         times = (torch.arange(NUM_LEVELS) + 0.5) / NUM_LEVELS
         self.times = times.repeat_interleave(args.heldout_per_level).to(args.device)
 
@@ -49,11 +47,10 @@ class HeldOutLoss:
     def __call__(self, model: TREADTransformer2DModel) -> list[float]:
         """The mean loss at each level, from little noise to much."""
         losses = []
-        batches = zip(
-            *(value.split(self.args.eval_batch_size) for value in (self.images, self.labels, self.noise, self.times)),
-            strict=True,
-        )
-        for images, labels, noise, t in batches:
+        values = (self.images, self.labels, self.noise, self.times)
+        for images, labels, noise, t in zip(
+            *(value.split(self.args.eval_batch_size) for value in values), strict=True
+        ):
             x, t_map = to_floats(images), t[:, None, None, None]
             with autocast(self.args):
                 velocity = model((1 - t_map) * x + t_map * noise, 1000 * t, labels).sample

@@ -414,6 +414,7 @@ def test_a_file_of_another_kind_is_refused(wrong):
         ["--seeds", "0,0"],
         ["--variants", "routed,routed"],
         ["--variants", "route"],
+        ["--variants", "routed+steps=0.1"],
         ["--num_samples", "10"],
         ["--num_samples", "32"],
         ["--resume"],
