@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DTYPES, finish_report, hardware, keep_freed_memory, start_report
+from common import DTYPES, finish_report, hardware, keep_freed_memory, start_report, write_whole
 from convergence_data import Images, draw_avatars, read_folders
 from convergence_judge import HeldOutLoss, Judge, level_weights
 from convergence_report import SampleSheet, plot, summarise, table
@@ -174,11 +174,13 @@ def compare_variants(args: argparse.Namespace, argv: list[str] | None) -> dict[s
     report["data"] = describe_data(args.data, images)
     report["runs"] = finished_runs(args, report["data"]) if args.resume else []
     evaluate = Evaluation(args, data=data, num_classes=len(images.class_names))
-    report["judge"] = evaluate.judge.report
-    save(report, args)
+    finish_report(
+        report, kept(args), judge=evaluate.judge.report, summary={}
+    )  # asks for the hardware, which takes time
 
     sheet = None if args.samples is None else SampleSheet(args.samples, images, keep=bool(report["runs"]))
     train_all(args, report, data=data, evaluate=evaluate, sheet=sheet, start=start)
+    save(report, args)
     return report
 
 
@@ -293,7 +295,8 @@ def finished_runs(args: argparse.Namespace, data: dict[str, Any]) -> list[dict[s
 def save(report: dict[str, Any], args: argparse.Namespace) -> None:
     """Brings the report up to date and writes --output, whole."""
     report["summary"] = summarise(report["runs"], decay=args.decay)
-    finish_report(report, kept(args))
+    if args.output is not None:
+        write_whole(args.output, (json.dumps(report, indent=2) + "\n").encode())
 
 
 def kept(args: argparse.Namespace) -> argparse.Namespace:
