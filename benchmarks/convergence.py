@@ -174,9 +174,8 @@ def compare_variants(args: argparse.Namespace, argv: list[str] | None) -> dict[s
     report["data"] = describe_data(args.data, images)
     report["runs"] = finished_runs(args, report["data"]) if args.resume else []
     evaluate = Evaluation(args, data=data, num_classes=len(images.class_names))
-    finish_report(
-        report, kept(args), judge=evaluate.judge.report, summary={}
-    )  # asks for the hardware, which takes time
+    # Once, because it asks for the hardware, which takes time; `save` writes what comes to it.
+    finish_report(report, kept(args), judge=evaluate.judge.report, summary={})
 
     sheet = None if args.samples is None else SampleSheet(args.samples, images, keep=bool(report["runs"]))
     train_all(args, report, data=data, evaluate=evaluate, sheet=sheet, start=start)
