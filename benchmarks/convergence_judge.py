@@ -13,8 +13,8 @@ from convergence_train import autocast, to_floats
 from torch import nn
 
 from diffusers_tread import FlowMatchingObjective, TREADPipeline, TREADTransformer2DModel
-from diffusers_tread.data import derive_seed
 from diffusers_tread.metrics import FeatureStatistics, frechet_distance
+from diffusers_tread.seeds import derive_seed
 
 
 NUM_LEVELS = 10

@@ -17,7 +17,7 @@ from common import write_whole
 from convergence_data import Images
 from convergence_train import BASELINE
 
-from diffusers_tread.training.pictures import add_labels, make_grid, save_image
+from diffusers_tread.pictures import add_labels, make_grid, save_image
 
 
 NUM_LEVELS = 5  # of held-out loss, at which times are compared

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from common import DTYPES
 from convergence_data import Images
 from diffusers.training_utils import EMAModel
 
-from diffusers_tread import FlowMatchingObjective, TokenRoute, TREADTransformer2DModel, default_route, get_token_router
-from diffusers_tread.data import derive_seed
+from diffusers_tread import FlowMatchingObjective, RoutingCall, TokenRoute, TREADTransformer2DModel, default_route
 from diffusers_tread.flops import training_flops
+from diffusers_tread.seeds import derive_seed
 from diffusers_tread.training.ema import update_ema
 
 
@@ -150,8 +151,7 @@ class Run:
         if args.compile:
             for model in (self.model, self.averaged):
                 model.compile_repeated_blocks(dynamic=False)
-        self.objective, self.router = FlowMatchingObjective(), get_token_router(self.model)
-        self.generator = torch.Generator(args.device)
+        self.objective, self.generator = FlowMatchingObjective(), torch.Generator(args.device)
         self.loss_sum = torch.zeros((), device=args.device)
 
     def learning_rate(self, step: int) -> float:
@@ -166,11 +166,13 @@ class Run:
         pixels = to_floats(self.images[order])  # B 3 H W
         labels = self.labels[order].masked_fill(self.draws.dropped[step], self.num_classes)
         self.generator.manual_seed(derive_seed(self.seed, "noise", step))
-        self.router.seed, self.router.enabled = self.draws.routing[step], step < self.num_routed
+        routing = RoutingCall(enabled=step < self.num_routed, seed=self.draws.routing[step])
 
         # Loss and update.
         with autocast(self.args):
-            loss = self.objective.loss(self.model, pixels, labels, self.generator).mean()
+            loss = self.objective.loss(
+                self.model, pixels, class_labels=labels, generator=self.generator, routing=routing
+            ).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
         for group in self.optimizer.param_groups:
@@ -211,13 +213,19 @@ class Run:
             values = {"step": done, "seconds": seconds, "flops": self.flops(done), "train_loss": loss}
             yield values | evaluate(self, number)
 
+    @cached_property
+    def step_flops(self) -> dict[bool, int]:
+        """FLOPs of a step that is routed (True) or not."""
+        ratios = {True: None, False: 0.0}
+        return {
+            kind: self.args.batch_size * training_flops(self.model, selection_ratio=ratio)
+            for kind, ratio in ratios.items()
+        }
+
     def flops(self, step: int) -> int:
         """Of the training's first steps."""
-        routed = min(step, self.num_routed)
-        kinds = ((routed, None), (step - routed, 0.0))  # None: the route's own ratio
-        return self.args.batch_size * sum(
-            number * training_flops(self.model, selection_ratio=ratio) for number, ratio in kinds if number
-        )
+        num_routed = min(step, self.num_routed)
+        return num_routed * self.step_flops[True] + (step - num_routed) * self.step_flops[False]
 
     def warm_up(self) -> None:
         """Takes steps of each kind, for what only first times cost; call it on a run that is thrown away."""
