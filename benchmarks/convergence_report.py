@@ -157,7 +157,12 @@ def table(report: dict[str, Any]) -> str:
     """A line per variant as Markdown: means over the seeds, with the least and the largest."""
     scales = [f"{scale:g}" for scale in report["settings"]["guidance_scales"]]
     columns = ["variant", "seeds", "step, ms", "speed-up, of its ceiling", "held-out loss at the end"]
-    columns += ["dense loss over its, at the end", "at equal FLOPs", "dense time over its, to equal loss"]
+    columns += [
+        "dense loss over its, at the end",
+        "at equal FLOPs",
+        "dense time over its, to equal loss",
+        "dense FLOPs over its",
+    ]
     for scale in scales:
         guided = "" if scale == "1" else f", CFG {scale}"
         columns += [f"Fréchet distance{guided}", f"recognised{guided}"]
@@ -166,12 +171,12 @@ def table(report: dict[str, Any]) -> str:
         end, against = own["curve"][-1], own["against_dense"]
         cells = [name, str(len(own["seeds"])), form(own["step_seconds"], "{:.1f}", 1e3)]
         if against is None:
-            cells += ["-", form(end["heldout_loss"], "{:.4f}"), "-", "-", "-"]
+            cells += ["-", form(end["heldout_loss"], "{:.4f}"), "-", "-", "-", "-"]
         else:
             ratio, ceiling = against["step_time_ratio"]["mean"], against["flop_ceiling"]
             cells += [f"{ratio:.2f}, {ratio / ceiling:.0%} of {ceiling:.2f}", form(end["heldout_loss"], "{:.4f}")]
             cells += [form(against[f"{where}_loss_ratio"], "{:.3f}") for where in ("final", "equal_flops")]
-            cells += [form(against["seconds_to_equal_loss"], "{:.2f}")]
+            cells += [form(against[f"{what}_to_equal_loss"], "{:.2f}") for what in ("seconds", "flops")]
         for scale in scales:
             verdict = end["samples"][scale]
             cells += [form(verdict["distance"], "{:.2f}"), form(verdict["recognised"], "{:.1%}")]
@@ -185,7 +190,7 @@ def conditions(report: dict[str, Any]) -> str:
     return (
         f"{data['train_images']:,} images of {data['size']} pixels in {data['classes']} classes, width "
         f"{settings['width']}, {settings['depth']} blocks, batch {settings['batch_size']}, {settings['steps']:,} "
-        f"steps. Means over seeds, in brackets least and most; the time to equal loss is the median over seeds and "
+        f"steps. Means over seeds, in brackets least and most; the ways to equal loss are medians over seeds and "
         f"{NUM_LEVELS} losses. Distances are of {judge['samples']:,} samples in a small classifier's features (real "
         f"images: {judge['distance_of_real_images']:.2f}), which recognises {judge['heldout_accuracy']:.1%} of "
         "held-out images. Equal FLOPs are compared before the learning rate falls."
@@ -226,15 +231,16 @@ def plot(report: dict[str, Any], path: Path, *, against: str) -> None:
             draw_band(right, where, distances, label=label, linestyle=["-", "--", ":"][order % 3], **style)
     right.axhline(report["judge"]["distance_of_real_images"], color="black", linewidth=1, label="real images")
 
-    for axis, x_label, y_label in (
-        (left, "steps", "held-out loss"),
-        (middle, title, "held-out loss"),
-        (right, title, "Fréchet distance of a classifier's features"),
+    fine, coarse = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5)  # what of each decade has a number
+    for axis, x_label, y_label, numbers in (
+        (left, "steps", "held-out loss", fine),
+        (middle, title, "held-out loss", fine),
+        (right, title, "Fréchet distance of a classifier's features", coarse),
     ):
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+        axis.yaxis.set_major_locator(LogLocator(subs=numbers))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
