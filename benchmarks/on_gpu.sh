@@ -3,11 +3,12 @@
 #
 #     bash benchmarks/on_gpu.sh checks speed       # about six minutes on an H200: the tests marked gpu, then the timings
 #     bash benchmarks/on_gpu.sh rest               # the script's loop, memory
-#     bash benchmarks/on_gpu.sh evidence           # about five minutes: dense against routed on avatars (DATA=FILE.npz)
+#     bash benchmarks/on_gpu.sh evidence           # dense against routed on avatars (DATA=FILE.npz), five minutes
 #     DEVICE=cpu SMOKE=1 bash benchmarks/on_gpu.sh checks speed    # does it start? tiny models
 #
-# Where diffusers is missing, its wheel and those that it needs are to lie in .whl. Results go to $OUT (by default benchmarks/results); each part has a time
-# limit and is written as it ends, so that a run that is cut keeps what was done. Exits with 1 if a part failed.
+# Where diffusers is missing, its wheel and those that it needs are to lie in .whl. Results go to $OUT, by default
+# benchmarks/results; each part has a time limit and is written as it ends, so that a run that is cut keeps what was
+# done. Exits with 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,11 +37,14 @@ bench() { # seconds, name, script, flags ...
 if [ -n "${SMOKE:-}" ]; then
     large="--presets S/8" base="--presets S/8" preset=S/8 short=16 long=64 suffix=smoke
     speed="--repeats 2 --warmup 1" batches=(2 2 2 2) dtype=float32 runs=1 many="-n 0 -k checkpoint"
-    evidence="--variants dense,routed --seeds 0"
+    evidence="--seeds 0 --width 32 --heads 1 --depth 6 --steps 10 --evaluations 2 --samples_at 1 --num_samples 20"
+    evidence+=" --judge_steps 10 --heldout_per_level 4 --sampling_steps 2 --batch_size 4"
 else
     large="--presets XL/2" base="--presets B/2,S/2" preset=XL/2 short=256 long=1024 suffix=gpu
     speed="--repeats 15 --warmup 3" batches=(128 256 32 64) dtype=bfloat16 runs=10 many="-n 6"
-    evidence="--dtype bfloat16 --compile"
+    evidence="--dtype bfloat16 --compile --seeds 0,1,2 --width 384 --heads 6 --steps 900 --batch_size 256 --lr 1e-3"
+    evidence+=" --samples_at 2 --num_samples 2000 --eval_batch_size 1000 --heldout_per_level 200 --judge_steps 600"
+    evidence+=" --warmup 3 --time_limit 330"
 fi
 
 for what in "$@"; do
@@ -71,7 +75,8 @@ for what in "$@"; do
             --check_batch_size 64 --search
         ;;
     evidence)
-        bench 400 convergence_$suffix convergence.py --data "${DATA:-avatars.npz}" $evidence
+        bench 400 convergence_$suffix convergence.py --data "${DATA:-avatars.npz}" $evidence \
+            --plot "$OUT/convergence_$suffix.png" --samples "$OUT/convergence_samples_$suffix.png"
         ;;
     *)
         echo "Expected checks, speed, rest or evidence, got $what." >&2

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import diffusers
@@ -22,7 +23,6 @@ from diffusers_tread import (
     TREADPipeline,
     apply_token_routing,
     check_token_routing,
-    get_token_router,
     token_routing,
 )
 
@@ -39,11 +39,17 @@ def difference(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def loss_of(model, batch, *, seed):
+    latents, labels = batch
+    generator, routing = torch.Generator().manual_seed(5), RoutingCall(seed=seed)
+    return OBJECTIVE.loss(model, latents, class_labels=labels, generator=generator, routing=routing).mean()
+
+
 def loss_and_gradients(model, batch, *, dtype=None):
     model.zero_grad()
     device = batch[0].device
-    with torch.autocast(device.type, dtype, enabled=dtype is not None), token_routing(model, seed=3):
-        loss = OBJECTIVE.loss(model, *batch, generator=torch.Generator().manual_seed(5)).mean()
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        loss = loss_of(model, batch, seed=3)
     loss.backward()
     return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
@@ -90,8 +96,7 @@ def test_compiled_training_is_eager_training_without_recompilation(make_model, b
         results = []
         for one in (model, eager):
             one.zero_grad()
-            with token_routing(one, seed=seed):
-                OBJECTIVE.loss(one, *batch, generator=torch.Generator().manual_seed(5)).mean().backward()
+            loss_of(one, batch, seed=seed).backward()
             results.append([parameter.grad for parameter in one.parameters()])
         assert difference(*results) < 1e-4
         if seed == 1:
@@ -145,6 +150,26 @@ def test_a_routed_flux_moves_positions_with_tokens_and_recomputes_the_same_subse
     assert difference(gradients(), expected) < 1e-6
 
 
+# Threads.
+
+
+def test_requests_and_training_in_threads_share_a_model(make_model, batch):
+    model = make_model().train()
+
+    def request(seed):
+        pipe = TREADPipeline(model, diffusers.FlowMatchEulerDiscreteScheduler(), guider=SparseGuidance())
+        pipe.set_progress_bar_config(disable=True)
+        return sample(pipe, [1, 2], [seed, seed + 1])
+
+    expected, gradients = [request(seed) for seed in (5, 50)], loss_and_gradients(model, batch)[1]
+    with ThreadPoolExecutor(3) as pool:
+        images = [pool.submit(request, seed) for seed in (5, 50)]
+        steps = [pool.submit(loss_and_gradients, model, batch) for _ in range(1)]
+        for found, right in zip(images, expected, strict=True):
+            assert torch.equal(found.result(), right)
+        assert difference(steps[0].result()[1], gradients) < 1e-6
+
+
 # Sampling.
 
 
@@ -196,12 +221,13 @@ def no_waiting(cuda):
 def test_a_training_step_never_waits(make_model, batch, no_waiting, cuda):
     model = make_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    router, generator = get_token_router(model), torch.Generator(cuda)
+    (latents, labels), generator = batch, torch.Generator(cuda)
 
     def step(seed):
-        router.defaults = RoutingCall(seed=seed)
+        routing = RoutingCall(seed=seed)
         with torch.autocast("cuda", torch.bfloat16):
-            loss = OBJECTIVE.loss(model, *batch, generator.manual_seed(seed)).mean()
+            generator.manual_seed(seed)
+            loss = OBJECTIVE.loss(model, latents, class_labels=labels, generator=generator, routing=routing).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
