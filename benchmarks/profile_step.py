@@ -35,7 +35,7 @@ KINDS = {
     "sums, products, copies": r"aten::|at::native|Memcpy|Memset",
     "the rest": "",
 }
-SPAN = re.compile(r"aten::|autograd::|torch::|ProfilerStep|Command Buffer Full|## ")
+SPAN = re.compile(r"aten::|autograd::|torch::|ProfilerStep|Optimizer\.|Command Buffer Full|## ")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
