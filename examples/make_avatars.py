@@ -31,7 +31,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
 from diffusers_tread.files import publish, write_json
-from diffusers_tread.training.pictures import add_labels, make_grid, save_image
+from diffusers_tread.pictures import add_labels, make_grid, save_image
 
 
 PACKAGES = {"dicebear": "dicebear-core", "dicebear_styles": "dicebear-styles", "resvg_py": "resvg-py"}

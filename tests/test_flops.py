@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The analytic count against torch's counter, which sees the operators that run, and against the papers' figures."""
+"""What is counted without data, against the formula of a DiT, forwards with data, and the papers' figures."""
 
 import importlib.util
 import inspect
@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance
+from diffusers import ClassifierFreeGuidance, DiTTransformer2DModel, SD3Transformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_tread import RatioSchedule, SparseGuidance, TokenRoute, TREADTransformer2DModel, token_routing
-from diffusers_tread.flops import block_flops_saved, flop_ceiling, forward_flops, guidance_flops, training_flops
+from diffusers_tread import (
+    RatioSchedule,
+    SparseGuidance,
+    TokenRoute,
+    TREADTransformer2DModel,
+    apply_token_routing,
+    get_token_router,
+    token_routing,
+)
+from diffusers_tread.flops import Flops, block_flops_saved, flop_ceiling, forward_flops, guidance_flops, training_flops
+from diffusers_tread.routing import num_kept_tokens
 
 
 def preset(name, **settings):
@@ -21,30 +30,37 @@ def preset(name, **settings):
         return TREADTransformer2DModel.from_preset(name, **settings)
 
 
-def counted_flops(model, *, size, selection_ratio, backward=False):
-    """What torch counts for one sample: (linear layers and convolutions, attention)."""
-    device = next(model.parameters()).device
-    inputs = torch.zeros(1, model.config.in_channels, size, size, device=device), torch.zeros(1, device=device)
-    # Decomposed attention: not every torch release knows the fused CPU kernel.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with token_routing(model, enabled=True, selection_ratio=selection_ratio):
-            output = model(*inputs).sample
-        if backward:
-            output.sum().backward()
-    by_operator = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
-    attention = by_operator.pop("aten.bmm", 0)
-    return sum(by_operator.values()), attention
+def formula(model, selection_ratio=None):
+    """The FLOPs of one forward, layer by layer from the sizes: a multiply-add is two."""
+    config = model.config
+    width, patch_area = config.num_attention_heads * config.attention_head_dim, config.patch_size**2
+    channels = config.in_channels + (config.out_channels or config.in_channels)
+    num_tokens = (config.sample_size // config.patch_size) ** 2
+    tokens = [num_tokens] * config.num_layers
+    for route in get_token_router(model).routes:
+        ratio = route.selection_ratio if selection_ratio is None else selection_ratio
+        for index in range(route.start, route.end + 1):
+            tokens[index] = num_kept_tokens(num_tokens, ratio)
+
+    # Outside the blocks patches in and out, the time's two layers, the last modulation; in each block per token query,
+    # key, value, output and feed-forward, per sample the modulation, per pair of tokens the two products of attention.
+    linear = 2 * num_tokens * patch_area * channels * width + 2 * (256 + width) * width + 2 * width * 2 * width
+    attention = 0
+    for count in tokens:
+        per_token = 2 * (4 * width + 2 * int(config.mlp_ratio * width)) * width
+        linear += count * per_token + 2 * 6 * width * width
+        attention += 2 * 2 * count**2 * width
+    return Flops(linear=linear, attention=attention)
 
 
 @pytest.mark.parametrize("name", ["S/2", "B/4", "XL/2"])
-@pytest.mark.parametrize("selection_ratio", [0.0, 0.5, 0.9])
-def test_a_forward_has_the_flops_that_torch_counts(name, selection_ratio):
+@pytest.mark.parametrize("selection_ratio", [None, 0.0, 0.9])
+def test_a_forward_has_the_flops_of_the_formula(name, selection_ratio):
     model = preset(name)
-    flops = forward_flops(model, selection_ratio=selection_ratio)
-    assert (flops.linear, flops.attention) == counted_flops(model, size=32, selection_ratio=selection_ratio)
+    assert forward_flops(model, selection_ratio=selection_ratio) == formula(model, selection_ratio)
 
 
-def test_a_forward_has_the_flops_that_torch_counts_with_odd_settings_and_two_routes():
+def test_a_forward_has_the_flops_of_the_formula_with_odd_settings_and_two_routes():
     routes = [TokenRoute(start=1, end=2, selection_ratio=0.3), TokenRoute(start=4, end=5, selection_ratio=0.7)]
     model = TREADTransformer2DModel(
         num_attention_heads=3,
@@ -58,30 +74,22 @@ def test_a_forward_has_the_flops_that_torch_counts_with_odd_settings_and_two_rou
         mlp_ratio=2.5,
         routes=routes,
     )
-    flops = forward_flops(model, 5 * 5)
-    assert (flops.linear, flops.attention) == counted_flops(model, size=15, selection_ratio=None)
-
-
-def test_the_config_alone_gives_the_same_count():
-    model = preset("S/2")
-    assert forward_flops(dict(model.config)) == forward_flops(model)
+    assert forward_flops(model) == formula(model)
+    larger = TREADTransformer2DModel.from_config(model.config, sample_size=15)
+    inputs = {"hidden_states": torch.zeros(1, 3, 15, 15), "timestep": torch.zeros(1)}
+    assert forward_flops(model, inputs) == formula(larger)
 
 
 @pytest.mark.parametrize("name", ["S/2", "B/4"])
 @pytest.mark.parametrize("selection_ratio", [0.0, 0.5])
-def test_a_forward_and_backward_have_the_flops_that_torch_counts(name, selection_ratio):
+def test_a_training_step_has_three_times_the_flops_of_a_forward_but_for_the_first_layers(name, selection_ratio):
+    # Each product has two in the backward, one per factor; latents and times need no gradient.
     model = preset(name)
-    counted = sum(counted_flops(model, size=32, selection_ratio=selection_ratio, backward=True))
-    assert training_flops(model, selection_ratio=selection_ratio) == counted
-    assert counted == pytest.approx(3 * forward_flops(model, selection_ratio=selection_ratio).total, rel=1e-3)
-
-
-def test_the_ceiling_of_a_whole_training_step_is_that_of_its_forward():
-    # The backward of the first layer has no gradient for the input, which is the whole difference.
-    model = preset("B/2")
-    dense = sum(counted_flops(model, size=32, selection_ratio=0.0, backward=True))
-    routed = sum(counted_flops(model, size=32, selection_ratio=0.5, backward=True))
-    assert dense / routed == pytest.approx(flop_ceiling(model), rel=1e-3)
+    width, patch_area = model.config.num_attention_heads * 64, model.config.patch_size**2
+    num_tokens = (32 // model.config.patch_size) ** 2
+    first_layers = 2 * (num_tokens * patch_area * 4 + 256) * width
+    expected = 3 * formula(model, selection_ratio).total - first_layers
+    assert training_flops(model, selection_ratio=selection_ratio) == expected
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,62 @@ def test_the_ceiling_of_a_whole_training_step_is_that_of_its_forward():
 )
 def test_the_ceilings_are_those_known_for_the_paper_s_models(name, num_tokens, ceiling):
     # Known to two decimals, some rounded and some cut off.
-    assert flop_ceiling(preset(name), num_tokens) == pytest.approx(ceiling, abs=0.0101)
+    model = preset(name, sample_size=2 * int(num_tokens**0.5))
+    assert flop_ceiling(model) == pytest.approx(ceiling, abs=0.0101)
+
+
+def test_counting_leaves_the_model_as_it_is():
+    model = TREADTransformer2DModel(num_layers=6, sample_size=8)
+    before, state = dict(vars(model)), {name: value.clone() for name, value in model.state_dict().items()}
+    training_flops(model)
+    block_flops_saved(model)
+    assert vars(model) == before
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# Models that are not ours.
+
+
+def counted_with_data(model, inputs, **routing):
+    """What torch counts in a forward that computes."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, token_routing(model, **routing):
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def hooked_dit():
+    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=8, sample_size=16)
+    labels = torch.tensor([3])
+    return model, {"hidden_states": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([5]), "class_labels": labels}
+
+
+def hooked_sd3():
+    model = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=8, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4,
+    )  # fmt: skip
+    inputs = {"hidden_states": torch.randn(1, 4, 16, 16), "encoder_hidden_states": torch.randn(1, 5, 8)}
+    return model, inputs | {"pooled_projections": torch.randn(1, 8), "timestep": torch.tensor([5.0])}
+
+
+@pytest.mark.parametrize("make", [hooked_dit, hooked_sd3])
+@pytest.mark.parametrize("selection_ratio", [None, 0.0, 0.75])
+def test_a_hooked_model_has_the_flops_of_a_forward_with_data(make, selection_ratio):
+    model, inputs = make()
+    apply_token_routing(model, TokenRoute(start=2, end=-4))
+    expected = counted_with_data(model.eval(), inputs, enabled=True, selection_ratio=selection_ratio)
+    assert forward_flops(model, inputs, selection_ratio=selection_ratio).total == expected
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    if selection_ratio is None:
+        assert 0.1 < block_flops_saved(model, inputs) < 0.5 and flop_ceiling(model, inputs) > 1.1
+
+
+def test_models_of_others_want_inputs():
+    model, _ = hooked_sd3()
+    apply_token_routing(model, TokenRoute(start=2, end=-4))
+    with pytest.raises(ValueError, match="Expected `inputs`.*SD3Transformer2DModel"):
+        forward_flops(model)
 
 
 # Guidance.
@@ -124,11 +187,9 @@ def test_the_guided_steps_are_the_forwards_that_a_sampler_runs():
     )
     flops = guidance_flops(model, guider, num_steps=5, shared_prefix=False)
     ratios = [(0.0,), (0.1, 0.7), (0.1, 0.6), (0.1, 0.5), (0.0,)]
-    counted = [[counted_flops(model, size=32, selection_ratio=ratio) for ratio in step] for step in ratios]
-    assert [(step.linear, step.attention) for step in flops.steps] == [
-        tuple(map(sum, zip(*step, strict=True))) for step in counted
-    ]
-    cfg = 5 * 2 * sum(counted[0][0])
+    counted = [[formula(model, ratio) for ratio in step] for step in ratios]
+    assert list(flops.steps) == [sum(step[1:], step[0]) for step in counted]
+    cfg = 5 * 2 * counted[0][0].total
     assert flops.share_of_cfg == pytest.approx(flops.total / cfg) and guider._step is None
 
 
@@ -157,12 +218,12 @@ def test_the_shared_blocks_count_once():
 def test_the_weak_branch_counts_with_its_own_model():
     main, weak = preset("B/2"), preset("S/2", sample_size=16)
     guider = SparseGuidance(strong_ratio=0.0, weak_ratio=0.75, weak_checkpoint=True)
-    branches = [forward_flops(model, 256, selection_ratio=ratio).total for model, ratio in ((main, 0.0), (weak, 0.75))]
-    assert guidance_flops(main, guider, num_steps=1, guidance_model_or_config=weak).total == sum(branches)
+    branches = [forward_flops(model, selection_ratio=ratio).total for model, ratio in ((main, 0.0), (weak, 0.75))]
+    assert guidance_flops(main, guider, num_steps=1, guidance_model=weak).total == sum(branches)
     same_size = forward_flops(main, selection_ratio=0.75).total
     assert guidance_flops(main, guider, num_steps=1).total == branches[0] + same_size
     alone = SparseGuidance(guidance_scale=1.0, strong_ratio=0.0)
-    assert guidance_flops(main, alone, num_steps=1, guidance_model_or_config=weak).total == branches[0]
+    assert guidance_flops(main, alone, num_steps=1, guidance_model=weak).total == branches[0]
 
 
 def test_a_guider_of_the_same_code_under_another_name_counts_likewise():
@@ -195,7 +256,7 @@ def test_a_model_without_routes_saves_nothing():
     assert flop_ceiling(model, selection_ratio=0.5) == 1.0
 
 
-@pytest.mark.parametrize("num_tokens, selection_ratio", [(0, None), (-4, 0.5), (256, 1.0), (256, -0.1)])
-def test_impossible_arguments_are_refused(num_tokens, selection_ratio):
-    with pytest.raises(ValueError, match="Expected"):
-        forward_flops(preset("S/2"), num_tokens, selection_ratio=selection_ratio)
+@pytest.mark.parametrize("selection_ratio", [1.0, -0.1])
+def test_impossible_ratios_are_refused(selection_ratio):
+    with pytest.raises(ValueError, match="Expected a selection ratio"):
+        forward_flops(preset("S/2"), selection_ratio=selection_ratio)

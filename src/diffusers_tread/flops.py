@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .guiders import Branch, branches_of
-from .routing import RoutingCall
+from .routing import RoutedStack, RoutingCall
 
 
 # What attention decomposes into; all other operations that are counted belong to linear layers and convolutions.
@@ -81,7 +81,7 @@ def forward_flops(
         selection_ratio: Share of tokens routed away, in [0, 1), on every route; 0.0 is dense. None: each route's own.
 
     Raises:
-        ValueError: `selection_ratio` out of range, or a model that wants `inputs`.
+        ValueError: `selection_ratio` out of range, a model that wants `inputs`, or one whose forward looks at values.
 
     Example:
         >>> from diffusers_tread import TREADTransformer2DModel
@@ -187,36 +187,78 @@ class _Counter:
         if inputs is None:
             inputs = _example_inputs(model)
         self.inputs = {name: _to_meta(value) for name, value in inputs.items()}
+        self.counter: FlopCounterMode | None = None
+        self.known: dict[Any, tuple[torch.Tensor, dict[Any, int]]] = {}
+        self.block_flops = 0
+        for module in self.model.children():
+            if isinstance(module, torch.nn.ModuleList):
+                for block in module:
+                    block.forward = _CountedBlock(block, self, is_ours=isinstance(module, RoutedStack))
 
     def forward(self, selection_ratio: float | None, *, with_prefix: bool = False, backward: bool = False) -> Flops:
         """Of one forward, without the blocks of the prefix if that is given, and its backward."""
         given = {}
         if with_prefix:
             given["prefix"] = self._call(0.0, return_prefix=True).prefix
-        counts = self._count(selection_ratio, backward=backward, **given)["Global"]
+        counts = self._count(selection_ratio, backward=backward, **given)
         attention = sum(flops for operation, flops in counts.items() if str(operation).startswith(_ATTENTION))
         return Flops(linear=sum(counts.values()) - attention, attention=attention)
 
     def blocks(self, selection_ratio: float | None) -> int:
         """Of all blocks in the model's lists of them, in one forward."""
-        counts = self._count(selection_ratio)
-        lists = [name for name, module in self.model.named_children() if isinstance(module, torch.nn.ModuleList)]
-        root = type(self.model).__name__
-        names = [f"{root}.{name}.{index}" for name in lists for index in range(len(getattr(self.model, name)))]
-        return sum(sum(counts[name].values()) for name in names if name in counts)
+        self._count(selection_ratio)
+        return self.block_flops
 
-    def _count(self, selection_ratio: float | None, *, backward: bool = False, **given: Any) -> dict[str, Any]:
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+    def _count(self, selection_ratio: float | None, *, backward: bool = False, **given: Any) -> dict[Any, int]:
+        self.block_flops = 0
+        with FlopCounterMode(display=False) as self.counter, torch.set_grad_enabled(backward):
             output = self._call(selection_ratio, **given)
             if backward:
                 prediction = output.sample if hasattr(output, "sample") else output[0]
                 prediction.sum().backward()
-        return counter.get_flop_counts()
+        counts, self.counter = dict(self.counter.flop_counts["Global"]), None
+        return counts
 
     def _call(self, selection_ratio: float | None, **given: Any) -> Any:
         routing = RoutingCall(enabled=True, selection_ratio=selection_ratio)
-        with sdpa_kernel(SDPBackend.MATH):
-            return self.model(**self.inputs, routing=routing, **given)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                return self.model(**self.inputs, routing=routing, **given)
+        except (NotImplementedError, RuntimeError) as error:
+            raise ValueError(
+                f"Expected a model whose forward does not look at values, got {type(self.model).__name__} ({error}). "
+                "Count a forward with data: torch.utils.flop_counter.FlopCounterMode."
+            ) from error
+
+
+class _CountedBlock:
+    """Set as the `forward` of a block: adds up what blocks take, and runs blocks of the same sizes once.
+
+    A block of another package may do more than its arguments tell (routing itself, for one): those all run.
+    """
+
+    def __init__(self, block: torch.nn.Module, counter: _Counter, *, is_ours: bool):
+        self.block_forward, self.counter, self.is_ours = block.forward, counter, is_ours
+        self.kind = type(block), tuple(parameter.shape for parameter in block.parameters())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.counter.counter is None:
+            return self.block_forward(*args, **kwargs)
+        totals, known = self.counter.counter.flop_counts["Global"], self.counter.known
+        key = self.kind, tuple(argument.shape for argument in args) if self.is_ours else None
+        may_reuse = self.is_ours and not torch.is_grad_enabled()
+        if may_reuse and key in known:
+            output, flops = known[key]
+            for operation, count in flops.items():
+                totals[operation] += count
+        else:
+            before = dict(totals)
+            output = self.block_forward(*args, **kwargs)
+            flops = {operation: count - before.get(operation, 0) for operation, count in totals.items()}
+            if may_reuse:
+                known[key] = output, flops
+        self.counter.block_flops += sum(flops.values())
+        return output
 
 
 def _without_values(model: torch.nn.Module) -> torch.nn.Module:

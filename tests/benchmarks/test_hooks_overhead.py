@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import hooks_overhead  # noqa: E402
 
-from diffusers_tread.hooks import block_specs  # noqa: E402
+from diffusers_tread.hooks.specs import BLOCK_SPECS  # noqa: E402
 
 
 TINY = ["--tokens", "16", "--width", "64", "--batch_size", "1", "--repeats", "2", "--warmup", "0"]
@@ -21,7 +21,7 @@ TINY = ["--tokens", "16", "--width", "64", "--batch_size", "1", "--repeats", "2"
 @pytest.fixture(autouse=True)
 def the_empty_block_is_forgotten():
     yield
-    block_specs.BLOCK_SPECS.pop("EmptyBlock", None)
+    BLOCK_SPECS.pop("EmptyBlock", None)
 
 
 def test_it_writes_what_it_measured(tmp_path):

@@ -15,6 +15,7 @@ import sampling as script  # noqa: E402
 
 from diffusers_tread import TREADTransformer2DModel  # noqa: E402
 from diffusers_tread.flops import forward_flops  # noqa: E402
+from diffusers_tread.guiders import branches_of  # noqa: E402
 
 
 TINY = ["--preset", "S/8", "--tokens", "16", "--repeats", "3"]
@@ -63,10 +64,8 @@ def test_the_flops_are_those_of_the_branches(report):
 
 
 def test_only_the_guider_that_says_so_shares():
-    assert [kind for kind, make in script.KINDS.items() if getattr(make(), "shares_inputs", False)] == [
-        "SG 0/0.7",
-        "SG 0.5/0.9",
-    ]
+    shares = {kind: any(branch.shares_prefix for branch in branches_of(make())) for kind, make in script.KINDS.items()}
+    assert [kind for kind, does in shares.items() if does] == ["SG 0/0.7", "SG 0.5/0.9"]
 
 
 def test_the_table_has_a_line_per_row(report):

@@ -16,7 +16,8 @@ from closeness import difference, rounding
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from diffusers_tread import TokenRoute, TREADPipeline, TREADTransformer2DModel
-from diffusers_tread.converters import convert_checkpoint, convert_diffusers_dit, export_dit, main
+from diffusers_tread.converters import convert_checkpoint, convert_diffusers_dit, export_dit
+from diffusers_tread.converters.__main__ import main
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -447,7 +448,7 @@ def test_the_command_round_trip_through_dit_s_layout(tmp_path, transformer, monk
     transformer.save_pretrained(tmp_path / "ours")
     command = ["convert", "to_dit", f"{tmp_path}/ours", f"{tmp_path}/dit.safetensors"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.delitem(sys.modules, "diffusers_tread.converters")
+    monkeypatch.delitem(sys.modules, "diffusers_tread.converters.__main__")
     runpy.run_module("diffusers_tread.converters", run_name="__main__")
     options = ["--source", "tread", "--num_attention_heads", "4", "--transformer_only"]
     main(["checkpoint", f"{tmp_path}/dit.safetensors", f"{tmp_path}/back", *options])

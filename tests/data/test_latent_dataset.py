@@ -15,12 +15,12 @@ from diffusers_tread.data import (
     LatentsDataset,
     LatentsInfo,
     LatentsWriter,
-    derive_seed,
     make_batches,
     open_latents,
     open_training_data,
 )
 from diffusers_tread.files import write_json
+from diffusers_tread.seeds import derive_seed
 
 
 pytest.importorskip("datasets")

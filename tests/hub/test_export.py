@@ -23,14 +23,16 @@ from tiny_pipeline import make_pipeline, same, sample  # noqa: E402
 
 
 _ROUTING = ["routing.route", "routing.router", "routing.subset"]
-_MODEL = ["models.blocks", "models.positions", "models.transformer_tread_2d", "routing.ops", *_ROUTING]
+_MODEL = ["models.modeling_outputs", "models.transformer_tread_2d", "routing.ops", "routing.stack", *_ROUTING]
+_OBJECTIVES = [f"objectives.{name}" for name in ("base", "edm", "epsilon", "flow", "registry", "terms.base")]
+_PIPELINE = ["pipelines.compatibility", "pipelines.guided_prediction", "pipelines.pipeline_tread", "guiders.branches"]
 # The files with code, and the package's modules that each is made of.
 CODE = {
-    "pipeline.py": ["pipelines.components", "pipelines.guided_prediction", "pipelines.pipeline_tread", *_ROUTING],
+    "pipeline.py": [*_PIPELINE, *_OBJECTIVES, "schedulers.scheduling_edm_heun", *_ROUTING],
     "transformer/transformer_tread_2d.py": _MODEL,
     "guidance_transformer/transformer_tread_2d.py": _MODEL,
     "scheduler/scheduling_edm_heun.py": ["schedulers.scheduling_edm_heun"],
-    "guider/sparse_guidance.py": ["guiders.ratio_schedule", "guiders.sparse_guidance", *_ROUTING],
+    "guider/sparse_guidance.py": ["guiders.branches", "guiders.ratio_schedule", "guiders.sparse_guidance", *_ROUTING],
 }
 
 

@@ -2,6 +2,7 @@
 """Joins modules of this package into one file that needs nothing of it."""
 
 import ast
+import importlib.util
 import inspect
 import sys
 import textwrap
@@ -70,12 +71,20 @@ def _with_dependencies(
     for node in _imports(tree):
         if isinstance(node, ast.ImportFrom) and node.level > 0:
             for alias in node.names:
-                # From a package, the name is of the module that defines it.
-                source = None if alias.name in stand_ins else sys.modules[getattr(module, alias.name).__module__]
+                source = None if alias.name in stand_ins else _defining_module(module, node, alias.name)
                 if source is not None and source.__name__ not in found:
                     _with_dependencies(source, stand_ins, found)
     found[module.__name__] = tree
     return found
+
+
+def _defining_module(module: ModuleType, node: ast.ImportFrom, name: str) -> ModuleType:
+    """Where a name that `module` imports from this package is defined: packages hand names on."""
+    source = sys.modules[importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)]
+    for other in _imports(ast.parse(inspect.getsource(source))):
+        if isinstance(other, ast.ImportFrom) and other.level > 0 and name in [alias.name for alias in other.names]:
+            return _defining_module(source, other, name)
+    return source
 
 
 def _imports(tree: ast.Module) -> list["ast.Import | ast.ImportFrom"]:
@@ -103,5 +112,5 @@ def _defined_names(tree: ast.Module) -> list[str]:
 
 def _body(module: ModuleType, tree: ast.Module) -> str:
     """The source after docstring and imports, comments included."""
-    skipped = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))]
+    skipped = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))] or tree.body[:1]
     return "\n".join(inspect.getsource(module).splitlines()[skipped[-1].end_lineno :]).strip("\n")

@@ -35,8 +35,8 @@ class TokenRoute:
 
     magnitude_mix: float = 0.0
     """l in [-1, 1] mixes the tokens' magnitude into the choice: (1 - |l|) * rand + |l| * m, the highest are kept, with
-    m the L1 norm of a token scaled to [0, 1] within its sample, or 1 - m where l is negative. The final paper has 0.0,
-    uniform subsets."""
+    m the L1 norm of a token scaled to [0, 1] within its sample, or 1 - m where l is negative. v1's code keeps the
+    smallest: its `l1_reg` is -l, with its `inverse` +l. The final paper has 0.0, uniform subsets."""
 
     def __post_init__(self):
         for name in ("start", "end"):

@@ -75,7 +75,8 @@ def magnitude_priority(
     Args:
         hashes: [B, N] int64, from `subset_hashes`.
         hidden_states: [B, N, D], the tokens whose magnitude counts. No gradient flows through the choice.
-        magnitude_mix: l in [-1, 1]. Positive keeps large tokens, negative (v1's inverted choice) keeps small ones.
+        magnitude_mix: l in [-1, 1]. Positive keeps large tokens, negative small ones, which v1's code does without its
+            `inverse`.
         force_keep: As in `random_priority`.
 
     Returns:
