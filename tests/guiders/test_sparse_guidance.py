@@ -14,6 +14,7 @@ from diffusers_tread import (
     RatioSchedule,
     RoutingCall,
     SparseGuidance,
+    TokenRouter,
     TREADTransformer2DModel,
     get_token_router,
     token_routing,
@@ -140,10 +141,11 @@ def test_rescale_mixes_in_the_strong_branchs_deviation(transformer, inputs):
         assert abs(one - before).max() > 0.05
 
 
-def test_every_forward_draws_its_own_subset(transformer, inputs):
-    router, plans = get_token_router(transformer), []
-    plan = router.plan
-    router.plan = lambda *args, **kwargs: plans.append(plan(*args, **kwargs)) or plans[-1]
+def test_every_forward_draws_its_own_subset(transformer, inputs, monkeypatch):
+    router, plan, plans = get_token_router(transformer), TokenRouter.plan, []
+    monkeypatch.setattr(
+        TokenRouter, "plan", lambda *args, **options: plans.append(plan(*args, **options)) or plans[-1]
+    )
     router.defaults = RoutingCall(generator=torch.Generator().manual_seed(0))
     guider = SparseGuidance(strong_ratio=0.5, weak_ratio=0.55)  # 16 tokens: both keep 8
     for step in range(3):

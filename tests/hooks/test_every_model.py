@@ -12,9 +12,12 @@ import tiny_transformers
 import torch
 from diffusers.training_utils import EMAModel
 from gradients import assert_same, gradients_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_tread import TokenRoute, get_token_router, token_routing
+from diffusers_tread import RoutingCall, TokenRoute, get_token_router, token_routing
+from diffusers_tread.flops import forward_flops
 from diffusers_tread.hooks import apply_token_routing, check_token_routing, remove_token_routing
 from diffusers_tread.hooks.block_forward import map_leaves
 from diffusers_tread.hooks.specs import BLOCK_SPECS
@@ -46,7 +49,7 @@ def copied(case):
 
 
 def route(case):
-    apply_token_routing(case.model, ROUTE).shared_subset = case.shared
+    apply_token_routing(case.model, ROUTE).defaults = RoutingCall(shared_subset=case.shared)
     return case
 
 
@@ -285,3 +288,22 @@ def test_checkpointed_gradients_equal_plain_ones_with_two_forwards_before_the_ba
 def checkpoint_with_kwargs(function, *args, **kwargs):
     """As diffusers' default, which takes no keywords, so that HunyuanImage fails with it, routed or not."""
     return checkpoint(function.__call__, *args, use_reentrant=False, **kwargs)
+
+
+LOOKS_AT_VALUES = """BriaFibo2 ErnieImage GlmImage HiDreamImage HunyuanVideo15 HunyuanVideoFramepack Ideogram4 Lumina2
+    MiniMaxH3 Mochi NucleusMoEImage OmniGen QwenImage21""".split()
+
+
+@every_model
+@torch.no_grad()
+def test_flops_without_data_are_those_of_a_forward_or_refused(name):
+    case = route(copied(built(name)))
+    if name.split("Transformer")[0] in LOOKS_AT_VALUES:
+        with pytest.raises(ValueError, match="whose forward does not look at values"):
+            forward_flops(case.model, case.inputs)
+        return
+    flops = forward_flops(case.model, case.inputs).total
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with token_routing(case.model, enabled=True):
+            case.model(**case.inputs)
+    assert flops == counter.get_total_flops() > 0

@@ -5,7 +5,7 @@ import tiny_transformers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline
 
-from diffusers_tread import SparseGuidance, TokenRoute, apply_token_routing, token_routing
+from diffusers_tread import RoutingCall, SparseGuidance, TokenRoute, apply_token_routing, token_routing
 
 
 def hunyuan_image_pipeline():
@@ -36,7 +36,7 @@ def sample(pipeline):
 def test_one_step_is_the_weighted_mean_of_a_strong_and_a_weak_one():
     pipeline = hunyuan_image_pipeline()
     router = apply_token_routing(pipeline.transformer, TokenRoute(start=2, end=-4))
-    router.seed = 3
+    router.defaults = RoutingCall(seed=3)
 
     # An Euler step is affine in the prediction, so the guided step is the same mean of the branches' own steps.
     with token_routing(pipeline.transformer, selection_ratio=0.2):
@@ -47,4 +47,4 @@ def test_one_step_is_the_weighted_mean_of_a_strong_and_a_weak_one():
 
     pipeline.guider = SparseGuidance(guidance_scale=1.6, strong_ratio=0.2, weak_ratio=0.8)
     torch.testing.assert_close(sample(pipeline), 1.6 * strong - 0.6 * weak, atol=1e-5, rtol=1e-5)
-    assert router.selection_ratio is None and router.enabled is None
+    assert not router.is_routing(training=False)

@@ -41,12 +41,15 @@ def sample(pipeline, guider):
 @pytest.mark.filterwarnings("ignore")
 def test_each_step_runs_a_strong_and_a_weak_branch_and_leaves_the_router_as_it_was(pipeline):
     router, ratios = get_token_router(pipeline.transformer), []
-    pipeline.transformer.register_forward_pre_hook(lambda *_: ratios.append((router.enabled, router.selection_ratio)))
+    (route,) = router.routes
+    pipeline.transformer.register_forward_pre_hook(
+        lambda *_: ratios.append(router.route_ratio(route) if router.is_routing(training=False) else None)
+    )
     guided = sample(pipeline, SparseGuidance(guidance_scale=1.6, strong_ratio=0.25, weak_ratio=0.75))
-    assert ratios == [(True, 0.25), (True, 0.75)] * 2
-    assert router.enabled is None and router.selection_ratio is None
+    assert ratios == [0.25, 0.75] * 2
+    assert not router.is_routing(training=False)
 
     ratios.clear()
     plain = sample(pipeline, ClassifierFreeGuidance(guidance_scale=1.0))
-    assert ratios == [(None, None)] * 2
+    assert ratios == [None] * 2
     assert (guided - plain).abs().max() > 1e-3

@@ -3,11 +3,13 @@
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_transformers
 import torch
 from closeness import assert_same_gradients, rounding
+from diffusers import FirstBlockCacheConfig
 from gradients import gradients_of
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -19,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_tread import (
     BlockSpec,
     ModelSpec,
+    RoutingCall,
     SparseGuidance,
     TokenRoute,
+    TokenRouter,
     TREADTransformer2DModel,
     Window,
     apply_token_routing,
@@ -32,7 +36,7 @@ from diffusers_tread import (
     remove_token_routing,
     token_routing,
 )
-from diffusers_tread.hooks import block_specs, model_specs
+from diffusers_tread.hooks.specs import BLOCK_SPECS, MODEL_SPECS, REFUSED_BLOCKS
 
 
 ROUTE = TokenRoute(start=1, end=-4)
@@ -77,23 +81,24 @@ def assert_same(found, expected, limit=LIMIT):
 # ------------------------------------------------------------------------------------------------------- our model
 
 
-class PlainTREAD(TREADTransformer2DModel):
-    """Our model with its blocks in a plain loop, as other people's models have them."""
+class PlainStack(torch.nn.ModuleList):
+    """Blocks in a plain loop, as other people's models have them."""
 
-    def _run_blocks(self, tokens, conditioning, kept_token_ids, prefix, return_prefix):
-        for block in self.transformer_blocks:
+    def forward(self, tokens, conditioning, **settings):
+        for block in self:
             tokens = block(tokens, conditioning)
-        return tokens, None
+        return tokens, None, {}
 
 
 @torch.no_grad()
 def test_blockwise_routing_equals_the_inline_route_of_our_model_bitwise(monkeypatch):
-    monkeypatch.setitem(block_specs.BLOCK_SPECS, "TREADTransformerBlock", BlockSpec())
-    monkeypatch.delitem(block_specs.REFUSED_BLOCKS, "TREADTransformerBlock")
+    monkeypatch.setitem(BLOCK_SPECS, "TREADTransformerBlock", BlockSpec())
+    monkeypatch.delitem(REFUSED_BLOCKS, "TREADTransformerBlock")
     config = {"num_layers": 8, "sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 3}
     inline = TREADTransformer2DModel(**config, routes=[ROUTE])
     tiny_transformers.randomise(inline)
-    plain = PlainTREAD(**config, routes=None)
+    plain = TREADTransformer2DModel(**config, routes=None)
+    plain.transformer_blocks = PlainStack(plain.transformer_blocks)
     plain.load_state_dict(inline.state_dict())
     apply_token_routing(plain, ROUTE)
 
@@ -107,6 +112,55 @@ def test_blockwise_routing_equals_the_inline_route_of_our_model_bitwise(monkeypa
 
 
 # ------------------------------------------------------------------------------------------------ router and stacks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_a_call_says_what_token_routing_says(name):
+    case = routed(name)
+    for settings in ({"seed": 3}, {"enabled": False}, {"selection_ratio": 0.75, "seed": 5}):
+        with token_routing(case.model, **settings):
+            expected = run(case)
+        found = case.model(**case.inputs, routing=RoutingCall(**settings))
+        assert torch.equal(found[0] if not hasattr(found, "sample") else found.sample, expected)
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_threads_share_a_model_and_leave_it_as_it_was(name):
+    case = routed(name)
+    case.model.enable_gradient_checkpointing()
+    run(case)  # which wraps the checkpoint function
+    before, state = dict(vars(case.model)), {name: value.clone() for name, value in case.model.state_dict().items()}
+    settings = [{"seed": 1}, {"selection_ratio": 0.75, "seed": 2}, {"enabled": False}, {"selection_ratio": 0.25}]
+    settings[3]["seed"] = torch.tensor([3, 4])
+
+    def request(settings):
+        """A loss and its gradient for the input, recomputed in the backward."""
+        name = "hidden_states"
+        latents = case.inputs[name].clone().requires_grad_()
+        with token_routing(case.model, **settings):
+            prediction = case.model(**case.inputs | {name: latents}, return_dict=False)[0]
+            (gradient,) = torch.autograd.grad(prediction.square().mean(), latents)
+        return prediction.detach(), gradient
+
+    alone = [request(one) for one in settings]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(request, settings * 5))
+    for index, (prediction, gradient) in enumerate(results):
+        assert torch.equal(prediction, alone[index % 4][0]) and torch.equal(gradient, alone[index % 4][1])
+    assert vars(case.model) == before
+    assert all(torch.equal(state[name], value) for name, value in case.model.state_dict().items())
+
+
+def test_a_routed_forward_with_a_cache_is_refused():
+    case = routed("FluxTransformer2DModel")
+    case.model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="Expected a model without a cache in a routed forward.*disable_cache"):
+        run(case)
+    with token_routing(case.model, enabled=False), case.model.cache_context("cond"), torch.no_grad():
+        run(case)
+    case.model.disable_cache()
+    run(case)
 
 
 @torch.no_grad()
@@ -135,11 +189,11 @@ def test_tokens_that_are_forced_stay_in():
 @torch.no_grad()
 def test_a_shared_subset_is_the_same_for_all_samples():
     case = routed()
-    get_token_router(case.model).shared_subset = True
+    get_token_router(case.model).defaults = RoutingCall(shared_subset=True)
     twins = {k: v[:1].expand_as(v) if v.shape[0] == 2 else v for k, v in case.inputs.items()}
     first, second = case.model(**twins, return_dict=False)[0]
     torch.testing.assert_close(first, second)
-    get_token_router(case.model).shared_subset = False
+    get_token_router(case.model).defaults = RoutingCall()
     first, second = case.model(**twins, return_dict=False)[0]
     assert (first - second).abs().max() > 1e-2
 
@@ -173,13 +227,17 @@ def test_one_stack_alone_can_be_routed(name, stack):
 
 
 @torch.no_grad()
-def test_magnitude_counts_in_the_choice():
+def test_magnitude_counts_in_the_choice(monkeypatch):
     case = routed("Lumina2Transformer2DModel")  # image tokens start at a different position in each sample
     router = get_token_router(case.model)
-    router.magnitude_mix = 1.0
-    ids = []
-    plan = router.plan
-    router.plan = lambda tokens, **kwargs: ids.append((tokens, plan(tokens, **kwargs)[0])) or [ids[-1][1]]
+    router.defaults = RoutingCall(magnitude_mix=1.0)
+    ids, plan = [], TokenRouter.plan
+
+    def recorded(self, tokens, **kwargs):
+        ids.append((tokens, plan(self, tokens, **kwargs)[0]))
+        return [ids[-1][1]]
+
+    monkeypatch.setattr(TokenRouter, "plan", recorded)
     run(case)
     tokens, kept = ids[0]
     expected = tokens.abs().sum(dim=2).topk(8, dim=1).indices.sort(dim=1).values
@@ -376,7 +434,7 @@ def test_sparse_guidance_is_the_combination_of_two_routed_predictions(name):
     guider = SparseGuidance(guidance_scale=1.6, strong_ratio=0.25, weak_ratio=0.75)
     guider.set_state(step=0, num_inference_steps=2, timestep=torch.tensor(1.0))
     router = get_token_router(case.model)
-    router.seed = 7
+    router.defaults = RoutingCall(seed=7)
 
     batches = guider.prepare_inputs({"encoder_hidden_states": case.inputs["encoder_hidden_states"]})
     for batch in batches:
@@ -392,7 +450,7 @@ def test_sparse_guidance_is_the_combination_of_two_routed_predictions(name):
             predictions.append(run(case))
     strong, weak = predictions
     torch.testing.assert_close(guided, 1.6 * strong - 0.6 * weak)
-    assert router.selection_ratio is None and (strong - weak).abs().max() > 1e-3
+    assert not router.is_routing(training=False) and (strong - weak).abs().max() > 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -435,14 +493,14 @@ def test_bad_routes_are_refused_before_anything_changes(routes, stack, message):
 
 
 def test_a_spec_that_names_an_unknown_argument_is_refused(monkeypatch):
-    monkeypatch.setitem(block_specs.BLOCK_SPECS, "FluxTransformerBlock", BlockSpec(tokens={"rotary": 0}))
+    monkeypatch.setitem(BLOCK_SPECS, "FluxTransformerBlock", BlockSpec(tokens={"rotary": 0}))
     with pytest.raises(ValueError, match=r"FluxTransformerBlock.forward to take \['rotary'\]"):
         apply_token_routing(flux(), ROUTE)
 
 
 def test_a_wrong_spec_is_named_by_the_check(monkeypatch):
     spec = BlockSpec(output=1, tokens={}, text="first")
-    monkeypatch.setitem(block_specs.BLOCK_SPECS, "FluxSingleTransformerBlock", spec)
+    monkeypatch.setitem(BLOCK_SPECS, "FluxSingleTransformerBlock", spec)
     case = routed()
     with pytest.raises(ValueError, match=r"not gathered in \['FluxSingleTransformerBlock'\]"):
         check_token_routing(case.model, **case.inputs)
@@ -459,7 +517,7 @@ def test_samples_of_different_sizes_are_refused():
 @pytest.mark.skipif("MiniMaxH3Transformer3DModel" not in tiny_transformers.names(), reason="newer diffusers")
 def test_blocks_that_index_by_token_ask_for_a_shared_subset():
     case = routed("MiniMaxH3Transformer3DModel")
-    with pytest.raises(ValueError, match="router.shared_subset = True"):
+    with pytest.raises(ValueError, match="Give shared_subset=True"):
         run(case)
 
 
@@ -538,8 +596,8 @@ def my_model():
     """`MyModel`, whose blocks are registered for as long."""
     register_block_spec("MyBlock", BlockSpec(hidden="states", tokens={"positions": 1}, text="first", joint=True))
     yield MyModel()
-    block_specs.BLOCK_SPECS.pop("MyBlock")
-    model_specs.MODEL_SPECS.pop("MyModel", None)
+    BLOCK_SPECS.pop("MyBlock")
+    MODEL_SPECS.pop("MyModel", None)
 
 
 def test_models_and_blocks_of_others_can_be_registered(my_model):

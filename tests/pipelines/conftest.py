@@ -5,7 +5,13 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
-from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel, get_token_router
+from diffusers_tread import (
+    EDMHeunScheduler,
+    TokenRouter,
+    TREADPipeline,
+    TREADTransformer2DModel,
+    get_token_router,
+)
 from diffusers_tread.objectives import OBJECTIVES
 
 
@@ -90,14 +96,20 @@ def generators():
 
 
 @pytest.fixture
-def record_calls():
-    """Records (latents, timestep, labels, kept ids or None) of every forward of a model."""
+def record_calls(monkeypatch):
+    """Records (latents, timestep, labels) of every forward of a model, and what its router planned."""
 
     def record(model):
         calls, plans = [], []
-        router = get_token_router(model)
-        plan = router.plan
-        router.plan = lambda *args, **kwargs: plans.append(plan(*args, **kwargs)) or plans[-1]
+        router, plan = get_token_router(model), TokenRouter.plan
+
+        def recorded(self, *args, **kwargs):
+            planned = plan(self, *args, **kwargs)
+            if self is router:
+                plans.append(planned)
+            return planned
+
+        monkeypatch.setattr(TokenRouter, "plan", recorded)
         model.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append((args[0].clone(), args[1], kwargs["class_labels"])), with_kwargs=True
         )

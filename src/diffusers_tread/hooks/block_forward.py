@@ -110,7 +110,7 @@ class BlockForward:
         if spec.needs_shared_subset and not same_rows:
             raise ValueError(
                 f"Expected one subset for all samples, which {type(self.module).__name__} needs because it uses a "
-                "per-token argument without a batch axis as an index. Set router.shared_subset = True."
+                "per-token argument without a batch axis as an index. Give shared_subset=True."
             )
 
         def ids_for(length: int) -> torch.Tensor | None:

@@ -113,10 +113,12 @@ class TokenRouter:
         ValueError: As `resolve_routes`.
     """
 
+    __slots__ = ("num_layers", "routes", "defaults", "_surroundings")  # a misspelled setting is an error
+
     def __init__(self, routes: Any = None, *, num_layers: int):
         self.num_layers = num_layers
         self.routes = resolve_routes(routes, num_layers)
-        self.defaults = RoutingCall()
+        self.defaults: RoutingCall = RoutingCall()
         self._surroundings = _Surroundings()
 
     def is_routing(self, training: bool, call: RoutingCall | None = None) -> bool:
@@ -220,12 +222,12 @@ class TokenRouter:
         around = (*self._surroundings.calls, self.defaults)
         return around if call is None else (call, *around)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "_surroundings"}
-        return {**state, "defaults": replace(self.defaults, generator=None)}
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.num_layers, self.routes, replace(self.defaults, generator=None)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _surroundings=_Surroundings())
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.num_layers, self.routes, self.defaults = state
+        self._surroundings = _Surroundings()
 
     def __repr__(self) -> str:
         return f"TokenRouter(routes={list(self.routes)}, num_layers={self.num_layers})"
