@@ -30,7 +30,8 @@ from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
 from forking import run_forked  # noqa: E402
 
-from diffusers_tread.training import checkpoints, pictures  # noqa: E402
+from diffusers_tread import pictures  # noqa: E402
+from diffusers_tread.training import checkpoints  # noqa: E402
 
 
 def switch_on_fsdp2() -> None:

@@ -147,9 +147,9 @@ def test_each_batch_is_a_new_sample_of_the_stored_posterior_shifted_and_scaled(a
     seen, next_batch = [], train_tread.Trainer.next_batch
 
     def watch(trainer, micro_step):
-        latents, labels = next_batch(trainer, micro_step)
+        latents, labels, routing = next_batch(trainer, micro_step)
         seen.append((trainer.step, micro_step, latents, labels))
-        return latents, labels
+        return latents, labels, routing
 
     monkeypatch.setattr(train_tread.Trainer, "next_batch", watch)
     train(*argv, "--output_dir", tmp_path / "run", "--seed", 3, "--class_dropout_prob", 0)

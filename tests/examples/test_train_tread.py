@@ -18,8 +18,9 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_tread import EDMHeunScheduler, TREADPipeline, get_token_router
+from diffusers_tread import EDMHeunScheduler, TokenRouter, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import training_flops
+from diffusers_tread.objectives import base
 from diffusers_tread.training.checkpoints import list_checkpoints, verify_checkpoint
 
 
@@ -209,11 +210,16 @@ def test_routing_is_on_until_the_dense_share_and_its_seeds_differ(config, tmp_pa
 
     def watch(trainer):
         loss = train_step(trainer)
-        router = get_token_router(trainer.model)
-        rate = trainer.optimizer.param_groups[0]["lr"]
-        seen.append((router.is_routing(trainer.model.training), int(router.defaults.seed), rate))
+        seen.append((*routings.pop(), trainer.optimizer.param_groups[0]["lr"]))
         return loss
 
+    def plan(router, *args, training, call, **kwargs):
+        if call.seed is not None:  # not the samples'
+            routings.append((router.is_routing(training, call), int(call.seed)))
+        return router_plan(router, *args, training=training, call=call, **kwargs)
+
+    routings, router_plan = [], TokenRouter.plan
+    monkeypatch.setattr(TokenRouter, "plan", plan)
     monkeypatch.setattr(train_tread.Trainer, "train_step", watch)
     train("--config", config(), "--output_dir", tmp_path / "run", "--dense_fraction", 0.3)
     assert [routing for routing, _, _ in seen] == [True] * 7 + [False] * 3
@@ -249,6 +255,7 @@ def test_nothing_in_a_step_waits_for_the_device(config, tmp_path, monkeypatch, r
             monitor_read(monitor, step)
         return monitor_read(monitor, step)
 
+    monkeypatch.setattr(base, "check_scale", lambda latents: None)  # which looks on the CPU alone
     monitor_read = train_tread.LossMonitor.read
     monkeypatch.setattr(train_tread.Trainer, "train_step", watch)
     monkeypatch.setattr(train_tread.LossMonitor, "read", read)
@@ -261,7 +268,7 @@ def test_the_log_tells_the_flops_in_force(config, tmp_path, monkeypatch):
     logged = {}
     monkeypatch.setattr(Accelerator, "log", lambda accelerator, values, step: logged.update({step: values}))
     train("--config", config(), "--dense_fraction", 0.3, "--output_dir", tmp_path / "run")
-    model = json.loads((tmp_path / "run" / "train_config.json").read_text())["model"]
+    model = TREADTransformer2DModel(**json.loads((tmp_path / "run" / "train_config.json").read_text())["model"])
     routed, dense = training_flops(model), training_flops(model, selection_ratio=0.0)
     assert sorted(logged) == [2, 3, 4, 6, 8, 9, 10] and routed < dense
     for step, values in logged.items():
@@ -287,9 +294,9 @@ def test_labels_are_dropped_at_the_asked_rate(config, tmp_path, monkeypatch):
     next_batch = train_tread.Trainer.next_batch
 
     def watch(trainer, micro_step):
-        latents, class_labels = next_batch(trainer, micro_step)
+        latents, class_labels, routing = next_batch(trainer, micro_step)
         labels.extend(class_labels.tolist())
-        return latents, class_labels
+        return latents, class_labels, routing
 
     monkeypatch.setattr(train_tread.Trainer, "next_batch", watch)
     train("--config", config(train_batch_size=60, max_train_steps=5), "--output_dir", tmp_path / "run")
@@ -380,6 +387,7 @@ def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_writes_nothi
         (["--random_flip"], "digits"),
         (["--routes", '[{"start": 2, "end": 9, "selection_ratio": 0.5}]'], "end"),
         (["--objective_config", '{"shitf": 2.0}'], "shitf"),
+        (["--loss_terms", '{"reconstrution": {}}'], r"terms among \['reconstruction'\].*got \['reconstrution'\]"),
         (["--objective", "edm", "--objective_config", '{"sigma_data": -1}'], "sigma_data"),
         (["--model_config_name_or_path", '{"depth": 3}'], "depth"),
         (["--model_config_name_or_path", '{"num_classes": 3}'], "num_classes=10"),
@@ -407,7 +415,7 @@ def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path)
     argv = ["--config", config(max_train_steps=2), "--train_data_dir", folder, "--resolution", 8]
     argv += ["--objective", "edm", "--routes", json.dumps(routes), "--gradient_checkpointing"]
     train(*argv, "--output_dir", tmp_path / "plain")
-    train(*argv, "--objective_config", '{"reconstruction_weight": 0.1}', "--output_dir", tmp_path / "masked")
+    train(*argv, "--loss_terms", '{"reconstruction": {"weight": 0.1}}', "--output_dir", tmp_path / "masked")
     loaded = TREADPipeline.from_pretrained(tmp_path / "masked" / "pipeline")
     assert loaded.transformer.config.routes == routes
     with pytest.raises(AssertionError):
@@ -416,15 +424,15 @@ def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path)
 
 @pytest.mark.parametrize(
     "routes, message",
-    [("none", "Expected a TREADTransformer2DModel with routes"), ("default", "Expected patches of several values")],
+    [("none", "Expected a denoiser of this package with patches"), ("default", "Expected patches of several values")],
 )
 def test_a_loss_that_the_model_cannot_have_is_refused_before_anything_is_written(tmp_path, routes, message):
     with pytest.raises(ValueError, match=message):  # the digits' patches are single pixels
         train(
             "--routes",
             routes,
-            "--objective_config",
-            '{"reconstruction_weight": 0.1}',
+            "--loss_terms",
+            '{"reconstruction": {"weight": 0.1}}',
             "--output_dir",
             tmp_path / "run",
         )

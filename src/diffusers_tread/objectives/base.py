@@ -167,13 +167,18 @@ def draw(latents: torch.Tensor, generator: torch.Generator | None) -> tuple[torc
             f"Expected latents [B, C, H, W] of a floating-point dtype, got {tuple(latents.shape)} of {latents.dtype}. "
             "Scale images to floats in [-1, 1] and add the batch dimension."
         )
+    check_scale(latents)
+    options = {"generator": generator, "device": latents.device, "dtype": torch.float32}
+    return randn_tensor(latents.shape[:1], **options), randn_tensor(latents.shape, **options)
+
+
+def check_scale(latents: torch.Tensor) -> None:
+    """Raises ValueError for latents on the CPU that look like images in [0, 255]."""
     if latents.device.type == "cpu" and latents.numel() and latents.abs().amax() > 100:
         raise ValueError(
             "Expected latents of about unit variance or images in [-1, 1], got values up to "
             f"{latents.abs().amax():g}. Scale them: images in [0, 255] by images / 127.5 - 1."
         )
-    options = {"generator": generator, "device": latents.device, "dtype": torch.float32}
-    return randn_tensor(latents.shape[:1], **options), randn_tensor(latents.shape, **options)
 
 
 def check_fields(objective: Objective, *, positive: tuple[str, ...] = (), finite: tuple[str, ...] = ()) -> None:
