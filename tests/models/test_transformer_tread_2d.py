@@ -200,10 +200,21 @@ def test_a_magnitude_in_a_route_measures_the_tokens_at_the_input(make_model, inp
     assert torch.equal(model(*inputs).kept_token_ids[0], tokens.abs().sum(2).topk(8).indices.sort(1).values)
 
 
-@pytest.mark.parametrize("size", [(4, 4), (4, 6), (3, 8)])
-def test_positions_equal_those_of_diffusers(size):
-    expected = get_2d_sincos_pos_embed(16, size, base_size=4, output_type="pt")
-    torch.testing.assert_close(sincos_positions(16, *size, base=4).double(), expected.double(), atol=1e-6, rtol=0)
+@pytest.mark.parametrize("size", [(4, 4), (4, 6), (3, 8), (16, 16)])
+def test_positions_are_those_of_diffusers_and_of_the_formula_to_the_last_bit(size):
+    found = sincos_positions(16, *size, base=4)
+    assert torch.equal(found, get_2d_sincos_pos_embed(16, size, base_size=4, output_type="pt").float())
+
+    # MAE's formula in float64: half of the channels for the column, half for the row, each sines, then cosines.
+    omega = 10000.0 ** (-np.arange(4) / 4)
+    table = []
+    for row in range(size[0]):
+        for column in range(size[1]):
+            # The coordinates themselves are float32 in diffusers.
+            x, y = np.float32(column) / np.float32(size[1] / 4), np.float32(row) / np.float32(size[0] / 4)
+            angles = [np.float64(x) * omega, np.float64(y) * omega]
+            table.append(np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))]))
+    np.testing.assert_allclose(found.numpy(), np.array(table), rtol=0, atol=6e-8)  # half a unit of the last place of 1
 
 
 # Initialisation and size.
@@ -219,12 +230,13 @@ def test_the_output_is_exactly_zero_at_initialisation(inputs, training, routes):
     assert all(torch.count_nonzero(block.attn.to_qkv.weight) > 0 for block in model.transformer_blocks)
 
 
-def test_query_key_and_value_are_initialised_as_matrices_of_their_own():
-    """Xavier's bound is sqrt(6 / (fan_in + fan_out)): sqrt(3 / D) for each, not sqrt(1.5 / D) for the three as one."""
+def test_query_key_and_value_are_initialised_as_one_matrix():
+    """As in DiT: Xavier's bound sqrt(6 / (fan_in + fan_out)) of a [3D, D] matrix is sqrt(1.5 / D)."""
     model = TREADTransformer2DModel(num_attention_heads=4, attention_head_dim=16, num_layers=6)
     for block in model.transformer_blocks:
-        for weight in block.attn.to_qkv.weight.chunk(3):
-            assert 0.95 * (3 / 64) ** 0.5 < weight.abs().max() <= (3 / 64) ** 0.5
+        weight = block.attn.to_qkv.weight
+        assert 0.95 * (1.5 / 64) ** 0.5 < weight.abs().max() <= (1.5 / 64) ** 0.5
+        assert weight.std().item() == pytest.approx((0.5 / 64) ** 0.5, rel=0.03)
 
 
 def test_every_parameter_gets_a_gradient(make_model, inputs):

@@ -126,7 +126,8 @@ def _config(
             "pos_embed. Give sample_size (--sample_size) if there is no pos_embed, and only then."
         )
     if positions is not None:
-        _check_positions(positions, sincos_positions(dim, sample_size // patch_size, sample_size // patch_size))
+        base = sample_size // patch_size
+        _check_positions(positions, sincos_positions(dim, base, base, base=base))
 
     return {
         "num_attention_heads": num_attention_heads,

@@ -10,7 +10,7 @@ import torch
 from diffusers import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 
-from ..routing import TokenRouter, get_token_router, token_routing
+from ..routing import TokenRouter, check_can_route, get_token_router, token_routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +140,13 @@ def branches_of(guider: BaseGuidance) -> list[Branch]:
 
 
 def check_routes(denoiser: torch.nn.Module, selection_ratio: float) -> None:
-    """Raises ValueError if the ratio is above 0 and the denoiser has no routes."""
-    if selection_ratio > 0.0 and not get_token_router(denoiser).routes:
+    """Raises ValueError if the ratio is above 0 and the denoiser has no routes, or cannot take them as it is set
+    up."""
+    if selection_ratio == 0.0:
+        return
+    if not get_token_router(denoiser).routes:
         raise ValueError(
             f"Expected a denoiser with token routes, got {type(denoiser).__name__} with routes=None. Use a model "
             "trained with routes, or another guider."
         )
+    check_can_route(denoiser)

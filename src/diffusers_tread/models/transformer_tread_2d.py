@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, H and W latent size, P patch size, N = (H / 
 D width (heads * head dim).
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -12,10 +13,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    TimestepEmbedding,
+    get_1d_sincos_pos_embed_from_grid,
+    get_timestep_embedding,
+)
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, check_can_route, default_route
@@ -52,6 +65,7 @@ class TREADAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = TREADAttnProcessor
     _available_processors = [TREADAttnProcessor]
+    is_cross_attention = False
     _supports_qkv_fusion = False  # they always are
 
     def __init__(self, dim: int, *, heads: int, bias: bool = True):
@@ -97,7 +111,42 @@ class TREADTransformerBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff, self.ff(ff_input))
 
 
-class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+def sincos_positions(
+    dim: int, height: int, width: int, *, base: int, device: "torch.device | str | None" = None
+) -> torch.Tensor:
+    """Fixed 2D sine-cosine position embeddings (arXiv 2111.06377), computed in float64 and rounded.
+
+    Args:
+        dim: D, divisible by 4.
+        height: Rows of tokens.
+        width: Columns of tokens.
+        base: Rows and columns are scaled to [0, base), the range of the training grid.
+        device: Where to make them.
+
+    Returns:
+        [height * width, D] float32, tokens in row-major order; the first half of the channels is for the column.
+    """
+    # Not by diffusers' function for two dimensions, which makes a graph for square and one for other images.
+    rows, columns = (
+        get_1d_sincos_pos_embed_from_grid(
+            dim // 2, torch.arange(size, device=device, dtype=torch.float32) / (size / base), output_type="pt"
+        )
+        for size in (height, width)
+    )  # h D/2, w D/2
+    rows, columns = rows.unsqueeze(1).expand(-1, width, -1), columns.unsqueeze(0).expand(height, -1, -1)  # h w D/2
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
+
+
+# What diffusers' caches, layer skipping and perturbed attention ask of a block. The registries have no public name:
+# https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/hooks/_helpers.py
+TransformerBlockRegistry.register(TREADTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+AttentionProcessorRegistry.register(
+    TREADAttnProcessor,
+    AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states: hidden_states),
+)
+
+
+class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     r"""DiT whose middle blocks can be skipped by a random share of the tokens.
 
     In training mode the tokens take the routes; in evaluation mode the model is dense, unless `token_routing` asks for
@@ -141,6 +190,12 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
     _supports_gradient_checkpointing = True
     _supports_prefix = True
+    # Of a dense forward; a routed one is refused. The classes have no public name:
+    # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/_modeling_parallel.py
+    _cp_plan = {
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
     _no_split_modules = ["TREADTransformerBlock"]
     _repeated_blocks = ["TREADTransformerBlock"]
     _skip_layerwise_casting_patterns = [
@@ -195,8 +250,8 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         self.patch_embedding = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.timestep_embedding = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
         self.class_embedding = nn.Embedding(num_classes + 1, dim)
-        positions = sincos_positions(dim, sample_size // patch_size, sample_size // patch_size)
-        self.register_buffer("positions", positions, persistent=False)  # N D
+        base = sample_size // patch_size
+        self.register_buffer("positions", sincos_positions(dim, base, base, base=base), persistent=False)  # N D
 
         # Blocks.
         blocks = [
@@ -336,6 +391,25 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         )
         return output if return_dict else output.to_tuple()
 
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As diffusers' method, for LoRA and other adapters of PEFT.
+
+        The linear layers of a block are called `to_qkv` (query, key and value), `to_out.0`, `ff.net.0.proj`,
+        `ff.net.2` and `modulation`.
+
+        Warns:
+            UserWarning: The adapter's targets name query, key or value apart, which reach nothing here.
+        """
+        super().add_adapter(adapter_config, adapter_name)
+        targets = getattr(adapter_config, "target_modules", None)
+        apart = sorted({"to_q", "to_k", "to_v"} & set(targets if isinstance(targets, (list, set, tuple)) else ()))
+        if apart and "to_qkv" not in targets:
+            warnings.warn(
+                f"The adapter's targets {apart} reach nothing: query, key and value are one layer here, 'to_qkv'. Use "
+                'target_modules=["to_qkv", "to_out.0"].',
+                stacklevel=2,
+            )
+
     def _embed_conditioning(
         self, timestep: "torch.Tensor | float", class_labels: torch.Tensor | None, hidden_states: torch.Tensor
     ) -> torch.Tensor:
@@ -355,9 +429,10 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         return F.silu(embedding).to(hidden_states.dtype)
 
     def _positions_for(self, height: int, width: int) -> torch.Tensor:
-        """[N, D] for height x width tokens: the stored table or, for another size, one scaled to its range."""
+        """[N, D] for height x width tokens, scaled to the range of the training's; for that size the stored table."""
         base = self.config.sample_size // self.config.patch_size
-        if height == width == base:
+        # A graph has no branch for one size, which would make it another graph for each kind of size.
+        if not torch.compiler.is_compiling() and height == width == base:
             return self.positions
         return sincos_positions(self.positions.shape[1], height, width, base=base, device=self.positions.device)
 
@@ -391,10 +466,10 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
     def _init_weights(self) -> None:
         """DiT's initialisation (arXiv 2212.09748, section 3.2 and appendix A); the zeros come last."""
-        for name, module in self.named_modules():
+        # Query, key and value are drawn as the one matrix that they are, as in DiT, SiT and TREAD's reference.
+        for module in self.modules():
             if isinstance(module, nn.Linear):
-                for weight in module.weight.chunk(3 if name.endswith("to_qkv") else 1):
-                    nn.init.xavier_uniform_(weight)
+                nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
@@ -407,30 +482,3 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         for module in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-
-
-def sincos_positions(
-    dim: int, height: int, width: int, *, base: int | None = None, device: "torch.device | str | None" = None
-) -> torch.Tensor:
-    """Fixed 2D sine-cosine positions (arXiv 2111.06377): half the channels for the column, half for the row.
-
-    The order of the halves is that of MAE, DiT and diffusers, so that DiT's weights fit.
-
-    Args:
-        dim: D, divisible by 4.
-        height: Rows of tokens.
-        width: Columns of tokens.
-        base: If given, rows and columns are scaled to [0, base), the range of the training grid.
-        device: Where to make them.
-
-    Returns:
-        [height * width, D] float32, tokens in row-major order.
-    """
-    rows = torch.arange(height, device=device, dtype=torch.float32) * (1.0 if base is None else base / height)
-    columns = torch.arange(width, device=device, dtype=torch.float32) * (1.0 if base is None else base / width)
-    omega = 10000.0 ** (-torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))  # D/4
-
-    rows, columns = rows.unsqueeze(1) * omega, columns.unsqueeze(1) * omega  # h D/4, w D/4
-    rows = torch.cat([rows.sin(), rows.cos()], dim=1).unsqueeze(1).expand(-1, width, -1)  # h w D/2
-    columns = torch.cat([columns.sin(), columns.cos()], dim=1).unsqueeze(0).expand(height, -1, -1)  # h w D/2
-    return torch.cat([columns, rows], dim=2).flatten(0, 1)

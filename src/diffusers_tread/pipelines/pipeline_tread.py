@@ -13,6 +13,7 @@ import torch
 from diffusers import BaseGuidance, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..hub import HubPipeline
@@ -27,7 +28,8 @@ from .compatibility import (
 from .guided_prediction import GuidedPrediction
 
 
-class TREADPipeline(HubPipeline):
+# The LoRA methods of diffusers' pipelines that adapt the transformer alone; none of them is about Sana.
+class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
     r"""Samples images of given classes from a `TREADTransformer2DModel`.
 
     Args:
