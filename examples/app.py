@@ -18,7 +18,7 @@ import torch
 from diffusers import BaseGuidance, ClassifierFreeGuidance
 
 import diffusers_tread
-from diffusers_tread import SparseGuidance, TREADPipeline
+from diffusers_tread import SparseGuidance, TREADPipeline, get_token_router
 from diffusers_tread.flops import guidance_flops
 from diffusers_tread.objectives import find_objective
 from diffusers_tread.pictures import make_grid
@@ -133,10 +133,11 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
     labels = range(config.num_classes)
     classes = [(f"{label}: {names[str(label)]}" if str(label) in names else f"{label}", label) for label in labels]
     kinds = ["none", CFG]
-    if config.routes:
+    has_routes = bool(get_token_router(pipeline.transformer).routes)
+    if has_routes:
         kinds += [SPARSE, f"{CFG} + {SPARSE}"]
     if pipeline.guidance_transformer is not None:
-        kinds += [AUTO, *([f"{AUTO} + {SPARSE}"] if config.routes else [])]
+        kinds += [AUTO, *([f"{AUTO} + {SPARSE}"] if has_routes else [])]
 
     with gr.Blocks(title="diffusers-tread", analytics_enabled=False) as page:
         gr.Markdown("# Token routing and Sparse Guidance\nThe same noise, guided in two ways.")

@@ -24,8 +24,14 @@ from tiny_pipeline import make_pipeline, same, sample  # noqa: E402
 
 _ROUTING = ["routing.route", "routing.router", "routing.subset"]
 _MODEL = ["models.modeling_outputs", "models.transformer_tread_2d", "routing.ops", "routing.stack", *_ROUTING]
-_OBJECTIVES = [f"objectives.{name}" for name in ("base", "edm", "epsilon", "flow", "registry", "terms.base")]
-_PIPELINE = ["pipelines.compatibility", "pipelines.guided_prediction", "pipelines.pipeline_tread", "guiders.branches"]
+_OBJECTIVES = ["registry", *(f"objectives.{name}" for name in ("base", "edm", "epsilon", "flow", "registry"))]
+_PIPELINE = [
+    "pipelines.compatibility",
+    "pipelines.guided_prediction",
+    "pipelines.pipeline_tread",
+    "guiders.branches",
+    "objectives.terms.base",
+]
 # The files with code, and the package's modules that each is made of.
 CODE = {
     "pipeline.py": [*_PIPELINE, *_OBJECTIVES, "schedulers.scheduling_edm_heun", *_ROUTING],

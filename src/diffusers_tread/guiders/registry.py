@@ -3,6 +3,7 @@
 
 from diffusers import BaseGuidance
 
+from ..registry import add_entry
 from .sparse_guidance import SparseGuidance
 
 
@@ -10,8 +11,12 @@ GUIDERS: dict[str, type[BaseGuidance]] = {}
 
 
 def register_guider(guider: type[BaseGuidance]) -> None:
-    """Makes `TREADPipeline` save, export and load a guider of your own."""
-    GUIDERS[guider.__name__] = guider
+    """Makes `TREADPipeline` save, export and load a guider of your own.
+
+    Raises:
+        ValueError: Another guider is called so.
+    """
+    add_entry(GUIDERS, guider.__name__, guider)
 
 
 register_guider(SparseGuidance)

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..fingerprint import weights_fingerprint
 from ..flops import forward_flops, guidance_flops
+from ..routing import get_token_router
 
 
 if TYPE_CHECKING:  # it needs Accelerate
@@ -82,7 +83,7 @@ def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetail
     details = details or CardDetails()
     _check_results(pipeline, details.results)
     title = repo_id.rstrip("/").split("/")[-1]
-    has_routes = bool(pipeline.transformer.config.routes)
+    has_routes = bool(get_token_router(pipeline.transformer).routes)
     names = list((pipeline.config.id2label or {}).values())
     is_on_hub = details.dataset is not None and details.dataset.count("/") == 1
     data = ModelCardData(
@@ -112,11 +113,12 @@ def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
     """What the pipeline itself tells."""
     model, vae, guider = pipeline.transformer, pipeline.vae, pipeline.guider
     config, size = model.config, model.config.sample_size * pipeline.vae_scale_factor
+    router = get_token_router(model)
     dense, routed = forward_flops(model, selection_ratio=0.0).total, forward_flops(model).total
     routes = [
-        f"blocks {route['start']} to {route['end']} of {config.num_layers} (from 0, both included) without "
-        f"{route['selection_ratio']:.0%} of the tokens"
-        for route in config.routes or []
+        f"blocks {route.start} to {route.end} of {router.num_layers} (from 0, both included) without "
+        f"{route.selection_ratio:.0%} of the tokens"
+        for route in router.routes
     ]
     facts = {
         "images": f"{size}x{size} pixels, {config.num_classes} classes",

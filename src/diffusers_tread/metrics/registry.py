@@ -7,6 +7,7 @@ this package by a call of `register_metric`.
 
 from collections.abc import Sequence
 
+from ..registry import add_entry
 from .frechet import FID, SFID
 from .inception_score import INCEPTION_SCORE
 from .metric import MeanStd, Metric
@@ -34,9 +35,7 @@ def register_metric(name: str, metric: Metric) -> None:
     Raises:
         ValueError: The name is taken.
     """
-    if name in METRICS:
-        raise ValueError(f"Expected a new name for {metric.label}, got {name!r}, the name of {METRICS[name].label}.")
-    METRICS[name] = metric
+    add_entry(METRICS, name, metric)
 
 
 def possible_metrics(extractor: FeatureExtractor) -> tuple[str, ...]:

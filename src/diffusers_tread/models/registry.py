@@ -4,8 +4,7 @@
 A denoiser is a diffusers `ModelMixin` that offers:
 
 - in its config `in_channels`, `sample_size` (height and width of the training latents), `num_classes` (0:
-unconditional)
-  and `objective` (a name of `diffusers_tread.objectives`);
+  unconditional) and `objective` (a name of `diffusers_tread.objectives`);
 - `forward(hidden_states [B, C, H, W], timestep [B], class_labels=[B], return_dict=True, *, routing=None,
   hidden_states_at=())`, which gives a `DenoiserOutput`;
 - `token_router`, a `TokenRouter`, with or without routes;
@@ -16,6 +15,7 @@ from typing import Any
 
 from diffusers import ModelMixin
 
+from ..registry import add_entry
 from .transformer_tread_2d import TREADTransformer2DModel
 
 
@@ -23,8 +23,12 @@ DENOISERS: dict[str, type[ModelMixin]] = {}
 
 
 def register_denoiser(denoiser: type[ModelMixin]) -> None:
-    """Makes a denoiser of your own known to the training script, `TREADPipeline` and the Hub."""
-    DENOISERS[denoiser.__name__] = denoiser
+    """Makes a denoiser of your own known to the training script, `TREADPipeline` and the Hub.
+
+    Raises:
+        ValueError: Another denoiser is called so.
+    """
+    add_entry(DENOISERS, denoiser.__name__, denoiser)
 
 
 def make_denoiser(preset_or_class: str, **config: Any) -> ModelMixin:

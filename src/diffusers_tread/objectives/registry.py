@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The objectives by the names that a model's config has for them."""
 
+from ..registry import add_entry
 from .base import Objective
 from .edm import EDMObjective
 from .epsilon import EpsilonObjective
@@ -11,8 +12,12 @@ OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 def register_objective(name: str, objective: type[Objective]) -> None:
-    """Makes an objective known by a name: in a model's config, for the pipeline and for the training script."""
-    OBJECTIVES[name] = objective
+    """Makes an objective known by a name: in a model's config, for the pipeline and for the training script.
+
+    Raises:
+        ValueError: The name is that of another objective.
+    """
+    add_entry(OBJECTIVES, name, objective)
     objective.name = name
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The terms of a loss by name."""
 
+from ...registry import add_entry
 from .base import LossTerm
 from .reconstruction import ReconstructionLoss
 
@@ -9,8 +10,12 @@ LOSS_TERMS: dict[str, type[LossTerm]] = {}
 
 
 def register_loss_term(name: str, term: type[LossTerm]) -> None:
-    """Makes a term known by a name, for `--loss_terms` of the training script."""
-    LOSS_TERMS[name] = term
+    """Makes a term known by a name, for `--loss_terms` of the training script.
+
+    Raises:
+        ValueError: The name is that of another term.
+    """
+    add_entry(LOSS_TERMS, name, term)
 
 
 register_loss_term("reconstruction", ReconstructionLoss)

@@ -1,0 +1,238 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""A stranger adds a backbone, an objective, a term of the loss, a guider, a metric or a block by one file with one
+line that registers it: `additions/` holds one of each, and each goes through the package's own paths here."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from diffusers_tread import (
+    FlowMatchingObjective,
+    RoutingCall,
+    SparseGuidance,
+    TokenRoute,
+    TREADPipeline,
+    TREADTransformer2DModel,
+    apply_token_routing,
+    check_token_routing,
+    register_denoiser,
+    register_guider,
+    register_loss_term,
+    register_objective,
+    token_routing,
+)
+from diffusers_tread.flops import flop_ceiling, forward_flops, guidance_flops
+from diffusers_tread.guiders.registry import GUIDERS
+from diffusers_tread.hooks.specs.blocks import BLOCK_SPECS
+from diffusers_tread.hub import export_for_hub
+from diffusers_tread.metrics import METRICS, FeatureExtractor, evaluate_pipeline, prepare_reference, register_metric
+from diffusers_tread.models.registry import DENOISERS
+from diffusers_tread.objectives.registry import OBJECTIVES
+from diffusers_tread.objectives.terms.registry import LOSS_TERMS
+
+
+TABLES = (BLOCK_SPECS, DENOISERS, GUIDERS, LOSS_TERMS, METRICS, OBJECTIVES)
+before = [set(table) for table in TABLES]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
+
+import train_tread  # noqa: E402
+from additions import backbone, block_spec, guider, loss_term, metric, objective  # noqa: E402, F401
+
+
+# Other tests see the tables as they were.
+ADDED = [{name: table.pop(name) for name in set(table) - names} for table, names in zip(TABLES, before, strict=True)]
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "patch_size": 2}
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    for table, added in zip(TABLES, ADDED, strict=True):
+        for name, value in added.items():
+            monkeypatch.setitem(table, name, value)
+
+
+@pytest.fixture
+def train(tmp_path, fresh_accelerate):
+    """Runs the training script on the digits; gives the pipeline it saved."""
+
+    def train(*flags, model):
+        path = tmp_path / "model.json"
+        path.write_text(json.dumps(model))
+        argv = ["--output_dir", tmp_path / "run", "--max_train_steps", 4, "--model_config_name_or_path", path, *flags]
+        train_tread.main([*map(str, argv), "--validation_steps=4", "--num_validation_images=2", "--report_to=none"])
+        pipe = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return train
+
+
+def sample(pipe, **settings):
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    settings = {"num_inference_steps": 3, "generator": generators, "output_type": "latent"} | settings
+    return pipe([3, 5], **settings).images
+
+
+def test_a_backbone_trains_resumes_samples_and_is_exported(train, tmp_path):
+
+    pipe = train(model={"_class_name": "MeanDenoiser", "routes": [{"start": 1, "end": 3}]})
+    assert type(pipe.transformer) is backbone.MeanDenoiser
+    torch.manual_seed(0)
+    for parameter in pipe.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+    # Sparse Guidance with and without the shared prefix, in a batch and alone.
+    pipe.guider = SparseGuidance()
+    images = sample(pipe)
+    backbone.MeanDenoiser._supports_prefix = False
+    try:
+        assert torch.equal(sample(pipe), images)
+    finally:
+        backbone.MeanDenoiser._supports_prefix = True
+    alone = pipe(5, num_inference_steps=3, generator=[torch.Generator().manual_seed(2)], output_type="latent").images
+    torch.testing.assert_close(alone, images[1:], atol=1e-5, rtol=1e-4)
+    assert flop_ceiling(pipe.transformer) > 1.2 and guidance_flops(pipe.transformer, pipe.guider).share_of_cfg < 1
+
+    folder = export_for_hub(pipe, tmp_path / "hub")
+    assert json.loads((folder / "model_index.json").read_text())["transformer"] == ["backbone", "MeanDenoiser"]
+    loaded = TREADPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(loaded), images)
+
+
+def test_routed_tokens_of_a_backbone_keep_their_bits_and_positions_move_with_the_kept():
+    torch.manual_seed(0)
+    model = backbone.MeanDenoiser(routes=[{"start": 0, "end": 2}])
+    tokens = torch.randn(2, 64, 16)
+    arguments = torch.zeros(2, 16)
+    (ids,) = model.token_router.plan(tokens, training=True, call=RoutingCall(seed=1))
+    seen = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: seen.append(args))
+    out = model.blocks(tokens, arguments, kept_token_ids=[ids], per_token=[model.positions], hidden_states_at=(2,))
+    (kept_tokens, kept_positions, _) = seen[0]
+    assert kept_tokens.shape == (2, 32, 16) and out.hidden_states[2].shape == (2, 32, 16)
+    for index in range(2):
+        assert torch.equal(kept_positions[index], model.positions[0, ids[index]])
+
+    # Until the route ends, a routed token is as it was: only blocks 3 to 5 have changed it.
+    mask = torch.ones(2, 64, dtype=torch.bool).scatter(1, ids, False)
+    rejoined = []
+    model.blocks[3].register_forward_hook(lambda module, args, output: rejoined.append(args[0]))
+    model.blocks(tokens, arguments, kept_token_ids=[ids], per_token=[model.positions])
+    assert torch.equal(rejoined[0][mask], tokens[mask]) and not torch.equal(rejoined[0][~mask], tokens[~mask])
+
+
+def test_an_objective_trains_and_samples(train):
+    pipe = train("--objective", "sample", model=TINY)
+    assert pipe.transformer.config.objective == "sample" and type(pipe.scheduler) is DDIMScheduler
+    assert sample(pipe).isfinite().all()
+    with pytest.raises(ValueError, match="for the transformer's objective 'sample'.*prediction_type 'sample'"):
+        TREADPipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_loss_term_trains_and_counts(train):
+    pipe = train("--loss_terms", '{"small_tokens": {"block": 2, "weight": 0.5}}', model=TINY)
+    assert sample(pipe).isfinite().all()
+    model, latents = TREADTransformer2DModel(**TINY, sample_size=8, objective="flow"), torch.randn(2, 4, 8, 8)
+    flow, dense = FlowMatchingObjective(), RoutingCall(enabled=False)
+    term = loss_term.SmallTokens.for_model(model, block=2, weight=0.5)
+    plain, with_term = (
+        flow.loss(model, latents, terms=terms, routing=dense, generator=torch.Generator().manual_seed(0))
+        for terms in ((), (term,))
+    )
+    noised = flow.corrupt(latents, torch.Generator().manual_seed(0))
+    output = model(noised.hidden_states, noised.timestep, routing=dense, hidden_states_at=(2,))
+    expected = 0.5 * output.hidden_states[2].square().mean(dim=(1, 2))
+    torch.testing.assert_close(with_term - plain, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_guider_guides_is_counted_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = TREADTransformer2DModel(**TINY, sample_size=8, num_classes=10, objective="flow")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pipe = TREADPipeline(model, FlowMatchEulerDiscreteScheduler(), guider=guider.TwoWeakBranches())
+    pipe.set_progress_bar_config(disable=True)
+    x, seed = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    with token_routing(model, seed=seed):
+        images = sample(pipe, latents=x, sigmas=[1.0])
+    with torch.no_grad():
+        strong = model(x, 1000.0, torch.tensor([3, 5]), routing=RoutingCall(enabled=False)).sample
+        routed = model(
+            x, 1000.0, torch.tensor([3, 5]), routing=RoutingCall(enabled=True, selection_ratio=0.5, seed=seed)
+        ).sample
+        null = model(x, 1000.0, torch.tensor([10, 10]), routing=RoutingCall(enabled=False)).sample
+    weak = (routed + null) / 2
+    torch.testing.assert_close(images, x - (weak + 1.5 * (strong - weak)), atol=1e-5, rtol=1e-5)
+
+    dense, half = (forward_flops(model, selection_ratio=ratio).total for ratio in (0.0, 0.5))
+    counted = guidance_flops(model, pipe.guider, num_steps=1, shared_prefix=False).total
+    assert counted == 2 * dense + half > guidance_flops(model, pipe.guider, num_steps=1).total
+
+    pipe.save_pretrained(tmp_path)
+    loaded = TREADPipeline.from_pretrained(tmp_path)
+    assert type(loaded.guider) is guider.TwoWeakBranches
+    loaded.set_progress_bar_config(disable=True)
+    with token_routing(loaded.transformer, seed=seed):
+        assert torch.equal(sample(loaded, latents=x, sigmas=[1.0]), images)
+
+
+def test_a_metric_is_computed_for_a_pipeline(tmp_path):
+    class Means(FeatureExtractor):
+        """The mean of each channel in 0..1."""
+
+        def __init__(self):
+            super().__init__(torch.nn.Identity(), name="means", outputs=("features",), settings={})
+
+        def extract(self, images):
+            return {"features": images.float().mean(dim=(2, 3)) / 255}
+
+    transformer = TREADTransformer2DModel(**TINY, in_channels=3, sample_size=8, num_classes=10, objective="flow")
+    pipe = TREADPipeline(transformer, FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = np.full((8, 8, 8, 3), 51, dtype=np.uint8)  # 0.2 in each channel
+    images[::2] += 2
+    np.savez(tmp_path / "reference.npz", arr_0=images)
+    settings = {"extractor": Means(), "batch_size": 4}
+    reference = prepare_reference(
+        tmp_path / "reference.npz", metrics=("mean_distance",), store_dir=tmp_path / "store", image_size=(8, 8),
+        **settings,
+    )  # fmt: skip
+    values = evaluate_pipeline(
+        pipe, reference=reference, num_samples=8, num_inference_steps=1, guidance_scale=1.0, seed=0,
+        store_dir=tmp_path / "samples", **settings,
+    )  # fmt: skip
+    assert set(values) == {"mean_distance"} and 0.3 < values["mean_distance"] < 0.8
+
+
+def test_a_block_is_routed_with_what_belongs_to_its_tokens():
+    torch.manual_seed(0)
+    model = block_spec.TurningModel()
+    apply_token_routing(model, TokenRoute(start=1, end=-4))
+    assert check_token_routing(model, tokens=torch.randn(2, 16, 8)) < 1e-5
+    model.train()
+    model(torch.randn(2, 16, 8)).square().mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["objective", "loss_term", "guider", "denoiser", "metric"])
+def test_a_name_is_not_taken_twice(kind):
+    other = {
+        "guider": type("TwoWeakBranches", (guider.TwoWeakBranches,), {}),
+        "denoiser": type("MeanDenoiser", (backbone.MeanDenoiser,), {}),
+    }
+    calls = {
+        "objective": lambda: register_objective("sample", type("Other", (objective.SampleObjective,), {})),
+        "loss_term": lambda: register_loss_term("small_tokens", type("Other", (loss_term.SmallTokens,), {})),
+        "guider": lambda: register_guider(other["guider"]),
+        "denoiser": lambda: register_denoiser(other["denoiser"]),
+        "metric": lambda: register_metric("mean_distance", METRICS["fid"]),
+    }
+    with pytest.raises(ValueError, match="Expected a new name"):
+        calls[kind]()

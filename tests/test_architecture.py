@@ -1,0 +1,197 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The house of docs/architecture.md: who may import whom, and which private names of other libraries are used."""
+
+import ast
+import importlib
+import inspect
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ModelMixin
+
+
+PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
+
+# Each may import those before it and, in its own row, none; files of one folder may import each other.
+FLOORS = [
+    {"version"},
+    {"registry", "seeds", "files", "fingerprint", "distributed"},
+    {"routing", "schedulers", "pictures"},
+    {"models", "hooks", "guiders", "objectives"},
+    {"flops", "data"},
+    {"hub"},
+    {"pipelines"},
+    {"metrics", "converters"},
+    {"training"},
+]
+# The cards of models tell results of evaluations.
+ALLOWED = {("hub", "metrics"), ("metrics", "pipelines")}
+
+
+@cache
+def modules():
+    """The syntax trees of the package by module name."""
+    trees = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = [PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]
+        trees[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text(), str(path))
+    return trees
+
+
+def imports_of(name, *, deferred):
+    """What a module of the package imports of it; `deferred` counts those in functions and under TYPE_CHECKING."""
+    tree = modules()[name]
+    is_package = (PACKAGE.parent / name.replace(".", "/") / "__init__.py").exists()
+    found = set()
+    for node in ast.walk(tree) if deferred else tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = name.split(".")[: None if is_package and node.level == 1 else (is_package - node.level)]
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {inner if (inner := f"{source}.{alias.name}") in modules() else source for alias in node.names}
+    return found - {name}
+
+
+def folder(name):
+    return name.split(".")[1]
+
+
+def test_no_module_imports_itself_over_others():
+    """Imports in functions and for types count as well: they would hide a circle."""
+    graph = {name: imports_of(name, deferred=True) for name in modules()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    # The package itself hands on what is asked of it; nothing in it imports from there.
+    assert all(PACKAGE.name not in imports for imports in graph.values())
+    for name in graph:
+        visit(name)
+
+
+def test_arrows_point_down():
+    floor = {name: index for index, names in enumerate(FLOORS) for name in names}
+    for name in modules():
+        if name.count(".") == 0:
+            continue
+        for other in imports_of(name, deferred=True):
+            here, there = folder(name), folder(other)
+            assert here == there or floor[there] < floor[here] or (here, there) in ALLOWED, f"{name} imports {other}"
+
+
+# Private names of other libraries. A name is private if it, or a module on its way, begins with an underscore.
+
+DIFFUSERS = "https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers"
+PRIVATE = {
+    "diffusers.hooks._helpers.AttentionProcessorMetadata": f"{DIFFUSERS}/hooks/_helpers.py",
+    "diffusers.hooks._helpers.AttentionProcessorRegistry": f"{DIFFUSERS}/hooks/_helpers.py",
+    "diffusers.hooks._helpers.TransformerBlockMetadata": f"{DIFFUSERS}/hooks/_helpers.py",
+    "diffusers.hooks._helpers.TransformerBlockRegistry": f"{DIFFUSERS}/hooks/_helpers.py",
+    "diffusers.models._modeling_parallel.ContextParallelInput": f"{DIFFUSERS}/models/_modeling_parallel.py",
+    "diffusers.models._modeling_parallel.ContextParallelOutput": f"{DIFFUSERS}/models/_modeling_parallel.py",
+}
+# Attributes that diffusers sets on its models, guiders and pipelines, and that we read or set.
+PRIVATE_ATTRIBUTES = {
+    "_gradient_checkpointing_func": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_parallel_config": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_diffusers_hook": f"{DIFFUSERS}/hooks/hooks.py",
+    "_count_prepared": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_input_predictions": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_num_inference_steps": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_step": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_start": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_stop": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_enabled": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_prepare_batch": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_prepare_batch_from_block_state": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_optional_components": f"{DIFFUSERS}/pipelines/pipeline_utils.py",
+    "_callback_tensor_inputs": f"{DIFFUSERS}/pipelines/pipeline_utils.py",
+    "_execution_device": f"{DIFFUSERS}/pipelines/pipeline_utils.py",
+    "_modules": "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html",
+    "_orig_mod": "https://docs.pytorch.org/docs/stable/generated/torch.compile.html",
+}
+
+
+def test_private_imports_are_listed():
+    found = set()
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {name for name in names if any(part.startswith("_") for part in name.split("."))}
+    assert found - {"__future__.annotations"} == set(PRIVATE)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_private_names_are_there(name):
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute), f"{name} has moved: see {PRIVATE[name]}"
+
+
+def test_private_attributes_of_others_are_listed():
+    """Attributes that begin with an underscore are ours, or in the list."""
+    ours, used = set(), set()
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                ours.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                ours.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                ours |= {node.attr} - set(PRIVATE_ATTRIBUTES)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "object.__setattr__":
+                ours.add(ast.literal_eval(node.args[1]))
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                used.add(node.attr)
+    unlisted = used - ours - set(PRIVATE_ATTRIBUTES)
+    assert not unlisted, f"{sorted(unlisted)}: list them with a link, or do without"
+
+
+def test_private_attributes_are_there():
+    from diffusers import BaseGuidance, DiffusionPipeline
+    from diffusers.hooks import HookRegistry
+
+    assert "_gradient_checkpointing_func" in inspect.getsource(ModelMixin)
+    assert "_parallel_config" in inspect.getsource(importlib.import_module("diffusers.models.modeling_utils"))
+    assert "_diffusers_hook" in inspect.getsource(HookRegistry)
+    for name in ("_optional_components", "_execution_device"):
+        assert hasattr(DiffusionPipeline, name)
+
+    class Guider(BaseGuidance):
+        _input_predictions = ["pred"]
+
+    guider = Guider(start=0.25, stop=0.5)
+    guider.set_state(step=1, num_inference_steps=4, timestep=None)
+    assert (guider._start, guider._stop, guider._enabled) == (0.25, 0.5, True)
+    assert (guider._step, guider._num_inference_steps, guider._count_prepared) == (1, 4, 0)
+    for name in ("_prepare_batch", "_prepare_batch_from_block_state", "_input_predictions"):
+        assert hasattr(guider, name)
+    assert torch.compile(torch.nn.Linear(1, 1), backend="eager")._orig_mod is not None
+
+
+# The names of objectives.
+
+
+def test_the_names_of_objectives_are_spelled_in_the_registry_alone():
+    """But for the default of the model's constructor, which is one of them."""
+    spelled = {}
+    for name, tree in modules().items():
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and node.value in ("edm", "flow") and id(node) not in docstrings:
+                spelled.setdefault(name, []).append(node.value)
+    model = "diffusers_tread.models.transformer_tread_2d"
+    assert spelled == {"diffusers_tread.objectives.registry": ["edm", "flow"], model: ["edm", "edm"]}
