@@ -3,6 +3,7 @@
 line that registers it: `additions/` holds one of each, and each goes through the package's own paths here."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def train(tmp_path, fresh_accelerate):
         path = tmp_path / "model.json"
         path.write_text(json.dumps(model))
         argv = ["--output_dir", tmp_path / "run", "--max_train_steps", 4, "--model_config_name_or_path", path, *flags]
-        train_tread.main([*map(str, argv), "--validation_steps=4", "--num_validation_images=2", "--report_to=none"])
+        argv += ["--checkpointing_steps=2", "--validation_steps=4", "--num_validation_images=2", "--report_to=none"]
+        train_tread.main([*map(str, argv)])
         pipe = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -80,9 +82,15 @@ def sample(pipe, **settings):
 
 
 def test_a_backbone_trains_resumes_samples_and_is_exported(train, tmp_path):
-
-    pipe = train(model={"_class_name": "MeanDenoiser", "routes": [{"start": 1, "end": 3}]})
+    model = {"_class_name": "MeanDenoiser", "routes": [{"start": 1, "end": 3}]}
+    weights = train(model=model).transformer.state_dict()
+    for name in ("pipeline", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "run" / name)
+    pipe = train(model=model)
     assert type(pipe.transformer) is backbone.MeanDenoiser
+    assert weights.keys() == pipe.transformer.state_dict().keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in pipe.transformer.state_dict().items())
+
     torch.manual_seed(0)
     for parameter in pipe.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -103,6 +103,7 @@ PRIVATE = {
 PRIVATE_ATTRIBUTES = {
     "_gradient_checkpointing_func": f"{DIFFUSERS}/models/modeling_utils.py",
     "_parallel_config": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_registry": f"{DIFFUSERS}/hooks/_helpers.py",
     "_diffusers_hook": f"{DIFFUSERS}/hooks/hooks.py",
     "_count_prepared": f"{DIFFUSERS}/guiders/guider_utils.py",
     "_input_predictions": f"{DIFFUSERS}/guiders/guider_utils.py",
@@ -158,11 +159,13 @@ def test_private_attributes_of_others_are_listed():
 
 def test_private_attributes_are_there():
     from diffusers import BaseGuidance, DiffusionPipeline
-    from diffusers.hooks import HookRegistry
+    from diffusers.hooks import HookRegistry, _helpers
 
     assert "_gradient_checkpointing_func" in inspect.getsource(ModelMixin)
     assert "_parallel_config" in inspect.getsource(importlib.import_module("diffusers.models.modeling_utils"))
     assert "_diffusers_hook" in inspect.getsource(HookRegistry)
+    for table in (_helpers.TransformerBlockRegistry, _helpers.AttentionProcessorRegistry):
+        assert isinstance(table._registry, dict)
     for name in ("_optional_components", "_execution_device"):
         assert hasattr(DiffusionPipeline, name)
 

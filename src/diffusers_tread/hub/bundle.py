@@ -103,10 +103,12 @@ def _import_line(source: str, names: list[str]) -> str:
 def _defined_names(tree: ast.Module) -> list[str]:
     names = [node.name for node in tree.body if hasattr(node, "name")]
     return names + [
-        target.id
+        name.id
         for node in tree.body
         if isinstance(node, (ast.Assign, ast.AnnAssign))
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
     ]
 
 

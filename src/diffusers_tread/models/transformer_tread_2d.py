@@ -137,12 +137,14 @@ def sincos_positions(
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
 
-# What diffusers' caches, layer skipping and perturbed attention ask of a block. The registries have no public name:
+# What diffusers' caches, layer skipping and perturbed attention ask of a block. The tables have no public name, and
+# their `register` first imports all of diffusers' transformers:
 # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/hooks/_helpers.py
-TransformerBlockRegistry.register(TREADTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
-AttentionProcessorRegistry.register(
-    TREADAttnProcessor,
-    AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states: hidden_states),
+TransformerBlockRegistry._registry[TREADTransformerBlock] = TransformerBlockMetadata(
+    return_hidden_states_index=0, _cls=TREADTransformerBlock
+)
+AttentionProcessorRegistry._registry[TREADAttnProcessor] = AttentionProcessorMetadata(
+    skip_processor_output_fn=lambda attn, hidden_states: hidden_states
 )
 
 
