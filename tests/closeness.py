@@ -15,9 +15,13 @@ def rounding(n, dtype=torch.float32):
 
 
 def difference(found, expected):
-    """||found - expected|| / ||expected||."""
-    found, expected = torch.as_tensor(found).detach().double(), torch.as_tensor(expected).detach().double()
-    assert found.shape == expected.shape
+    """||found - expected|| / ||expected||, of lists of tensors over all of them together."""
+    found, expected = (
+        [tensor.detach().double().cpu() for tensor in (tensors if isinstance(tensors, list) else [tensors])]
+        for tensors in (found, expected)
+    )
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
+    found, expected = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (found, expected))
     return ((found - expected).norm() / expected.norm()).item()
 
 

@@ -100,7 +100,7 @@ def test_the_features_are_what_the_network_decides_by(judge):
     assert features.shape == (len(judge.held_out), 32)
     scores = features @ judge.network.coefs_[-1] + judge.network.intercepts_[-1]
     np.testing.assert_array_equal(judge.network.classes_[scores.argmax(axis=1)], judge.network.predict(judge.held_out))
-    assert judge.network.score(judge.held_out, judge.held_out_labels) > 0.95
+    assert judge.network.score(judge.held_out, judge.held_out_labels) > 0.9
 
 
 def test_the_distances_tell_noise_from_digits(judge):

@@ -3,6 +3,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def test_the_differences_of_imports_are_those_of_pairs(monkeypatch):
 
 def test_an_import_and_a_first_step_are_timed_in_processes_of_their_own():
     args = startup.parse_args(["--seed", "3"])
-    assert 0.0 < float(startup.run_python(startup.TIME_IMPORT.format(statement="import json"), args)) < 60.0
+    start = time.perf_counter()
+    seconds = float(startup.run_python(startup.TIME_IMPORT.format(statement="import json"), args))
+    assert 0.0 < seconds < time.perf_counter() - start
     with pytest.raises(RuntimeError, match="no_such_module"):
         startup.run_python(startup.TIME_IMPORT.format(statement="import no_such_module"), args)
 

@@ -91,7 +91,7 @@ def assert_same_evaluation(one, other):
 def launch(plan):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, str(Path(__file__).with_name("forked_evaluate.py")), json.dumps(plan)]
-    return subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(command, env=environment, check=True, timeout=800, stdout=subprocess.PIPE, text=True).stdout
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(
     plan = [entry | {"argv": [str(word) for word in entry["argv"]]} for entry in plan]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
-    subprocess.run(command, env=environment, check=True, timeout=240)
+    subprocess.run(command, env=environment, check=True, timeout=800)
 
     shards = [sorted((tmp_path / f"latents-{processes}" / "data").iterdir()) for processes in (1, 2)]
     assert [path.name for path in shards[0]] == [f"train-{shard:05d}-of-00004.arrow" for shard in range(4)]

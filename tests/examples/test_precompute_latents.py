@@ -84,7 +84,7 @@ def launch(plan):
     """Runs a plan of `forked_precompute.py` in one process; the exit codes and all error output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, str(Path(__file__).with_name("forked_precompute.py")), json.dumps(plan)]
-    result = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, timeout=800, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), result.stderr
 

@@ -167,7 +167,7 @@ def test_two_processes_and_killed_runs_give_what_one_process_gives(argv, tmp_pat
     add("killed", 2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
-    subprocess.run(command, env=environment, check=True, timeout=240)
+    subprocess.run(command, env=environment, check=True, timeout=800)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(tmp_path / "killed")
 
 

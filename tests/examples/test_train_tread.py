@@ -82,7 +82,7 @@ def launch(plan):
     """Runs a plan of `forked_launch.py` in one process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
-    subprocess.run(command, env=environment, check=True, timeout=240)
+    subprocess.run(command, env=environment, check=True, timeout=800)
 
 
 def weights_of(run):

@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from closeness import difference
 from torch._dynamo.utils import counters
 
 from diffusers_tread import (
@@ -31,12 +32,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The route ends
 ROOT = Path(__file__).parents[2]
 OBJECTIVE = FlowMatchingObjective()
 SHALLOW = {"num_layers": 4, "routes": [{"start": 1, "end": 1}]}  # quick to compile
-
-
-def difference(found, expected):
-    """||found - expected|| / ||expected||, over all tensors together."""
-    found, expected = [torch.cat([x.detach().double().cpu().flatten() for x in xs]) for xs in (found, expected)]
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def loss_of(model, batch, *, seed):

@@ -103,7 +103,6 @@ def _seeded(model, args, seed=3):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_numbers(make_model, inputs):
     torch._dynamo.reset()

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from closeness import difference, rounding
 from diffusers import (
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
@@ -254,7 +255,7 @@ def test_branches_in_one_forward_equal_branches_one_by_one(make_pipeline, record
             with token_routing(pipe.transformer, selection_ratio=selection_ratio):
                 images.append(latents_of(pipe, [1, 4], source))
             assert {len(call[0]) for call in calls} == {size if guider is ClassifierFreeGuidance else 2}
-    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
+    assert difference(images[0], images[1]) < rounding(5 * 6 * 160)  # five calls of six blocks of width 16
     assert torch.equal(images[2], images[3]) and (images[2] - images[0]).abs().max() > 0.01
 
 

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closeness import difference, rounding
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from diffusers_tread.schedulers import EDMHeunScheduler
@@ -238,7 +239,8 @@ def test_bfloat16_sampling_stays_near_float32():
     scheduler.set_timesteps(18)
     actual = sample(scheduler, lambda x, t: gaussian_network(x.float(), t).bfloat16(), x.bfloat16())
     assert actual.dtype == torch.bfloat16
-    assert (actual.float() - expected).abs().max() < 0.06
+    # What the early steps round goes with their noise.
+    assert difference(actual, expected) < rounding(1, torch.bfloat16)
 
 
 def test_bfloat16_steps_are_rounded_only_once():
@@ -250,8 +252,8 @@ def test_bfloat16_steps_are_rounded_only_once():
         model_output = arbitrary_network(low.scale_model_input(x, t), t).bfloat16()
         exact = high.step(model_output.double(), t, x.double()).prev_sample
         x = low.step(model_output, t, x).prev_sample
-        # Both see the same inputs, so they differ by one rounding, up to the odd tie.
-        assert (x == exact.bfloat16()).float().mean() > 0.99
+        # Both see the same inputs, so they differ by one rounding, up to the odd tie of 256; 0.6 if rounded twice.
+        assert (x == exact.bfloat16()).float().mean() > 0.95
 
 
 def test_step_returns_the_denoised_sample_in_both_forms():
