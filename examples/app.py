@@ -82,6 +82,13 @@ def scheduler_class(name: str) -> type:
     return getattr(diffusers, name, None) or getattr(diffusers_tread, name)
 
 
+def offered_samplers(pipeline: TREADPipeline) -> list[str]:
+    """The pipeline's own and those that its model's objective accepts."""
+    accepts = find_objective(pipeline.transformer.config.objective).accepts
+    own = type(pipeline.scheduler).__name__
+    return list(dict.fromkeys([own, *(name for name in SAMPLERS if accepts(scheduler_class(name)()))]))
+
+
 def sample(
     pipeline: TREADPipeline, guider: BaseGuidance, *, sampler: str, label: int, steps: int, seed: int, num_images: int
 ) -> tuple[PIL.Image.Image, str]:
@@ -127,9 +134,7 @@ def compare(
 def build_page(pipeline: TREADPipeline) -> gr.Blocks:
     """The page of a pipeline; one request runs at a time."""
     config, names = pipeline.transformer.config, pipeline.config.id2label or {}
-    own = type(pipeline.scheduler).__name__
-    accepts = find_objective(config.objective).accepts
-    samplers = list(dict.fromkeys([own, *(name for name in SAMPLERS if accepts(scheduler_class(name)()))]))
+    samplers = offered_samplers(pipeline)
     labels = range(config.num_classes)
     classes = [(f"{label}: {names[str(label)]}" if str(label) in names else f"{label}", label) for label in labels]
     kinds = ["none", CFG]
@@ -145,7 +150,7 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
             label = gr.Dropdown(classes, value=0, label="Class")
             seed = gr.Number(0, label="Seed")
             num_images = gr.Number(8, label="Images")
-            sampler = gr.Dropdown(samplers, value=own, label="Sampler", scale=2)
+            sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler", scale=2)
             steps = gr.Number(20, label="Steps")
         with gr.Row():
             with gr.Column():

@@ -270,13 +270,19 @@ def app(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("objective", "own"),
-    [("edm", EDMHeunScheduler()), ("flow", FlowMatchEulerDiscreteScheduler()), ("epsilon", DDIMScheduler())],
+    ("objective", "own", "others"),
+    [
+        ("edm", EDMHeunScheduler(), ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]),
+        ("flow", FlowMatchEulerDiscreteScheduler(), ["FlowMatchHeunDiscreteScheduler"]),
+        ("epsilon", DDIMScheduler(), ["DPMSolverMultistepScheduler"]),
+    ],
 )
-def test_every_sampler_that_is_offered_works(app, objective, own):
+def test_every_sampler_that_is_offered_works(app, objective, own, others):
     transformer = TREADTransformer2DModel(**CONFIG, objective=objective, in_channels=3, sample_size=8, num_classes=3)
     pipeline = TREADPipeline(transformer, own)
-    for sampler in app.SAMPLERS[objective]:
+    offered = app.offered_samplers(pipeline)
+    assert offered == [type(own).__name__, *others]
+    for sampler in offered:
         numbers = {"seed": 1, "num_images": 2, "steps": 3, "cfg_scale": 1.5}
         guidance = {"kind": SPARSE, "scale": 1.4, "strong_ratio": 0.2, "weak_ratio": 0.8}
         left, left_cost, right, right_cost = app.compare(pipeline, label=1, sampler=sampler, **numbers, **guidance)
