@@ -73,6 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # What is judged.
     add("--images", help="Instead of a pipeline: a folder of images, or an .npz file with arr_0.")
     add("--resolution", type=int, help="Crop and resize images of folders and data sets to this side in pixels.")
+    add("--background", default="white", help="Colour behind transparent images, such as white or #808080.")
 
     # What it is compared with.
     add("--reference", help="An .npz file (ADM's, or of --save_statistics) or a folder of images.")
@@ -201,11 +202,15 @@ def check_settings(kind: type, settings: dict[str, Any], flag: str) -> None:
         raise ValueError(f"Expected settings of {kind.__name__} in {flag}, got {unknown}.")
 
 
+def open_folder(folder: str | Path, args: argparse.Namespace) -> FolderImages:
+    return FolderImages(folder, resolution=args.resolution, background=args.background)
+
+
 def open_images(args: argparse.Namespace, device: torch.device):
     """What is judged; None if only the reference's statistics are wanted."""
     if args.images is not None:
         path = Path(args.images)
-        return FolderImages(path, resolution=args.resolution) if path.is_dir() else NpzImages(path)
+        return open_folder(path, args) if path.is_dir() else NpzImages(path)
     return None if args.pretrained_pipeline is None else open_pipeline_images(args, device)
 
 
@@ -229,10 +234,11 @@ def open_reference(args: argparse.Namespace):
             dataset_config_name=args.reference_dataset_config_name,
             split=args.reference_dataset_split,
             image_column=args.reference_image_column,
+            background=args.background,
             cache_dir=args.cache_dir,
         )
     if Path(args.reference).is_dir():
-        return FolderImages(args.reference, resolution=args.resolution)
+        return open_folder(args.reference, args)
     return args.reference
 
 

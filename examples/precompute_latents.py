@@ -61,8 +61,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Images.
     add("--dataset_name", help="A `datasets` repository, such as ILSVRC/imagenet-1k.")
     add("--dataset_config_name", help="Its configuration.")
-    add("--dataset_split", help="The split to encode; by default train.")
-    add("--train_data_dir", help="Instead: a folder with one sub-folder of images per class.")
+    add(
+        "--dataset_split",
+        help="The split to encode, of --train_data_dir the sub-folder; by default train, or the folder itself.",
+    )
+    add("--train_data_dir", help="Instead: a folder with one folder of images per class.")
+    add("--background", default="white", help="Colour behind transparent images, such as white or #808080.")
     add("--image_column", default="image", help="Column with images.")
     add("--label_column", default="label", help="Column with class labels.")
     add("--num_classes", type=int, help="Number of classes; by default as many as the data have.")

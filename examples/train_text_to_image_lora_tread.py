@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import load_dataset
+from datasets import Image, load_dataset
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling
 from peft import LoraConfig, get_peft_model_state_dict
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diffusers_tread import apply_token_routing, token_routing
-from diffusers_tread.data import EpochBatchSampler, center_crop, encode_images, image_to_tensor
+from diffusers_tread.data import EpochBatchSampler, encode_images, load_record
 from diffusers_tread.seeds import derive_seed
 from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_tread.training.run_folder import open_run_folder
@@ -143,14 +143,17 @@ def load_images(args: argparse.Namespace):
             f"Expected columns {sorted(missing)}, got {dataset.column_names}. Name them with --image_column and "
             "--caption_column; for an image folder write metadata.jsonl with file_name and text."
         )
-    return dataset
+    return dataset.cast_column(args.image_column, Image(decode=False))
 
 
 def make_batch(dataset, args: argparse.Namespace, indices: list[int]) -> tuple[torch.Tensor, list[str]]:
     """Pixel values [B, 3, R, R] in [-1, 1] and captions."""
-    records = [dataset[index] for index in indices]
-    images = [center_crop(record[args.image_column].convert("RGB"), args.resolution) for record in records]
-    return torch.stack([image_to_tensor(image) for image in images]), [r[args.caption_column] for r in records]
+    images, captions = [], []
+    for index in indices:
+        record = dataset[index]
+        images.append(load_record(record[args.image_column], name=f"image {index}", resolution=args.resolution))
+        captions.append(record[args.caption_column])
+    return torch.stack(images), captions
 
 
 def prepare_transformer(

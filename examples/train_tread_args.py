@@ -50,8 +50,12 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
     # Data.
     add("--dataset_name", help="A `datasets` repository; without any data: scikit-learn's digits.")
     add("--dataset_config_name", help="Its configuration.")
-    add("--dataset_split", help="The split to train on; by default train.")
-    add("--train_data_dir", help="A folder with one sub-folder of images per class.")
+    add(
+        "--dataset_split",
+        help="The split to train on, of --train_data_dir the sub-folder; by default train, or the folder itself.",
+    )
+    add("--train_data_dir", help="A folder with one folder of images per class.")
+    add("--background", default="white", help="Colour behind transparent images, such as white or #808080.")
     add("--latents_dir", help="Latents: a folder of precompute_latents.py, or its repository on the Hub.")
     add("--image_column", default="image", help="Column with images.")
     add("--label_column", default="label", help="Column with class labels.")

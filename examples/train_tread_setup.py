@@ -65,6 +65,7 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator):
             seed=args.seed,
             image_column=args.image_column,
             label_column=args.label_column,
+            background=args.background,
             streaming=args.streaming,
             shuffle_buffer=args.shuffle_buffer,
             dataset_config_name=args.dataset_config_name,

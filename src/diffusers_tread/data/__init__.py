@@ -1,6 +1,17 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .batch_sampler import EpochBatchSampler
-from .images import DigitsDataset, ImageDataset, center_crop, collate_images, image_to_tensor, open_images
+from .folders import ClassFolders, list_class_folders, list_images
+from .images import (
+    DigitsDataset,
+    ImageDataset,
+    UnreadableImage,
+    center_crop,
+    collate_images,
+    image_to_tensor,
+    load_image,
+    load_record,
+    open_images,
+)
 from .latent_dataset import LatentsDataset, StreamingLatentsDataset, open_latents
 from .latent_shards import LatentsWriter, verify_latents
 from .latents import LatentsInfo, encode_images, encode_moments, latents_from_moments
@@ -9,6 +20,7 @@ from .streaming import StreamingImageDataset
 
 
 __all__ = [
+    "ClassFolders",
     "DigitsDataset",
     "EpochBatchSampler",
     "ImageDataset",
@@ -17,12 +29,17 @@ __all__ = [
     "LatentsWriter",
     "StreamingImageDataset",
     "StreamingLatentsDataset",
+    "UnreadableImage",
     "center_crop",
     "collate_images",
     "encode_images",
     "encode_moments",
     "image_to_tensor",
     "latents_from_moments",
+    "list_class_folders",
+    "list_images",
+    "load_image",
+    "load_record",
     "make_batches",
     "open_images",
     "open_latents",

@@ -5,28 +5,101 @@ Shapes: B batch, C channels, R resolution. A batch is {"pixel_values": [B, C, R,
 "corrupt": ids of the unreadable images that were met and replaced while it was made}.
 """
 
-import struct
-import zlib
+import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageColor
 import torch
 from torch.utils.data import Dataset
 
 from ..seeds import derive_seed
+from .folders import ClassFolders, list_class_folders
 
 
-# What PIL raises on damaged files of the formats it reads.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+# What to do with an image for each value of EXIF's orientation. Not `exif_transpose`: it writes the EXIF data anew and
+# fails where an entry that nobody needs is damaged.
+UPRIGHT = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+EXIF_ORIENTATION = 0x0112
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded; the message names it and says why."""
+
+
+def load_image(
+    file: str | Path | bytes | None, *, name: str, resolution: int | None = None, background: str = "white"
+) -> PIL.Image.Image:
+    """An image file as 8-bit RGB, upright, with its transparent parts on a background.
+
+    16-bit grey is scaled to 8 bits and float grey from [0, 1], so that white stays white.
+
+    Args:
+        file: Path or content; None for an image that is missing.
+        name: What the message calls it.
+        resolution: R, to which `center_crop` crops and resizes; None for the size that it has.
+        background: Colour that Pillow knows, such as "white" or "#808080".
+
+    Raises:
+        ValueError: Pillow knows no such colour.
+        UnreadableImage: It is missing, damaged, larger than twice `PIL.Image.MAX_IMAGE_PIXELS`, or grey of an unknown
+            range: 32-bit integers, floats outside [0, 1].
+    """
+    behind = PIL.ImageColor.getrgb(background)[:3]
+    if file is None:
+        raise UnreadableImage(f"{name} (missing)")
+    try:
+        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            orientation = image.getexif().get(EXIF_ORIENTATION)
+            image.load()
+            image = _to_rgb(image, behind)
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
+        return image if resolution is None else center_crop(image, resolution)
+    except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
+        raise UnreadableImage(f"{name} ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
+    """A decoded image as 8-bit RGB."""
+    is_grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if is_grey16 or image.mode in ("I", "F"):
+        grey, transparent = np.array(image), image.info.get("transparency")
+        white = 65535 if is_grey16 else 1
+        if image.mode == "I" and not is_grey16 or not (grey.min() >= 0 and grey.max() <= white):  # also refuses NaN
+            raise ValueError(f"expected grey of 16 bits or in [0, 1], got mode {image.mode} with {grey.max():g}")
+        # In float64, which halves exactly: 255 / 65535 = 1 / 257.
+        pixels = np.rint(grey.astype(np.float64) * 255 / white).astype(np.uint8)
+        image = PIL.Image.fromarray(pixels).convert("RGB")
+        if isinstance(transparent, int):
+            image.putalpha(PIL.Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
+    if image.has_transparency_data:
+        canvas = PIL.Image.new("RGBA", image.size, background)
+        image = PIL.Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def center_crop(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
     """The middle square of an image at `resolution`, as ADM prepares ImageNet (arXiv 2105.05233).
 
     The image is halved with a box filter while its short side is at least twice the resolution, then resized with a
-    bicubic filter until the short side fits, then cropped.
+    bicubic filter until the short side fits, then cropped. Of an image that is more than eight times as long as wide
+    the middle alone is resized, so that it takes no memory that its square does not need.
     """
+    width, height = (min(side, 8 * min(image.size)) for side in image.size)
+    if (width, height) != image.size:
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
     scale = resolution / min(image.size)
@@ -89,6 +162,7 @@ class ImageDataset(Dataset):
         resolution: R; images are cropped and resized to R x R.
         seed: The run's seed.
         random_flip: Whether to flip images at random.
+        background: Colour behind transparent images, see `load_image`.
     """
 
     channels = 3
@@ -103,10 +177,12 @@ class ImageDataset(Dataset):
         resolution: int,
         seed: int,
         random_flip: bool = False,
+        background: str = "white",
     ):
         self.source, self.image_column, self.label_column = source, image_column, label_column
         self.id2label, self.num_classes = id2label, len(id2label)
         self.resolution, self.seed, self.random_flip = resolution, seed, random_flip
+        self.background = background
 
     def __len__(self) -> int:
         return len(self.source)
@@ -118,25 +194,64 @@ class ImageDataset(Dataset):
             place = (index + offset) % len(self)
             record = self.source[place]
             flip = self.random_flip and derive_seed(self.seed, "flip", epoch, place) % 2 == 1
-            pixels = read_image(record[self.image_column], resolution=self.resolution, flip=flip)
-            if pixels is not None:
+            try:
+                pixels = load_record(
+                    record[self.image_column],
+                    name=record.get("__key__", f"image {place}"),
+                    resolution=self.resolution,
+                    flip=flip,
+                    background=self.background,
+                )
+            except UnreadableImage as error:
+                corrupt.append(str(error))
+            else:
                 return {"pixel_values": pixels, "class_labels": record[self.label_column], "corrupt": corrupt}
-            corrupt.append(f"image {place}")
-        raise ValueError(f"Expected at least one readable image, got {len(self)} unreadable ones.")
+        raise ValueError(
+            f"Expected at least one readable image, got {len(self)} unreadable ones, such as {corrupt[0]}."
+        )
 
 
-def read_image(value: dict[str, Any] | None, *, resolution: int, flip: bool) -> torch.Tensor | None:
-    """Decodes an image ({"bytes": ..., "path": ...} or null) to [3, R, R] in [-1, 1]; None if it is unreadable."""
-    import datasets
+def load_record(
+    value: dict[str, Any] | None, *, name: str, resolution: int, flip: bool = False, background: str = "white"
+) -> torch.Tensor:
+    """An undecoded image of a `datasets` record as [3, R, R] float32 in [-1, 1].
 
-    try:
-        image = datasets.Image().decode_example(value or {"bytes": None, "path": None}).convert("RGB")
-    except UNREADABLE:
-        return None
-    image = center_crop(image, resolution)
+    Args:
+        value: {"bytes": ..., "path": ...}, or None for an image that is missing.
+        name: What messages call it if it has no path.
+        resolution: R; see `center_crop`.
+        flip: Whether to mirror it.
+        background: See `load_image`.
+
+    Raises:
+        UnreadableImage: See `load_image`.
+        OSError: The connection to a remote image was lost.
+    """
+    path, file = (value or {}).get("path"), (value or {}).get("bytes")
+    if file is None and path is not None:
+        file = _read_remote(path) if "://" in path else path
+    image = load_image(file, name=path or name, resolution=resolution, background=background)
     if flip:
         image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
     return image_to_tensor(image)
+
+
+def _read_remote(url: str) -> bytes | None:
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def read_image(value: dict[str, Any] | None, *, resolution: int, **options: Any) -> torch.Tensor | None:
+    """What `load_record` gives; None for an image that is unreadable."""
+    try:
+        return load_record(value, name="image", resolution=resolution, **options)
+    except UnreadableImage:
+        return None
 
 
 def open_images(
@@ -156,8 +271,10 @@ def open_images(
     Args:
         dataset_name: A repository on the Hub, or a local folder that `datasets.load_dataset` understands.
         dataset_config_name: Its configuration.
-        train_data_dir: A folder with one sub-folder of images per class. Exactly one of the two is given.
-        split: The split to read; None for "train".
+        train_data_dir: A folder with one folder of images per class, see `list_class_folders`. Exactly one of the two
+            is given.
+        split: The split to read, of a folder the sub-folder with the class folders; None for "train" of a repository
+            and for the folder itself.
         image_column: Column with images.
         label_column: Column with class labels.
         num_classes: Number of classes; None for the number that the label column names or, without names, the highest
@@ -169,7 +286,8 @@ def open_images(
         The `datasets` data set with its images undecoded, and the names of the classes.
 
     Raises:
-        ValueError: No such folder; a missing column; labels that are no integers in [0, num_classes); an empty set.
+        ValueError: What `list_class_folders` refuses; a missing column; labels that are no integers in
+            [0, num_classes); an empty set.
     """
     import datasets
 
@@ -178,11 +296,12 @@ def open_images(
         raise ValueError(
             f"Expected either dataset_name or train_data_dir, got {dataset_name!r} and {train_data_dir!r}."
         )
-    options = {"split": split or "train", "streaming": streaming, "cache_dir": cache_dir}
     if train_data_dir is not None:
-        source = datasets.load_dataset("imagefolder", data_dir=train_data_dir, drop_labels=False, **options)
+        source = _open_folder(list_class_folders(train_data_dir, split), streaming=streaming)
     else:
+        options = {"split": split or "train", "streaming": streaming, "cache_dir": cache_dir}
         source = datasets.load_dataset(dataset_name, dataset_config_name, **options)
+        _refuse_guessed_classes(dataset_name, source)
 
     # Columns.
     features = source.features or {}
@@ -194,9 +313,8 @@ def open_images(
             )
     if not isinstance(features[image_column], datasets.Image):
         raise ValueError(f"Expected images in column {image_column!r}, got {features[image_column]}.")
-    source = source.select_columns([image_column, label_column]).cast_column(
-        image_column, datasets.Image(decode=False)
-    )
+    columns = [image_column, label_column, *({"__key__"} & set(features))]  # the key names images of tar files
+    source = source.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
 
     # Classes.
     names = getattr(features[label_column], "names", None)
@@ -204,6 +322,34 @@ def open_images(
     num_classes = _count_classes(names, labels, num_classes, label_column)
     names = names or []
     return source, {label: names[label] if label < len(names) else str(label) for label in range(num_classes)}
+
+
+def _open_folder(images: ClassFolders, *, streaming: bool):
+    """The images of class folders as a data set with columns "image", undecoded, and "label"."""
+    import datasets
+    import pyarrow
+
+    names, size = datasets.ClassLabel(names=images.names), len(images.paths)
+    files = pyarrow.StructArray.from_arrays(
+        [pyarrow.nulls(size, pyarrow.binary()), pyarrow.array(images.paths)], names=["bytes", "path"]
+    )
+    source = datasets.Dataset.from_dict(
+        {"image": files, "label": pyarrow.array(images.labels)},
+        features=datasets.Features({"image": datasets.Image(decode=False), "label": names}),
+    )
+    # Of many shards, because a stream mixes its classes by the order of these.
+    return source.to_iterable_dataset(num_shards=min(size, 1024)) if streaming else source
+
+
+def _refuse_guessed_classes(dataset_name: str, source) -> None:
+    """Of a local folder without a card `datasets` guesses classes and splits from the words in its paths."""
+    folder = Path(dataset_name)
+    described = [*folder.glob("README.md"), *folder.rglob("metadata.*")] if folder.is_dir() else [dataset_name]
+    if not described and source.info.builder_name == "imagefolder":
+        raise ValueError(
+            f"Expected a data set with a card or metadata at {dataset_name}, got a folder of images. "
+            "Name it with train_data_dir."
+        )
 
 
 def _read_labels(source, label_column: str) -> np.ndarray:

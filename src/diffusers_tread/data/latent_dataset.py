@@ -109,7 +109,7 @@ class StreamingLatentsDataset(StreamingDataset):
         for table in source.iter(batch_size=RECORD_BATCH):
             yield from (table.slice(row, 1) for row in range(len(table)))
 
-    def read(self, record, *, flip: bool) -> dict[str, Any]:
+    def read(self, record, *, name: str, flip: bool) -> dict[str, Any]:
         moments = record["moments_flipped" if flip else "moments"]
         return {"moments": _as_array(moments, self.info)[0], "class_labels": record["label"][0].as_py()}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import PIL.ImageColor
 from torch.utils.data import DataLoader
 
 from .batch_sampler import EpochBatchSampler
@@ -27,6 +28,7 @@ def open_training_data(
     seed: int = 0,
     image_column: str = "image",
     label_column: str = "label",
+    background: str = "white",
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     cache_dir: str | None = None,
@@ -36,13 +38,14 @@ def open_training_data(
 
     Args:
         dataset_name: A `datasets` repository; without any data named, scikit-learn's digits.
-        train_data_dir: A folder with one sub-folder of images per class.
+        train_data_dir: A folder with one folder of images per class.
         latents_dir: A folder of latents, or a data set on the Hub that is one (see `open_latents`).
         resolution: Side of the images in pixels; the digits have 8, latents know it.
         random_flip: Whether to flip images horizontally at random.
         seed: Of the flips and of a stream's order.
         image_column: Column with images.
         label_column: Column with class labels.
+        background: Colour behind transparent images, see `load_image`.
         streaming: Whether to read without downloading first.
         shuffle_buffer: Records that the shuffle of a stream holds in memory.
         cache_dir: Where downloads are kept.
@@ -83,11 +86,13 @@ def open_training_data(
 
     if resolution is None:
         raise ValueError("Expected resolution, the side of the training images in pixels, got none.")
+    PIL.ImageColor.getrgb(background)  # raises for an unknown colour
     columns = {"image_column": image_column, "label_column": label_column}
     source, id2label = open_images(
         dataset_name, train_data_dir=train_data_dir, streaming=streaming, cache_dir=cache_dir, **columns, **options
     )
     common = {"id2label": id2label, "resolution": resolution, "seed": seed, "random_flip": random_flip, **columns}
+    common["background"] = background
     if streaming:
         return StreamingImageDataset(source, shuffle_buffer=shuffle_buffer, **common)
     return ImageDataset(source, **common)

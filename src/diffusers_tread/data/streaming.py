@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import IterableDataset
 
 from ..seeds import derive_seed
-from .images import collate_images, read_image
+from .images import UnreadableImage, collate_images, load_record
 
 
 # Errors of files and connections. Those of HTTP depend on the version of huggingface_hub.
@@ -52,8 +52,8 @@ class StreamingDataset:
         """The undecoded records of an epoch of `source`, the part of one rank."""
         return iter(source)
 
-    def read(self, record, *, flip: bool) -> dict[str, Any]:
-        """An item: its value, None if that is unreadable, and `class_labels`, on request with a `name`."""
+    def read(self, record, *, name: str, flip: bool) -> dict[str, Any]:
+        """An item: its value and `class_labels`; of an unreadable one the value is None and `corrupt` says why."""
         raise NotImplementedError
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -90,19 +90,24 @@ class StreamingImageDataset(StreamingDataset):
         source: A data set as `open_images` returns it with `streaming=True`.
         image_column: Its column with images.
         label_column: Its column with class labels.
+        background: Colour behind transparent images, see `load_image`.
         **options: See `StreamingDataset`; images are cropped and resized to R x R.
     """
 
     value, channels = "pixel_values", 3
 
-    def __init__(self, source, *, image_column: str, label_column: str, **options: Any):
+    def __init__(self, source, *, image_column: str, label_column: str, background: str = "white", **options: Any):
         super().__init__(source, **options)
-        self.image_column, self.label_column = image_column, label_column
+        self.image_column, self.label_column, self.background = image_column, label_column, background
 
-    def read(self, record: dict[str, Any], *, flip: bool) -> dict[str, Any]:
-        image = record[self.image_column]
-        pixels = read_image(image, resolution=self.resolution, flip=flip)
-        return {"pixel_values": pixels, "class_labels": record[self.label_column], "name": image.get("path")}
+    def read(self, record: dict[str, Any], *, name: str, flip: bool) -> dict[str, Any]:
+        options = {"resolution": self.resolution, "flip": flip, "background": self.background}
+        item = {"pixel_values": None, "class_labels": record[self.label_column], "corrupt": []}
+        try:
+            item["pixel_values"] = load_record(record[self.image_column], name=record.get("__key__", name), **options)
+        except UnreadableImage as error:
+            item["corrupt"] = [str(error)]
+        return item
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return collate_images(items)
@@ -137,7 +142,7 @@ class StreamBatches(IterableDataset):
                     for item in list(read_all(self._read, islice(records, self.batch_size - len(items)))):
                         position = (item["epoch"], item["place"] + 1)
                         if item[self.dataset.value] is None:
-                            corrupt.append(item["name"])
+                            corrupt += item["corrupt"]
                         else:
                             items.append(item)
                             last_good_epoch = item["epoch"]
@@ -156,10 +161,7 @@ class StreamBatches(IterableDataset):
                     if place >= start:
                         yield {"epoch": epoch, "place": place, "record": record}
             except LOST as error:
-                raise ConnectionError(
-                    f"Expected to go on reading after record {place} of epoch {epoch}, lost the source. When it can "
-                    f"be reached again, the same command goes on from the last checkpoint. The cause: {error}"
-                ) from error
+                raise _lost(f"record {place + 1} of epoch {epoch}", error) from error
             if place < 0:
                 raise ValueError("Expected at least one record per process in the stream, got none.")
             epoch, start = epoch + 1, 0
@@ -167,8 +169,18 @@ class StreamBatches(IterableDataset):
     def _read(self, item: dict[str, Any]) -> dict[str, Any]:
         dataset, epoch, place = self.dataset, item["epoch"], item["place"]
         draw = derive_seed(dataset.seed, "flip", self.rank, epoch, place)
-        read = dataset.read(item.pop("record"), flip=dataset.random_flip and draw % 2 == 1)
-        name, label = read.pop("name", None) or f"record {place} of epoch {epoch}", read["class_labels"]
-        if not isinstance(label, int) or not 0 <= label < dataset.num_classes:
+        name = f"record {place} of epoch {epoch}"
+        try:
+            read = dataset.read(item.pop("record"), name=name, flip=dataset.random_flip and draw % 2 == 1)
+        except LOST as error:
+            raise _lost(name, error) from error
+        if not isinstance(label := read["class_labels"], int) or not 0 <= label < dataset.num_classes:
             raise ValueError(f"Expected integer labels in [0, {dataset.num_classes}), got {label!r} for {name}.")
-        return item | read | {"corrupt": [], "name": name}
+        return {"corrupt": []} | item | read
+
+
+def _lost(place: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"Expected to go on reading at {place}, lost the source. When it can be reached again, the same command goes "
+        f"on from the last checkpoint. The cause: {error}"
+    )

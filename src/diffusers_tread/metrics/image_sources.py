@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Images to extract features from: what a source of images is, folders, `datasets` repositories.
 
-Pieces are read in any order, so that processes can share the work. Grey images become RGB.
+Pieces are read in any order, so that processes can share the work. Images become RGB as `load_image` makes them.
 """
 
 import hashlib
@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 
-from ..data import center_crop
-from ..data.images import UNREADABLE
+from ..data.folders import list_images
+from ..data.images import UnreadableImage, load_image
 from ..files import file_sha256, publish
 
 
@@ -32,20 +31,20 @@ class ImageSource(Protocol):
 
 
 class FolderImages:
-    """The image files of a folder and its sub-folders, in the order of their paths.
+    """The image files of a folder and its sub-folders, those that training reads, see `list_images`.
 
     Args:
         folder: Folder with at least one image.
         resolution: Side in pixels to which `center_crop` crops and resizes; None if all images have one size already.
+        background: Colour behind transparent images, see `load_image`.
 
     Raises:
-        ValueError: The folder is missing or has no images.
+        ValueError: The folder has no images, and what `list_images` raises.
     """
 
-    def __init__(self, folder: str | Path, *, resolution: int | None = None):
-        self.folder, self.resolution = Path(folder), resolution
-        known = PIL.Image.registered_extensions()
-        self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in known)
+    def __init__(self, folder: str | Path, *, resolution: int | None = None, background: str = "white"):
+        self.folder, self.resolution, self.background = Path(folder), resolution, background
+        self.paths = [Path(path) for path in list_images(folder)]
         if not self.paths:
             raise ValueError(f"Expected a folder with images, got {folder}, in which there are none.")
 
@@ -58,7 +57,11 @@ class FolderImages:
         Raises:
             ValueError: A file is unreadable or of another size; the message names it.
         """
-        return _stack([(_open(path), str(path)) for path in self.paths[start:stop]], self.resolution)
+        return _stack(
+            [(path, str(path)) for path in self.paths[start:stop]],
+            resolution=self.resolution,
+            background=self.background,
+        )
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class FolderImages:
             "name": self.folder.resolve().name,
             "num_images": len(self),
             "resolution": self.resolution,
+            "background": self.background,
             "sha256": digest.hexdigest(),
         }
 
@@ -84,6 +88,7 @@ class DatasetImages:
         dataset_config_name: Configuration of the data set.
         split: Split to read.
         image_column: Column with the images.
+        background: Colour behind transparent images, see `load_image`.
         cache_dir: Cache folder of `datasets`.
 
     Raises:
@@ -98,6 +103,7 @@ class DatasetImages:
         dataset_config_name: str | None = None,
         split: str = "train",
         image_column: str = "image",
+        background: str = "white",
         cache_dir: str | None = None,
     ):
         import datasets
@@ -113,8 +119,9 @@ class DatasetImages:
             raise ValueError(
                 f"Expected images in column {image_column!r} of {dataset_name}, got columns {source.features}."
             )
-        self.source, self.image_column = source.select_columns([image_column]), image_column
-        self.resolution = resolution
+        source = source.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        self.source, self.image_column = source, image_column
+        self.resolution, self.background = resolution, background
         self.name = {"name": dataset_name, "config": dataset_config_name, "split": split}
 
     def __len__(self) -> int:
@@ -128,11 +135,10 @@ class DatasetImages:
         """
         images = []
         for row in range(start, stop):
-            try:
-                images.append((self.source[row][self.image_column].convert("RGB"), f"image {row}"))
-            except UNREADABLE as error:
-                raise ValueError(f"Expected a readable image, got {error} in image {row} of {self.name}.") from error
-        return _stack(images, self.resolution)
+            value = self.source[row][self.image_column] or {"bytes": None, "path": None}
+            name = f"image {row} of {self.name['name']}"
+            images.append((value["path"] if value["bytes"] is None else value["bytes"], name))
+        return _stack(images, resolution=self.resolution, background=self.background)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -144,6 +150,7 @@ class DatasetImages:
             "image_column": self.image_column,
             "num_images": len(self),
             "resolution": self.resolution,
+            "background": self.background,
             "version": version,
         }
 
@@ -183,19 +190,15 @@ class KeptImages:
         return self.source.description | {"num_kept": self.num_kept}
 
 
-def _open(path: Path) -> PIL.Image.Image:
-    try:
-        with PIL.Image.open(path) as image:
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")  # upright, as `datasets` gives them
-    except UNREADABLE as error:
-        raise ValueError(f"Expected a readable image, got {path} ({error}). Repair it or take it away.") from error
-
-
-def _stack(images: list[tuple[PIL.Image.Image, str]], resolution: int | None) -> torch.Tensor:
-    """Stacks RGB images, each with its name, to [B, 3, H, W] uint8."""
+def _stack(images: list[tuple[Path | bytes | None, str]], *, resolution: int | None, background: str) -> torch.Tensor:
+    """Reads files, each with its name, to [B, 3, H, W] uint8."""
     arrays = []
-    for image, name in images:
-        arrays.append(np.array(image if resolution is None else center_crop(image, resolution)))  # H W 3
+    for file, name in images:
+        try:
+            image = load_image(file, name=name, resolution=resolution, background=background)
+        except UnreadableImage as error:
+            raise ValueError(f"Expected a readable image, got {error}. Repair it or take it away.") from error
+        arrays.append(np.array(image))  # H W 3
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(
                 f"Expected images of one size, got {arrays[0].shape[:2]} and {arrays[-1].shape[:2]} ({name}). "
