@@ -30,14 +30,8 @@ def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(
     encode = ["--train_data_dir", data / "images", "--resolution", 16, "--flip", "--shard_size", 8, "--batch_size", 4]
     encode += ["--pretrained_vae_name_or_path", data / "vae", "--cache_dir", data / "cache"]
     network = f"transformers:{data / 'network'}"
-    learn = [
-        "--model_config_name_or_path",
-        json.dumps(SIZE | {"patch_size": 2}),
-        "--random_flip",
-        "--train_batch_size",
-        5,
-        "--use_ema",
-    ]
+    model = json.dumps(SIZE | {"patch_size": 2})
+    learn = ["--model_config_name_or_path", model, "--random_flip", "--train_batch_size", 5, "--use_ema"]
     learn += ["--max_train_steps", 6, "--eval_steps", 6, "--eval_reference", data / "reference"]
     learn += ["--eval_feature_extractor", network, "--eval_num_samples", 30, "--eval_batch_size", 8]
     learn += ["--eval_inference_steps", 2]

@@ -4,21 +4,16 @@
 import json
 import multiprocessing
 import re
-import sys
 import time
-from pathlib import Path
 
+import avatar_captions
+import make_avatars
 import numpy as np
 import PIL.Image
 import pytest
+from runs import files_of
 
 from diffusers_tread.data.loading import open_training_data
-
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-import avatar_captions  # noqa: E402
-import make_avatars  # noqa: E402
 
 
 for package in make_avatars.PACKAGES:
@@ -30,10 +25,6 @@ FEW = "gaze,moods,stack"  # are opened and drawn fast
 def run(folder, *flags, num_images=10, styles=FEW, num_workers=1):
     words = ["--output_dir", folder, "--num_images", num_images, "--styles", styles, "--num_workers", num_workers]
     make_avatars.main([str(word) for word in [*words, *flags]])
-
-
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def rows_of(folder):

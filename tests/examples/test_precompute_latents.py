@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import PIL.Image
-import precompute_latents
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
@@ -20,6 +19,9 @@ from diffusers_tread.fingerprint import weights_fingerprint
 
 
 datasets = pytest.importorskip("datasets")
+import precompute_latents  # noqa: E402
+
+
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 NUM_IMAGES, DAMAGED = 30, 19
 precompute = partial(call, precompute_latents)

@@ -25,6 +25,8 @@ from diffusers_tread.training.checkpoints import list_checkpoints, verify_checkp
 
 datasets = pytest.importorskip("datasets")
 train = partial(call, train_tread)
+RECONSTRUCTION = ["--loss_terms", '{"reconstruction": {"weight": 0.1}}']
+PIXELS = json.dumps(SIZE | {"patch_size": 1})
 ROUTES = [{"start": 1, "end": 2, "selection_ratio": 0.5}]
 TINY = {
     "model_config_name_or_path": {**SIZE, "patch_size": 2, "routes": ROUTES},
@@ -66,13 +68,13 @@ def folder(tmp_path):
 def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path):
     """Killed at a random step, then with a checkpoint on the disk but not published, then left to finish.
 
-    Also with four processes, because the rounding of a sum over more than two depends on how DDP groups the gradients.
+    With four processes, because the rounding of a sum over more than two depends on how DDP groups the gradients.
     """
     step, path, plan = random.Random(os.urandom(8)).randrange(4, 9), config(), []
     print(f"killed in step {step}")
     in_step = {"at": ["train_tread.Trainer.next_batch"], "count": 2 * step + 2}  # the second batch of the step
     sealed = {"at": ["diffusers_tread.training.checkpoints.replace_folder"], "matching": "checkpoint-9"}
-    for processes in (1, 2, 4):
+    for processes in (1, 4):
         whole, killed = (
             ["--config", path, "--output_dir", tmp_path / f"{name}-{processes}"] for name in ("whole", "killed")
         )
@@ -80,8 +82,8 @@ def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path
         for kill in (in_step, sealed, None):
             plan.append({"argv": killed, "processes": processes, "kill": kill})
     codes, _ = launch(plan)
-    assert codes == [0, -9, -9, 0] * 3
-    for processes in (1, 2, 4):
+    assert codes == [0, -9, -9, 0] * 2
+    for processes in (1, 4):
         whole, killed = tmp_path / f"whole-{processes}", tmp_path / f"killed-{processes}"
         assert [folder.name for folder in list_checkpoints(killed)] == [f"checkpoint-{at}" for at in (3, 6, 9, 10)]
         assert not list(killed.glob("*.tmp"))
@@ -333,6 +335,8 @@ def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_writes_nothi
         (["--routes", '[{"start": 2, "end": 9, "selection_ratio": 0.5}]'], "end"),
         (["--objective_config", '{"shitf": 2.0}'], "shitf"),
         (["--loss_terms", '{"reconstrution": {}}'], r"terms among \['reconstruction'\].*got \['reconstrution'\]"),
+        ([*RECONSTRUCTION, "--routes", "none"], "Expected a denoiser of this package with patches"),
+        ([*RECONSTRUCTION, "--model_config_name_or_path", PIXELS], "Expected patches of several values"),
         (["--objective", "edm", "--objective_config", '{"sigma_data": -1}'], "sigma_data"),
         (["--model_config_name_or_path", '{"depth": 3}'], "depth"),
         (["--model_config_name_or_path", '{"num_classes": 3}'], "num_classes=10"),
@@ -356,19 +360,8 @@ def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path)
     argv = ["--config", config(max_train_steps=2), "--train_data_dir", folder, "--resolution", 8]
     argv += ["--objective", "edm", "--routes", json.dumps(routes), "--gradient_checkpointing"]
     train(*argv, "--output_dir", tmp_path / "plain")
-    train(*argv, "--loss_terms", '{"reconstruction": {"weight": 0.1}}', "--output_dir", tmp_path / "masked")
+    train(*argv, *RECONSTRUCTION, "--output_dir", tmp_path / "masked")
     loaded = TREADPipeline.from_pretrained(tmp_path / "masked" / "pipeline")
     assert loaded.transformer.config.routes == routes
     with pytest.raises(AssertionError):
         assert_bitwise_equal(tmp_path / "plain", tmp_path / "masked")
-
-
-@pytest.mark.parametrize(
-    "routes, message",
-    [("none", "Expected a denoiser of this package with patches"), ("default", "Expected patches of several values")],
-)
-def test_a_loss_that_the_model_cannot_have_is_refused_before_anything_is_written(tmp_path, routes, message):
-    terms = '{"reconstruction": {"weight": 0.1}}'
-    with pytest.raises(ValueError, match=message):  # the digits' patches are single pixels
-        train("--routes", routes, "--loss_terms", terms, "--output_dir", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
