@@ -400,11 +400,11 @@ def test_an_unconditional_model_needs_no_labels(make_model, inputs):
     assert model(*inputs[:2]).sample.shape == inputs[0].shape
 
 
-@pytest.mark.parametrize("shape", [(), (1,)])
-def test_one_timestep_serves_the_whole_batch(make_model, inputs, shape):
-    model, (latents, _, labels) = make_model().eval(), inputs
-    one = model(latents, torch.full(shape, 0.3), labels).sample
-    assert torch.equal(one, model(latents, torch.full((3,), 0.3), labels).sample)
+@pytest.mark.parametrize("timestep", [0.3, 3, torch.tensor(0.3), torch.tensor([0.3])], ids=str)
+def test_one_timestep_serves_the_whole_batch(model, inputs, timestep):
+    latents, _, labels = inputs
+    expected = model(latents, torch.full((3,), float(timestep)), labels).sample
+    assert torch.equal(model(latents, timestep, labels).sample, expected)
 
 
 def test_return_dict_false_gives_a_tuple(make_model, inputs):

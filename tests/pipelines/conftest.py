@@ -51,18 +51,17 @@ def make_pipeline(make_transformer, objective_of):
     return make
 
 
-KL_BLOCKS = {"down": "DownEncoder", "up": "UpDecoder"}
-
-
 @pytest.fixture
 def make_vae():
     """Makes VAEs that shrink images four (KL) or two (DC) times, with scale and shift."""
 
     def make(kind, latent_channels=3):
         if kind == "kl":
-            blocks = {"block_out_channels": [8, 8, 8], "norm_num_groups": 4, "latent_channels": latent_channels}
-            blocks |= {f"{way}_block_types": [f"{name}Block2D"] * 3 for way, name in KL_BLOCKS.items()}
-            return AutoencoderKL(**blocks, scaling_factor=0.18, shift_factor=0.1).eval()
+            return AutoencoderKL(
+                down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+                block_out_channels=[8, 8, 8], norm_num_groups=4, latent_channels=latent_channels,
+                scaling_factor=0.18, shift_factor=0.1,
+            ).eval()  # fmt: skip
         blocks = {"block_types": ["ResBlock"] * 2, "block_out_channels": [6, 6], "layers_per_block": [1, 1]}
         blocks |= {"qkv_multiscales": [[], []]}
         sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()}
