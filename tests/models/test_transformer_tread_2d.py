@@ -332,8 +332,7 @@ def test_ratio_zero_is_bitwise_dense(make_model, inputs):
     assert not torch.equal(model(*inputs).sample, dense)
 
 
-def test_evaluation_is_dense_unless_a_ratio_is_asked_for(make_model, inputs):
-    model = make_model().eval()
+def test_evaluation_is_dense_unless_a_ratio_is_asked_for(model, inputs):
     dense = model(*inputs).sample
     with token_routing(model, selection_ratio=0.5, seed=1):
         assert not torch.equal(model(*inputs).sample, dense)
@@ -388,8 +387,8 @@ def test_bad_routes_are_refused(make_model, routes, message):
 # Inputs.
 
 
-def test_no_labels_mean_the_null_class(make_model, inputs):
-    model, (latents, timestep, _) = make_model().eval(), inputs
+def test_no_labels_mean_the_null_class(model, inputs):
+    latents, timestep, _ = inputs
     null = model(latents, timestep, torch.full((3,), 5)).sample
     assert torch.equal(model(latents, timestep).sample, null)
     assert not torch.equal(model(latents, timestep, torch.zeros(3, dtype=torch.long)).sample, null)
@@ -407,8 +406,7 @@ def test_one_timestep_serves_the_whole_batch(model, inputs, timestep):
     assert torch.equal(model(latents, timestep, labels).sample, expected)
 
 
-def test_return_dict_false_gives_a_tuple(make_model, inputs):
-    model = make_model().eval()
+def test_return_dict_false_gives_a_tuple(model, inputs):
     assert torch.equal(model(*inputs, return_dict=False)[0], model(*inputs).sample)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
 from packaging.version import Version
-
 from pipeline_calls import latents_of
 
 from diffusers_tread import SparseGuidance

@@ -14,7 +14,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     TangentialClassifierFreeGuidance,
 )
-
 from pipeline_calls import latents_of
 
 from diffusers_tread import (
@@ -42,7 +41,8 @@ KINDS = {
     ),
     "SG": (SparseGuidance(**SG, **RATIOS), [SPARSE] * 4),
     "SG in an interval": (
-        SparseGuidance(**SG, **RATIOS, start=0.25, stop=0.75), [[MAIN], SPARSE, SPARSE, [MAIN]],
+        SparseGuidance(**SG, **RATIOS, start=0.25, stop=0.75),
+        [[MAIN], SPARSE, SPARSE, [MAIN]],
     ),
     "SG with a cosine": (
         SparseGuidance(**SG, strong_ratio=0.0, weak_ratio=FALLING),
@@ -334,6 +334,7 @@ def test_a_loaded_pipeline_guides_as_before(make_guided, generators, tmp_path, k
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(latents_of(loaded, [1, 4], generators(0, 1)), expected)
     assert (loaded.guidance_transformer is None) == (pipe.guidance_transformer is None)
+    assert type(loaded.guider) is type(pipe.guider) and loaded.guider.guidance_scale == pipe.guider.guidance_scale
 
 
 def test_a_guidance_transformer_can_be_given_while_loading(make_guided, make_pipeline, generators, tmp_path):

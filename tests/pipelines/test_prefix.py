@@ -10,10 +10,9 @@ import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 from packaging.version import Version
+from pipeline_calls import latents_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-from pipeline_calls import latents_of
 
 from diffusers_tread import EDMHeunScheduler, RatioSchedule, SparseGuidance, TREADTransformer2DModel, token_routing
 from diffusers_tread.flops import forward_flops, guidance_flops

@@ -15,7 +15,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from packaging.version import Version
-
 from pipeline_calls import latents_of
 
 from diffusers_tread import EDMHeunScheduler, RoutingCall, SparseGuidance, TokenRoute, get_token_router, token_routing
