@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_repos import Commit, File, HubError, Repo
 from hub_xet import XetStore
@@ -62,8 +62,8 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         # Called before a request is answered.
         self.on_request: Callable[[], None] | None = None
-        # Listings come in pages and large files in parts of these sizes.
-        self.page_size, self.part_size = 1000, 1 << 30
+        # Large files come in parts of this size.
+        self.part_size = 1 << 30
 
     def close(self) -> None:
         self.shutdown()
@@ -103,10 +103,8 @@ class HubServer(ThreadingHTTPServer):
         return {path: self.objects[file.sha256] for path, file in commit.files.items()}
 
     def store(self, path: str, content: bytes, *, is_lfs: bool = False) -> File:
-        sha256, oid = (
-            hashlib.sha256(content).hexdigest(),
-            hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
-        )
+        sha256 = hashlib.sha256(content).hexdigest()
+        oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         self.objects[sha256] = content
         return File(path, len(content), oid, sha256, is_lfs)
 
@@ -118,8 +116,6 @@ _ROUTES = {
     r"POST /api/repos/create": "create_repo",
     r"POST /api/validate-yaml": "validate_yaml",
     rf"GET {_REPO}(?:/revision/(?P<revision>[^/]+))?": "repo_info",
-    rf"GET {_REPO}/refs": "list_refs",
-    rf"GET {_REPO}/commits/(?P<revision>[^/]+)": "list_commits",
     rf"GET {_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?": "list_tree",
     rf"POST {_REPO}/paths-info/(?P<revision>[^/]+)": "paths_info",
     rf"GET {_REPO}/xet-(?P<right>read|write)-token/(?P<revision>[^/]+)": "xet_token",
@@ -261,15 +257,6 @@ class Handler(BaseHTTPRequestHandler):
         info |= {"createdAt": DATE, "private": repo.private, "gated": "auto" if repo.gated else False, "tags": []}
         return info | {"disabled": False, "downloads": 0, "likes": 0, "siblings": siblings, "xetEnabled": True}
 
-    def list_refs(self, kind, repo_id):
-        branches = self.repo(kind, repo_id).branches.items()
-        refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in branches]
-        return {"branches": refs, "converts": [], "tags": []}
-
-    def list_commits(self, kind, repo_id, revision):
-        rest = {"message": "", "authors": [], "date": DATE}
-        return [{"id": commit.sha, "title": commit.title, **rest} for commit in self.repo(kind, repo_id).commits[::-1]]
-
     def create_branch(self, kind, repo_id, revision):
         repo = self.repo(kind, repo_id, write=True)
         if revision in repo.branches:
@@ -300,12 +287,7 @@ class Handler(BaseHTTPRequestHandler):
         found = [entry for name, entry in entries.items() if name.startswith(prefix)]
         if self.query.get("recursive") not in ("true", "True", "1"):
             found = [entry for entry in found if "/" not in entry["path"][len(prefix) :]]
-        start = int(self.query.get("cursor", 0))
-        end = start + self.server.page_size
-        if end < len(found):
-            query = "&".join(f"{key}={quote(value)}" for key, value in (self.query | {"cursor": str(end)}).items())
-            self.extra_headers = {"Link": f'<{self.server.url}{urlsplit(self.path).path}?{query}>; rel="next"'}
-        return found[start:end]
+        return found
 
     def paths_info(self, kind, repo_id, revision):
         is_json = "json" in (self.headers.get("Content-Type") or "")
@@ -388,9 +370,6 @@ class Handler(BaseHTTPRequestHandler):
             if value["oid"] not in self.server.objects:
                 raise HubError(400, f"LFS pointer of {path} refers to an object that was not uploaded")
             files[path] = self.server.store(path, self.server.objects[value["oid"]], is_lfs=True)
-        elif key in ("deletedFile", "deletedFolder"):
-            for name in [name for name in files if name == path or name.startswith(path.rstrip("/") + "/")]:
-                del files[name]
         else:
             raise HubError(400, f"Unknown operation {key}")
 

@@ -122,17 +122,11 @@ def test_the_files_that_a_document_links_to_exist(document):
 
 def test_the_readme_s_tree_names_what_is_there():
     (tree,) = [code for _, code, _ in blocks(ROOT / "README.md", "") if code.startswith("src/")]
-    folder, missing = ROOT, []
+    folder = ROOT
     for line in tree.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = ROOT / name
-            path = folder
-        else:
-            path = folder / name
-        if not path.exists():
-            missing.append(str(path.relative_to(ROOT)))
-    assert missing == []
+        path = (folder if line.startswith(" ") else ROOT) / line.split()[0]
+        folder = folder if line.startswith(" ") else path
+        assert path.exists(), path
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -155,7 +149,6 @@ def test_the_readme_s_speed_ups_are_those_of_the_committed_benchmark():
 
 def test_a_block_marked_as_not_run_is_compiled_but_not_executed(tmp_path):
     document = tmp_path / "guide.md"
-    document.write_text(
-        "text\n\n<!-- not run: needs a GPU -->\n```python\nraise SystemExit\n```\n\n```python\nx = 1\n```\n"
-    )
+    marked = "<!-- not run: needs a GPU -->\n```python\nraise SystemExit\n```\n"
+    document.write_text(f"text\n\n{marked}\n```python\nx = 1\n```\n")
     assert blocks(document, "python") == [(4, "raise SystemExit\n", "needs a GPU"), (8, "x = 1\n", None)]

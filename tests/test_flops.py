@@ -63,17 +63,9 @@ def test_a_forward_has_the_flops_of_the_formula(name, selection_ratio):
 def test_a_forward_has_the_flops_of_the_formula_with_odd_settings_and_two_routes():
     routes = [TokenRoute(start=1, end=2, selection_ratio=0.3), TokenRoute(start=4, end=5, selection_ratio=0.7)]
     model = TREADTransformer2DModel(
-        num_attention_heads=3,
-        attention_head_dim=20,
-        num_layers=9,
-        in_channels=3,
-        out_channels=5,
-        sample_size=12,
-        patch_size=3,
-        num_classes=0,
-        mlp_ratio=2.5,
-        routes=routes,
-    )
+        num_attention_heads=3, attention_head_dim=20, num_layers=9, in_channels=3, out_channels=5, sample_size=12,
+        patch_size=3, num_classes=0, mlp_ratio=2.5, routes=routes,
+    )  # fmt: skip
     assert forward_flops(model) == formula(model)
     larger = TREADTransformer2DModel.from_config(model.config, sample_size=15)
     inputs = {"hidden_states": torch.zeros(1, 3, 15, 15), "timestep": torch.zeros(1)}
@@ -94,14 +86,8 @@ def test_a_training_step_has_three_times_the_flops_of_a_forward_but_for_the_firs
 
 @pytest.mark.parametrize(
     "name, num_tokens, ceiling",
-    [
-        ("S/2", 256, 1.43),
-        ("B/2", 256, 1.43),
-        ("L/2", 256, 1.67),
-        ("XL/2", 256, 1.72),
-        ("XL/2", 1024, 1.78),
-        ("XL/2", 4096, 1.95),
-    ],
+    [("S/2", 256, 1.43), ("B/2", 256, 1.43), ("L/2", 256, 1.67)]
+    + [("XL/2", 256, 1.72), ("XL/2", 1024, 1.78), ("XL/2", 4096, 1.95)],
 )
 def test_the_ceilings_are_those_known_for_the_paper_s_models(name, num_tokens, ceiling):
     # Known to two decimals, some rounded and some cut off.
@@ -206,12 +192,8 @@ def test_the_shared_blocks_count_once():
     assert apart.dense == shared.dense
 
     # Nothing to share: another condition, another model, another kind of guidance.
-    for other in (
-        SparseGuidance(null_weak_branch=True),
-        SparseGuidance(weak_checkpoint=True),
-        SparseGuidance(guidance_scale=1.0),
-        ClassifierFreeGuidance(),
-    ):
+    alone = ({"null_weak_branch": True}, {"weak_checkpoint": True}, {"guidance_scale": 1.0})
+    for other in (*(SparseGuidance(**settings) for settings in alone), ClassifierFreeGuidance()):
         assert guidance_flops(model, other) == guidance_flops(model, other, shared_prefix=False)
 
 

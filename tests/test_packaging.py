@@ -18,17 +18,7 @@ import diffusers_tread
 ROOT = Path(__file__).parents[1]
 CORE = {"torch", "diffusers", "safetensors", "huggingface-hub", "numpy"}
 # Import names of the optional packages, ours and those that diffusers picks up where it finds them.
-OPTIONAL = [
-    "accelerate",
-    "cleanfid",
-    "datasets",
-    "matplotlib",
-    "peft",
-    "scipy",
-    "sklearn",
-    "tensorboard",
-    "transformers",
-]
+OPTIONAL = "accelerate cleanfid datasets matplotlib peft scipy sklearn tensorboard transformers".split()
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +29,6 @@ def wheel(tmp_path_factory):
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         yield archive
-
-
-def read_metadata(wheel):
-    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-    return Parser().parsestr(wheel.read(name).decode())
 
 
 def import_without(packages, program):
@@ -75,28 +60,18 @@ def test_the_pipeline_and_what_it_imports_of_diffusers_are_loaded_with_its_first
     assert result.stdout.splitlines() == ["[]", str(list(late[:-1]))], result.stderr
 
 
-def test_the_pipeline_is_a_name_of_the_package_like_the_others():
-    namespace = {}
-    exec("from diffusers_tread import *", namespace)
+def test_the_names_of_the_package_exist_once_and_the_pipeline_is_one_like_the_others():
+    namespace, names = {}, diffusers_tread.__all__
+    exec("from diffusers_tread import *", namespace)  # fails where a name does not exist
     assert namespace["TREADPipeline"] is diffusers_tread.TREADPipeline
-    assert set(diffusers_tread.__all__) <= set(dir(diffusers_tread))
+    assert len(names) == len(set(names)) and set(names) <= set(dir(diffusers_tread))
     with pytest.raises(AttributeError, match="TREADPipelines"):
         diffusers_tread.TREADPipelines  # noqa: B018
 
 
-def test_every_name_in_all_exists_once():
-    names = diffusers_tread.__all__
-    assert len(names) == len(set(names))
-    assert [name for name in names if not hasattr(diffusers_tread, name)] == []
-
-
-def test_the_version_is_that_of_the_installed_package_and_of_the_citation():
+def test_the_citation_has_the_version_that_is_installed_and_names_both_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert diffusers_tread.__version__ == metadata.version("diffusers-tread") == citation["version"]
-
-
-def test_the_citation_names_both_papers():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     papers = {reference["identifiers"][0]["value"] for reference in citation["references"]}
     assert papers == {"arXiv:2501.04765", "arXiv:2601.01608"}
 
@@ -109,7 +84,9 @@ def test_the_wheel_holds_the_source_tree_its_type_marker_and_the_licence(wheel):
 
 
 def test_the_wheel_requires_the_core_packages_and_no_other(wheel):
-    requirements = [line for line in read_metadata(wheel).get_all("Requires-Dist") if "extra ==" not in line]
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    lines = Parser().parsestr(wheel.read(name).decode()).get_all("Requires-Dist")
+    requirements = [line for line in lines if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in requirements} == CORE
 
 

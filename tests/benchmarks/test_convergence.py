@@ -2,38 +2,31 @@
 """Runs differ by their routes alone, what is compared follows from the curves, and a run that was cut goes on."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import convergence
+import convergence_data
+import convergence_report
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from convergence_data import Images, draw_avatars, read_folders
+from convergence_judge import NUM_LEVELS, Judge, level_weights
+from convergence_train import Draws, Run, Variant, to_device
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import convergence  # noqa: E402
-import convergence_data  # noqa: E402
-import convergence_report  # noqa: E402
-from convergence_data import Images, draw_avatars, read_folders  # noqa: E402
-from convergence_judge import NUM_LEVELS, Judge, level_weights  # noqa: E402
-from convergence_train import Draws, Run, Variant, to_device  # noqa: E402
-
-from diffusers_tread import FlowMatchingObjective  # noqa: E402
-from diffusers_tread.flops import training_flops  # noqa: E402
-from diffusers_tread.objectives import flow  # noqa: E402
+from diffusers_tread import FlowMatchingObjective
+from diffusers_tread.flops import training_flops
+from diffusers_tread.objectives import flow
 
 
 NUM_CLASSES, SIZE = 4, 8
-SMOKE = (
-    "--width 32 --depth 6 --heads 2 --steps 12 --warmup_steps 3 --lr 0.01 --batch_size 4 --evaluations 4 --warmup 1"
-)
-SMOKE += " --samples_at 2 --heldout_per_level 4 --num_samples 8 --sampling_steps 2 --eval_batch_size 20"
-SMOKE += " --judge_steps 30"
+SMOKE = """
+    --width 32 --depth 6 --heads 2 --steps 12 --warmup_steps 3 --lr 0.01 --batch_size 4 --evaluations 4 --warmup 1
+    --samples_at 2 --heldout_per_level 4 --num_samples 8 --sampling_steps 2 --eval_batch_size 20 --judge_steps 30
+"""
 
 
 def make_images(seed: int = 0) -> Images:
@@ -259,10 +252,8 @@ def test_a_run_that_was_cut_goes_on_with_what_is_missing(finished, flags, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         convergence.main(flags)
     left = json.loads((tmp_path / "report.json").read_text())
-    assert [(run["variant"], run["finished"], len(run["points"])) for run in left["runs"]] == [
-        ("dense", True, 5),
-        ("routed", False, 3),
-    ]
+    done = [(run["variant"], run["finished"], len(run["points"])) for run in left["runs"]]
+    assert done == [("dense", True, 5), ("routed", False, 3)]
 
     report = convergence.main([*flags, "--resume", "--seeds", "0,1"])
     assert started == [("dense", 0), ("routed", 0), ("routed", 0), ("dense", 1), ("routed", 1)]
@@ -289,13 +280,8 @@ def test_nothing_starts_that_would_end_after_the_time_limit(flags, capsys):
 def power_law_run(variant: str, *, seconds: float, seed: int = 0) -> dict:
     """A run of 10 steps whose loss is 3 / sqrt(step), each step taking so many seconds and twice as many FLOPs."""
     points = [
-        {
-            "step": step,
-            "seconds": step * seconds,
-            "flops": 2 * step * seconds,
-            "heldout_loss": 3 / max(step, 0.5) ** 0.5,
-        }
-        for step in range(0, 11, 2)
+        {"step": at, "seconds": at * seconds, "flops": 2 * at * seconds, "heldout_loss": 3 / max(at, 0.5) ** 0.5}
+        for at in range(0, 11, 2)
     ]
     return {"variant": variant, "seed": seed, "finished": True, "points": points}
 
@@ -366,13 +352,10 @@ def test_the_weights_of_the_levels_are_how_often_training_draws_them():
 
 def test_folders_become_a_file_without_images_that_both_sets_have(tmp_path):
     numbers = np.random.default_rng(0)
-    for kind in ("train", "heldout"):
-        for name in ("b", "a"):
-            for index in range(3):
-                path = tmp_path / kind / name / f"{index}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = numbers.integers(0, 256, (16, 16, 3)).astype(np.uint8)
-                PIL.Image.fromarray(pixels).save(path)
+    for name in ("train/b", "train/a", "heldout/b", "heldout/a"):
+        (tmp_path / name).mkdir(parents=True)
+        for index, pixels in enumerate(numbers.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)):
+            PIL.Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
     again = tmp_path / "heldout" / "a" / "2.png"
     again.write_bytes((tmp_path / "train" / "a" / "0.png").read_bytes())
     flags = ["--train_folder", str(tmp_path / "train"), "--heldout_folder", str(tmp_path / "heldout"), "--size", "8"]
@@ -413,23 +396,14 @@ def test_a_file_of_another_kind_is_refused(wrong):
 @pytest.mark.parametrize(
     "wrong",
     [
-        ["--evaluations", "13"],
-        ["--samples_at", "5"],
-        ["--heads", "3"],
-        ["--decay", "1"],
-        ["--seeds", "0,0"],
-        ["--variants", "routed,routed"],
-        ["--variants", "route"],
-        ["--variants", "routed+steps=0.1"],
-        ["--num_samples", "10"],
-        ["--num_samples", "32"],
-        ["--resume"],
-        ["--train_folder", "somewhere"],
+        "--evaluations 13", "--samples_at 5", "--heads 3", "--decay 1", "--seeds 0,0", "--variants routed,routed",
+        "--variants route", "--variants routed+steps=0.1", "--num_samples 10", "--num_samples 32", "--resume",
+        "--train_folder somewhere",
     ],
-)
+)  # fmt: skip
 def test_impossible_flags_are_refused(flags, wrong):
     with pytest.raises(ValueError, match="Expected"):
-        convergence.main([*flags, *wrong])
+        convergence.main([*flags, *wrong.split()])
 
 
 def test_without_data_the_remedy_is_named():

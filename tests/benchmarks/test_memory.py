@@ -3,21 +3,15 @@
 
 import gc
 import json
-import sys
 import weakref
-from pathlib import Path
 
+import memory
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_tread import RoutingCall, TokenRoute, TREADTransformer2DModel, get_token_router
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import memory  # noqa: E402
 
 
 TINY = ["--preset", "S/8", "--tokens", "4", "--batch_sizes", "1,2", "--check_batch_size", "3"]
@@ -108,19 +102,3 @@ def test_checkpointing_stores_the_short_sequence_of_a_routed_block():
     assert stored[0] - stored[1] == saved
     whole = [stored_bytes(last, checkpointing=False) for last in (2, 5)]
     assert whole[0] - whole[1] > 5 * saved
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--batch_sizes", "2"], "two --batch_sizes"),
-        (["--check_batch_size", "4"], "not among"),
-        (["--tokens", "10"], "square number"),
-        (["--device", "meta"], "cpu or cuda"),
-        (["--search"], "--device cuda"),
-        (["--budget_gib", "0"], "--budget_gib > 0"),
-    ],
-)
-def test_bad_flags_are_refused(flags, message):
-    with pytest.raises(ValueError, match=message):
-        memory.parse_args(flags)

@@ -3,11 +3,10 @@
 
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import train_step
 from diffusers import DiTTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,11 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffusers_tread
 
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import train_step  # noqa: E402
-
-
+pytestmark = pytest.mark.usefixtures("small_s")
 TINY = ["--presets", "S/8", "--tokens", "4", "--batch_size", "2", "--repeats", "3", "--warmup", "1"]
 
 
@@ -31,7 +26,7 @@ def the_precision_of_products_stays():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, small_s):
     """The report of a tiny run and the file it wrote."""
     path = tmp_path_factory.mktemp("step") / "results" / "step.json"
     return train_step.main([*TINY, "--output", str(path)]), path
@@ -75,7 +70,6 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(kind, run):
 
 def test_a_known_accelerator_is_measured_by_its_data_sheet_in_bfloat16_only(monkeypatch):
     args = train_step.parse_args([*TINY, "--dtype", "bfloat16"])
-    args.device = "cpu"
     monkeypatch.setattr(train_step.torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(train_step, "time_in_turns", lambda steps, args, repeats: {"product": [1.0, 2.0]})
     monkeypatch.setattr(train_step.torch, "randn", lambda *sizes, **options: (None, None))
@@ -183,19 +177,3 @@ def test_each_number_of_tokens_has_its_batch_size():
     report = train_step.main([*TINY, "--tokens", "4,16", "--batch_size", "2,1", "--no-peer", "--repeats", "2"])
     assert [(row["num_tokens"], row["batch_size"]) for row in report["rows"]] == [(4, 2), (16, 1)]
     assert {row["peer_problem"] for row in report["rows"]} == {"not asked for"}
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--tokens", "200"],
-        ["--modes", "fast"],
-        ["--repeats", "1"],
-        ["--batch_size", "0"],
-        ["--tokens", "4,16,64", "--batch_size", "4,2"],
-        ["--presets", "M/2"],
-    ],
-)
-def test_impossible_flags_are_refused(flags):
-    with pytest.raises(ValueError, match="Expected"):
-        train_step.main(flags)

@@ -1,36 +1,26 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The script runs the real loop beside the bare step and reports what it measured."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 
 pytest.importorskip("datasets")
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "training_loop.py"
+import training_loop as script  # noqa: E402
+
+
 TINY = ["--preset", "S/8", "--tokens", "4", "--batch_size", "1", "--repeats", "2", "--warmup", "1"]
 
 
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("training_loop", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(autouse=True)
-def restored(fresh_accelerate):
+def restored(fresh_accelerate, small_s):
     yield
     torch.set_float32_matmul_precision("highest")
 
 
-def test_the_report_tells_the_loop_and_the_bare_step_apart(script, tmp_path, monkeypatch):
+def test_the_report_tells_the_loop_and_the_bare_step_apart(tmp_path, monkeypatch):
     trainers, make_row = [], script.make_row
     monkeypatch.setattr(script, "make_row", lambda trainer, args: trainers.append(trainer) or make_row(trainer, args))
     path = tmp_path / "loop.json"
@@ -63,7 +53,7 @@ def test_the_report_tells_the_loop_and_the_bare_step_apart(script, tmp_path, mon
     assert [child.name for child in tmp_path.iterdir()] == ["loop.json"]
 
 
-def test_the_table_holds_the_medians(script):
+def test_the_table_holds_the_medians():
     row = {
         "preset": "B/2", "num_tokens": 256, "batch_size": 8, "checkpoint_seconds": 5.5, "checkpoint_bytes": 2.1e9,
         "loop_seconds": {"median": 4.2}, "bare_seconds": {"median": 4.0}, "other_share": 0.002,
@@ -75,12 +65,3 @@ def test_the_table_holds_the_medians(script):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:6] == ["B/2, 256 tokens, batch 8, routed", "4000", "4200", "0.0%", "0.1%", "0.2%"]
     assert cells[6:] == ["0.7%", "0.2%", "0.0%", "5.0%", "5.5 (2.10 GB)"]  # 0.3 + 0.4 % of schedule and log
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [["--tokens", "200"], ["--repeats", "1"], ["--batch_size", "0"], ["--steps_per_turn", "0"], ["--preset", "M/2"]],
-)
-def test_impossible_flags_are_refused(script, flags):
-    with pytest.raises(ValueError, match="Expected"):
-        script.main(flags)

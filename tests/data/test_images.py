@@ -157,20 +157,23 @@ def test_unusable_data_is_refused_before_any_work(folder, tmp_path):
         take(open_training_data(train_data_dir=folder, resolution=8, streaming=True), 1, stream_positions=[(0, 0)] * 2)
 
 
+def write_labels(folder, labels):
+    images = [PIL.Image.new("RGB", (8, 8))] * len(labels)
+    datasets.Dataset.from_dict({"image": images, "label": labels}).to_parquet(folder / "train.parquet")
+
+
 @pytest.mark.parametrize(
     ("labels", "num_classes", "message"),
     [([0, 3], 3, r"\[0, 3\)"), ([-1, 0], None, r"\[-1, 0\]"), (["a", "b"], None, "integer class label")],
 )
 def test_labels_that_are_no_classes_are_refused(tmp_path, labels, num_classes, message):
-    images = [PIL.Image.new("RGB", (8, 8))] * 2
-    datasets.Dataset.from_dict({"image": images, "label": labels}).to_parquet(tmp_path / "train.parquet")
+    write_labels(tmp_path, labels)
     with pytest.raises(ValueError, match=message):
         open_images(str(tmp_path), num_classes=num_classes)
 
 
 def test_a_streamed_label_beyond_the_classes_is_refused_when_met(tmp_path):
-    images = [PIL.Image.new("RGB", (8, 8))] * 2
-    datasets.Dataset.from_dict({"image": images, "label": [0, 7]}).to_parquet(tmp_path / "train.parquet")
+    write_labels(tmp_path, [0, 7])
     with pytest.raises(ValueError, match="Expected num_classes"):
         open_images(str(tmp_path), streaming=True)
     dataset = open_training_data(str(tmp_path), resolution=8, streaming=True, num_classes=3)

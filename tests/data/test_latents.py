@@ -6,12 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
-from diffusers_tread.data import (
-    LatentsInfo,
-    encode_images,
-    encode_moments,
-    latents_from_moments,
-)
+from diffusers_tread.data import LatentsInfo, encode_images, encode_moments, latents_from_moments
 from diffusers_tread.data.latents import latent_scale
 
 
@@ -20,16 +15,6 @@ INFO = LatentsInfo(
     shift_factor=0.2, vae={}, source={}, id2label={0: "ant", 1: "bee"}, num_samples=2, shards=({"file": "a"},),
     unreadable=("image 7",),
 )  # fmt: skip
-
-
-def test_a_posterior_is_sampled_shifted_and_scaled():
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, scaling_factor=0.3, shift_factor=0.2).eval()
-    images = torch.rand(2, 3, 8, 8) * 2 - 1
-    latents = encode_images(vae, images, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        mean, logvar = vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(latents, (mean + (0.5 * logvar).exp() * noise - 0.2) * 0.3)
 
 
 def test_autoencoders_without_a_posterior_encode_too():
@@ -51,17 +36,17 @@ def test_autoencoders_without_a_posterior_encode_too():
         torch.testing.assert_close(encode_images(deep, images), deep.encode(images).latent * 0.41)
 
 
-def test_latents_of_stored_moments_are_those_of_the_images():
-    """Through the folder or at once: the same posterior, noise, shift and scale."""
+def test_a_posterior_is_sampled_shifted_and_scaled_at_once_or_through_stored_moments():
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, scaling_factor=0.3, shift_factor=0.2).eval()
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     moments = encode_moments(vae, images)
     with torch.no_grad():
         mean, logvar = vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)
     torch.testing.assert_close(moments, torch.cat([mean, (0.5 * logvar).exp()], dim=1))
-    expected = encode_images(vae, images, generator=torch.Generator().manual_seed(1))
-    latents = latents_from_moments(moments, INFO, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(latents, expected)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    expected = (mean + (0.5 * logvar).exp() * noise - 0.2) * 0.3
+    for encode, stage in ((encode_images, (vae, images)), (latents_from_moments, (moments, INFO))):
+        torch.testing.assert_close(encode(*stage, generator=torch.Generator().manual_seed(1)), expected)
     assert latent_scale(vae) == (0.2, 0.3)
 
 

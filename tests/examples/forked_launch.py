@@ -1,37 +1,36 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Runs the examples several times, each in forked processes, for the price of one import.
+"""Runs the examples several times, each in forked processes, for the price of one import; see `runs.launch`.
 
-    python forked_launch.py '[{"argv": [...], "processes": 2, "fsdp": true, "kill": ["step", 7]}, ...]'
+    python forked_launch.py '[{"argv": [...], "processes": 2, "fsdp": true, "kill": {"at": [...], "count": 7}}, ...]'
 
 "script" names another example than train_tread. The processes see the environment that torchrun gives them. "kill"
-ends a run by SIGKILL, on all its processes: "step" in the middle of an optimiser step of train_tread, "seal" while a
-checkpoint lies on the disk but is not published, "image" where sample.py has published that many images and is about
-to publish the next. A run that is not killed must end well.
+ends a run by SIGKILL, on all its processes: see `arm`; with "rank", when that one is hit. "limit" is the size in bytes
+beyond which no file may grow. Without the two a run must end well. The last line printed is an exit code for each run.
 """
 
 import importlib
-import itertools
 import json
 import os
+import pkgutil
+import re
+import resource
 import signal
+import socket
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401 - FSDP2 imports it, and it takes seconds
-import torch.distributed.checkpoint  # noqa: E402, F401
-import torch.distributed.fsdp  # noqa: E402, F401
-import train_tread  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from accelerate.state import PartialState  # noqa: E402
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
-from forking import run_forked  # noqa: E402
-
-from diffusers_tread import pictures  # noqa: E402
-from diffusers_tread.training import checkpoints  # noqa: E402
+# What a step of training imports late, and what the feature extractor does: seconds in every process.
+TRAINING = {"torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"}
+EXTRACTOR = {"transformers.models.dinov2.modeling_dinov2"}
 
 
 def switch_on_fsdp2() -> None:
@@ -46,36 +45,23 @@ def switch_on_fsdp2() -> None:
     )
 
 
-def arm(kind: str, at: int) -> None:
-    """Makes this process kill itself at a step, when it seals the checkpoint of a step, or at an image."""
+def arm(*, at: list[str], count: int = 1, matching: str | None = None) -> None:
+    """Makes this process kill itself at the `count`-th call of these functions, of those whose arguments match."""
 
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count -= matching is None or re.search(matching, str(args)) is not None
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
 
-    next_batch, seal, publish = train_tread.Trainer.next_batch, checkpoints._seal, pictures.publish
-    published = itertools.count()
+        return call
 
-    def deadly_next_batch(trainer, micro_step):
-        if trainer.step == at and micro_step == 1:
-            die()
-        return next_batch(trainer, micro_step)
-
-    def deadly_seal(folder):
-        seal(folder)
-        if folder.name == f"checkpoint-{at}.tmp":
-            die()
-
-    def deadly_publish(temporary, final):
-        if next(published) == at:
-            die()
-        publish(temporary, final)
-
-    if kind == "image":
-        pictures.publish = deadly_publish
-    elif kind == "step":
-        train_tread.Trainer.next_batch = deadly_next_batch
-    else:
-        checkpoints._seal = deadly_seal
+    for name in at:
+        owner, _, attribute = name.rpartition(".")
+        owner = pkgutil.resolve_name(owner)
+        setattr(owner, attribute, deadly(getattr(owner, attribute)))
 
 
 def run(
@@ -84,22 +70,81 @@ def run(
     script: str = "train_tread",
     processes: int = 1,
     fsdp: bool = False,
-    kill: tuple[str, int] | None = None,
-) -> None:
-    example = importlib.import_module(script)
-
+    kill: dict | None = None,
+    limit: int | None = None,
+) -> int:
     def work(rank: int) -> None:
         if fsdp:
             switch_on_fsdp2()
-        if kill is not None:
-            arm(*kill)
-        example.main(argv)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if kill is not None and kill.pop("rank", rank) == rank:
+            arm(**kill)
+        importlib.import_module(script).main(argv)
 
-    if (run_forked(work, processes=processes) != 0) != (kill is not None):
-        raise RuntimeError(f"Expected a run that {'dies' if kill else 'ends well'}: {argv}.")
+    code = run_forked(work, processes=processes)
+    if code != 0 and kill is None and limit is None:
+        raise RuntimeError(f"Expected a run that ends well: {argv}.")
+    return code
+
+
+def run_forked(work: Callable[[int], None], *, processes: int) -> int:
+    """Calls `work(rank)` in forked processes, as a launcher does in new ones.
+
+    Returns:
+        0 if all end well; else the exit code of the first that does not (minus the signal's number), after which the
+        others are killed, as a launcher does.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.stdout.flush()
+    children = [start(work, rank, processes, port) for rank in range(processes)]
+
+    # One that is killed may take others with it before this looks: what counts is the strongest sign of a death.
+    codes = []
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1] == 0:
+            continue
+        for other in children:
+            gone, status = os.waitpid(other, os.WNOHANG)
+            if gone:
+                codes.append(os.waitstatus_to_exitcode(status))
+            else:
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+        children = []
+    return max(codes, key=abs)
+
+
+def start(work: Callable[[int], None], rank: int, processes: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    if processes > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ.update({key: str(value) for key, value in ranks.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        work(rank)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for entry in json.loads(sys.argv[1]):
-        run(**entry)
+    plan = json.loads(sys.argv[1])
+    modules = {entry.get("script", "train_tread") for entry in plan}
+    if "train_tread" in modules:
+        modules |= TRAINING
+    if "transformers:" in sys.argv[1]:
+        modules |= EXTRACTOR
+    for name in modules:
+        importlib.import_module(name)
+    print(json.dumps([run(**entry) for entry in plan]))

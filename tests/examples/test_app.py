@@ -21,8 +21,9 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from tiny_models import make_transformer
 
-from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline
 from diffusers_tread.flops import guidance_flops
 from diffusers_tread.pictures import make_grid
 
@@ -39,9 +40,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "app.py"
-CONFIG = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6}
+SCRIPT = Path(__file__).parents[2] / "examples" / "app.py"
 SPARSE = "Sparse Guidance"
 KINDS = {
     "none": ClassifierFreeGuidance(guidance_scale=1.0),
@@ -61,17 +60,9 @@ CHROMIUM_FLAGS = (
 def folder(tmp_path):
     """A pipeline with an earlier checkpoint: grey, 8 x 8, three classes, two of them with names."""
     torch.manual_seed(0)
-    config = CONFIG | {"objective": "flow", "in_channels": 1, "sample_size": 8, "num_classes": 3}
-    transformers = [TREADTransformer2DModel(**config) for _ in range(2)]
-    for transformer in transformers:
-        for parameter in transformer.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    TREADPipeline(
-        transformers[0],
-        FlowMatchEulerDiscreteScheduler(),
-        guidance_transformer=transformers[1],
-        id2label={0: "zero", 2: "two"},
-    ).save_pretrained(tmp_path / "pipeline")
+    transformer, earlier = [make_transformer(std=0.3, num_classes=3) for _ in range(2)]
+    settings = {"guidance_transformer": earlier, "id2label": {0: "zero", 2: "two"}}
+    TREADPipeline(transformer, FlowMatchEulerDiscreteScheduler(), **settings).save_pretrained(tmp_path / "pipeline")
     return tmp_path / "pipeline"
 
 
@@ -82,12 +73,9 @@ def server(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "log"
-    environment = {**os.environ, "TREAD_PIPELINE": str(folder), "GRADIO_SERVER_PORT": str(port)}
-    environment |= {
-        "GRADIO_SERVER_NAME": "127.0.0.1",
-        "GRADIO_TEMP_DIR": str(folder / "gradio"),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "TREAD_PIPELINE": str(folder), "OMP_NUM_THREADS": "1"}
+    environment |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    environment |= {"GRADIO_TEMP_DIR": str(folder / "gradio")}
     with log.open("w") as output:
         process = subprocess.Popen([sys.executable, SCRIPT], env=environment, stdout=output, stderr=output)
     try:
@@ -263,9 +251,7 @@ def test_a_visitor_samples_by_clicks_and_bad_input_gives_messages(page, server, 
 
 
 @pytest.fixture
-def app(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
+def app():
     return importlib.import_module("app")
 
 
@@ -278,8 +264,7 @@ def app(monkeypatch):
     ],
 )
 def test_every_sampler_that_is_offered_works(app, objective, own, others):
-    transformer = TREADTransformer2DModel(**CONFIG, objective=objective, in_channels=3, sample_size=8, num_classes=3)
-    pipeline = TREADPipeline(transformer, own)
+    pipeline = TREADPipeline(make_transformer(objective=objective, in_channels=3), own)
     offered = app.offered_samplers(pipeline)
     assert offered == [type(own).__name__, *others]
     for sampler in offered:

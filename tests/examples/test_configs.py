@@ -3,10 +3,11 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
+import precompute_latents
 import pytest
+import train_tread
 from accelerate import init_empty_weights
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -16,11 +17,6 @@ from diffusers_tread.flops import forward_flops
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
-sys.path.insert(0, str(ROOT / "examples"))
-import precompute_latents  # noqa: E402
-import train_tread  # noqa: E402
-
-
 TRAINING = sorted(path.stem for path in CONFIGS.glob("*.json") if not path.stem.endswith("_latents"))
 LATENTS = sorted(path.stem for path in CONFIGS.glob("*_latents.json"))
 # | `config` | tokens | parameters | dense → routed | dense → routed | FID | run |

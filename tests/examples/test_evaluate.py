@@ -1,52 +1,36 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The evaluation example with a tiny pipeline and a tiny DINOv2, in one process and in several."""
 
-import importlib.util
 import json
 import os
 import random
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import PartialState
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
+from runs import call, files_of, launch
+from tiny_models import make_transformer, save_extractor, save_noise, save_vae
 
-from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import EDMHeunScheduler, TREADPipeline
 from diffusers_tread.metrics import METRICS, Metric, load_feature_extractor, load_results, register_metric
 
 
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("evaluate_example", ROOT / "examples" / "evaluate.py")
-evaluate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evaluate)
+run = partial(call, evaluate)
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     """A folder with `pipeline` (grey, 8 x 8, four classes), `dinov2`, and `reference`: fifty images."""
-    transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)
-
-    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "objective": "flow"}
-    transformer = TREADTransformer2DModel(**config, in_channels=1, sample_size=8, num_classes=4)
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    TREADPipeline(transformer, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "pipeline")
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder / "dinov2")
-    normalisation = {"size": 28, "image_mean": [0.5] * 3, "image_std": [0.2] * 3}
-    (folder / "dinov2" / "preprocessor_config.json").write_text(json.dumps(normalisation))
-
-    (folder / "reference").mkdir()
-    for index, pixels in enumerate(np.random.RandomState(0).randint(0, 256, (50, 8, 8, 3), dtype=np.uint8)):
-        PIL.Image.fromarray(pixels).save(folder / "reference" / f"{index}.png")
+    TREADPipeline(make_transformer(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "pipeline")
+    save_extractor(folder / "dinov2")
+    save_noise(folder / "reference", 50, 8, 8)
     return folder
 
 
@@ -59,21 +43,13 @@ def argv(material):
     return [str(word) for word in words]
 
 
-def run(*argv):
-    PartialState._reset_state()
-    evaluate.main([str(word) for word in argv])
-
-
 def results_of(folder):
     (path,) = Path(folder, "results").glob("*.json")
     return load_results(path)
 
 
 def stored_features(folder):
-    return {
-        f"{path.parent.name}/{path.name}": path.read_bytes()
-        for path in Path(folder, "features").rglob("batch-*.safe*")
-    }
+    return {name: content for name, content in files_of(Path(folder, "features")).items() if "batch-" in name}
 
 
 def assert_same_evaluation(one, other):
@@ -83,34 +59,21 @@ def assert_same_evaluation(one, other):
     for values in (mine, theirs):
         del values["date"], values["hardware"]["num_processes"]
     assert mine == theirs
-    images = [sorted(Path(folder, "images").iterdir()) for folder in (one, other)]
-    assert [path.name for path in images[0]] == [path.name for path in images[1]]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*images, strict=True))
-
-
-def launch(plan):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, str(Path(__file__).with_name("forked_evaluate.py")), json.dumps(plan)]
-    return subprocess.run(command, env=environment, check=True, timeout=800, stdout=subprocess.PIPE, text=True).stdout
+    assert files_of(Path(one, "images")) == files_of(Path(other, "images"))
 
 
 @pytest.mark.slow
 def test_two_processes_and_killed_runs_give_what_one_process_gives(argv, tmp_path):
     """Killed alone at a random batch, then one of two processes at the same batch, then left to finish."""
-    batch, plan = random.Random(os.urandom(8)).randrange(8), []
+    batch = random.Random(os.urandom(8)).randrange(8)
     print(f"killed at batch {batch}")
-
-    def add(name, processes, kill=None):
-        entry = {"argv": [*argv, "--output_dir", str(tmp_path / name)], "processes": processes}
-        plan.append(entry if kill is None else entry | {"kill": kill})
-
-    add("one", 1)
-    add("two", 2)
-    add("killed", 1, ["batch", batch])
-    add("killed", 2, ["batch", batch])
-    add("killed", 1)
-    printed = launch(plan)
-    assert printed.count("killed: ['batch'") == 2
+    kill = {"at": ["diffusers_tread.metrics.feature_store.publish"], "matching": f"images/batch-{batch:06d}"}
+    runs = [("one", 1, None), ("two", 2, None), ("killed", 1, kill), ("killed", 2, kill), ("killed", 1, None)]
+    codes, _ = launch(
+        {"script": "evaluate", "argv": [*argv, "--output_dir", tmp_path / name], "processes": processes, "kill": kill}
+        for name, processes, kill in runs
+    )
+    assert codes == [0, 0, -9, -9, 0]
     assert len(stored_features(tmp_path / "one")) == 13 + 8  # of fifty and of thirty images
     for name in ("two", "killed"):
         assert_same_evaluation(tmp_path / "one", tmp_path / name)
@@ -144,13 +107,8 @@ def test_a_metric_that_is_registered_is_known_to_the_flag_the_results_and_the_ta
     def feature_mean_distance(samples, reference):
         return (samples.mean - reference.mean).norm().item()
 
-    metric = Metric(
-        label="Distance of the means",
-        compute=feature_mean_distance,
-        takes="statistics",
-        output="features",
-        higher_is_better=False,
-    )
+    settings = {"takes": "statistics", "output": "features", "higher_is_better": False}
+    metric = Metric(label="Distance of the means", compute=feature_mean_distance, **settings)
     register_metric("feature_mean_distance", metric)
     try:
         run(*argv, "--metrics", "feature_mean_distance,recall", "--output_dir", tmp_path,
@@ -168,17 +126,8 @@ def test_a_metric_that_is_registered_is_known_to_the_flag_the_results_and_the_ta
 
 
 def test_a_pipeline_of_latents_runs_in_bfloat16_with_a_float32_vae(argv, tmp_path):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        sample_size=8,
-    )
-    transformer = TREADTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, num_layers=6, in_channels=4, sample_size=4, num_classes=4
-    )
+    vae = save_vae(tmp_path / "vae", sample_size=8)
+    transformer = make_transformer(objective="edm", in_channels=4, sample_size=4)
     TREADPipeline(transformer, EDMHeunScheduler(), vae=vae).save_pretrained(tmp_path / "pipeline")
     run(*argv, "--pretrained_pipeline", tmp_path / "pipeline", "--dtype", "bfloat16", "--metrics", "fid",
         "--output_dir", tmp_path, "--scheduler", "EDMEulerScheduler")  # fmt: skip

@@ -2,44 +2,25 @@
 """From images to an FID by the examples alone: precompute_latents.py, train_tread.py, evaluate.py."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
-from diffusers import AutoencoderKL
+from runs import launch
+from tiny_models import SIZE, save_extractor, save_noise, save_vae
 
 from diffusers_tread.metrics import load_results
 
 
-transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def data(tmp_path):
     """`images` of ten classes and different sizes, `reference` (16x16), a random `vae` and a random `network`."""
-    rng = np.random.RandomState(0)
     for label in range(10):
-        (tmp_path / "images" / f"class-{label}").mkdir(parents=True)
-        for index in range(3):
-            pixels = (rng.rand(18 + index, 24, 3) * (25 * label + 30)).astype(np.uint8)
-            PIL.Image.fromarray(pixels).save(tmp_path / "images" / f"class-{label}" / f"{index}.png")
-    (tmp_path / "reference").mkdir()
-    for index in range(20):
-        pixels = rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(tmp_path / "reference" / f"{index}.png")
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4).save_pretrained(tmp_path / "vae")
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(tmp_path / "network")
-    normalisation = {"size": 28, "image_mean": [0.5] * 3, "image_std": [0.2] * 3}
-    (tmp_path / "network" / "preprocessor_config.json").write_text(json.dumps(normalisation))
+        save_noise(tmp_path / "images" / f"class-{label}", 3, 18 + label % 3, 24, seed=label)
+    save_noise(tmp_path / "reference", 20, 16, 16, seed=10)
+    save_vae(tmp_path / "vae")
+    save_extractor(tmp_path / "network")
     return tmp_path
 
 
@@ -49,8 +30,8 @@ def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(
     encode = ["--train_data_dir", data / "images", "--resolution", 16, "--flip", "--shard_size", 8, "--batch_size", 4]
     encode += ["--pretrained_vae_name_or_path", data / "vae", "--cache_dir", data / "cache"]
     network = f"transformers:{data / 'network'}"
-    model = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "patch_size": 2}
-    learn = ["--model_config_name_or_path", json.dumps(model), "--random_flip", "--train_batch_size", 5, "--use_ema"]
+    model = json.dumps(SIZE | {"patch_size": 2})
+    learn = ["--model_config_name_or_path", model, "--random_flip", "--train_batch_size", 5, "--use_ema"]
     learn += ["--max_train_steps", 6, "--eval_steps", 6, "--eval_reference", data / "reference"]
     learn += ["--eval_feature_extractor", network, "--eval_num_samples", 30, "--eval_batch_size", 8]
     learn += ["--eval_inference_steps", 2]
@@ -63,16 +44,10 @@ def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(
         plan += [
             {"script": "precompute_latents", "processes": processes, "argv": [*encode, "--output_dir", latents]},
             {"processes": processes, "argv": [*learn, "--latents_dir", latents, "--output_dir", run]},
-            {
-                "script": "evaluate",
-                "processes": others,
-                "argv": [*judge, "--pretrained_pipeline", run / "pipeline", "--output_dir", judged],
-            },
         ]
-    plan = [entry | {"argv": [str(word) for word in entry["argv"]]} for entry in plan]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
-    subprocess.run(command, env=environment, check=True, timeout=800)
+        argv = [*judge, "--pretrained_pipeline", run / "pipeline", "--output_dir", judged]
+        plan.append({"script": "evaluate", "processes": others, "argv": argv})
+    launch(plan)
 
     shards = [sorted((tmp_path / f"latents-{processes}" / "data").iterdir()) for processes in (1, 2)]
     assert [path.name for path in shards[0]] == [f"train-{shard:05d}-of-00004.arrow" for shard in range(4)]

@@ -4,7 +4,6 @@
 import io
 import json
 import pickle
-import sys
 import tarfile
 from pathlib import Path
 
@@ -19,17 +18,14 @@ from diffusers_tread.fingerprint import weights_fingerprint
 
 
 pytest.importorskip("datasets")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import import_latents  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, scaling_factor=0.2, shift_factor=0.3).save_pretrained(
-        folder
-    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, scaling_factor=0.2, shift_factor=0.3)
+    vae.save_pretrained(folder)
     return folder
 
 
@@ -72,9 +68,8 @@ def run(tars, vae, folder, *flags, values="latents"):
 def test_latents_that_are_scaled_come_out_as_they_are(vae, tmp_path):
     records = make_records(4, dtype=np.float16)
     names = json.dumps({label: name for label, name in enumerate(("ant", "bee", "cat"))})
-    dataset, batch = run(
-        write_tars(tmp_path / "tars", records), vae, tmp_path / "latents", "--scaled", "--id2label", names
-    )
+    tars = write_tars(tmp_path / "tars", records)
+    dataset, batch = run(tars, vae, tmp_path / "latents", "--scaled", "--id2label", names)
     expected = torch.from_numpy(np.stack([values for values, _ in records]))
     assert torch.equal(batch["moments"], expected) and batch["moments"].dtype == torch.float16
     assert torch.equal(latents_from_moments(batch["moments"], dataset.info), expected.float())
@@ -95,9 +90,8 @@ def test_latents_that_are_not_scaled_get_the_scale_of_the_vae(vae, tmp_path):
 def test_log_variances_become_the_deviations_of_diffusers_posterior(vae, tmp_path):
     records = make_records(8)
     records[0][0][4:] *= 60  # beyond the range of the clamp
-    dataset, batch = run(
-        write_tars(tmp_path / "tars", records), vae, tmp_path / "latents", "--dtype", "float32", values="mean_logvar"
-    )
+    tars = write_tars(tmp_path / "tars", records)
+    dataset, batch = run(tars, vae, tmp_path / "latents", "--dtype", "float32", values="mean_logvar")
     posterior = DiagonalGaussianDistribution(torch.from_numpy(np.stack([values for values, _ in records])))
     torch.testing.assert_close(batch["moments"], torch.cat([posterior.mean, posterior.std], dim=1))
     latents = latents_from_moments(batch["moments"], dataset.info, generator=torch.Generator().manual_seed(3))

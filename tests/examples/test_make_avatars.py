@@ -4,21 +4,16 @@
 import json
 import multiprocessing
 import re
-import sys
 import time
-from pathlib import Path
 
+import avatar_captions
+import make_avatars
 import numpy as np
 import PIL.Image
 import pytest
+from runs import files_of
 
 from diffusers_tread.data.loading import open_training_data
-
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-import avatar_captions  # noqa: E402
-import make_avatars  # noqa: E402
 
 
 for package in make_avatars.PACKAGES:
@@ -30,10 +25,6 @@ FEW = "gaze,moods,stack"  # are opened and drawn fast
 def run(folder, *flags, num_images=10, styles=FEW, num_workers=1):
     words = ["--output_dir", folder, "--num_images", num_images, "--styles", styles, "--num_workers", num_workers]
     make_avatars.main([str(word) for word in [*words, *flags]])
-
-
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def rows_of(folder):
@@ -175,30 +166,22 @@ def test_all_styles_are_in_the_public_domain_and_others_are_refused():
 @pytest.mark.parametrize(
     ("style", "chosen", "expected"),
     [
-        (
-            "pixel-art",
-            {"skinColor": "#ffdbac", "hair": "long06", "hairColor": "#603a14", "mouth": "sad10", "beard": "variant01"},
-            ("a pixel-art portrait", ["light skin", "long brown hair", "a sad mouth"]),
-        ),
-        (
-            "critters",
-            {"body": "tilt", "bodyColor": "#fdba74", "top": "earsDroop", "accentColor": "#a5b4fc", "eyes": "trio"},
-            ("a tilted light orange monster", ["lavender droopy ears on its head", "three eyes"]),
-        ),
-        (
-            "critters",
-            {"body": "egg", "bodyColor": "#7dd3fc", "top": "antenna", "accentColor": "#e07b39", "mouth": "bigSmile"},
-            ("an egg-shaped light blue monster", ["an orange antenna on its head", "a big smile"]),
-        ),
-        (
-            "voxel-art",
-            {"top": "cap", "hatColor": "#4a6fa5", "hairColor": "#5a3825", "glasses": "shades", "eyes": "star"},
-            ("a voxel figure", ["a slate blue cap", "sunglasses"]),  # the eyes are behind them
-        ),
+        ("pixel-art",
+         {"skinColor": "#ffdbac", "hair": "long06", "hairColor": "#603a14", "mouth": "sad10", "beard": "variant01"},
+         ("a pixel-art portrait", ["light skin", "long brown hair", "a sad mouth"])),
+        ("critters",
+         {"body": "tilt", "bodyColor": "#fdba74", "top": "earsDroop", "accentColor": "#a5b4fc", "eyes": "trio"},
+         ("a tilted light orange monster", ["lavender droopy ears on its head", "three eyes"])),
+        ("critters",
+         {"body": "egg", "bodyColor": "#7dd3fc", "top": "antenna", "accentColor": "#e07b39", "mouth": "bigSmile"},
+         ("an egg-shaped light blue monster", ["an orange antenna on its head", "a big smile"])),
+        ("voxel-art",
+         {"top": "cap", "hatColor": "#4a6fa5", "hairColor": "#5a3825", "glasses": "shades", "eyes": "star"},
+         ("a voxel figure", ["a slate blue cap", "sunglasses"])),  # the eyes are behind them
         ("open-peeps", {"head": "bantuKnots"}, ("a hand-drawn bust", ["black Bantu knots"])),
         ("blobs", {"body": "quartet", "blobColor": "#000000"}, ("four translucent black blobs", [])),
     ],
-)
+)  # fmt: skip
 def test_a_description_tells_the_options_in_english(style, chosen, expected):
     subject, details, where = avatar_captions.describe(style, chosen | {"backgroundColor": "#ffffff"})
     assert (subject.removesuffix(" on top of each other"), details) == expected

@@ -4,35 +4,27 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from runs import call, files_of, launch
+from tiny_models import cut_off, save_noise, save_vae
 
 from diffusers_tread.data import LatentsInfo, center_crop, image_to_tensor
 from diffusers_tread.fingerprint import weights_fingerprint
 
 
 datasets = pytest.importorskip("datasets")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 import precompute_latents  # noqa: E402
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 NUM_IMAGES, DAMAGED = 30, 19
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+precompute = partial(call, precompute_latents)
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +32,9 @@ def made(tmp_path_factory):
     """Two classes of 15 noise images each, one of them cut off, a tiny VAE, and a cache for `datasets`."""
     root = tmp_path_factory.mktemp("made")
     for label, name in enumerate(("ant", "bee")):
-        (root / "images" / name).mkdir(parents=True)
-        for index in range(NUM_IMAGES // 2):
-            pixels = np.random.RandomState(100 * label + index).randint(0, 256, (20, 24, 3), dtype=np.uint8)
-            PIL.Image.fromarray(pixels).save(root / "images" / name / f"{index:02d}.png")
-    damaged = sorted(root.rglob("*.png"))[DAMAGED]
-    damaged.write_bytes(damaged.read_bytes()[:300])
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=16,
-        shift_factor=0.1,
-    ).save_pretrained(root / "kl")
+        save_noise(root / "images" / name, NUM_IMAGES // 2, 20, 24, seed=label)
+    cut_off(sorted(root.rglob("*.png"))[DAMAGED])
+    save_vae(root / "kl", latent_channels=16, shift_factor=0.1)
     AutoencoderDC(
         latent_channels=4, attention_head_dim=8, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
@@ -70,29 +50,15 @@ def made(tmp_path_factory):
 
 def flags(made, output_dir, *more, vae="kl"):
     return [
-        *("--train_data_dir", str(made / "images"), "--resolution", "16", "--cache_dir", str(made / "cache")),
-        *("--pretrained_vae_name_or_path", str(made / vae), "--output_dir", str(output_dir)),
-        *("--shard_size", "7", "--batch_size", "3", *map(str, more)),
+        *("--train_data_dir", made / "images", "--resolution", 16, "--cache_dir", made / "cache"),
+        *("--pretrained_vae_name_or_path", made / vae, "--output_dir", output_dir),
+        *("--shard_size", 7, "--batch_size", 3, *more),
     ]
-
-
-def precompute(argv):
-    precompute_latents.main(argv)
-
-
-def launch(plan):
-    """Runs a plan of `forked_precompute.py` in one process; the exit codes and all error output."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, str(Path(__file__).with_name("forked_precompute.py")), json.dumps(plan)]
-    result = subprocess.run(command, env=environment, timeout=800, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1]), result.stderr
 
 
 def contents(folder):
     """Every file but the card, which names the folder."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "README.md")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {name: content for name, content in files_of(folder).items() if name != "README.md"}
 
 
 def read(folder, column="moments"):
@@ -118,17 +84,19 @@ def test_any_number_of_processes_and_kills_give_the_same_bytes(made, tmp_path):
     chance = random.Random(seed := int.from_bytes(os.urandom(4), "little"))
     print(f"kills of seed {seed}")
     argv = {name: flags(made, tmp_path / name, "--flip") for name in ("one", "two", "killed", "limited")}
-    plan = [{"argv": argv["one"]}, {"argv": argv["two"] + ["--dataloader_num_workers", "1"], "processes": 2}]
-    for turn in range(5):
+    plan = [{"argv": argv["one"]}, {"argv": argv["two"] + ["--dataloader_num_workers", 1], "processes": 2}]
+    # In the middle of a shard, and around each step in which a file is published.
+    events = ["diffusers_tread.data.latent_encoding.encode_moments", "os.fsync", "os.replace"]
+    for turn in range(4):
         processes = 1 + turn % 2
         # First before the folder has its settings, then anywhere.
-        kill = [chance.randrange(processes), chance.randint(1, 18) if turn > 0 else 1]
+        kill = {"at": events, "rank": chance.randrange(processes), "count": chance.randint(1, 18) if turn > 0 else 1}
         plan.append({"argv": argv["killed"], "processes": processes, "kill": kill})
     plan += [{"argv": argv["killed"]}, {"argv": argv["limited"], "limit": 9000}, {"argv": argv["limited"]}]
-    codes, output = launch(plan)
+    codes, output = launch([entry | {"script": "precompute_latents"} for entry in plan])
 
     # The first kill always hits; later ones may come to a run that ends before.
-    assert codes[:3] == [0, 0, -9] and set(codes[3:7]) <= {0, -9} and codes[7:] == [0, 1, 0]
+    assert codes[:3] == [0, 0, -9] and set(codes[3:6]) <= {0, -9} and codes[6:] == [0, 1, 0]
     whole = contents(tmp_path / "one")
     assert len(whole) == 5 + 2 and LatentsInfo.load(tmp_path / "one").num_samples == NUM_IMAGES - 1
     for name in ("two", "killed", "limited"):
@@ -143,7 +111,7 @@ def test_any_number_of_processes_and_kills_give_the_same_bytes(made, tmp_path):
 )  # fmt: skip
 def test_the_folder_holds_what_the_vae_gives(made, tmp_path, vae, dtype, vae_dtype, kind, channels):
     output = tmp_path / "latents"
-    precompute(flags(made, output, "--flip", "--dtype", dtype, "--vae_dtype", vae_dtype, vae=vae))
+    precompute(*flags(made, output, "--flip", "--dtype", dtype, "--vae_dtype", vae_dtype, vae=vae))
     model = {"kl": AutoencoderKL, "dc": AutoencoderDC, "tiny": AutoencoderTiny}[vae].from_pretrained(made / vae).eval()
 
     # Description.
@@ -184,7 +152,7 @@ def test_the_card_is_metadata_and_a_snippet_that_run(made, tmp_path, monkeypatch
 
     for dtype, vae in (("float16", "kl"), ("bfloat16", "tiny")):
         output = tmp_path / vae
-        precompute(flags(made, output, "--dtype", dtype, "--hub_dataset_id", f"ant/{vae}", vae=vae))
+        precompute(*flags(made, output, "--dtype", dtype, "--hub_dataset_id", f"ant/{vae}", vae=vae))
         card = DatasetCard.load(output / "README.md")
         assert card.data.configs == [
             {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.arrow"}]}
@@ -210,31 +178,31 @@ def test_the_card_is_metadata_and_a_snippet_that_run(made, tmp_path, monkeypatch
 
 def test_a_finished_folder_is_checked_again_and_its_card_is_kept(made, tmp_path, capsys):
     argv = flags(made, tmp_path / "latents")
-    precompute(argv)
+    precompute(*argv)
     (tmp_path / "latents" / "README.md").write_text("mine")
     before = contents(tmp_path / "latents")
-    precompute(argv)
+    precompute(*argv)
     assert contents(tmp_path / "latents") == before and (tmp_path / "latents" / "README.md").read_text() == "mine"
-    precompute(["--verify", str(tmp_path / "latents")])
+    precompute("--verify", tmp_path / "latents")
     assert "5 shards with 29 records are as they were written" in capsys.readouterr().out
 
     first, second = (tmp_path / "latents" / "data" / f"train-0000{shard}-of-00005.arrow" for shard in range(2))
     shutil.copy(first, second)
-    for again in (argv, ["--verify", str(tmp_path / "latents")]):
+    for again in (argv, ["--verify", tmp_path / "latents"]):
         with pytest.raises(ValueError, match="train-00001-of-00005.arrow, which has another SHA-256"):
-            precompute(again)
+            precompute(*again)
 
 
 def test_other_settings_or_images_are_refused(made, tmp_path):
-    precompute(flags(made, tmp_path / "latents"))
+    precompute(*flags(made, tmp_path / "latents"))
     with pytest.raises(ValueError, match="batch_size: 3 there, 4 now; has_flipped: False there, True now"):
-        precompute(flags(made, tmp_path / "latents", "--flip", "--batch_size", 4))
+        precompute(*flags(made, tmp_path / "latents", "--flip", "--batch_size", 4))
 
     # One image more.
     shutil.copytree(made / "images", tmp_path / "images")
     shutil.copy(tmp_path / "images" / "ant" / "00.png", tmp_path / "images" / "ant" / "99.png")
     with pytest.raises(ValueError, match="labels_sha256: .*; num_images: 30 there, 31 now"):
-        precompute(flags(made, tmp_path / "latents", "--train_data_dir", tmp_path / "images"))
+        precompute(*flags(made, tmp_path / "latents", "--train_data_dir", tmp_path / "images"))
 
 
 @pytest.mark.parametrize(
@@ -252,15 +220,15 @@ def test_other_settings_or_images_are_refused(made, tmp_path):
 )
 def test_what_cannot_be_encoded_is_one_clear_error_before_anything_is_finished(made, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
-        precompute(flags(made, tmp_path / "latents", *more))
+        precompute(*flags(made, tmp_path / "latents", *more))
     assert not (tmp_path / "latents" / "latents.json").exists()
 
 
 def test_needed_flags_are_asked_for_and_a_config_gives_them(made, tmp_path):
     with pytest.raises(ValueError, match="Expected --resolution, got none"):
-        precompute(["--train_data_dir", "photos"])
+        precompute("--train_data_dir", "photos")
     with pytest.raises(ValueError, match="Expected --pretrained_vae_name_or_path, got none"):
-        precompute(["--train_data_dir", "photos", "--resolution", "8"])
+        precompute("--train_data_dir", "photos", "--resolution", "8")
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"resolution": 8, "pretrained_vae_name_or_path": "vae", "flip": True}))
     args = precompute_latents.parse_args(["--config", str(config), "--no-flip", "--train_data_dir", "photos"])
@@ -272,11 +240,11 @@ def test_a_data_set_without_access_says_how_to_get_it(made, tmp_path, monkeypatc
     argv = flags(made, tmp_path / "latents")[2:] + ["--dataset_name", "ILSVRC/imagenet-1k"]
     advice = "accept its terms at https://huggingface.co/datasets/ILSVRC/imagenet-1k and log in with `hf auth login`"
     with pytest.raises(ValueError, match=f"Couldn't reach 'ILSVRC/imagenet-1k' on the Hub.*{advice}"):
-        precompute(argv)
+        precompute(*argv)
 
     def refuse(*args, **kwargs):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'ILSVRC/imagenet-1k' is a gated dataset on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match=f"is a gated dataset on the Hub. If .*{advice}"):
-        precompute(argv)
+        precompute(*argv)

@@ -1,30 +1,27 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The sampling example with a tiny pipeline, in one process and in several."""
 
-import json
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import PIL.Image
 import pytest
+import sample
 import torch
-from accelerate.state import PartialState
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
+from runs import call, files_of, launch
 from scipy.spatial import geometric_slerp
+from tiny_models import make_transformer, save_vae
 
-from diffusers_tread import SparseGuidance, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import SparseGuidance, TREADPipeline
 from diffusers_tread.metrics import PipelineImages
 from diffusers_tread.pictures import FRAME
 
 
-ROOT = Path(__file__).parents[2]
 CELL = 64 + 2 * FRAME  # an 8 x 8 image in a sheet
-sys.path.insert(0, str(ROOT / "examples"))
-import sample  # noqa: E402
+run = partial(call, sample)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +29,8 @@ def folder(tmp_path_factory):
     """A pipeline: grey, 8 x 8, four classes with names."""
     folder = tmp_path_factory.mktemp("pipeline")
     torch.manual_seed(0)
-    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "objective": "flow"}
-    transformer = TREADTransformer2DModel(**config, in_channels=1, sample_size=8, num_classes=4)
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
     names = dict(enumerate(["ant", "bee", "cat", "dog"]))
-    TREADPipeline(transformer, FlowMatchEulerDiscreteScheduler(), id2label=names).save_pretrained(folder)
+    TREADPipeline(make_transformer(), FlowMatchEulerDiscreteScheduler(), id2label=names).save_pretrained(folder)
     return folder
 
 
@@ -47,17 +40,8 @@ def argv(folder, tmp_path):
     return [str(word) for word in [*words, "--output_dir", tmp_path / "samples"]]
 
 
-def run(*argv):
-    PartialState._reset_state()
-    sample.main([str(word) for word in argv])
-
-
 def pixels(path):
     return np.array(PIL.Image.open(path))
-
-
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def make_images(folder, **settings):
@@ -87,8 +71,7 @@ def test_images_are_the_samples_that_are_evaluated(argv, folder, tmp_path, label
 
 
 def test_latents_are_decoded(argv, folder, tmp_path):
-    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 1}
-    vae = AutoencoderKL(**sizes, down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    vae = save_vae(tmp_path / "vae", latent_channels=1)
     TREADPipeline.from_pretrained(folder, vae=vae).save_pretrained(tmp_path / "with_vae")
     run(*argv, "--num_samples", 2, "--pretrained_pipeline", tmp_path / "with_vae")
     images = make_images(tmp_path / "with_vae").read(0, 2)
@@ -153,21 +136,16 @@ def test_slerp_is_scipy_s_and_keeps_the_norm():
 
 def test_two_processes_and_killed_runs_give_what_one_process_gives(argv, tmp_path):
     """Killed alone at a random image, then one of two processes at another, then left to finish."""
-    image, plan = random.Random(os.urandom(8)).randrange(1, 12), []
+    image = random.Random(os.urandom(8)).randrange(1, 12)
     print(f"killed at image {image}")
-
-    def add(name, processes, kill=None):
-        flags = ["--guidance", "sparse", "--num_samples", "30", "--output_dir", str(tmp_path / name)]
-        plan.append({"script": "sample", "argv": argv[:-2] + flags, "processes": processes, "kill": kill})
-
-    add("one", 1)
-    add("two", 2)
-    add("killed", 1, ["image", image])
-    add("killed", 2, ["image", 2])
-    add("killed", 2)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
-    subprocess.run(command, env=environment, check=True, timeout=800)
+    argv = [*argv[:-2], "--guidance", "sparse", "--num_samples", 30, "--output_dir"]
+    kills = [{"at": ["diffusers_tread.pictures.publish"], "count": count} for count in (image + 1, 3)]
+    runs = [("one", 1, None), ("two", 2, None), ("killed", 1, kills[0]), ("killed", 2, kills[1]), ("killed", 2, None)]
+    codes, _ = launch(
+        {"script": "sample", "argv": [*argv, tmp_path / name], "processes": processes, "kill": kill}
+        for name, processes, kill in runs
+    )
+    assert codes == [0, 0, -9, -9, 0]
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(tmp_path / "killed")
 
 

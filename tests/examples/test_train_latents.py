@@ -5,17 +5,17 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import PIL.Image
 import pytest
-import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState
+import train_tread
 from diffusers import AutoencoderKL
+from runs import assert_bitwise_equal, call, interrupting, launch, weights_of
+from tiny_models import SIZE, save_extractor, save_noise, save_vae
 
 from diffusers_tread import TREADPipeline
 from diffusers_tread.data import EpochBatchSampler, LatentsDataset, LatentsInfo
@@ -28,36 +28,17 @@ from diffusers_tread.training import fid_curve
 from diffusers_tread.training.checkpoints import list_checkpoints
 
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-import train_tread  # noqa: E402
-
-
+train = partial(call, train_tread)
 CLASSES = {0: "ant", 1: "bee", 2: "cat"}
 TINY = {
-    "model_config_name_or_path": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "patch_size": 2},
+    "model_config_name_or_path": {**SIZE, "patch_size": 2},
     "train_batch_size": 3, "gradient_accumulation_steps": 2, "max_train_steps": 10, "checkpointing_steps": 4,
     "learning_rate": 0.01, "use_ema": True, "ema_decay": 0.9, "random_flip": True, "class_dropout_prob": 0.3,
     "eval_num_samples": 7, "eval_batch_size": 3, "eval_inference_steps": 2,
 }  # fmt: skip
-
-
-def make_vae(folder, *, seed, channels=4):
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        latent_channels=channels,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-    )
-    vae.save_pretrained(folder)
-    return vae
 
 
 def make_latents(folder, *, vae, vae_folder, seed=0):
@@ -86,19 +67,10 @@ def make_latents(folder, *, vae, vae_folder, seed=0):
 def data(tmp_path_factory):
     """A folder with `vae`, `latents`, `reference` (images) and `network` (a feature extractor's)."""
     folder = tmp_path_factory.mktemp("data")
-    make_latents(folder / "latents", vae=make_vae(folder / "vae", seed=0), vae_folder=folder / "vae")
-    (folder / "reference").mkdir()
-    for index in range(9):
-        pixels = np.random.RandomState(index).randint(0, 256, (16, 16, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(folder / "reference" / f"{index}.png")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=1
-    )
-    transformers.Dinov2Model(config).save_pretrained(folder / "network")
-    transformers.BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder / "network"
-    )
+    vae = save_vae(folder / "vae", scaling_factor=0.7, shift_factor=0.1)
+    make_latents(folder / "latents", vae=vae, vae_folder=folder / "vae")
+    save_noise(folder / "reference", 9, 16, 16)
+    save_extractor(folder / "network")
     return folder
 
 
@@ -119,24 +91,6 @@ def evaluation(data):
         *("--eval_steps", 5, "--eval_reference", data / "reference"),
         *("--eval_feature_extractor", f"transformers:{data / 'network'}"),
     ]
-
-
-def train(*argv):
-    AcceleratorState._reset_state(True)
-    train_tread.main([str(word) for word in argv])
-
-
-def weights_of(run):
-    """The final weights of a run: of the model (where one file holds them), of the average, of the pipeline."""
-    files = [list_checkpoints(run)[-1] / "model.safetensors", list_checkpoints(run)[-1] / "ema.safetensors"]
-    files.append(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
-    return [safetensors.torch.load_file(file) for file in files if file.exists()]
-
-
-def assert_bitwise_equal(run, other):
-    for weights, others in zip(weights_of(run), weights_of(other), strict=True):
-        assert weights.keys() == others.keys()
-        assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def fids(run):
@@ -177,18 +131,18 @@ def test_the_pipeline_gets_the_vae_that_made_the_latents(argv, data, tmp_path):
 
 @pytest.mark.slow
 def test_killed_runs_end_bitwise_like_others_that_also_sampled_and_measured(argv, evaluation, tmp_path):
-    """In one process, in two with DDP and in two with FSDP2, each killed in the middle of a random step."""
+    """In two processes with DDP and in two with FSDP2, each killed in the middle of a random step."""
     step, plan = random.Random(os.urandom(8)).randrange(1, 10), []
     print(f"killed in step {step}")
-    kinds = {"one": {"processes": 1}, "ddp": {"processes": 2}, "fsdp": {"processes": 2, "fsdp": True}}
+    kinds = {"ddp": {"processes": 2}, "fsdp": {"processes": 2, "fsdp": True}}
     sampling = [*evaluation, "--validation_steps", 4, "--num_validation_images", 3, "--validation_inference_steps", 1]
+    kill = {"at": ["train_tread.Trainer.next_batch"], "count": 2 * step + 2}  # the second batch of the step
     for name, kind in kinds.items():
-        whole = [str(word) for word in (*argv, *sampling, "--output_dir", tmp_path / f"whole-{name}")]
-        killed = [str(word) for word in (*argv, "--output_dir", tmp_path / f"killed-{name}")]
-        plan += [{"argv": whole, **kind}, {"argv": killed, **kind, "kill": ["step", step]}, {"argv": killed, **kind}]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
-    subprocess.run(command, env=environment, check=True, timeout=800)
+        plan.append({"argv": [*argv, *sampling, "--output_dir", tmp_path / f"whole-{name}"], **kind})
+        killed = {"argv": [*argv, "--output_dir", tmp_path / f"killed-{name}"], **kind}
+        plan += [killed | {"kill": kill}, killed]
+    codes, _ = launch(plan)
+    assert codes == [0, -9, 0] * 2
 
     for name in kinds:
         run = tmp_path / f"whole-{name}"
@@ -204,18 +158,10 @@ def test_killed_runs_end_bitwise_like_others_that_also_sampled_and_measured(argv
     assert distances[0] == pytest.approx(distances[1], rel=0.05)
 
 
-def test_a_streamed_run_goes_on_exactly(argv, tmp_path, monkeypatch):
+def test_a_streamed_run_goes_on_exactly(argv, tmp_path):
     argv = [*argv, "--streaming", "--shuffle_buffer", 4, "--output_dir"]
     train(*argv, tmp_path / "whole")
-    next_batch = train_tread.Trainer.next_batch
-
-    def stop(trainer, micro_step):
-        if trainer.step == 6:
-            raise KeyboardInterrupt
-        return next_batch(trainer, micro_step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_tread.Trainer, "next_batch", stop)
+    with interrupting(train_tread.Trainer, "next_batch", lambda trainer, micro_step: trainer.step == 6):
         train(*argv, tmp_path / "stopped")
     train(*argv, tmp_path / "stopped")
     assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
@@ -246,7 +192,7 @@ def test_the_fid_is_that_of_the_averaged_weights(argv, evaluation, data, tmp_pat
         num_inference_steps=2,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
-    references = [PIL.Image.open(data / "reference" / f"{index}.png") for index in range(9)]
+    references = [PIL.Image.open(path) for path in (data / "reference").iterdir()]
     extractor = load_feature_extractor(f"transformers:{data / 'network'}")
     means, covariances = [], []
     for pictures in (images, references):
@@ -259,20 +205,18 @@ def test_the_fid_is_that_of_the_averaged_weights(argv, evaluation, data, tmp_pat
     assert fids(tmp_path / "run")[-1][1] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_run_killed_while_it_sampled_or_measured_does_it_again(argv, evaluation, tmp_path, monkeypatch):
+def test_a_run_killed_while_it_sampled_or_measured_does_it_again(argv, evaluation, tmp_path):
+    train(*argv, "--checkpointing_steps", 5, "--output_dir", tmp_path / "without")
     argv = [*argv, *evaluation, "--checkpointing_steps", 5, "--validation_steps", 5, "--num_validation_images", 3]
     argv += ["--validation_inference_steps", 1, "--output_dir"]
     train(*argv, tmp_path / "whole")
-
-    def stop(*args, **options):
-        raise KeyboardInterrupt
-
     for place, name in ((train_tread, "make_grid"), (fid_curve, "evaluate_pipeline"), (fid_curve, "save_curve")):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(place, name, stop)
+        with interrupting(place, name):
             train(*argv, tmp_path / "killed")
     train(*argv, tmp_path / "killed")
     assert fids(tmp_path / "whole") == fids(tmp_path / "killed")
+    for other in ("without", "killed"):
+        assert_bitwise_equal(tmp_path / "whole", tmp_path / other)
     assert not list((tmp_path / "killed" / "eval").glob("step-*"))
     names = ["fid.png", "step-0000005.png", "step-0000010.png"]
     assert sorted(path.name for path in (tmp_path / "killed" / "samples").iterdir()) == names
@@ -306,7 +250,7 @@ def test_a_finished_run_is_measured_when_asked_later_and_forgotten_when_overwrit
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(argv, data, tmp_path, options, message):
-    make_vae(tmp_path / "other", seed=1)
+    save_vae(tmp_path / "other", seed=1)
     options = [option.replace("{data}", str(data)).replace("{other}", str(tmp_path / "other")) for option in options]
     with pytest.raises(ValueError, match=message):
         train(*argv, "--output_dir", tmp_path / "run", *options)
@@ -329,9 +273,7 @@ def test_a_missing_shard_is_named_before_anything_is_written(argv, data, tmp_pat
 
 
 def test_a_reference_of_another_size_is_refused_before_the_first_step(argv, evaluation, data, tmp_path):
-    (tmp_path / "reference").mkdir()
-    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "reference" / "0.png")
-    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "reference" / "1.png")
+    save_noise(tmp_path / "reference", 2, 8, 8)
     with pytest.raises(ValueError, match="size"):
         train(*argv, *evaluation, "--eval_reference", tmp_path / "reference", "--output_dir", tmp_path / "run")
     assert not list_checkpoints(tmp_path / "run")

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """examples/train_text_to_image_lora_tread.py on tiny pipelines with real tokenizers and text encoders, built small."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -9,16 +10,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from runs import interrupting
+from safetensors.torch import load_file
 
 
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
-
 import train_text_to_image_lora_tread as example  # noqa: E402
-from diffusers import DiffusionPipeline, FluxPipeline  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 from tiny_pipelines import PIPELINES  # noqa: E402
 
 
@@ -52,33 +52,17 @@ def base(request, tmp_path_factory):
 
 
 def flags(base, photos, output, **changes):
-    values = {
-        "pretrained_model_name_or_path": base,
-        "train_data_dir": photos,
-        "output_dir": output,
-        "resolution": 16,
-        "train_batch_size": 2,
-        "max_train_steps": 4,
-        "rank": 2,
-        "learning_rate": 1e-2,
-        "dense_fraction": 0.25,
-        "checkpointing_steps": 2,
-    }
+    values = {"pretrained_model_name_or_path": base, "train_data_dir": photos, "output_dir": output, "resolution": 16}
+    values |= {"train_batch_size": 2, "max_train_steps": 4, "checkpointing_steps": 2, "dense_fraction": 0.25}
+    values |= {"rank": 2, "learning_rate": 1e-2}
     return [str(word) for name, value in (values | changes).items() for word in (f"--{name}", value)]
 
 
 def image(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        "a red square",
-        height=16,
-        width=16,
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        max_sequence_length=8,
-        output_type="np",
-        generator=torch.Generator().manual_seed(0),
-    ).images[0]
+    settings = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 8}
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a red square", **settings, output_type="np", generator=generator).images[0]
 
 
 def test_the_adapter_loads_in_the_plain_pipeline(base, photos, tmp_path):
@@ -91,22 +75,12 @@ def test_the_adapter_loads_in_the_plain_pipeline(base, photos, tmp_path):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_killed_run_resumes_bit_for_bit(base, photos, tmp_path, full, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(base, photos, tmp_path, full):
     options = ["--full", "--gradient_checkpointing"] if full else []
     example.main(flags(base, photos, tmp_path / "whole") + options)
-
-    make_batch, batches = example.make_batch, []
-
-    def failing_make_batch(*args):
-        batches.append(args)
-        if len(batches) == 4:
-            raise KeyboardInterrupt
-        return make_batch(*args)
-
-    monkeypatch.setattr(example, "make_batch", failing_make_batch)
-    with pytest.raises(KeyboardInterrupt):
+    batches = itertools.count(1)
+    with interrupting(example, "make_batch", lambda *args: next(batches) == 4):
         example.main(flags(base, photos, tmp_path / "parts") + options)
-    monkeypatch.undo()
     assert [path.name for path in tmp_path.glob("parts/checkpoint-*")] == ["checkpoint-2"]
     example.main(flags(base, photos, tmp_path / "parts") + options)
 

@@ -3,19 +3,18 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-import safetensors.torch
 import torch
+import train_tread
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from runs import assert_bitwise_equal, call, interrupting, launch, weights_of
+from tiny_models import SIZE, cut_off, save_noise, save_vae
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_tread import EDMHeunScheduler, TokenRouter, TREADPipeline, TREADTransformer2DModel
@@ -25,16 +24,12 @@ from diffusers_tread.training.checkpoints import list_checkpoints, verify_checkp
 
 
 datasets = pytest.importorskip("datasets")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-import train_tread  # noqa: E402
-
-
+train = partial(call, train_tread)
+RECONSTRUCTION = ["--loss_terms", '{"reconstruction": {"weight": 0.1}}']
+PIXELS = json.dumps(SIZE | {"patch_size": 1})
+ROUTES = [{"start": 1, "end": 2, "selection_ratio": 0.5}]
 TINY = {
-    "model_config_name_or_path": {
-        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "patch_size": 2,
-        "routes": [{"start": 1, "end": 2, "selection_ratio": 0.5}],
-    },
+    "model_config_name_or_path": {**SIZE, "patch_size": 2, "routes": ROUTES},
     "train_batch_size": 3, "gradient_accumulation_steps": 2, "max_train_steps": 10, "checkpointing_steps": 3,
     "learning_rate": 0.01, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "use_ema": True, "ema_decay": 0.9,
     "logging_steps": 2, "class_dropout_prob": 0.3,
@@ -64,60 +59,31 @@ def config(tmp_path):
 def folder(tmp_path):
     """Two classes of four 20x24 noise images each, the last file cut off."""
     for label, name in enumerate(("ant", "bee")):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for index in range(4):
-            pixels = np.random.RandomState(10 * label + index).randint(0, 256, (20, 24, 3), dtype=np.uint8)
-            PIL.Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
-    damaged = tmp_path / "images" / "bee" / "3.png"
-    damaged.write_bytes(damaged.read_bytes()[:300])
-    return str(tmp_path / "images")
-
-
-def train(*argv):
-    AcceleratorState._reset_state(True)
-    train_tread.main([str(word) for word in argv])
-
-
-def launch(plan):
-    """Runs a plan of `forked_launch.py` in one process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
-    subprocess.run(command, env=environment, check=True, timeout=800)
-
-
-def weights_of(run):
-    """The final weights of a run: of the model (where one file holds them), of the average, of the pipeline."""
-    run = Path(run)
-    files = [list_checkpoints(run)[-1] / "model.safetensors", list_checkpoints(run)[-1] / "ema.safetensors"]
-    files.append(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
-    return [safetensors.torch.load_file(file) for file in files if file.exists()]
-
-
-def assert_bitwise_equal(run, other):
-    for weights, others in zip(weights_of(run), weights_of(other), strict=True):
-        assert weights.keys() == others.keys()
-        assert all(torch.equal(weights[name], others[name]) for name in weights)
+        save_noise(tmp_path / "images" / name, 4, 20, 24, seed=label)
+    cut_off(tmp_path / "images" / "bee" / "03.png")
+    return tmp_path / "images"
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path):
     """Killed at a random step, then with a checkpoint on the disk but not published, then left to finish.
 
-    Also with four processes, because the rounding of a sum over more than two depends on how DDP groups the gradients.
+    With four processes, because the rounding of a sum over more than two depends on how DDP groups the gradients.
     """
     step, path, plan = random.Random(os.urandom(8)).randrange(4, 9), config(), []
     print(f"killed in step {step}")
-    for processes in (1, 2, 4):
-        whole = ["--config", path, "--output_dir", str(tmp_path / f"whole-{processes}")]
-        killed = ["--config", path, "--output_dir", str(tmp_path / f"killed-{processes}")]
-        plan += [
-            {"argv": whole, "processes": processes},
-            {"argv": killed, "processes": processes, "kill": ["step", step]},
-            {"argv": killed, "processes": processes, "kill": ["seal", 9]},
-            {"argv": killed, "processes": processes},
-        ]
-    launch(plan)
-    for processes in (1, 2, 4):
+    in_step = {"at": ["train_tread.Trainer.next_batch"], "count": 2 * step + 2}  # the second batch of the step
+    sealed = {"at": ["diffusers_tread.training.checkpoints.replace_folder"], "matching": "checkpoint-9"}
+    for processes in (1, 4):
+        whole, killed = (
+            ["--config", path, "--output_dir", tmp_path / f"{name}-{processes}"] for name in ("whole", "killed")
+        )
+        plan.append({"argv": whole, "processes": processes})
+        for kill in (in_step, sealed, None):
+            plan.append({"argv": killed, "processes": processes, "kill": kill})
+    codes, _ = launch(plan)
+    assert codes == [0, -9, -9, 0] * 2
+    for processes in (1, 4):
         whole, killed = tmp_path / f"whole-{processes}", tmp_path / f"killed-{processes}"
         assert [folder.name for folder in list_checkpoints(killed)] == [f"checkpoint-{at}" for at in (3, 6, 9, 10)]
         assert not list(killed.glob("*.tmp"))
@@ -127,15 +93,7 @@ def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path
 
 
 def test_a_run_on_latents_of_damaged_images_ends_in_an_edm_pipeline_with_its_vae(config, folder, tmp_path):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        shift_factor=0.1,
-    )
-    vae.save_pretrained(tmp_path / "vae")
+    save_vae(tmp_path / "vae", shift_factor=0.1)
     output, tracker = tmp_path / "run", "tensorboard" if find_spec("tensorboard") else "none"
     train(
         *("--config", config(objective="edm", max_train_steps=4), "--output_dir", output, "--random_flip"),
@@ -182,24 +140,16 @@ def test_the_pipeline_holds_the_average_and_a_clean_config(config, tmp_path):
     saved = json.loads((tmp_path / "run" / "pipeline" / "transformer" / "config.json").read_text())
     settings = json.loads((tmp_path / "run" / "train_config.json").read_text())
     assert {key for key in saved if key[0] != "_"} == set(settings["model"])
-    assert saved["routes"] == TINY["model_config_name_or_path"]["routes"] and saved["objective"] == "flow"
+    assert saved["routes"] == ROUTES and saved["objective"] == "flow"
     with pytest.raises(ValueError):
         TREADPipeline(loaded.transformer, EDMEulerScheduler())
 
 
-def test_a_streamed_run_goes_on_exactly(config, folder, tmp_path, monkeypatch):
+def test_a_streamed_run_goes_on_exactly(config, folder, tmp_path):
     argv = ["--config", config(checkpointing_steps=4), "--train_data_dir", folder, "--resolution", 8]
     argv += ["--streaming", "--shuffle_buffer", 4, "--random_flip", "--output_dir"]
     train(*argv, tmp_path / "whole")
-
-    def stop(trainer, micro_step):
-        if trainer.step == 6:
-            raise KeyboardInterrupt
-        return next_batch(trainer, micro_step)
-
-    next_batch = train_tread.Trainer.next_batch
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_tread.Trainer, "next_batch", stop)
+    with interrupting(train_tread.Trainer, "next_batch", lambda trainer, micro_step: trainer.step == 6):
         train(*argv, tmp_path / "stopped")
     train(*argv, tmp_path / "stopped", "--dataloader_num_workers", 2)
     assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
@@ -337,10 +287,7 @@ def test_a_damaged_latest_checkpoint_is_skipped_and_only_as_many_as_asked_are_ke
     path = config(checkpoints_total_limit=2)
     train("--config", path, "--output_dir", tmp_path / "whole")
     train("--config", path, "--output_dir", tmp_path / "damaged")
-    assert [checkpoint.name for checkpoint in list_checkpoints(tmp_path / "whole")] == [
-        "checkpoint-9",
-        "checkpoint-10",
-    ]
+    assert [path.name for path in list_checkpoints(tmp_path / "whole")] == ["checkpoint-9", "checkpoint-10"]
     (tmp_path / "damaged" / "checkpoint-10" / "optimizer.bin").write_bytes(b"cut off")
     train("--config", path, "--output_dir", tmp_path / "damaged")
     assert_bitwise_equal(tmp_path / "whole", tmp_path / "damaged")
@@ -389,23 +336,21 @@ def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_writes_nothi
         (["--routes", '[{"start": 2, "end": 9, "selection_ratio": 0.5}]'], "end"),
         (["--objective_config", '{"shitf": 2.0}'], "shitf"),
         (["--loss_terms", '{"reconstrution": {}}'], r"terms among \['reconstruction'\].*got \['reconstrution'\]"),
+        ([*RECONSTRUCTION, "--routes", "none"], "Expected a denoiser of this package with patches"),
+        ([*RECONSTRUCTION, "--model_config_name_or_path", PIXELS], "Expected patches of several values"),
         (["--objective", "edm", "--objective_config", '{"sigma_data": -1}'], "sigma_data"),
         (["--model_config_name_or_path", '{"depth": 3}'], "depth"),
         (["--model_config_name_or_path", '{"num_classes": 3}'], "num_classes=10"),
         (["--report_to", "nosuchtracker"], "nosuchtracker"),
         (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "got both"),
+        (["--config", '{"learnign_rate": 1.0}'], "learnign_rate"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path, argv, message):
     with pytest.raises(ValueError, match=message):
         train("--config", config(), "--output_dir", tmp_path / "run", *argv)
     assert not (tmp_path / "run").exists()
-
-
-def test_unknown_keys_of_a_config_are_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="learnign_rate"):
-        train("--config", config(learnign_rate=1.0), "--output_dir", tmp_path / "run")
 
 
 def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path):
@@ -416,25 +361,8 @@ def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path)
     argv = ["--config", config(max_train_steps=2), "--train_data_dir", folder, "--resolution", 8]
     argv += ["--objective", "edm", "--routes", json.dumps(routes), "--gradient_checkpointing"]
     train(*argv, "--output_dir", tmp_path / "plain")
-    train(*argv, "--loss_terms", '{"reconstruction": {"weight": 0.1}}', "--output_dir", tmp_path / "masked")
+    train(*argv, *RECONSTRUCTION, "--output_dir", tmp_path / "masked")
     loaded = TREADPipeline.from_pretrained(tmp_path / "masked" / "pipeline")
     assert loaded.transformer.config.routes == routes
     with pytest.raises(AssertionError):
         assert_bitwise_equal(tmp_path / "plain", tmp_path / "masked")
-
-
-@pytest.mark.parametrize(
-    "routes, message",
-    [("none", "Expected a denoiser of this package with patches"), ("default", "Expected patches of several values")],
-)
-def test_a_loss_that_the_model_cannot_have_is_refused_before_anything_is_written(tmp_path, routes, message):
-    with pytest.raises(ValueError, match=message):  # the digits' patches are single pixels
-        train(
-            "--routes",
-            routes,
-            "--loss_terms",
-            '{"reconstruction": {"weight": 0.1}}',
-            "--output_dir",
-            tmp_path / "run",
-        )
-    assert not (tmp_path / "run").exists()

@@ -157,14 +157,21 @@ def test_every_forward_draws_its_own_subset(transformer, inputs, monkeypatch):
 
 def test_the_router_is_as_before_after_each_branch(transformer, inputs):
     router = get_token_router(transformer)
-    router.defaults = RoutingCall(enabled=False, selection_ratio=0.3)
+    router.defaults = before = RoutingCall(enabled=False, selection_ratio=0.3)
     guided(SparseGuidance(), transformer, *inputs, seed=7)
-    assert (router.defaults.enabled, router.defaults.selection_ratio) == (False, 0.3)
+    assert router.defaults == before
 
 
-def test_a_branch_left_open_by_an_error_is_closed_by_the_next_step(transformer, inputs):
-    guider, router = SparseGuidance(), get_token_router(transformer)
+@pytest.fixture
+def started(inputs):
+    """A guider in its first step."""
+    guider = SparseGuidance()
     guider.set_state(step=0, num_inference_steps=10, timestep=inputs[1])
+    return guider
+
+
+def test_a_branch_left_open_by_an_error_is_closed_by_the_next_step(transformer, inputs, started):
+    guider, router = started, get_token_router(transformer)
     guider.prepare_models(transformer)  # and the forward failed
     assert router.route_ratio(router.routes[0]) == 0.2
     prediction, _ = guided(guider, transformer, *inputs, step=1, seed=7)
@@ -172,9 +179,8 @@ def test_a_branch_left_open_by_an_error_is_closed_by_the_next_step(transformer, 
     assert torch.equal(prediction, guided(SparseGuidance(), transformer, *inputs, step=1, seed=7)[0])
 
 
-def test_a_branch_that_outlives_what_surrounds_it_leaves_nothing_behind(transformer, inputs):
-    guider, router = SparseGuidance(), get_token_router(transformer)
-    guider.set_state(step=0, num_inference_steps=10, timestep=inputs[1])
+def test_a_branch_that_outlives_what_surrounds_it_leaves_nothing_behind(transformer, started):
+    guider, router = started, get_token_router(transformer)
     with token_routing(transformer, seed=7):
         guider.prepare_models(transformer)
     assert router.given_seed() is None and router.is_routing(training=False)
@@ -233,9 +239,8 @@ def test_branches_of_one_denoiser_with_one_condition_share_their_inputs(settings
 )
 def test_a_schedule_sets_the_ratio_of_each_step(transformer, inputs, shape, weak):
     # cos(pi / 4) = 0.7071: 0.8 - 0.6 * 0.1464 = 0.712.
-    guider = SparseGuidance(
-        guidance_scale=1.6, strong_ratio=0.1, weak_ratio=RatioSchedule(first=0.8, last=0.2, shape=shape)
-    )
+    schedule = RatioSchedule(first=0.8, last=0.2, shape=shape)
+    guider = SparseGuidance(guidance_scale=1.6, strong_ratio=0.1, weak_ratio=schedule)
     strong = predicted(transformer, *inputs, ratio=0.1, seed=7)
     for step, ratio in enumerate(weak):
         prediction, _ = guided(guider, transformer, *inputs, step=step, num_steps=5, seed=7)
@@ -244,17 +249,13 @@ def test_a_schedule_sets_the_ratio_of_each_step(transformer, inputs, shape, weak
         torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_single_step_has_the_first_ratio(transformer, inputs):
-    guider = SparseGuidance(strong_ratio=0.0, weak_ratio=RatioSchedule(first=0.8, last=0.2))
-    guided(guider, transformer, *inputs, num_steps=1, seed=7)
-    assert ratios_of(guider) == [0.0, 0.8]
-
-
-def test_a_schedule_needs_the_step(transformer):
+def test_a_schedule_needs_the_step_and_has_its_first_ratio_in_a_single_one(transformer, inputs):
     guider = SparseGuidance(strong_ratio=0.0, weak_ratio=RatioSchedule(first=0.8, last=0.2))
     with pytest.raises(ValueError, match="Call guider.set_state"):
         guider.prepare_inputs({"class_labels": torch.tensor([0])})
     assert not get_token_router(transformer).is_routing(training=False)
+    guided(guider, transformer, *inputs, num_steps=1, seed=7)
+    assert ratios_of(guider) == [0.0, 0.8]
 
 
 # An earlier checkpoint as the weak branch.
@@ -268,13 +269,8 @@ def test_a_checkpoint_predicts_the_weak_branch(
     # Autoguidance, arXiv 2406.02507: both predictions have the condition.
     latents, timestep, labels = inputs
     earlier = make_transformer(num_attention_heads=1)
-    guider = SparseGuidance(
-        guidance_scale=2.0,
-        strong_ratio=strong_ratio,
-        weak_ratio=weak_ratio,
-        weak_checkpoint=True,
-        null_weak_branch=null_weak_branch,
-    )
+    settings = {"strong_ratio": strong_ratio, "weak_ratio": weak_ratio, "null_weak_branch": null_weak_branch}
+    guider = SparseGuidance(guidance_scale=2.0, weak_checkpoint=True, **settings)
     routers = [get_token_router(model) for model in (transformer, earlier)]
     routers[1].defaults = RoutingCall(enabled=False)
     prediction, seen = guided(guider, transformer, *inputs, seed=7, weak_model=earlier)
@@ -343,15 +339,17 @@ def test_presets_have_the_papers_values():
         assert ratios_of(fid) == pytest.approx([0.6 - gamma, gamma], abs=1e-12)
 
 
-@pytest.mark.parametrize("preset", ["flops", "fid"])
-def test_presets_whose_scale_is_not_published_ask_for_it(preset):
-    with pytest.raises(ValueError, match=f"guidance_scale for the preset '{preset}'.*does not print"):
+@pytest.mark.parametrize(
+    "preset, message",
+    [
+        ("flops", "guidance_scale for the preset 'flops'.*does not print"),  # the paper does not
+        ("fid", "guidance_scale for the preset 'fid'.*does not print"),
+        ("best", r"preset among \['single', 'flops', 'fid'\], got 'best'"),
+    ],
+)
+def test_unknown_presets_and_those_whose_scale_is_not_published_are_refused(preset, message):
+    with pytest.raises(ValueError, match=message):
         SparseGuidance.from_preset(preset)
-
-
-def test_unknown_presets_are_refused():
-    with pytest.raises(ValueError, match=r"preset among \['single', 'flops', 'fid'\], got 'best'"):
-        SparseGuidance.from_preset("best")
 
 
 # Settings.

@@ -4,6 +4,8 @@
 import copy
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
+from types import SimpleNamespace
 
 import pytest
 import tiny_transformers
@@ -268,30 +270,20 @@ def wrap_blocks(model, wrapper):
             stack[index] = wrapper(block)
 
 
-def test_gradients_are_the_same_under_torchs_checkpoint_wrapper():
-    expected = gradients(routed())
-    case = routed()
-    wrap_blocks(case.model, lambda block: checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT))
+def checkpointed(block, kind=CheckpointImpl.NO_REENTRANT):
+    return checkpoint_wrapper(block, checkpoint_impl=kind)
+
+
+@pytest.mark.parametrize("wrapper", [checkpointed, offload_wrapper])
+def test_gradients_are_the_same_under_torchs_wrappers(wrapper):
+    expected, case = gradients(routed()), routed()
+    wrap_blocks(case.model, wrapper)
     assert_same(gradients(case), expected)
-
-
-def test_blocks_wrapped_before_routing_are_unknown_and_named():
-    model = flux()
-    wrap_blocks(model, checkpoint_wrapper)
-    with pytest.raises(ValueError, match="got CheckpointWrapper in FluxTransformer2DModel"):
-        apply_token_routing(model, ROUTE)
-
-
-def test_gradients_are_the_same_with_offloaded_activations():
-    expected = gradients(routed())
-    case = routed()
-    wrap_blocks(case.model, offload_wrapper)
-    assert_same(gradients(case), {k.replace("_offload", ""): v for k, v in expected.items()})
 
 
 def test_a_foreign_reentrant_checkpoint_is_refused_in_the_forward():
     case = routed()
-    wrap_blocks(case.model, lambda block: checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.REENTRANT))
+    wrap_blocks(case.model, lambda block: checkpointed(block, CheckpointImpl.REENTRANT))
     with pytest.raises(RuntimeError, match="re-entrant checkpoint.*use_reentrant=False"):
         losses(case, (1,))
 
@@ -299,7 +291,7 @@ def test_a_foreign_reentrant_checkpoint_is_refused_in_the_forward():
 def test_a_recomputation_that_lost_its_forward_is_an_error():
     """Under hooks that copy saved tensors (offloading to another device) it gets other tensors than the forward."""
     case = routed("DiTTransformer2DModel")
-    wrap_blocks(case.model, lambda block: checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT))
+    wrap_blocks(case.model, checkpointed)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
         loss = losses(case, (1,))
     with pytest.raises(RuntimeError, match="called outside a forward of its model"):
@@ -308,25 +300,24 @@ def test_a_recomputation_that_lost_its_forward_is_an_error():
 
 @torch.no_grad()
 def test_a_block_called_by_itself_is_an_error_while_routing_is_on():
-    case = routed("SD3Transformer2DModel")
-    arguments = {"hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": torch.randn(2, 5, 16)}
-    block = case.model.transformer_blocks[2]
+    model = routed("SD3Transformer2DModel").model
+    arguments = torch.randn(2, 16, 16), torch.randn(2, 5, 16), torch.randn(2, 16)
     with pytest.raises(RuntimeError, match="outside a forward of its model"):
-        block(**arguments, temb=torch.randn(2, 16))
-    with token_routing(case.model, enabled=False):
-        block(**arguments, temb=torch.randn(2, 16))
+        model.transformer_blocks[2](*arguments)
+    with token_routing(model, enabled=False):
+        model.transformer_blocks[2](*arguments)
 
 
 # ---------------------------------------------------------------------------------------------------- compilers
 
 
 def shortened(name):
-    """The case with five blocks, which compile faster."""
+    """The case with its last four blocks, which compile faster."""
     case = tiny_transformers.build(name)
-    for stack in ("transformer_blocks", "single_transformer_blocks"):
-        if hasattr(case.model, stack):
-            blocks = getattr(case.model, stack)
-            setattr(case.model, stack, blocks[: 2 if hasattr(case.model, "single_transformer_blocks") else 4])
+    has_two_stacks = hasattr(case.model, "single_transformer_blocks")
+    case.model.transformer_blocks = case.model.transformer_blocks[-2 if has_two_stacks else -4 :]
+    if has_two_stacks:
+        case.model.single_transformer_blocks = case.model.single_transformer_blocks[-2:]
     apply_token_routing(case.model, TokenRoute(start=1, end=1))
     case.model.train()
     return case
@@ -374,12 +365,12 @@ def test_one_full_graph_trains_with_eager_gradients_and_a_fresh_subset_each_step
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_blocks_train_with_eager_gradients():
     torch.compiler.reset()
-    case = routed("SD3Transformer2DModel")
+    case = shortened("SD3Transformer2DModel")
     expected = gradients(case)
     compile_blocks(case.model, backend="aot_eager", fullgraph=True)
-    assert case.model.transformer_blocks[2].forward.compiled is not None
+    assert case.model.transformer_blocks[1].forward.compiled is not None
     assert_same(gradients(case), expected)
-    assert copy.deepcopy(case.model).transformer_blocks[2].forward.compiled is None
+    assert copy.deepcopy(case.model).transformer_blocks[1].forward.compiled is None
 
 
 # ---------------------------------------------------------------------------------------------- other libraries
@@ -413,21 +404,17 @@ def test_removal_refuses_while_something_else_wraps_the_model():
 
 
 def test_the_signature_of_the_model_is_that_of_its_class():
-    from inspect import signature
-
-    case = routed()
-    assert signature(case.model.forward) == signature(flux().forward)
+    assert signature(routed().model.forward) == signature(flux().forward)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel"])
 def test_sparse_guidance_is_the_combination_of_two_routed_predictions(name):
     case = routed(name)
-    case.model.eval()
+    router = get_token_router(case.model.eval())
+    router.defaults = RoutingCall(seed=7)
     guider = SparseGuidance(guidance_scale=1.6, strong_ratio=0.25, weak_ratio=0.75)
     guider.set_state(step=0, num_inference_steps=2, timestep=torch.tensor(1.0))
-    router = get_token_router(case.model)
-    router.defaults = RoutingCall(seed=7)
 
     batches = guider.prepare_inputs({"encoder_hidden_states": case.inputs["encoder_hidden_states"]})
     for batch in batches:
@@ -449,22 +436,29 @@ def test_sparse_guidance_is_the_combination_of_two_routed_predictions(name):
 # --------------------------------------------------------------------------------------------------------- errors
 
 
-def test_routing_twice_is_an_error():
-    with pytest.raises(ValueError, match="has token routing already"):
-        apply_token_routing(routed().model, ROUTE)
-
-
-def test_wrappers_around_the_model_are_refused():
+def with_wrapped_blocks():
     model = flux()
-    with pytest.raises(ValueError, match="Give the transformer itself, not a wrapper"):
-        apply_token_routing(torch.compile(model), ROUTE)
+    wrap_blocks(model, checkpoint_wrapper)
+    return model
 
 
-def test_functions_for_routed_models_refuse_others():
-    model = flux()
-    for function in (remove_token_routing, check_token_routing, compile_blocks):
-        with pytest.raises(ValueError, match="Expected a model with apply_token_routing"):
-            function(model)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: routed().model, "has token routing already"),
+        (lambda: torch.compile(flux()), "Give the transformer itself, not a wrapper"),
+        (with_wrapped_blocks, "got CheckpointWrapper in FluxTransformer2DModel"),
+    ],
+)
+def test_models_that_are_routed_or_wrapped_already_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        apply_token_routing(make(), ROUTE)
+
+
+@pytest.mark.parametrize("function", [remove_token_routing, check_token_routing, compile_blocks])
+def test_functions_for_routed_models_refuse_others(function):
+    with pytest.raises(ValueError, match="Expected a model with apply_token_routing"):
+        function(flux())
 
 
 @pytest.mark.parametrize(
@@ -500,59 +494,43 @@ def test_a_wrong_spec_is_named_by_the_check(monkeypatch):
     assert case.model.training
 
 
-def test_samples_of_different_sizes_are_refused():
-    case = routed("ZImageTransformer2DModel")
-    case.inputs["x"][1] = torch.randn(4, 1, 8, 12)
-    with pytest.raises(ValueError, match=r"same number of image tokens, got \[16, 24\]"):
-        run(case)
-
-
-@pytest.mark.skipif("MiniMaxH3Transformer3DModel" not in tiny_transformers.names(), reason="newer diffusers")
-def test_blocks_that_index_by_token_ask_for_a_shared_subset():
-    case = routed("MiniMaxH3Transformer3DModel")
-    with pytest.raises(ValueError, match="Give shared_subset=True"):
-        run(case)
-
-
-@pytest.mark.skipif("AceStepTransformer1DModel" not in tiny_transformers.names(), reason="newer diffusers")
-def test_a_sliding_window_without_a_mask_is_refused():
-    """Flash backends get no mask; they count the window in tokens, of which some are missing."""
-    case = routed("AceStepTransformer1DModel")
-    layer = case.model.layers[2]
-    assert layer.self_attn.sliding_window is not None
-    layer.register_forward_pre_hook(
+def hide_the_mask(model):
+    """As flash backends, which get none: they count the window in tokens, of which some are missing."""
+    assert model.layers[2].self_attn.sliding_window is not None
+    model.layers[2].register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
     )
-    with pytest.raises(ValueError, match="counts a sliding window in tokens"):
-        run(case)
 
 
-def test_blocks_that_add_positions_are_refused():
-    case = routed("PixArtTransformer2DModel")
-    case.model.transformer_blocks[2].pos_embed = torch.nn.Identity()
-    with pytest.raises(ValueError, match="adds positions to its tokens"):
-        run(case)
+def add_positions(model):
+    model.transformer_blocks[2].pos_embed = torch.nn.Identity()
 
 
-def test_sparse_attention_is_refused():
-    case = routed("Kandinsky5Transformer3DModel", TokenRoute(start=0, end=-4))
-    with pytest.raises(ValueError, match="Expected `sparse_params` .* to be None"):
-        case.model(**case.inputs, sparse_params={"to_fractal": False})
+def parallelise(model):
+    model._parallel_config = SimpleNamespace(context_parallel_config=object())
 
 
-def test_key_caches_are_refused():
-    case = routed("Flux2Transformer2DModel")
-    with pytest.raises(ValueError, match="`kv_cache_mode` .* to be None in a routed forward: cached keys"):
-        case.model(**case.inputs, kv_cache_mode="extract")
-
-
-def test_context_parallelism_is_refused():
-    from types import SimpleNamespace
-
-    case = routed()
-    case.model._parallel_config = SimpleNamespace(context_parallel_config=object())
-    with pytest.raises(ValueError, match="without context parallelism"):
-        run(case)
+@pytest.mark.parametrize(
+    ("name", "change", "inputs", "message"),
+    [
+        ("Flux", parallelise, {}, "without context parallelism"),
+        ("PixArt", add_positions, {}, "adds positions to its tokens"),
+        ("AceStep", hide_the_mask, {}, "counts a sliding window in tokens"),
+        ("MiniMaxH3", None, {}, "Give shared_subset=True"),  # its blocks index by token
+        ("ZImage", None, {"x": [torch.ones(4, 1, 8, width) for width in (8, 12)]}, r"image tokens, got \[16, 24\]"),
+        ("Kandinsky5", None, {"sparse_params": {"to_fractal": False}}, "Expected `sparse_params` .* to be None"),
+        ("Flux2", None, {"kv_cache_mode": "extract"}, "`kv_cache_mode` .* None in a routed forward: cached keys"),
+    ],
+)
+def test_forwards_that_cannot_be_routed_are_refused(name, change, inputs, message):
+    known = {full_name.split("Transformer")[0]: full_name for full_name in tiny_transformers.classes()}
+    if name not in known:
+        pytest.skip("this diffusers has no such model")
+    case = routed(known[name], TokenRoute(start=0, end=-4))
+    if change is not None:
+        change(case.model)
+    with pytest.raises(ValueError, match=message):
+        case.model(**case.inputs | inputs)
 
 
 # ---------------------------------------------------------------------------------------- other people's models

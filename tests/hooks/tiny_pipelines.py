@@ -3,12 +3,7 @@
 
 import json
 
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 from tiny_transformers import make
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -43,19 +38,9 @@ def t5_tokenizer():
 
 
 def clip_encoder(cls):
-    config = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=16,
-        bos_token_id=52,
-        eos_token_id=53,
-        pad_token_id=53,
-    )
-    return cls(config)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 54, "max_position_embeddings": 8, "projection_dim": 16}
+    return cls(CLIPTextConfig(**sizes, bos_token_id=52, eos_token_id=53, pad_token_id=53))
 
 
 def t5_encoder():

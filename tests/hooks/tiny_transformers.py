@@ -262,10 +262,7 @@ row(
 )
 row(
     "Flux3Transformer2DModel-references",
-    {
-        "image_cond_hidden_states": normal(2, 6, 4),
-        "image_cond_ids": lambda: torch.randint(0, 9, (6, 4)).float(),
-    },
+    {"image_cond_hidden_states": normal(2, 6, 4), "image_cond_ids": lambda: torch.randint(0, 9, (6, 4)).float()},
 )
 
 QWEN = TOKENS | TEXT | AT_TIME | {"encoder_hidden_states_mask": TEXT_MASK, "img_shapes": [[(1, 4, 4)]] * 2}

@@ -3,6 +3,7 @@
 
 import ast
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, EDMEulerScheduler
 from diffusers.utils.dynamic_modules_utils import check_imports
+from tiny_pipeline import make_pipeline, same, sample
 
 import diffusers_tread
 from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
@@ -18,20 +20,11 @@ from diffusers_tread.hub import export_for_hub
 from diffusers_tread.hub.bundle import bundle_module
 
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_pipeline import make_pipeline, same, sample  # noqa: E402
-
-
 _ROUTING = ["routing.route", "routing.router", "routing.subset"]
 _MODEL = ["models.modeling_outputs", "models.transformer_tread_2d", "routing.ops", "routing.stack", *_ROUTING]
 _OBJECTIVES = ["registry", *(f"objectives.{name}" for name in ("base", "edm", "epsilon", "flow", "registry"))]
-_PIPELINE = [
-    "pipelines.compatibility",
-    "pipelines.guided_prediction",
-    "pipelines.pipeline_tread",
-    "guiders.branches",
-    "objectives.terms.base",
-]
+_PIPELINE = [f"pipelines.{name}" for name in ("compatibility", "guided_prediction", "pipeline_tread")]
+_PIPELINE += ["guiders.branches", "objectives.terms.base"]
 # The files with code, and the package's modules that each is made of.
 CODE = {
     "pipeline.py": [*_PIPELINE, *_OBJECTIVES, "schedulers.scheduling_edm_heun", *_ROUTING],
@@ -52,10 +45,7 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def copy(exported, tmp_path):
     """The folder, to be changed."""
-    for path in exported[0].rglob("*.*"):
-        (tmp_path / path.relative_to(exported[0])).parent.mkdir(exist_ok=True)
-        (tmp_path / path.relative_to(exported[0])).write_bytes(path.read_bytes())
-    return tmp_path
+    return shutil.copytree(exported[0], tmp_path / "copy")
 
 
 def definitions(source):
@@ -72,12 +62,10 @@ def definitions(source):
 def test_the_layout_is_what_diffusers_loads_without_the_package(exported):
     folder, _ = exported
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
-    weights = {
-        f"{name}/diffusion_pytorch_model.safetensors" for name in ("transformer", "guidance_transformer", "vae")
-    }
-    configs = {f"{name}/config.json" for name in ("transformer", "guidance_transformer", "vae")}
-    configs |= {"scheduler/scheduler_config.json", "guider/guider_config.json", "model_index.json", "README.md"}
-    assert files == weights | configs | set(CODE)
+    models, others = ("transformer", "guidance_transformer", "vae"), ("scheduler", "guider")
+    expected = {f"{name}/{file}" for name in models for file in ("config.json", "diffusion_pytorch_model.safetensors")}
+    expected |= {f"{name}/{name}_config.json" for name in others} | {"model_index.json", "README.md"}
+    assert files == expected | set(CODE)
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "TREADPipeline"] and index["vae"] == ["diffusers", "AutoencoderKL"]
     assert index["guidance_transformer"] == ["transformer_tread_2d", "TREADTransformer2DModel"]

@@ -69,12 +69,6 @@ def test_a_shard_that_the_repository_lacks_is_named(hub_server, hub_client, repo
         assert "\nValueError: Expected" in message and lacking.name in message
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_that_cannot_be_had_gives_one_message(hub_server, repo_id, read, streaming):
-    message = read(repo_id, check=False, streaming=streaming)
-    assert f"ValueError: Expected a folder of latents or a data set on the Hub, got '{repo_id}'" in message
-
-
 def test_a_download_that_broke_off_goes_on_with_what_is_missing(hub_server, hub_client, repo_id, folder, read):
     hub_client.run(PUSH, folder, repo_id)
     hub_server.fail("HEAD .*/resolve/.*train-00001", times=100, status=403)

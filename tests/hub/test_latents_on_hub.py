@@ -1,8 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Images, a VAE and latents on a Hub: encoded from it, pushed to it, trained from it; and what if it fails."""
 
-import json
-from pathlib import Path
+import itertools
 
 import pytest
 import safetensors.torch
@@ -11,7 +10,6 @@ import torch
 from diffusers_tread.data import LatentsInfo
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PUSH_SOURCES = """
     import sys
     import datasets
@@ -28,20 +26,6 @@ PUSH_SOURCES = """
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).push_to_hub("ant/vae")
 """
-# Each of the given command lines in turn, as a process of its own would do.
-RUN_SCRIPT = """
-    import importlib, json, sys
-    import datasets
-    from accelerate.state import AcceleratorState, GradientState
-
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # 5 s at the end of each epoch of streamed Parquet files
-    sys.path.insert(0, sys.argv[1])
-    script = importlib.import_module(sys.argv[2])
-    for line in json.loads(sys.argv[3]):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        script.main(line)
-"""
 ENCODE = [
     *("--dataset_name", "ant/images", "--resolution", "16", "--pretrained_vae_name_or_path", "ant/vae"),
     *("--shard_size", "7", "--batch_size", "4"),
@@ -52,15 +36,6 @@ TRAIN = [
 ]
 
 
-@pytest.fixture
-def run(hub_client):
-    def run(script, *lines, **options):
-        lines = json.dumps([[str(word) for word in line] for line in lines])
-        return hub_client.run(RUN_SCRIPT, EXAMPLES, script, lines, **options)
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def sources(hub_client):
     """Images and a VAE on the Hub."""
@@ -68,11 +43,11 @@ def sources(hub_client):
 
 
 @pytest.fixture(scope="module")
-def latents(sources, hub_client, tmp_path_factory):
+def latents(sources, run_example, tmp_path_factory):
     """The folder of latents that lies on the Hub as "ant/latents"."""
     folder = tmp_path_factory.mktemp("made") / "latents"
-    line = [*ENCODE, "--output_dir", str(folder), "--push_to_hub", "--hub_dataset_id", "ant/latents"]
-    hub_client.run(RUN_SCRIPT, EXAMPLES, "precompute_latents", json.dumps([line]))
+    push = ("--push_to_hub", "--hub_dataset_id", "ant/latents")
+    run_example("precompute_latents", [*ENCODE, "--output_dir", folder, *push])
     return folder
 
 
@@ -96,20 +71,20 @@ def test_latents_arrive_with_all_that_tells_where_they_are_from(hub_server, late
     assert info.source["revision"] == hub_server.repo("ant/images", "dataset").at("main").sha
 
 
-def test_training_from_the_hub_is_training_from_the_folder(hub_server, latents, run, tmp_path):
+def test_training_from_the_hub_is_training_from_the_folder(hub_server, latents, run_example, tmp_path):
     def line(name, *more):
         return [*TRAIN, "--output_dir", tmp_path / name, *more]
 
     local, there = ("--latents_dir", latents), ("--latents_dir", "ant/latents")
-    run("train_tread", line("local", *local), line("hub", *there))
+    run_example("train_tread", line("local", *local), line("hub", *there))
     assert_same(tmp_path / "local", tmp_path / "hub")
-    run("train_tread", line("local-stream", *local, "--streaming"), line("hub-stream", *there, "--streaming"))
+    run_example("train_tread", line("local-stream", *local, "--streaming"), line("hub-stream", *there, "--streaming"))
     assert_same(tmp_path / "local-stream", tmp_path / "hub-stream")
 
     # The stream breaks off, and goes on.
     hub_server.fail("GET /objects", times=2, status=None)
     hub_server.fail("GET /objects", times=1, status=503)
-    run("train_tread", line("unsteady", *there, "--streaming"))
+    run_example("train_tread", line("unsteady", *there, "--streaming"))
     assert [fault.times for fault in hub_server.faults] == [0, 0]
     assert_same(tmp_path / "local-stream", tmp_path / "unsteady")
 
@@ -121,16 +96,16 @@ def test_training_from_the_hub_is_training_from_the_folder(hub_server, latents, 
     hub_server.reset()
     hub_server.on_request = cut_after_an_epoch
     lost = line("lost", *there, "--streaming", "--checkpointing_steps", "2")
-    assert "the same command goes on from the last checkpoint" in run("train_tread", lost, check=False).output
+    assert "the same command goes on from the last checkpoint" in run_example("train_tread", lost, check=False).output
     assert (tmp_path / "lost" / "checkpoint-4").exists() and not (tmp_path / "lost" / "pipeline").exists()
     hub_server.reset()
-    run("train_tread", lost)
+    run_example("train_tread", lost)
     assert_same(tmp_path / "local-stream", tmp_path / "lost")
 
 
-def test_images_on_the_hub_are_trained_from(sources, run, tmp_path):
+def test_images_on_the_hub_are_trained_from(sources, run_example, tmp_path):
     images = [*TRAIN, "--dataset_name", "ant/images", "--resolution", "16"]
-    run(
+    run_example(
         "train_tread",
         [*images, "--output_dir", tmp_path / "pixels"],
         [*images, "--output_dir", tmp_path / "encoded", "--pretrained_vae_name_or_path", "ant/vae", "--streaming"],
@@ -139,21 +114,34 @@ def test_images_on_the_hub_are_trained_from(sources, run, tmp_path):
     assert weights(tmp_path / "encoded")["patch_embedding.weight"].shape[1] == 4
 
 
-def test_a_hub_that_refuses_or_is_away_is_named(hub_server, latents, run, tmp_path):
-    hub_server.repo("ant/images", "dataset").gated = True
-    encode = [*ENCODE, "--output_dir", tmp_path / "again", "--cache_dir", tmp_path / "cache"]
-    gated = run("precompute_latents", encode, token="hf_bee", check=False).output
-    hub_server.repo("ant/images", "dataset").gated = False
-    assert "Expected access to the data set ant/images" in gated and "accept its terms" in gated
+def test_images_without_access_are_named_and_the_same_command_goes_on(hub_server, sources, run_example, tmp_path):
+    images = hub_server.repo("ant/images", "dataset")
+    encode = [*ENCODE, "--output_dir", tmp_path / "latents", "--cache_dir", tmp_path / "cache"]
+    images.gated = True
+    result = run_example("precompute_latents", encode, token="hf_bee", check=False)
+    assert "ValueError: Expected access to the data set ant/images, got: " in result.output
+    assert "accept its terms at https://huggingface.co/datasets/ant/images and log in" in result.output
+    assert result.returncode != 0 and not (tmp_path / "latents").exists()
 
-    push = run("precompute_latents", [*encode, "--push_to_hub", "--hub_dataset_id", "bee/latents"], check=False).output
+    images.readers.add("bee")
+    run_example("precompute_latents", encode, token="hf_bee")
+    images.gated = False
+    info = LatentsInfo.load(tmp_path / "latents")
+    assert info.num_samples == 20 and info.source["revision"] == images.at("main").sha
+
+
+def test_a_hub_that_refuses_or_is_away_is_named(hub_server, latents, run_example, tmp_path):
+    encode = [*ENCODE, "--output_dir", tmp_path / "again", "--cache_dir", tmp_path / "cache"]
+    push = run_example(
+        "precompute_latents", [*encode, "--push_to_hub", "--hub_dataset_id", "bee/latents"], check=False
+    ).output
     assert "Expected a token that may write to bee/latents, got one that may not" in push
     assert not (tmp_path / "again").exists()
 
     train = [*TRAIN, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--latents_dir"]
-    for name, faults, more in (("ant/nothing", 0, []), ("ant/latents", 99, []), ("ant/latents", 99, ["--streaming"])):
-        hub_server.fail("", times=faults, status=None)
-        output = run("train_tread", [*train, name, *more], check=False).output
-        assert f"Expected a folder of latents or a data set on the Hub, got '{name}'" in output
+    for name, more in itertools.product(("ant/nothing", "ant/latents"), ([], ["--streaming"])):
+        hub_server.fail("", times=0 if name == "ant/nothing" else 99, status=None)
+        output = run_example("train_tread", [*train, name, *more], check=False).output
+        assert f"ValueError: Expected a folder of latents or a data set on the Hub, got '{name}'" in output
         assert "run the same command again: what was downloaded is kept" in output
     assert not (tmp_path / "run").exists()

@@ -2,22 +2,17 @@
 """The card of a pipeline, as huggingface_hub reads it; its snippets run in test_push.py."""
 
 import re
-import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
 from huggingface_hub import ModelCard
+from tiny_pipeline import make_pipeline
 
 from diffusers_tread import EDMHeunScheduler, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import forward_flops, guidance_flops
 from diffusers_tread.hub import CardDetails, export_for_hub, model_card
 from diffusers_tread.metrics import EvaluationResults, PipelineImages
-
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_pipeline import make_pipeline  # noqa: E402
 
 
 @pytest.fixture
@@ -88,12 +83,8 @@ def test_a_model_without_routes_is_not_said_to_have_them():
 
 def test_settings_of_the_run_are_told_but_not_its_machine(pipeline, tmp_path):
     settings = {"objective": "edm", "max_train_steps": 400, "total_batch_size": 256, "ema_decay": 0.9999}
-    settings |= {
-        "train_data_dir": "/data/secret",
-        "cache_dir": "/data/secret",
-        "use_ema": True,
-        "lr_warmup_steps": None,
-    }
+    settings |= {"train_data_dir": "/data/secret", "cache_dir": "/data/secret", "use_ema": True}
+    settings |= {"lr_warmup_steps": None}
     details = CardDetails(training=settings, samples=PIL.Image.new("RGB", (4, 4)), dataset="my photos")
     folder = export_for_hub(pipeline, tmp_path / "tiny", card=details)
     card = ModelCard.load(folder / "README.md")
@@ -119,5 +110,5 @@ def test_the_citations_are_those_of_the_readme(pipeline):
     def citations(text):
         return re.search(r"```bibtex\n(.*?)```", text, flags=re.DOTALL)[1]
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert citations(model_card(pipeline, repo_id="ant/tiny").text) == citations(readme)

@@ -12,29 +12,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_pipeline import make_pipeline, same, sample
+from train_tread_args import parse_args
+from train_tread_setup import name_data
 
 from diffusers_tread import TREADPipeline
 from diffusers_tread.hub.model_card import TRAINING_SETTINGS
 
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE.parents[1] / "examples"
-sys.path[:0] = [str(HERE), str(EXAMPLES)]
-from tiny_pipeline import make_pipeline, same, sample  # noqa: E402
-from train_tread_args import parse_args  # noqa: E402
-from train_tread_setup import name_data  # noqa: E402
-
-
 TRAIN = [
     *("--max_train_steps", "4", "--train_batch_size", "4", "--checkpointing_steps", "4", "--validation_steps", "2"),
-    *("--num_validation_images", "4", "--validation_inference_steps", "2"),
+    *("--num_validation_images", "4", "--validation_inference_steps", "2", "--model_config_name_or_path"),
+    '{"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "patch_size": 2}',
 ]
-RUN_TRAINING = """
-    import json, logging, sys
-    sys.path.insert(0, sys.argv[1])
-    import train_tread
-    train_tread.main(json.loads(sys.argv[2]))
-"""
 PUSH = """
     import sys
     sys.path.insert(0, sys.argv[1])
@@ -92,29 +83,18 @@ def pushed(hub_client):
 
 
 @pytest.fixture(scope="module")
-def trained(hub_client, tmp_path_factory):
+def trained(run_example, tmp_path_factory):
     """The folder of a run on the digits that pushed to "ant/digits" every two steps, and its output."""
     folder = tmp_path_factory.mktemp("digits")
-    line = [
-        *TRAIN,
-        "--output_dir",
-        str(folder),
-        "--push_to_hub",
-        "--hub_model_id",
-        "ant/digits",
-        "--hub_push_steps",
-        "2",
-    ]
-    return folder, hub_client.run(RUN_TRAINING, HERE.parents[1] / "examples", json.dumps(line)).output
+    push = ("--push_to_hub", "--hub_model_id", "ant/digits", "--hub_push_steps", 2)
+    return folder, run_example("train_tread", [*TRAIN, "--output_dir", folder, *push]).output
 
 
 def snippets(card):
     return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
 
 
-def test_a_trained_model_is_loaded_without_the_package_and_gives_the_same_images(
-    hub_server, pushed, trained, tmp_path
-):
+def test_a_trained_model_gives_the_same_images_without_the_package(hub_server, pushed, trained, tmp_path):
     folder, _ = trained
     codes = [code for code in snippets(hub_server.files("ant/digits")["README.md"].decode()) if "TREADP" not in code]
     assert len(codes) == 2
@@ -231,10 +211,10 @@ def test_training_pushes_meanwhile_and_at_its_end(hub_server, trained):
         assert "2 optimiser steps of a training that goes on" in card
 
 
-def test_a_failed_push_costs_neither_the_run_nor_what_it_saved(hub_server, hub_client, trained, tmp_path):
-    line = [*TRAIN, "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", "ant/refused"]
+def test_a_failed_push_costs_neither_the_run_nor_what_it_saved(hub_server, run_example, trained, tmp_path):
+    line = [*TRAIN, "--output_dir", tmp_path / "run", "--push_to_hub", "--hub_model_id", "ant/refused"]
     hub_server.fail("preupload", times=99, status=413)
-    result = hub_client.run(RUN_TRAINING, EXAMPLES, json.dumps([*line, "--hub_push_steps", "1"]))
+    result = run_example("train_tread", [*line, "--hub_push_steps", 1])
     assert "Failed to push 'Step 4'" in result.output and "upload_folder(" in result.output
     weights = "transformer/diffusion_pytorch_model.safetensors"
     expected = (trained[0] / "pipeline" / weights).read_bytes()
@@ -244,13 +224,13 @@ def test_a_failed_push_costs_neither_the_run_nor_what_it_saved(hub_server, hub_c
 
     # The same command pushes it.
     hub_server.reset()
-    hub_client.run(RUN_TRAINING, EXAMPLES, json.dumps(line))
+    run_example("train_tread", line)
     assert hub_server.files("ant/refused")[weights] == expected
 
 
-def test_a_token_that_may_not_write_is_named_before_training(hub_server, hub_client, tmp_path):
-    line = [*TRAIN, "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", "bee/theirs"]
-    result = hub_client.run(RUN_TRAINING, EXAMPLES, json.dumps(line), check=False)
+def test_a_token_that_may_not_write_is_named_before_training(hub_server, run_example, tmp_path):
+    line = [*TRAIN, "--output_dir", tmp_path / "run", "--push_to_hub", "--hub_model_id", "bee/theirs"]
+    result = run_example("train_tread", line, check=False)
     assert result.returncode == 1 and "Expected a token that may write to bee/theirs" in result.output
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,7 @@
 """Imports of the libraries that metrics are compared with, without torchvision, and of `tiny_evaluation`."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -14,6 +15,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_evaluation import TinyExtractor, pixels, write_images  # noqa: E402
+
+from diffusers_tread.metrics import evaluate_images, prepare_reference  # noqa: E402
 
 
 class StandIn(types.ModuleType):
@@ -71,3 +74,21 @@ def extractor():
 @pytest.fixture
 def reference_folder(tmp_path):
     return write_images(tmp_path / "reference images", pixels(5, 40))
+
+
+@pytest.fixture
+def prepare(extractor, tmp_path):
+    """`prepare_reference`, whose store a test may choose."""
+    return functools.partial(prepare_reference, extractor=extractor, batch_size=16, store_dir=tmp_path / "stores")
+
+
+@pytest.fixture
+def evaluate(extractor, tmp_path):
+    """`evaluate_images` with all metrics of the reference, and a store for each name."""
+
+    def evaluate(images, reference, store="features", **options):
+        options = {"metrics": reference.metrics, "batch_size": 16} | options
+        store_dir = tmp_path / store
+        return evaluate_images(images, extractor=extractor, reference=reference, store_dir=store_dir, **options)
+
+    return evaluate

@@ -7,19 +7,23 @@ import torch
 from diffusers_tread.metrics import FeatureStore
 
 
-def test_a_folder_that_is_no_store_is_refused(tmp_path):
-    store = FeatureStore(tmp_path / "store", num_images=3, batch_size=2, settings={"a": {"b": 1}})
+@pytest.fixture
+def store(tmp_path):
+    """A store of two batches of one image, claimed."""
+    store = FeatureStore(tmp_path / "store", num_images=2, batch_size=1, settings={"a": {"b": 1}})
     assert store.claim() == [0, 1]
+    return store
+
+
+def test_a_folder_that_is_no_store_is_refused(store):
     store.write(1, {"features": torch.ones(1, 2)})
     assert (store.claim(), store.num_done()) == ([0], 1)
-    (tmp_path / "store" / "settings.json").unlink()
+    (store.folder / "settings.json").unlink()
     with pytest.raises(ValueError, match="settings.json"):
         store.claim()
 
 
-def test_a_full_disk_leaves_whole_batches_only(tmp_path):
-    store = FeatureStore(tmp_path / "store", num_images=2, batch_size=1, settings={})
-    store.claim()
+def test_a_full_disk_leaves_whole_batches_only(store):
     store.write(0, {"features": torch.ones(1, 4)})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -32,9 +36,7 @@ def test_a_full_disk_leaves_whole_batches_only(tmp_path):
     assert store.claim() == [1]
 
 
-def test_a_damaged_batch_is_named(tmp_path):
-    store = FeatureStore(tmp_path / "store", num_images=2, batch_size=1, settings={})
-    store.claim()
+def test_a_damaged_batch_is_named(store):
     for batch in range(2):
         store.write(batch, {"features": torch.ones(1, 4)})
     path = store.folder / "batch-000001.safetensors"

@@ -7,13 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_tread.metrics import (
-    FeatureExtractor,
-    FeatureStatistics,
-    NpzImages,
-    load_reference,
-    save_statistics,
-)
+from diffusers_tread.metrics import FeatureExtractor, FeatureStatistics, NpzImages, load_reference, save_statistics
 
 
 def make_extractor(name="inception", outputs=("features", "spatial")):
@@ -42,8 +36,7 @@ def test_images_are_read_piece_by_piece_in_any_order(tmp_path, images, save):
 
 def test_adm_s_file_gives_statistics_and_images(tmp_path, images, caplog):
     rng = np.random.RandomState(0)
-    arrays = {"mu": rng.rand(2048), "mu_s": rng.rand(2023)}
-    arrays |= {"sigma": np.eye(2048), "sigma_s": np.eye(2023)}
+    arrays = {"mu": rng.rand(2048), "mu_s": rng.rand(2023), "sigma": np.eye(2048), "sigma_s": np.eye(2023)}
     path = tmp_path / "VIRTUAL_imagenet256_labeled.npz"
     np.savez(path, images, **arrays)
 
@@ -66,9 +59,8 @@ def test_adm_s_file_gives_statistics_and_images(tmp_path, images, caplog):
     assert again.count is None and again.extractor is None
 
     # An extractor without spatial features takes what it can use.
-    assert set(load_reference(path, extractor=make_extractor("clean-fid:clean", ("features",))).statistics) == {
-        "features"
-    }
+    clean_fid = make_extractor("clean-fid:clean", ("features",))
+    assert set(load_reference(path, extractor=clean_fid).statistics) == {"features"}
     with pytest.raises(ValueError, match="2048 features of which the file does not say what made them"):
         load_reference(path, extractor=make_extractor("transformers:dinov2", ("features",)))
 
@@ -81,10 +73,8 @@ def test_adm_s_files_of_images_alone_give_images(tmp_path, images):
 
 def test_saved_statistics_come_back_bit_for_bit(tmp_path):
     extractor = make_extractor("own")
-    saved = {
-        "features": make_statistics(6, extractor.fingerprint),
-        "spatial": make_statistics(4, extractor.fingerprint, seed=1),
-    }
+    dims = {"features": 6, "spatial": 4}
+    saved = {output: make_statistics(dim, extractor.fingerprint, seed=dim) for output, dim in dims.items()}
     save_statistics(tmp_path / "statistics.npz", saved)
     assert [path.name for path in tmp_path.iterdir()] == ["statistics.npz"]
     reference = load_reference(tmp_path / "statistics.npz", extractor=extractor)

@@ -40,10 +40,10 @@ def test_a_set_has_full_precision_and_recall_of_itself_even_with_copies_in_it():
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_a_neighbour_that_is_not_there_is_refused(k):
-    with pytest.raises(ValueError, match=f"Expected k from 1 to the images less one .3., got {k}"):
-        precision(torch.rand(9, 4), torch.rand(4, 4), k=k)
-    with pytest.raises(ValueError, match=f"Expected k from 1 to the images less one .3., got {k}"):
-        recall(torch.rand(4, 4), torch.rand(9, 4), k=k)
+    nine, four = torch.rand(9, 4), torch.rand(4, 4)
+    for compute, features in ((precision, (nine, four)), (recall, (four, nine))):
+        with pytest.raises(ValueError, match=f"Expected k from 1 to the images less one .3., got {k}"):
+            compute(*features, k=k)
 
 
 def test_features_that_are_not_finite_have_no_neighbours():

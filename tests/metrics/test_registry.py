@@ -18,10 +18,8 @@ from diffusers_tread.metrics import (
     MeanStd,
     Metric,
     check_metrics,
-    evaluate_images,
     load_reference,
     possible_metrics,
-    prepare_reference,
     register_metric,
     save_statistics,
 )
@@ -75,55 +73,43 @@ def feature_mean_distance(samples, reference):
     return (samples.mean - reference.mean).norm().item()
 
 
-def test_a_metric_of_statistics_is_one_function_and_one_call(register, extractor, folders, tmp_path):
+def test_a_metric_of_statistics_is_one_function_and_one_call(register, folders, prepare, evaluate, tmp_path):
     register("feature_mean_distance", compute=feature_mean_distance, takes="statistics")
-    images, reference_images = folders
-    reference = prepare_reference(reference_images, extractor=extractor, batch_size=8, store_dir=tmp_path / "stores")
+    reference = prepare(folders[1])
     assert reference.metrics == ("fid", "precision", "recall", "feature_mean_distance")
-    common = {"extractor": extractor, "batch_size": 8}
-    values = evaluate_images(FolderImages(images), **common, reference=reference, store_dir=tmp_path / "features")
+    values = evaluate(FolderImages(folders[0]), reference)
     means = [pixels_of(folder).mean(dim=(0, 1, 2)) for folder in folders]
     assert values["feature_mean_distance"] == pytest.approx((means[0] - means[1]).norm().item(), rel=1e-5)
 
     # A file with statistics serves it as well.
     save_statistics(tmp_path / "statistics.npz", reference.statistics)
-    saved = prepare_reference(tmp_path / "statistics.npz", **common, store_dir=tmp_path / "unused")
+    saved = prepare(tmp_path / "statistics.npz")
     assert saved.metrics == ("fid", "feature_mean_distance")
-    again = evaluate_images(FolderImages(images), **common, reference=saved, store_dir=tmp_path / "features")
+    again = evaluate(FolderImages(folders[0]), saved)
     assert again["feature_mean_distance"] == values["feature_mean_distance"]
 
 
-def test_a_metric_of_all_features_needs_images_and_sees_them_in_order(register, extractor, folders, tmp_path):
+def test_a_metric_of_all_features_needs_images_and_sees_them_in_order(register, folders, prepare, evaluate, tmp_path):
     seen = []
     register("recorder", compute=lambda *sides: seen.extend(sides) or 0.5, takes="features", output="pixels")
-    images, reference_images = folders
-    common = {"extractor": extractor, "batch_size": 8, "metrics": ("recorder",)}
-    reference = prepare_reference(reference_images, **common, store_dir=tmp_path / "stores")
-    values = evaluate_images(FolderImages(images), **common, reference=reference, store_dir=tmp_path / "features")
-    assert values == {"recorder": 0.5}
+    assert evaluate(FolderImages(folders[0]), prepare(folders[1], metrics=("recorder",))) == {"recorder": 0.5}
     for features, folder in zip(seen, folders, strict=True):
         expected = pixels_of(folder).permute(0, 3, 1, 2).flatten(1).float()
         torch.testing.assert_close(features, expected)
 
-    features = prepare_reference(reference_images, **common | {"metrics": ("fid",)}, store_dir=tmp_path / "stores")
-    save_statistics(tmp_path / "statistics.npz", features.statistics)
+    save_statistics(tmp_path / "statistics.npz", prepare(folders[1], metrics=("fid",)).statistics)
     with pytest.raises(ValueError, match=r"images for \['recorder'\]"):
-        prepare_reference(tmp_path / "statistics.npz", **common, store_dir=tmp_path / "unused")
+        prepare(tmp_path / "statistics.npz", metrics=("recorder",))
 
 
-def test_a_metric_of_parts_without_a_reference_has_a_mean_and_a_deviation(register, extractor, folders, tmp_path):
+def test_a_metric_of_parts_without_a_reference_has_a_mean_and_a_deviation(register, folders, prepare, evaluate):
     def brightness(pixels):
         means = torch.stack([part.mean() for part in pixels.chunk(2)])
         return MeanStd(mean=means.mean().item(), std=means.std(correction=0).item())
 
     register("brightness", compute=brightness, takes="features", needs_reference=False, label="Brightness")
-    images, reference_images = folders
-    common = {"extractor": extractor, "batch_size": 8}
-    reference = prepare_reference(reference_images, **common, metrics=("fid",), store_dir=tmp_path / "stores")
-    values = evaluate_images(
-        FolderImages(images), **common, reference=reference, metrics=("brightness",), store_dir=tmp_path / "features"
-    )
-    halves = pixels_of(images).flatten(1).mean(dim=1).reshape(2, 10).mean(dim=1)
+    values = evaluate(FolderImages(folders[0]), prepare(folders[1], metrics=("fid",)), metrics=("brightness",))
+    halves = pixels_of(folders[0]).flatten(1).mean(dim=1).reshape(2, 10).mean(dim=1)
     expected = {"brightness": halves.mean().item(), "brightness_std": (halves[0] - halves[1]).abs().item() / 2}
     assert values == pytest.approx(expected, abs=1e-6)
 
@@ -135,10 +121,11 @@ def test_a_metric_of_parts_without_a_reference_has_a_mean_and_a_deviation(regist
     assert results.label("unknown_std") == "unknown_std"
 
 
-def test_statistics_of_an_output_of_one_s_own_have_its_name_in_the_file(register, extractor, folders, tmp_path):
+def test_statistics_of_an_output_of_one_s_own_have_its_name_in_the_file(
+    register, extractor, folders, prepare, tmp_path
+):
     register("pixel_mean_distance", compute=feature_mean_distance, takes="statistics", output="pixels")
-    common = {"extractor": extractor, "batch_size": 8, "metrics": ("pixel_mean_distance",)}
-    reference = prepare_reference(folders[1], **common, store_dir=tmp_path / "stores")
+    reference = prepare(folders[1], metrics=("pixel_mean_distance",))
     save_statistics(tmp_path / "statistics.npz", reference.statistics)
     with np.load(tmp_path / "statistics.npz") as file:
         assert set(file) == {"mu_pixels", "sigma_pixels", "count", "extractor"}
@@ -146,24 +133,27 @@ def test_statistics_of_an_output_of_one_s_own_have_its_name_in_the_file(register
     assert torch.equal(again["pixels"].mean, reference.statistics["pixels"].mean)
 
 
-def test_metrics_that_cannot_be_computed_are_refused_by_name(register, extractor, folders, tmp_path):
-    with pytest.raises(ValueError, match="among .*'fid'.*, got 'fdi'"):
-        check_metrics(("fdi",), extractor)
-    with pytest.raises(ValueError, match="at least 2 images for fid, got 1"):
-        check_metrics(("fid",), extractor, num_samples=1)
-    with pytest.raises(ValueError, match="at least 4 images for precision, got 3"):
-        check_metrics(("fid", "precision"), extractor, num_samples=3)
-    with pytest.raises(ValueError, match="output 'spatial' for sfid, got pixels"):
-        check_metrics(("sfid",), extractor)
+@pytest.mark.parametrize(
+    ("metrics", "num_samples", "message"),
+    [
+        (("fdi",), None, "among .*'fid'.*, got 'fdi'"),
+        (("fid",), 1, "at least 2 images for fid, got 1"),
+        (("fid", "precision"), 3, "at least 4 images for precision, got 3"),
+        (("sfid",), None, "output 'spatial' for sfid, got pixels"),
+    ],
+)
+def test_metrics_that_cannot_be_computed_are_refused_by_name(extractor, metrics, num_samples, message):
+    with pytest.raises(ValueError, match=message):
+        check_metrics(metrics, extractor, num_samples=num_samples)
     assert possible_metrics(extractor) == ("fid", "precision", "recall")
 
+
+def test_metrics_that_this_reference_does_not_allow_are_refused(register, folders, prepare, evaluate):
     register("picky", compute=feature_mean_distance, takes="statistics", min_samples=21)
-    common = {"extractor": extractor, "batch_size": 8, "store_dir": tmp_path / "stores"}
     with pytest.raises(ValueError, match="at least 21 images for picky, got 20"):
-        prepare_reference(folders[1], **common)
-    reference = prepare_reference(folders[1], **common, metrics=("fid",))
+        prepare(folders[1])
     with pytest.raises(ValueError, match=r"prepared for, \['fid'\], got \['recall'\]"):
-        evaluate_images(FolderImages(folders[0]), **common, reference=reference, metrics=("fid", "recall"))
+        evaluate(FolderImages(folders[0]), prepare(folders[1], metrics=("fid",)), metrics=("fid", "recall"))
 
 
 def test_a_name_is_given_once(register):

@@ -14,13 +14,8 @@ class TinyExtractor(FeatureExtractor):
 
     def __init__(self, seed=0):
         torch.manual_seed(seed)
-        network = torch.nn.ModuleDict(
-            {
-                "features": torch.nn.Linear(48, 6),
-                "spatial": torch.nn.Linear(48, 8),
-                "logits": torch.nn.Linear(48, 4),
-            }
-        )
+        widths = {"features": 6, "spatial": 8, "logits": 4}
+        network = torch.nn.ModuleDict({name: torch.nn.Linear(48, width) for name, width in widths.items()})
         super().__init__(network, name="tiny", outputs=tuple(network), settings={})
 
     def extract(self, images):
@@ -31,12 +26,7 @@ class TinyExtractor(FeatureExtractor):
 def make_pipeline(channels=3, **components):
     torch.manual_seed(1)
     transformer = TREADTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=6,
-        in_channels=channels,
-        sample_size=8,
-        num_classes=5,
+        num_attention_heads=2, attention_head_dim=8, num_layers=6, in_channels=channels, sample_size=8, num_classes=5
     )
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

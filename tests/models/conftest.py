@@ -31,6 +31,11 @@ def make_model():
 
 
 @pytest.fixture
+def model(make_model):
+    return make_model().eval()
+
+
+@pytest.fixture
 def inputs():
     """Latents, timesteps and labels (5 is the null class)."""
     return torch.randn(3, 3, 8, 8), torch.randn(3), torch.tensor([0, 5, 2])

@@ -91,12 +91,17 @@ def test_routed_branches_with_a_cache_are_refused_before_any_work(sample, cache)
     assert torch.equal(sample(SparseGuidance()), expected)
 
 
+def skipped_layers():
+    config = LayerSkipConfig(indices=[3], fqn="transformer_blocks")
+    return SkipLayerGuidance(
+        guidance_scale=1.5, skip_layer_guidance_scale=2.0, skip_layer_config=config,
+        skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0,
+    )  # fmt: skip
+
+
 def test_branches_that_run_one_by_one_do_not_meet_in_a_cache(sample):
     """Between the branches of one step a cache of the first block would find less change than it allows."""
-    model, sample = sample
-    skip = {"skip_layer_config": LayerSkipConfig(indices=[3], fqn="transformer_blocks")}
-    skip |= {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
-    guider = SkipLayerGuidance(guidance_scale=2.0, skip_layer_guidance_scale=2.0, **skip)
+    (model, sample), guider = sample, skipped_layers()
     expected = sample(guider)
     contexts, cache_context = [], TREADTransformer2DModel.cache_context
 
@@ -113,25 +118,21 @@ def test_branches_that_run_one_by_one_do_not_meet_in_a_cache(sample):
 # Guiders that hook blocks.
 
 
-@pytest.mark.parametrize("kind", ["skipped layers", "perturbed attention"])
-def test_guiders_that_hook_blocks_guide_and_leave_the_model_as_it_was(sample, kind):
-    model, sample = sample
+def perturbed_attention():
+    config = LayerSkipConfig(
+        indices=[3], fqn="transformer_blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False
+    )
+    return PerturbedAttentionGuidance(
+        guidance_scale=1.5, perturbed_guidance_scale=2.0, perturbed_guidance_config=config,
+        perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make_guider", [skipped_layers, perturbed_attention])
+def test_guiders_that_hook_blocks_guide_and_leave_the_model_as_it_was(sample, make_guider):
+    _, sample = sample
     expected = sample(ClassifierFreeGuidance(1.5))
-    if kind == "skipped layers":
-        config = LayerSkipConfig(indices=[3], fqn="transformer_blocks")
-        guider = SkipLayerGuidance(
-            guidance_scale=1.5, skip_layer_guidance_scale=2.0, skip_layer_config=config,
-            skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0,
-        )  # fmt: skip
-    else:
-        config = LayerSkipConfig(
-            indices=[3], fqn="transformer_blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False
-        )
-        guider = PerturbedAttentionGuidance(
-            guidance_scale=1.5, perturbed_guidance_scale=2.0, perturbed_guidance_config=config,
-            perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0,
-        )  # fmt: skip
-    guided = sample(guider)
+    guided = sample(make_guider())
     assert guided.isfinite().all() and (guided - expected).norm() > 1e-3 * expected.norm()
     assert torch.equal(sample(ClassifierFreeGuidance(1.5)), expected)
 
@@ -148,29 +149,6 @@ def test_targets_that_reach_nothing_are_said(make_model):
         model = make_model()
         model.add_adapter(peft.LoraConfig(target_modules=["to_qkv", "to_out.0"]))
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2 * len(model.transformer_blocks)
-
-
-# Dtypes and times.
-
-
-def test_bfloat16_by_casting_and_by_loading_is_the_same(make_model, inputs, tmp_path):
-    model = make_model().eval()
-    model.save_pretrained(tmp_path)
-    loaded = TREADTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    latents, timestep, labels = inputs
-    cast = model.to(torch.bfloat16)
-    for size in ((8, 8), (8, 12)):
-        latents = torch.randn(3, 3, *size, dtype=torch.bfloat16)
-        with torch.no_grad():
-            assert torch.equal(cast(latents, timestep, labels).sample, loaded(latents, timestep, labels).sample)
-
-
-def test_a_timestep_may_be_a_number(make_model, inputs):
-    model, (latents, _, labels) = make_model().eval(), inputs
-    expected = model(latents, torch.full((3,), 0.3), labels).sample
-    assert torch.equal(model(latents, 0.3, labels).sample, expected)
-    assert torch.equal(model(latents, torch.tensor(0.3), labels).sample, expected)
-    assert torch.equal(model(latents, 3, labels).sample, model(latents, torch.full((3,), 3.0), labels).sample)
 
 
 # Graphs.

@@ -17,10 +17,14 @@ from diffusers_tread import RoutingCall, get_token_router, token_routing
 pytestmark = pytest.mark.filterwarnings("ignore:The route ends at block")
 
 
-@pytest.fixture
-def model(make_model):
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
     torch._dynamo.reset()
     counters.clear()
+
+
+@pytest.fixture
+def model(make_model):
     return make_model(num_layers=3, routes=[{"start": 0, "end": 0}]).train()
 
 
@@ -84,8 +88,6 @@ def test_other_ratios_and_modes_are_graphs_of_their_own_and_right(model, inputs)
 
 
 def test_repeated_blocks_share_their_graphs(make_model, inputs):
-    torch._dynamo.reset()
-    counters.clear()
     model = make_model().train()
     expected = output_and_gradients(model, lambda *args: _seeded(model, args), inputs)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
@@ -105,7 +107,6 @@ def _seeded(model, args, seed=3):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_numbers(make_model, inputs):
-    torch._dynamo.reset()
     model = make_model(num_layers=3, attention_head_dim=4, mlp_ratio=1.0, routes=[{"start": 0, "end": 0}]).train()
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():

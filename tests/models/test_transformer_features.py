@@ -66,36 +66,31 @@ def test_the_config_alone_gives_the_same_architecture(make_model):
     assert TREADTransformer2DModel.from_config(make_model(routes=None).config).config.routes is None
 
 
-def test_a_model_is_built_without_memory_before_loading(make_model, inputs, tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    slow = TREADTransformer2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    assert torch.equal(outputs(slow, inputs), outputs(model, inputs))
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_half_precision_is_near_fp32(make_model, inputs, tmp_path, dtype, tolerance):
-    model = make_model().eval()
+def test_half_precision_is_near_fp32(model, inputs, tmp_path, dtype, tolerance):
     model.save_pretrained(tmp_path)
     loaded = TREADTransformer2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-    found = outputs(loaded, inputs)
-    assert found.dtype == dtype
-    assert_near(found, outputs(model, inputs), tolerance)
-    assert_near(outputs(copy.deepcopy(model).to(dtype), inputs), outputs(model, inputs), tolerance)
+    cast = copy.deepcopy(model).to(dtype)
+    for size in ((8, 8), (8, 12)):
+        inputs = torch.randn(3, 3, *size), *inputs[1:]
+        found = outputs(loaded, inputs)
+        assert found.dtype == dtype and torch.equal(found, outputs(cast, inputs))
+        assert_near(found, outputs(model, inputs), tolerance)
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
-def test_a_device_map_loads_the_same_model(make_model, inputs, tmp_path, device_map):
-    model = make_model().eval()
+@pytest.mark.parametrize(
+    "options",
+    [{"device_map": "auto"}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": False}],
+)
+def test_every_way_to_place_weights_loads_the_same_model(model, inputs, tmp_path, options):
     model.save_pretrained(tmp_path)
-    loaded = TREADTransformer2DModel.from_pretrained(tmp_path, device_map=device_map)
-    assert loaded.hf_device_map
+    loaded = TREADTransformer2DModel.from_pretrained(tmp_path, **options)
+    assert hasattr(loaded, "hf_device_map") == ("device_map" in options)
     assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
 
 
-def test_blocks_may_stay_on_disk(make_model, inputs, tmp_path):
-    model = make_model().eval()
+def test_blocks_may_stay_on_disk(model, inputs, tmp_path):
     model.save_pretrained(tmp_path / "model")
     device_map = {name: "cpu" for name, _ in model.named_children() if name != "transformer_blocks"}
     for index in range(6):
@@ -144,29 +139,24 @@ def test_an_ema_model_keeps_its_own_routing_and_leaves_the_config(make_model, in
 needs_accelerator = compare_versions("diffusers", "<", "0.42") and not torch.accelerator.is_available()
 
 
-@pytest.mark.skipif(needs_accelerator, reason="group offloading of this diffusers needs an accelerator")
-@pytest.mark.parametrize("options", [{"offload_type": "block_level", "num_blocks_per_group": 2}, {}])
-def test_group_offloading_gives_the_same_output(make_model, inputs, options):
-    model = make_model().eval()
-    expected = outputs(model, inputs)
-    options = {"offload_type": "leaf_level", **options}
-    model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **options)
-    assert torch.equal(outputs(model, inputs), expected)
+has_none = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 
 
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"offload_type": "block_level", "num_blocks_per_group": 2}, {}])
-def test_group_offloading_to_the_cpu_gives_the_same_output(make_model, inputs, options):
-    device = torch.accelerator.current_accelerator()
-    model, inputs = make_model().eval().to(device), [tensor.to(device) for tensor in inputs]
+@pytest.mark.parametrize("on", ["cpu", pytest.param("accelerator", marks=[pytest.mark.gpu, has_none])])
+@pytest.mark.parametrize(
+    "options", [{"offload_type": "block_level", "num_blocks_per_group": 2}, {"offload_type": "leaf_level"}]
+)
+def test_group_offloading_to_the_cpu_gives_the_same_output(model, inputs, options, on):
+    if on == "cpu" and needs_accelerator:
+        pytest.skip("group offloading of this diffusers needs an accelerator")
+    device = torch.device("cpu") if on == "cpu" else torch.accelerator.current_accelerator()
+    model, inputs = model.to(device), [tensor.to(device) for tensor in inputs]
     expected = outputs(model, inputs)
-    options = {"offload_type": "leaf_level", **options}
     model.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), **options)
     assert torch.equal(outputs(model, inputs), expected)
 
 
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+@has_none
 @pytest.mark.gpu
 def test_the_subset_is_the_same_on_every_device(make_model):
     router = get_token_router(make_model())
@@ -177,8 +167,7 @@ def test_the_subset_is_the_same_on_every_device(make_model):
     assert torch.equal(found.cpu(), expected)
 
 
-def test_layerwise_casting_stores_blocks_in_fp8_and_the_ends_in_bf16(make_model, inputs):
-    model = make_model().eval()
+def test_layerwise_casting_stores_blocks_in_fp8_and_the_ends_in_bf16(model, inputs):
     expected = outputs(model, inputs)
     model.to(torch.bfloat16)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
@@ -195,8 +184,7 @@ def test_layerwise_casting_stores_blocks_in_fp8_and_the_ends_in_bf16(make_model,
 
 
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
-def test_attention_backends_agree(make_model, inputs, backend):
-    model = make_model().eval()
+def test_attention_backends_agree(model, inputs, backend):
     expected = outputs(model, inputs)
     model.set_attention_backend(backend)
     assert {p._attention_backend.value for p in model.attn_processors.values()} == {backend}
@@ -213,8 +201,7 @@ class SilentProcessor(TREADAttnProcessor):
         return torch.zeros_like(super().__call__(attn, hidden_states))
 
 
-def test_an_attention_processor_can_be_replaced(make_model, inputs):
-    model = make_model().eval()
+def test_an_attention_processor_can_be_replaced(model, inputs):
     expected, processors = outputs(model, inputs), dict(model.attn_processors)
     assert len(processors) == 6
     silent = copy.deepcopy(model)
@@ -228,8 +215,7 @@ def test_an_attention_processor_can_be_replaced(make_model, inputs):
     assert torch.equal(outputs(model, inputs), expected)
 
 
-def test_query_key_and_value_are_fused_from_the_start(make_model, inputs):
-    model = make_model().eval()
+def test_query_key_and_value_are_fused_from_the_start(model, inputs):
     expected, keys = outputs(model, inputs), set(model.state_dict())
     model.fuse_qkv_projections()
     assert set(model.state_dict()) == keys
@@ -266,8 +252,7 @@ def test_a_saved_adapter_loads(make_model, inputs, tmp_path):
     assert torch.equal(outputs(plain, inputs), outputs(model, inputs))
 
 
-def test_a_merged_adapter_gives_the_same_output(make_model, inputs):
-    model = make_model().eval()
+def test_a_merged_adapter_gives_the_same_output(model, inputs):
     model.add_adapter(LORA)
     expected = outputs(model, inputs)
     model.fuse_lora()

@@ -248,12 +248,7 @@ def test_every_parameter_gets_a_gradient(make_model, inputs):
 
 @pytest.mark.parametrize(
     "preset, dim, depth, heads, millions",
-    [
-        ("S", 384, 12, 6, 33),
-        ("B", 768, 12, 12, 130),
-        ("L", 1024, 24, 16, 458),
-        ("XL", 1152, 28, 16, 675),
-    ],
+    [("S", 384, 12, 6, 33), ("B", 768, 12, 12, 130), ("L", 1024, 24, 16, 458), ("XL", 1152, 28, 16, 675)],
 )
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_presets_have_dits_size(preset, dim, depth, heads, millions, patch):
@@ -337,8 +332,7 @@ def test_ratio_zero_is_bitwise_dense(make_model, inputs):
     assert not torch.equal(model(*inputs).sample, dense)
 
 
-def test_evaluation_is_dense_unless_a_ratio_is_asked_for(make_model, inputs):
-    model = make_model().eval()
+def test_evaluation_is_dense_unless_a_ratio_is_asked_for(model, inputs):
     dense = model(*inputs).sample
     with token_routing(model, selection_ratio=0.5, seed=1):
         assert not torch.equal(model(*inputs).sample, dense)
@@ -390,16 +384,11 @@ def test_bad_routes_are_refused(make_model, routes, message):
         make_model(routes=routes)
 
 
-def test_a_default_route_needs_six_blocks(make_model):
-    with pytest.raises(ValueError, match="at least 6 blocks"):
-        make_model(num_layers=5, routes="default")
-
-
 # Inputs.
 
 
-def test_no_labels_mean_the_null_class(make_model, inputs):
-    model, (latents, timestep, _) = make_model().eval(), inputs
+def test_no_labels_mean_the_null_class(model, inputs):
+    latents, timestep, _ = inputs
     null = model(latents, timestep, torch.full((3,), 5)).sample
     assert torch.equal(model(latents, timestep).sample, null)
     assert not torch.equal(model(latents, timestep, torch.zeros(3, dtype=torch.long)).sample, null)
@@ -410,38 +399,32 @@ def test_an_unconditional_model_needs_no_labels(make_model, inputs):
     assert model(*inputs[:2]).sample.shape == inputs[0].shape
 
 
-@pytest.mark.parametrize("shape", [(), (1,)])
-def test_one_timestep_serves_the_whole_batch(make_model, inputs, shape):
-    model, (latents, _, labels) = make_model().eval(), inputs
-    one = model(latents, torch.full(shape, 0.3), labels).sample
-    assert torch.equal(one, model(latents, torch.full((3,), 0.3), labels).sample)
+@pytest.mark.parametrize("timestep", [0.3, 3, torch.tensor(0.3), torch.tensor([0.3])], ids=str)
+def test_one_timestep_serves_the_whole_batch(model, inputs, timestep):
+    latents, _, labels = inputs
+    expected = model(latents, torch.full((3,), float(timestep)), labels).sample
+    assert torch.equal(model(latents, timestep, labels).sample, expected)
 
 
-def test_return_dict_false_gives_a_tuple(make_model, inputs):
-    model = make_model().eval()
+def test_return_dict_false_gives_a_tuple(model, inputs):
     assert torch.equal(model(*inputs, return_dict=False)[0], model(*inputs).sample)
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (3, 8, 8), (3, 1, 8, 8)])
-def test_a_wrong_number_of_channels_is_refused(make_model, inputs, shape):
-    with pytest.raises(ValueError, match=r"Expected latents \[B, 3, H, W\], got"):
-        make_model()(torch.randn(shape), *inputs[1:])
-
-
-@pytest.mark.parametrize("size", [(7, 8), (8, 9)])
-def test_a_size_not_divisible_by_the_patch_is_refused(make_model, inputs, size):
-    with pytest.raises(ValueError, match=f"patch size 2, got {size[0]}x{size[1]}"):
-        make_model()(torch.randn(3, 3, *size), *inputs[1:])
-
-
-def test_a_wrong_number_of_labels_or_timesteps_is_refused(make_model, inputs):
-    model, (latents, timestep, labels) = make_model(), inputs
-    for wrong in (labels[:1], labels[:2], labels.unsqueeze(1)):
-        with pytest.raises(ValueError, match="Expected 3 class labels"):
-            model(latents, timestep, wrong)
-    for wrong in (timestep[:2], timestep.unsqueeze(1)):
-        with pytest.raises(ValueError, match="Expected one timestep or 3"):
-            model(latents, wrong, labels)
+@pytest.mark.parametrize(
+    "name, shapes, message",
+    [
+        ("hidden_states", [(3, 4, 8, 8), (3, 8, 8), (3, 1, 8, 8)], r"Expected latents \[B, 3, H, W\], got"),
+        ("hidden_states", [(3, 3, 7, 8)], "patch size 2, got 7x8"),
+        ("hidden_states", [(3, 3, 8, 9)], "patch size 2, got 8x9"),
+        ("class_labels", [(1,), (2,), (3, 1)], "Expected 3 class labels"),
+        ("timestep", [(2,), (3, 1)], "Expected one timestep or 3"),
+    ],
+)
+def test_inputs_of_a_wrong_shape_are_refused(model, inputs, name, shapes, message):
+    inputs = dict(zip(("hidden_states", "timestep", "class_labels"), inputs, strict=True))
+    for shape in shapes:
+        with pytest.raises(ValueError, match=message):
+            model(**inputs | {name: torch.zeros(shape, dtype=inputs[name].dtype)})
 
 
 def test_kept_ids_that_do_not_fit_are_refused(make_model, inputs):
@@ -463,6 +446,7 @@ def test_kept_ids_that_do_not_fit_are_refused(make_model, inputs):
         ({"patch_size": 0}, "patch_size 0"),
         ({"num_classes": -1}, "num_classes >= 0"),
         ({"freq_shift": 2}, "freq_shift 0 or 1, got 2"),
+        ({"num_layers": 5, "routes": "default"}, "at least 6 blocks"),
     ],
 )
 def test_a_bad_config_is_refused(make_model, changes, message):
@@ -486,15 +470,8 @@ def gradients(model, *losses_inputs):
 
 @pytest.fixture(params=["default", "non-reentrant", "reentrant"])
 def checkpointing(request):
-    def enable(model):
-        if request.param == "default":
-            model.enable_gradient_checkpointing()
-        else:
-            model.enable_gradient_checkpointing(
-                functools.partial(checkpoint, use_reentrant=request.param == "reentrant")
-            )
-
-    return enable
+    options = [functools.partial(checkpoint, use_reentrant=request.param == "reentrant")]
+    return lambda model: model.enable_gradient_checkpointing(*([] if request.param == "default" else options))
 
 
 def test_checkpointing_gives_the_same_gradients(make_model, inputs, checkpointing):

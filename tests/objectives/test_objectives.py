@@ -11,13 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from diffusers_tread import (
-    EDMObjective,
-    EpsilonObjective,
-    FlowMatchingObjective,
-    RoutingCall,
-    TREADTransformer2DModel,
-)
+from diffusers_tread import EDMObjective, EpsilonObjective, FlowMatchingObjective, RoutingCall, TREADTransformer2DModel
 from diffusers_tread.objectives import LossTerm, find_objective
 from diffusers_tread.schedulers import EDMHeunScheduler
 
@@ -40,8 +34,15 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def batch(size=6, height=4):
-    return torch.randn(size, 3, height, 5, generator=seeded(7)) * STD + MEAN, torch.arange(size)
+def batch(size=6):
+    return torch.randn(size, 3, 4, 5, generator=seeded(7)) * STD + MEAN, torch.arange(size)
+
+
+def loss_of(objective, denoiser=None, latents=None, labels=None, generator=0):
+    """The losses of `batch()` or of other latents, from the seed `generator`; torch's global one for None."""
+    latents, labels = (batch()[0] if latents is None else latents), (batch()[1] if labels is None else labels)
+    generator = None if generator is None else seeded(generator)
+    return objective.loss(denoiser or Denoiser(), latents, class_labels=labels, generator=generator)
 
 
 class Denoiser:
@@ -92,21 +93,24 @@ class IdealEpsilonDenoiser(Denoiser):
 # Parity with the formulas.
 
 
-def edm_draws(objective, latents):
-    """sigma `[B, 1, 1, 1]` and noise in float64, drawn as documented: noise levels, then noise."""
+def draws(latents):
+    """A normal number per sample, which decides its noise level, then the noise, as documented; in float64."""
     generator = seeded()
-    normal = torch.randn(latents.shape[0], generator=generator).double().numpy()
-    noise = torch.randn(latents.shape, generator=generator).double().numpy()
-    return np.exp(objective.P_mean + objective.P_std * normal)[:, None, None, None], noise
+    shapes = ((latents.shape[0],), latents.shape)
+    return [torch.randn(shape, generator=generator).double().numpy() for shape in shapes]
+
+
+def normal_distribution(values):
+    return np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in values])
 
 
 @pytest.mark.parametrize("objective", EDM_OBJECTIVES, ids=str)
 def test_edm_loss_is_the_weighted_denoising_error_of_the_paper(objective):
-    latents, labels = batch()
-    denoiser = Denoiser()
-    loss = objective.loss(denoiser, latents, class_labels=labels, generator=seeded())
+    latents, denoiser = batch()[0], Denoiser()
+    loss = loss_of(objective, denoiser)
 
-    sigma, noise = edm_draws(objective, latents)
+    normal, noise = draws(latents)
+    sigma = np.exp(objective.P_mean + objective.P_std * normal)[:, None, None, None]
     x, sigma_data = latents.double().numpy(), objective.sigma_data
     noisy = x + sigma * noise
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
@@ -121,15 +125,12 @@ def test_edm_loss_is_the_weighted_denoising_error_of_the_paper(objective):
 
 @pytest.mark.parametrize("objective", FLOW_OBJECTIVES, ids=str)
 def test_flow_loss_is_the_squared_error_of_the_velocity(objective):
-    latents, labels = batch()
-    denoiser = Denoiser()
-    loss = objective.loss(denoiser, latents, class_labels=labels, generator=seeded())
+    latents, denoiser = batch()[0], Denoiser()
+    loss = loss_of(objective, denoiser)
 
-    generator = seeded()
-    normal = torch.randn(latents.shape[0], generator=generator).double().numpy()
-    noise = torch.randn(latents.shape, generator=generator).double().numpy()
+    normal, noise = draws(latents)
     if objective.weighting_scheme == "uniform":
-        t = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in normal])
+        t = normal_distribution(normal)
     else:
         t = 1 / (1 + np.exp(-objective.logit_mean - objective.logit_std * normal))
     t = objective.shift * t / (1 + (objective.shift - 1) * t)
@@ -143,45 +144,40 @@ def test_flow_loss_is_the_squared_error_of_the_velocity(objective):
 
 @pytest.mark.parametrize("objective", EPSILON_OBJECTIVES, ids=str)
 def test_epsilon_loss_is_the_squared_error_of_the_noise_that_diffusers_adds(objective):
-    latents, labels = batch()
-    denoiser = Denoiser()
-    loss = objective.loss(denoiser, latents, class_labels=labels, generator=seeded())
+    latents, denoiser = batch()[0], Denoiser()
+    loss = loss_of(objective, denoiser)
 
-    generator = seeded()
-    normal = torch.randn(latents.shape[0], generator=generator).double().numpy()
-    noise = torch.randn(latents.shape, generator=generator)
-    uniform = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in normal])
-    t = np.floor(uniform * objective.num_train_timesteps)
+    normal, noise = draws(latents)
+    t = np.floor(normal_distribution(normal) * objective.num_train_timesteps)
     scheduler = DDPMScheduler.from_config(objective.scheduler().config)
-    expected = scheduler.add_noise(latents, noise, torch.tensor(t).long())
+    expected = scheduler.add_noise(latents, torch.tensor(noise).float(), torch.tensor(t).long())
 
     assert denoiser.timestep.tolist() == t.tolist()
     np.testing.assert_allclose(denoiser.hidden_states, expected, rtol=1e-4, atol=1e-6)
-    error = denoiser.output.double().numpy() - noise.double().numpy()
+    error = denoiser.output.double().numpy() - noise
     np.testing.assert_allclose(loss, (error**2).mean((1, 2, 3)), rtol=1e-4)
 
 
 def test_logit_normal_times_equal_those_of_diffusers():
-    latents, labels = batch(32)
-    denoiser = Denoiser()
-    FlowMatchingObjective(logit_mean=0.5, logit_std=0.7).loss(
-        denoiser, latents, class_labels=labels, generator=seeded()
-    )
-    expected = compute_density_for_timestep_sampling(
-        "logit_normal", 32, logit_mean=0.5, logit_std=0.7, generator=seeded()
-    )
+    denoiser, settings = Denoiser(), {"logit_mean": 0.5, "logit_std": 0.7}
+    loss_of(FlowMatchingObjective(**settings), denoiser, *batch(32))
+    expected = compute_density_for_timestep_sampling("logit_normal", 32, **settings, generator=seeded())
     torch.testing.assert_close(denoiser.timestep, 1000 * expected)
 
 
 # Known solutions.
 
 
+def loss_of_gaussian(objective, denoiser):
+    latents = MEAN + STD * torch.randn(4, 3, 100, 100, generator=seeded(7))
+    return loss_of(objective, denoiser, latents, torch.zeros(4))
+
+
 @pytest.mark.parametrize("sigma", [0.002, 0.3, 20.0])
 @pytest.mark.parametrize("sigma_data", [0.5, STD])
 def test_edm_loss_of_the_ideal_denoiser_is_its_analytic_value(sigma, sigma_data):
-    latents = MEAN + STD * torch.randn(4, 3, 100, 100, generator=seeded(7))
     objective = EDMObjective(sigma_data=sigma_data, P_mean=math.log(sigma), P_std=1e-6)
-    loss = objective.loss(IdealEDMDenoiser(sigma_data), latents, class_labels=torch.zeros(4), generator=seeded())
+    loss = loss_of_gaussian(objective, IdealEDMDenoiser(sigma_data))
     # lambda times the variance that is left of x once x + sigma noise is known.
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     expected = weight * STD**2 * sigma**2 / (STD**2 + sigma**2)
@@ -190,19 +186,16 @@ def test_edm_loss_of_the_ideal_denoiser_is_its_analytic_value(sigma, sigma_data)
 
 @pytest.mark.parametrize("t", [0.01, 0.4, 0.99])
 def test_flow_loss_of_the_ideal_denoiser_is_its_analytic_value(t):
-    latents = MEAN + STD * torch.randn(4, 3, 100, 100, generator=seeded(7))
     objective = FlowMatchingObjective(logit_mean=math.log(t / (1 - t)), logit_std=1e-6)
-    loss = objective.loss(IdealFlowDenoiser(), latents, class_labels=torch.zeros(4), generator=seeded())
+    loss = loss_of_gaussian(objective, IdealFlowDenoiser())
     # The variance that is left of noise - x once (1 - t) x + t noise is known.
     expected = STD**2 / ((1 - t) ** 2 * STD**2 + t**2)
     assert loss.mean().item() == pytest.approx(expected, rel=0.02)
 
 
 def test_epsilon_loss_of_the_ideal_denoiser_is_its_analytic_value():
-    latents = MEAN + STD * torch.randn(4, 3, 100, 100, generator=seeded(7))
-    loss = EpsilonObjective().loss(IdealEpsilonDenoiser(), latents, class_labels=torch.zeros(4), generator=seeded())
-    denoiser = Denoiser()
-    EpsilonObjective().loss(denoiser, latents, class_labels=torch.zeros(4), generator=seeded())
+    denoiser = IdealEpsilonDenoiser()
+    loss = loss_of_gaussian(EpsilonObjective(), denoiser)
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[denoiser.timestep.long().numpy()]
     # The variance that is left of the noise once z is known.
     expected = alpha_bar * STD**2 / (alpha_bar * STD**2 + 1 - alpha_bar)
@@ -250,38 +243,31 @@ def test_the_epsilon_scheduler_samples_what_the_objective_trains():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
-def test_flow_scheduler_starts_from_pure_noise_and_calls_the_network_with_1000_sigma(shift):
+def test_flow_scheduler_starts_from_pure_noise_and_takes_its_steps_with_the_shift_of_training(shift):
     scheduler = FlowMatchingObjective(shift=shift).scheduler()
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler
     for num_steps in (1, 20):
         scheduler.set_timesteps(num_steps)
         assert scheduler.sigmas[0] == 1.0 and scheduler.sigmas[-1] == 0.0
         torch.testing.assert_close(scheduler.timesteps, 1000 * scheduler.sigmas[:-1])
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
-def test_flow_scheduler_spends_its_steps_with_the_shift_of_training(shift):
-    scheduler = FlowMatchingObjective(shift=shift).scheduler()
-    scheduler.set_timesteps(20)
     t = np.linspace(1, 0.001, 20)
     np.testing.assert_allclose(scheduler.sigmas[:-1], shift * t / (1 + (shift - 1) * t), atol=0.01)
 
 
 def test_ideal_denoiser_has_the_lowest_loss():
-    latents = MEAN + STD * torch.randn(64, 3, 16, 16, generator=seeded(7))
-    labels = torch.zeros(64)
+    data = MEAN + STD * torch.randn(64, 3, 16, 16, generator=seeded(7)), torch.zeros(64)
     for objective, ideal in (
         (EDMObjective(), IdealEDMDenoiser(0.5)),
         (FlowMatchingObjective(), IdealFlowDenoiser()),
         (EpsilonObjective(), IdealEpsilonDenoiser()),
     ):
-        best = objective.loss(ideal, latents, class_labels=labels, generator=seeded()).mean()
+        best = loss_of(objective, ideal, *data).mean()
         for scale, offset in ((1.1, 0.0), (0.9, 0.0), (1.0, 0.1), (1.0, -0.1)):
 
             def perturbed(hidden_states, scale=scale, offset=offset, ideal=ideal, **inputs):
                 return SimpleNamespace(sample=scale * ideal(hidden_states, **inputs).sample + offset)
 
-            assert objective.loss(perturbed, latents, class_labels=labels, generator=seeded()).mean() > best
+            assert loss_of(objective, perturbed, *data).mean() > best
 
 
 # The draws.
@@ -289,7 +275,7 @@ def test_ideal_denoiser_has_the_lowest_loss():
 
 def drawn_timesteps(objective, count=20_000):
     denoiser = Denoiser()
-    objective.loss(denoiser, torch.zeros(count, 1, 1, 1), class_labels=torch.zeros(count), generator=seeded())
+    loss_of(objective, denoiser, torch.zeros(count, 1, 1, 1), torch.zeros(count))
     return denoiser.timestep.double().numpy()
 
 
@@ -313,23 +299,15 @@ def test_flow_times_have_the_named_distribution(objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_a_seed_decides_the_loss(objective):
-    latents, labels = batch()
-    first, again, other = (
-        objective.loss(Denoiser(), latents, class_labels=labels, generator=seeded(s)) for s in (0, 0, 1)
-    )
+    first, again, other = (loss_of(objective, generator=seed) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.isclose(first, other).any()
 
 
 @pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_without_a_generator_torch_s_global_seed_decides(objective):
-    latents, labels = batch()
-    losses = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        losses.append(objective.loss(Denoiser(), latents, class_labels=labels))
-    assert torch.equal(*losses)
-    assert torch.equal(losses[0], objective.loss(Denoiser(), latents, class_labels=labels, generator=seeded(3)))
+    torch.manual_seed(3)
+    assert torch.equal(loss_of(objective, generator=None), loss_of(objective, generator=3))
 
 
 # Properties.
@@ -340,8 +318,7 @@ def test_a_sample_s_loss_does_not_depend_on_the_others(objective):
     latents, labels = batch()
     others, other_labels = latents.clone(), labels.clone()
     others[1:], other_labels[1:] = 5.0, 9
-    loss = objective.loss(Denoiser(), latents, class_labels=labels, generator=seeded())
-    changed = objective.loss(Denoiser(), others, class_labels=other_labels, generator=seeded())
+    loss, changed = loss_of(objective), loss_of(objective, None, others, other_labels)
     assert loss.shape == (6,)
     assert loss[0] == changed[0]
     assert not torch.isclose(loss[1:], changed[1:]).any()
@@ -349,32 +326,22 @@ def test_a_sample_s_loss_does_not_depend_on_the_others(objective):
 
 @pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_gradient_is_that_of_the_squared_error(objective):
-    latents, labels = batch()
+    def at(weight):
+        def linear(hidden_states, **inputs):
+            return SimpleNamespace(sample=weight * hidden_states)
+
+        return loss_of(objective, linear).double().mean()
+
     weight = torch.tensor(0.5, requires_grad=True)
-
-    def linear(hidden_states, **inputs):
-        return SimpleNamespace(sample=weight * hidden_states)
-
-    loss = objective.loss(linear, latents, class_labels=labels, generator=seeded()).mean()
-    (gradient,) = torch.autograd.grad(loss, weight)
-
+    (gradient,) = torch.autograd.grad(at(weight), weight)
     # The loss is quadratic in the weight: a central difference is exact but for rounding.
-    def at(value):
-        def scaled(hidden_states, **inputs):
-            return SimpleNamespace(sample=value * hidden_states)
-
-        return objective.loss(scaled, latents, class_labels=labels, generator=seeded()).double().mean()
-
     assert gradient.item() == pytest.approx(((at(1.5) - at(-0.5)) / 2).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_bfloat16_latents_keep_times_and_loss_in_float32(objective):
-    latents, labels = batch()
-    latents = latents.bfloat16()
-    denoiser, reference = Denoiser(), Denoiser()
-    loss = objective.loss(denoiser, latents, class_labels=labels, generator=seeded())
-    expected = objective.loss(reference, latents.float(), class_labels=labels, generator=seeded())
+    latents, denoiser, reference = batch()[0].bfloat16(), Denoiser(), Denoiser()
+    loss, expected = loss_of(objective, denoiser, latents), loss_of(objective, reference, latents.float())
     assert denoiser.hidden_states.dtype == torch.bfloat16
     assert denoiser.timestep.dtype == loss.dtype == torch.float32
     assert torch.equal(denoiser.timestep, reference.timestep)
@@ -383,27 +350,21 @@ def test_bfloat16_latents_keep_times_and_loss_in_float32(objective):
 
 @pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_float64_latents_give_a_float32_loss(objective):
-    latents, labels = batch()
-    loss = objective.loss(Denoiser(), latents.double(), class_labels=labels, generator=seeded())
+    loss = loss_of(objective, latents=batch()[0].double())
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, objective.loss(Denoiser(), latents, class_labels=labels, generator=seeded()))
+    torch.testing.assert_close(loss, loss_of(objective))
 
 
 @pytest.mark.parametrize("objective", DEFAULTS, ids=str)
 def test_labels_reach_the_denoiser_and_latents_stay_untouched(objective):
-    latents, labels = batch()
-    before, denoiser = latents.clone(), Denoiser()
-    objective.loss(denoiser, latents, class_labels=labels)
+    (latents, labels), denoiser = batch(), Denoiser()
+    loss_of(objective, denoiser, latents, labels)
     assert denoiser.class_labels is labels
-    assert torch.equal(latents, before)
+    assert torch.equal(latents, batch()[0])
 
 
 def test_names_tell_the_objectives_apart():
-    assert [kind.name for kind in (EDMObjective, FlowMatchingObjective, EpsilonObjective)] == [
-        "edm",
-        "flow",
-        "epsilon",
-    ]
+    assert [objective.name for objective in DEFAULTS] == ["edm", "flow", "epsilon"]
     assert "name" not in dataclasses.asdict(EDMObjective())
     assert find_objective("flow") is FlowMatchingObjective
     with pytest.raises(ValueError, match=r"objective among \['edm', 'flow', 'epsilon'\], got 'ddpm'"):
@@ -512,10 +473,10 @@ def test_latents_and_outputs_of_the_wrong_shape_are_refused(objective):
     def one_channel(hidden_states, **inputs):  # would broadcast
         return SimpleNamespace(sample=hidden_states[:, :1])
 
-    latents, labels = batch()
     for denoiser in (two_channels_more, one_channel):
         with pytest.raises(ValueError, match="Expected the denoiser to return"):
-            objective.loss(denoiser, latents, class_labels=labels)
+            loss_of(objective, denoiser)
+    latents, _ = batch()
     for bad_latents in (latents[0], latents.to(torch.uint8), 128 + 100 * latents):
         with pytest.raises(ValueError, match="Expected latents"):
-            objective.loss(Denoiser(), bad_latents, class_labels=labels)
+            loss_of(objective, latents=bad_latents)

@@ -1,18 +1,18 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Tiny models and recordings for the pipeline tests."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
-from diffusers_tread import (
-    EDMHeunScheduler,
-    TokenRouter,
-    TREADPipeline,
-    TREADTransformer2DModel,
-    get_token_router,
-)
+from diffusers_tread import EDMHeunScheduler, TokenRouter, TREADPipeline, TREADTransformer2DModel, get_token_router
 from diffusers_tread.objectives import OBJECTIVES
+
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this one
 
 
 @pytest.fixture
@@ -57,42 +57,41 @@ def make_vae():
 
     def make(kind, latent_channels=3):
         if kind == "kl":
-            vae = AutoencoderKL(
-                down_block_types=["DownEncoderBlock2D"] * 3,
-                up_block_types=["UpDecoderBlock2D"] * 3,
-                block_out_channels=[8, 8, 8],
-                norm_num_groups=4,
-                latent_channels=latent_channels,
-                scaling_factor=0.18,
-                shift_factor=0.1,
-            )
-        else:
-            vae = AutoencoderDC(
-                latent_channels=latent_channels,
-                attention_head_dim=3,
-                encoder_block_types=["ResBlock", "ResBlock"],
-                decoder_block_types=["ResBlock", "ResBlock"],
-                encoder_block_out_channels=[6, 6],
-                decoder_block_out_channels=[6, 6],
-                encoder_layers_per_block=[1, 1],
-                decoder_layers_per_block=[1, 1],
-                encoder_qkv_multiscales=[[], []],
-                decoder_qkv_multiscales=[[], []],
-                decoder_norm_types="rms_norm",
-                decoder_act_fns="silu",
-                upsample_block_type="interpolate",
-                downsample_block_type="conv",
-                scaling_factor=0.4,
-            )
-        return vae.eval()
+            return AutoencoderKL(
+                down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+                block_out_channels=[8, 8, 8], norm_num_groups=4, latent_channels=latent_channels,
+                scaling_factor=0.18, shift_factor=0.1,
+            ).eval()  # fmt: skip
+        blocks = {"block_types": ["ResBlock"] * 2, "block_out_channels": [6, 6], "layers_per_block": [1, 1]}
+        blocks |= {"qkv_multiscales": [[], []]}
+        sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()}
+        return AutoencoderDC(latent_channels=latent_channels, attention_head_dim=3, scaling_factor=0.4, **sides).eval()
 
     return make
+
+
+@pytest.fixture
+def counters():
+    """Dynamo's counters, from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters["stats"]
 
 
 @pytest.fixture
 def generators():
     """Makes one generator per seed."""
     return lambda *seeds: [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def out_of_memory():
+    """Lets a model fail in its fourth block; returns the hook."""
+
+    def error(module, inputs):
+        raise RuntimeError("out of memory")
+
+    return lambda model: model.transformer_blocks[3].register_forward_pre_hook(error)
 
 
 @pytest.fixture

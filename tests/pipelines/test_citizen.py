@@ -6,13 +6,9 @@ import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
 from packaging.version import Version
+from pipeline_calls import latents_of
 
 from diffusers_tread import SparseGuidance
-
-
-def latents_of(pipe, generator, **settings):
-    settings = {"num_inference_steps": 3, "output_type": "latent"} | settings
-    return pipe([1, 4], generator=generator, **settings).images
 
 
 # Callbacks.
@@ -33,7 +29,7 @@ def test_a_callback_that_sets_the_scale_to_zero_ends_the_guidance(make_pipeline,
     pipe = make_pipeline()
     calls, _ = record_calls(pipe.transformer)
     callback = Cutoff(cutoff_step_ratio=None, cutoff_step_index=1)
-    latents_of(pipe, generators(0, 1), guidance_scale=2.0, callback_on_step_end=callback)
+    latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=2.0, callback_on_step_end=callback)
     assert [len(call[2]) for call in calls] == [4, 4, 2, 2, 2]  # of 5 predictions
     assert pipe.guidance_scale == 0.0
 
@@ -45,9 +41,9 @@ def test_a_callback_that_raises_the_scale_is_obeyed(make_pipeline, generators):
         pipe._guidance_scale += 1.0
         return tensors
 
-    changed = latents_of(pipe, generators(0, 1), guidance_scale=2.0, callback_on_step_end=raise_scale)
+    changed = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=2.0, callback_on_step_end=raise_scale)
     assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
-    assert not torch.equal(changed, latents_of(pipe, generators(0, 1), guidance_scale=2.0))
+    assert not torch.equal(changed, latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=2.0))
 
 
 def test_a_callback_may_end_or_replace_the_guider(make_pipeline, record_calls, generators):
@@ -61,7 +57,7 @@ def test_a_callback_may_end_or_replace_the_guider(make_pipeline, record_calls, g
             pipe._guidance_scale = 0.0
         return tensors
 
-    latents_of(pipe, generators(0, 1), callback_on_step_end=change)
+    latents_of(pipe, [1, 4], generators(0, 1), callback_on_step_end=change)
     kept = [None if plan is None else plan[0].shape[1] for plan in plans]
     assert kept == [12, 4, None, 8, None, 8, None, None]
 
@@ -70,7 +66,7 @@ def test_callback_tensors_that_there_are_not_are_refused(make_pipeline):
     callback = Cutoff(cutoff_step_ratio=None, cutoff_step_index=1)
     callback.tensor_inputs = ["prompt_embeds"]
     with pytest.raises(ValueError, match=r"among \['latents', 'class_labels'\], got \['prompt_embeds'\]"):
-        latents_of(make_pipeline(), None, callback_on_step_end=callback)
+        latents_of(make_pipeline(), [1, 4], None, callback_on_step_end=callback)
 
 
 # LoRA.
@@ -79,30 +75,30 @@ def test_callback_tensors_that_there_are_not_are_refused(make_pipeline):
 def test_lora_is_saved_loaded_switched_and_fused(make_pipeline, make_transformer, generators, tmp_path):
     peft = pytest.importorskip("peft")
     pipe = make_pipeline(guider=SparseGuidance())
-    plain = latents_of(pipe, generators(0, 1))
+    plain = latents_of(pipe, [1, 4], generators(0, 1))
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_qkv", "to_out.0"]), "one")
     for name, parameter in pipe.transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    adapted = latents_of(pipe, generators(0, 1))
+    adapted = latents_of(pipe, [1, 4], generators(0, 1))
     assert (adapted - plain).abs().max() > 0.01
     pipe.save_lora_weights(tmp_path, transformer_lora_layers=peft.get_peft_model_state_dict(
         pipe.transformer, adapter_name="one"
     ))  # fmt: skip
 
     pipe.delete_adapters("one")
-    assert torch.equal(latents_of(pipe, generators(0, 1)), plain)
+    assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1)), plain)
     pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="two")
     assert pipe.get_list_adapters() == {"transformer": ["two"]} and pipe.get_active_adapters() == ["two"]
-    torch.testing.assert_close(latents_of(pipe, generators(0, 1)), adapted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(latents_of(pipe, [1, 4], generators(0, 1)), adapted, atol=1e-4, rtol=1e-4)
     if Version(diffusers.__version__) < Version("0.42"):
         return  # which has scales for its own classes alone
     pipe.set_adapters("two", 0.0)
-    torch.testing.assert_close(latents_of(pipe, generators(0, 1)), plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(latents_of(pipe, [1, 4], generators(0, 1)), plain, atol=1e-4, rtol=1e-4)
     pipe.set_adapters("two", 1.0)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    torch.testing.assert_close(latents_of(pipe, generators(0, 1)), adapted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(latents_of(pipe, [1, 4], generators(0, 1)), adapted, atol=1e-3, rtol=1e-3)
 
 
 # The mode of a shared model.
@@ -114,17 +110,17 @@ def test_dropout_that_is_active_is_refused_before_any_work(make_pipeline, record
     calls, _ = record_calls(pipe.transformer)
     pipe.transformer.train()
     with pytest.raises(ValueError, match=r"without active dropout, got transformer_blocks.2.ff.net.1 with p=0.1"):
-        latents_of(pipe, None)
+        latents_of(pipe, [1, 4], None)
     assert calls == []
     pipe.transformer.eval()
-    latents_of(pipe, None)
+    latents_of(pipe, [1, 4], None)
 
 
 def test_a_model_in_training_mode_is_sampled_as_in_evaluation_mode(make_pipeline, generators):
     pipe = make_pipeline(guider=SparseGuidance())
     for settings in ({}, {"guidance_scale": 2.0}, {"guidance_scale": 1.0}):
-        expected = latents_of(pipe, generators(0, 1), **settings)
+        expected = latents_of(pipe, [1, 4], generators(0, 1), **settings)
         pipe.transformer.train()
-        assert torch.equal(latents_of(pipe, generators(0, 1), **settings), expected)
+        assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), **settings), expected)
         assert pipe.transformer.training
         pipe.transformer.eval()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 from packaging.version import Version
+from pipeline_calls import latents_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,18 +61,13 @@ def count_blocks():
     return count
 
 
-def latents_of(pipe, generator, **settings):
-    settings = {"num_inference_steps": 3, "output_type": "latent"} | settings
-    return pipe([1, 4], generator=generator, **settings).images
-
-
 def both_ways(pipe, settings, generator):
     """The latents with the shared prefix and without."""
     images = []
     for guider in (SparseGuidance, Unshared):
         pipe.guider = guider(**settings)
         torch.manual_seed(7)
-        images.append(latents_of(pipe, generator()))
+        images.append(latents_of(pipe, [1, 4], generator()))
     return images
 
 
@@ -87,7 +83,7 @@ def test_shared_images_have_the_bits_of_unshared_ones(
     settings = {"strong_ratio": strong_ratio, "weak_ratio": 0.75}
     shared, unshared = both_ways(pipe, settings, lambda: generators(0, 1))
     assert torch.equal(shared, unshared)
-    assert not torch.equal(shared, latents_of(pipe, generators(0, 1), guidance_scale=1.0))
+    assert not torch.equal(shared, latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=1.0))
 
 
 @pytest.mark.parametrize("kind", ["one", "none", "seed"])
@@ -106,7 +102,7 @@ def test_images_equal_those_of_the_guiders_own_loop(make_pipeline, make_transfor
     pipe.guider, seed = SparseGuidance(strong_ratio=0.25, weak_ratio=0.75), torch.tensor([5, 6])
     x = torch.randn(2, 3, 8, 8)
     with token_routing(pipe.transformer, seed=seed):
-        images = latents_of(pipe, None, sigmas=[1.0, 0.5], latents=x)
+        images = latents_of(pipe, [1, 4], None, sigmas=[1.0, 0.5], latents=x)
 
     labels = torch.tensor([1, 4])
     for sigma, next_sigma in ((1.0, 0.5), (0.5, 0.0)):
@@ -144,30 +140,22 @@ def test_the_blocks_before_the_first_route_run_once_per_step(
     assert early_counts == [5 if "weak_checkpoint" in settings else 0] * 6
 
 
-def test_a_guider_that_does_not_share_runs_everything_twice(make_pipeline, count_blocks):
-    pipe = make_pipeline(guider=Unshared())
-    counts = count_blocks(pipe.transformer)
-    pipe(1, num_inference_steps=1)
-    assert counts == [2] * 6
-
-
 def test_a_transformer_that_knows_no_prefix_gives_the_same_images(make_pipeline, make_transformer, generators):
     transformer = make_transformer()
     plain = PlainTransformer.from_config(transformer.config).eval()
     plain.load_state_dict(transformer.state_dict())
     new, old = (make_pipeline(transformer=one, guider=SparseGuidance()) for one in (transformer, plain))
-    assert torch.equal(latents_of(new, generators(0, 1)), latents_of(old, generators(0, 1)))
+    assert torch.equal(latents_of(new, [1, 4], generators(0, 1)), latents_of(old, [1, 4], generators(0, 1)))
 
 
-@pytest.mark.skipif(
-    Version(diffusers.__version__) < Version("0.42") and not torch.accelerator.is_available(),
-    reason="older diffusers (seen in 0.36) cannot make its group offloading hooks without an accelerator",
-)
-@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_group_offloading_meets_all_blocks_in_every_forward(make_pipeline, count_blocks, offload_type):
-    pipe = make_pipeline(guider=SparseGuidance())
-    options = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
-    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type=offload_type, **options)
+@pytest.mark.parametrize("kind", ["unshared", "leaf_level", "block_level"])
+def test_a_guider_that_does_not_share_and_group_offloading_run_everything_twice(make_pipeline, count_blocks, kind):
+    pipe = make_pipeline(guider=Unshared() if kind == "unshared" else SparseGuidance())
+    if kind != "unshared":
+        if Version(diffusers.__version__) < Version("0.42") and not torch.accelerator.is_available():
+            pytest.skip("older diffusers (seen in 0.36) cannot make its group offloading hooks without an accelerator")
+        options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type=kind, **options)
     counts = count_blocks(pipe.transformer)
     pipe(1, num_inference_steps=1)
     assert counts == [2] * 6
@@ -192,10 +180,7 @@ def test_nothing_of_a_step_is_kept(make_pipeline):
     pipe, alive, prefixes = make_pipeline(guider=SparseGuidance()), [], []
 
     def remember(module, args, settings, output):
-        if settings.get("return_prefix"):
-            prefixes.append(weakref.ref(output[-1]))
-        else:
-            prefixes.append(weakref.ref(settings["prefix"]))
+        prefixes.append(weakref.ref(output[-1] if settings.get("return_prefix") else settings["prefix"]))
 
     def callback(*_):
         gc.collect()

@@ -15,6 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from packaging.version import Version
+from pipeline_calls import latents_of
 
 from diffusers_tread import EDMHeunScheduler, RoutingCall, SparseGuidance, TokenRoute, get_token_router, token_routing
 
@@ -33,11 +34,6 @@ FLOW_SCHEDULERS = [
     UniPCMultistepScheduler(**FLOW_SOLVER),
     DPMSolverMultistepScheduler(**FLOW_SOLVER),
 ]
-
-
-def latents_of(pipe, labels, generator, **settings):
-    settings = {"num_inference_steps": 3, "output_type": "latent"} | settings
-    return pipe(labels, generator=generator, **settings).images
 
 
 # Seeds: each image depends on its own generator alone.
@@ -227,7 +223,7 @@ def test_a_callback_can_interrupt(make_pipeline, record_calls, generators):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_call_leaves_mode_and_router_as_they_were(make_pipeline, generators, fails):
+def test_a_call_leaves_mode_and_router_as_they_were(make_pipeline, generators, out_of_memory, fails):
     pipe = make_pipeline(guider=SparseGuidance())
     dense = latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=1.0)
     router = get_token_router(pipe.transformer.train())
@@ -236,11 +232,7 @@ def test_a_call_leaves_mode_and_router_as_they_were(make_pipeline, generators, f
     parameters = {name: parameter.clone() for name, parameter in pipe.transformer.named_parameters()}
 
     if fails:
-
-        def error(module, inputs):
-            raise RuntimeError("out of memory")
-
-        handle = pipe.transformer.transformer_blocks[3].register_forward_pre_hook(error)
+        handle = out_of_memory(pipe.transformer)
         with pytest.raises(RuntimeError, match="out of memory"):
             pipe([1, 4], num_inference_steps=3)
         handle.remove()
@@ -277,47 +269,45 @@ def test_bfloat16_stays_near_float32(make_pipeline, make_vae, generators, guider
     assert 0 < (images - exact).abs().mean() < 0.02
 
 
-def test_a_compiled_transformer_gives_the_same_images_guided(make_transformer, make_pipeline, generators):
+def test_a_compiled_transformer_gives_the_same_images_guided(make_transformer, make_pipeline, generators, counters):
     transformer = make_transformer(num_layers=4, routes=TokenRoute(start=0, end=0))
     pipe = make_pipeline(transformer=transformer, guider=SparseGuidance())
     expected = latents_of(pipe, [1, 4], generators(0, 1))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager", fullgraph=True)
     images = latents_of(pipe, [1, 4], generators(0, 1))
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one per branch, none for later steps
+    assert counters["unique_graphs"] == 2  # one per branch, none for later steps
 
 
-@pytest.mark.skipif(
-    Version(diffusers.__version__) < Version("0.42") and not torch.accelerator.is_available(),
-    reason="older diffusers (seen in 0.36) cannot make its group offloading hooks without an accelerator",
-)
-def test_group_offloading_gives_the_same_images(make_pipeline, make_vae, generators):
+@pytest.fixture
+def offloadable(make_pipeline, make_vae, generators):
+    """A pipeline with a VAE, and a function that draws two images."""
     pipe = make_pipeline(vae=make_vae("kl"), guider=SparseGuidance())
-    expected = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    return pipe, lambda: latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+
+
+@pytest.mark.parametrize("kind", ["group", "sequential"])
+def test_group_and_sequential_offloading_give_the_same_images(offloadable, kind):
+    if kind == "group" and Version(diffusers.__version__) < Version("0.42") and not torch.accelerator.is_available():
+        pytest.skip("older diffusers (seen in 0.36) cannot make its group offloading hooks without an accelerator")
+    pipe, draw = offloadable
+    expected = draw()
     for component in (pipe.transformer, pipe.vae):
-        component.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), output_type="pt"), expected)
+        if kind == "group":
+            component.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+        else:  # what enable_sequential_cpu_offload does, which wants a GPU
+            pytest.importorskip("accelerate").cpu_offload(component, torch.device("cpu"))
+            assert next(component.parameters()).device.type == "meta"
+    assert torch.equal(draw(), expected)
 
 
-def test_sequential_offloading_gives_the_same_images(make_pipeline, make_vae, generators):
-    accelerate = pytest.importorskip("accelerate")
-    pipe = make_pipeline(vae=make_vae("kl"), guider=SparseGuidance())
-    expected = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
-    for component in (pipe.transformer, pipe.vae):  # what enable_sequential_cpu_offload does, which wants a GPU
-        accelerate.cpu_offload(component, torch.device("cpu"))
-    assert next(pipe.transformer.parameters()).device.type == "meta"
-    assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), output_type="pt"), expected)
-
-
-def test_model_offloading_hooks_run_and_are_renewed(make_pipeline, make_vae, generators):
+def test_model_offloading_hooks_run_and_are_renewed(offloadable):
     pytest.importorskip("accelerate")
-    pipe = make_pipeline(vae=make_vae("kl"), guider=SparseGuidance())
-    expected = latents_of(pipe, [1, 4], generators(0, 1), output_type="pt")
+    pipe, draw = offloadable
+    expected = draw()
     pipe.enable_model_cpu_offload(device="cpu")  # the hooks of a GPU, with the CPU in its place
     assert [type(hook.model).__name__ for hook in pipe._all_hooks] == ["TREADTransformer2DModel", "AutoencoderKL"]
     for _ in range(2):
         hooks = list(pipe._all_hooks)
-        assert torch.equal(latents_of(pipe, [1, 4], generators(0, 1), output_type="pt"), expected)
+        assert torch.equal(draw(), expected)
         assert len(pipe._all_hooks) == 2 and not set(pipe._all_hooks) & set(hooks)

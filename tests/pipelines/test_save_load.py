@@ -147,12 +147,6 @@ def test_diffusers_still_forgets_components_put_in_place_of_none():
     assert plain.config["guider"] == (None, None), "diffusers was repaired: delete TREADPipeline.__setattr__"
 
 
-def test_a_guider_of_diffusers_is_saved_and_loaded(make_pipeline, tmp_path):
-    make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=2.5)).save_pretrained(tmp_path)
-    loaded = TREADPipeline.from_pretrained(tmp_path)
-    assert type(loaded.guider) is ClassifierFreeGuidance and loaded.guider.guidance_scale == 2.5
-
-
 def test_weights_load_in_the_asked_dtype(saved, sampled):
     folder, images = saved
     loaded = TREADPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)

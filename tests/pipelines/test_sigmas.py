@@ -2,6 +2,7 @@
 """Noise levels given to `TREADPipeline`."""
 
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -63,22 +64,11 @@ def test_a_shift_applies_to_the_levels_too(make_pipeline):
     assert pipe.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.75, 0.0])  # 3 s / (1 + 2 s)
 
 
-@pytest.mark.parametrize(
-    "sigmas",
-    [
-        [],
-        [0.0],
-        [1.0, 0.5, 0.0],
-        [0.5, 1.0],
-        [1.0, 1.0],
-        [-1.0],
-        [float("nan")],
-        [1.0, float("nan")],
-        [float("inf"), 1.0],
-        [80.0, 1.0],
-    ],
-    ids=str,
-)
+NOT_DECREASING_TO_ABOVE_ZERO = [[], [0.0], [1.0, 0.5, 0.0], [0.5, 1.0], [1.0, 1.0], [-1.0]]
+NOT_FINITE = [[math.nan], [1.0, math.nan], [math.inf, 1.0]]
+
+
+@pytest.mark.parametrize("sigmas", [*NOT_DECREASING_TO_ABOVE_ZERO, *NOT_FINITE, [80.0, 1.0]], ids=str)
 def test_levels_that_make_no_schedule_are_refused(make_pipeline, sigmas):
     with pytest.raises(ValueError, match=r"at most 1 \(flow matching\) and strictly decreasing, got .*Leave out"):
         make_pipeline(FlowMatchEulerDiscreteScheduler())(1, sigmas=sigmas)

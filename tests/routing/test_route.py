@@ -22,12 +22,9 @@ def test_default_route_is_the_papers(num_layers, start, end):
         assert route.resolve(num_layers) == route
 
 
-def test_default_route_of_the_shallowest_model_has_one_block():
-    assert default_route(6).resolve(6) == TokenRoute(start=2, end=2)
-
-
 @pytest.mark.parametrize("num_layers", [0, 1, 5])
 def test_default_route_of_a_shallower_model_is_refused(num_layers):
+    assert default_route(6).resolve(6) == TokenRoute(start=2, end=2)
     with pytest.raises(ValueError, match=f"at least 6 blocks.*got {num_layers}"):
         default_route(num_layers)
 
@@ -41,27 +38,23 @@ def test_negative_ends_count_from_the_end_as_in_a_list():
                 assert resolved == TokenRoute(start=blocks[start], end=blocks[end], selection_ratio=0.3)
 
 
-@pytest.mark.parametrize("start, end", [(0, 12), (12, 12), (-13, 3), (2, -13), (40, 41)])
-def test_a_route_outside_the_model_is_refused(start, end):
-    with pytest.raises(ValueError, match=r"inside the model's 12 blocks \(0 to 11\), got start=.*"):
-        TokenRoute(start=start, end=end).resolve(12)
+OUTSIDE = r"inside the model's 12 blocks \(0 to 11\), got start=.*"
+TOO_LATE = "at least two blocks after the route.*"
 
 
-@pytest.mark.parametrize("start, end", [(5, 4), (-4, 2), (8, -5)])
-def test_an_empty_route_is_refused(start, end):
-    with pytest.raises(ValueError, match="empty route"):
-        TokenRoute(start=start, end=end).resolve(12)
-
-
-@pytest.mark.parametrize("end", [10, 11, -1, -2])
-def test_fewer_than_two_blocks_after_the_rejoin_are_refused(end):
-    with pytest.raises(ValueError, match="at least two blocks after the route.*Use end <= 9"):
-        TokenRoute(start=2, end=end).resolve(12)
-
-
-def test_a_start_that_is_too_late_is_told_apart_from_an_end():
-    with pytest.raises(ValueError, match="at least two blocks after the route.*Start earlier, or use a deeper model"):
-        TokenRoute(start=10, end=11).resolve(12)
+@pytest.mark.parametrize(
+    "places, message",
+    [
+        ([(0, 12), (12, 12), (-13, 3), (2, -13), (40, 41)], OUTSIDE),
+        ([(5, 4), (-4, 2), (8, -5)], "empty route"),
+        ([(2, 10), (2, 11), (2, -1), (2, -2)], TOO_LATE + "Use end <= 9"),
+        ([(10, 11)], TOO_LATE + "Start earlier, or use a deeper model"),
+    ],
+)
+def test_a_place_where_no_route_can_lie_is_refused(places, message):
+    for start, end in places:
+        with pytest.raises(ValueError, match=message):
+            TokenRoute(start=start, end=end).resolve(12)
 
 
 @pytest.mark.parametrize("end", [9, -3])
@@ -70,16 +63,20 @@ def test_two_blocks_after_the_rejoin_warn(end):
         assert TokenRoute(start=2, end=end).resolve(12).end == 9
 
 
-@pytest.mark.parametrize("ratio", [1.0, 1, 1.5, -0.1, float("nan"), float("inf"), True, "0.5", None])
-def test_a_ratio_outside_zero_to_one_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"selection ratio in \[0, 1\)"):
-        TokenRoute(start=2, end=8, selection_ratio=ratio)
-
-
-@pytest.mark.parametrize("start, end", [(2.0, 8), (2, "8"), (None, 8), (True, 8)])
-def test_block_indices_that_are_no_integers_are_refused(start, end):
-    with pytest.raises(ValueError, match="block index"):
-        TokenRoute(start=start, end=end)
+@pytest.mark.parametrize(
+    "field, values, message",
+    [
+        ("selection_ratio", [1.0, 1, 1.5, -0.1, math.nan, math.inf, True, "0.5", None], r"ratio in \[0, 1\)"),
+        ("start", [2.0, None, True], "block index"),
+        ("end", ["8"], "block index"),
+        ("rejoin", ["x_T", "both", "", None, True, ["state"]], "Expected rejoin 'state', 'input' or 'sum', got"),
+        ("magnitude_mix", [1.1, -1.1, math.nan, "0.5", True, None], r"Expected magnitude_mix in \[-1, 1\], got"),
+    ],
+)
+def test_fields_outside_their_range_are_refused(field, values, message):
+    for value in values:
+        with pytest.raises(ValueError, match=message):
+            TokenRoute(**{"start": 2, "end": 8, field: value})
 
 
 def test_a_route_cannot_be_changed_nor_given_by_position():
@@ -104,18 +101,6 @@ def test_options_that_are_off_leave_no_trace():
     assert route.to_dict() == {"start": 2, "end": 8, "selection_ratio": 0.5}
     assert repr(route) == "TokenRoute(start=2, end=8, selection_ratio=0.5)"
     assert route == TokenRoute(start=2, end=8)
-
-
-@pytest.mark.parametrize("rejoin", ["x_T", "both", "", None, True, ["state"]])
-def test_an_unknown_rejoin_is_refused(rejoin):
-    with pytest.raises(ValueError, match="Expected rejoin 'state', 'input' or 'sum', got"):
-        TokenRoute(start=2, end=8, rejoin=rejoin)
-
-
-@pytest.mark.parametrize("mix", [1.1, -1.1, float("nan"), "0.5", True, None])
-def test_a_magnitude_outside_minus_one_to_one_is_refused(mix):
-    with pytest.raises(ValueError, match=r"Expected magnitude_mix in \[-1, 1\], got"):
-        TokenRoute(start=2, end=8, magnitude_mix=mix)
 
 
 def test_routes_may_be_given_in_any_form_and_order():
@@ -144,19 +129,18 @@ def test_what_is_no_route_is_refused(routes):
         resolve_routes(routes, 12)
 
 
-def test_the_number_of_kept_tokens_is_exact():
-    for percent in range(100):
-        exact = Fraction(percent, 100)
-        for num_tokens in [*range(1, 130), 256, 1000, 1024, 4096, 10_000, 16_384, 65_536, 1_000_000]:
-            expected = num_tokens - math.floor(num_tokens * exact)
-            assert num_kept_tokens(num_tokens, percent / 100) == expected, (num_tokens, percent)
-
-
-def test_the_number_of_kept_tokens_is_exact_for_ratios_of_three_digits():
-    for permille in range(1000):
-        for num_tokens in (7, 64, 100, 250, 256, 1000, 4096):
-            expected = num_tokens - math.floor(num_tokens * Fraction(permille, 1000))
-            assert num_kept_tokens(num_tokens, permille / 1000) == expected, (num_tokens, permille)
+@pytest.mark.parametrize(
+    "denominator, lengths",
+    [
+        (100, [*range(1, 130), 256, 1000, 1024, 4096, 10_000, 16_384, 65_536, 1_000_000]),
+        (1000, [7, 64, 100, 250, 256, 1000, 4096]),
+    ],
+)
+def test_the_number_of_kept_tokens_is_exact_for_ratios_of_two_and_three_digits(denominator, lengths):
+    for numerator in range(denominator):
+        for num_tokens in lengths:
+            expected = num_tokens - math.floor(num_tokens * Fraction(numerator, denominator))
+            assert num_kept_tokens(num_tokens, numerator / denominator) == expected, (num_tokens, numerator)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 4, 256])

@@ -41,10 +41,8 @@ class Run:
         return self
 
     def save(self, folder, step, **options):
-        state = {"global_step": step}
-        return save_checkpoint(
-            self.accelerator, folder, step, state=state, ema=self.ema, ema_names=self.names, **options
-        )
+        options |= {"state": {"global_step": step}, "ema": self.ema, "ema_names": self.names}
+        return save_checkpoint(self.accelerator, folder, step, **options)
 
     def weights(self):
         return [weight.clone() for weight in [*self.model.parameters(), *self.ema.shadow_params]]
@@ -127,10 +125,8 @@ def test_saving_a_step_again_replaces_a_damaged_checkpoint(tmp_path):
 
 def test_the_trainers_state_is_plain_json(tmp_path):
     checkpoint = Run().train(2).save(tmp_path, 2)
-    assert json.loads((checkpoint / "trainer_state.json").read_text()) == {
-        "global_step": 2,
-        "ema_optimization_step": 2,
-    }
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state == {"global_step": 2, "ema_optimization_step": 2}
 
 
 def test_a_checkpoint_without_averages_is_refused_where_they_are_wanted(tmp_path):

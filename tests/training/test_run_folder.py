@@ -18,11 +18,7 @@ def claim(tmp_path):
 
     def call(settings=SETTINGS, **options):
         return open_run_folder(
-            tmp_path,
-            settings=settings,
-            free_settings=["report_to"],
-            fixed_settings=["model"],
-            **options,
+            tmp_path, settings=settings, free_settings=["report_to"], fixed_settings=["model"], **options
         )
 
     call.checkpoint = lambda step: save_checkpoint(accelerator, tmp_path, step, state={"settings": SETTINGS})

@@ -1,0 +1,20 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Lets the tests import the scripts; a preset small enough for tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusers_tread.models import transformer_tread_2d
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def small_s():
+    """Makes the preset S a third as wide, with its twelve blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(transformer_tread_2d.PRESETS, "S", (128, 12, 2))
+        yield
