@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 
 from diffusers_tread import apply_token_routing, token_routing
 from diffusers_tread.data import EpochBatchSampler, center_crop, encode_images, image_to_tensor
+from diffusers_tread.runs.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_tread.runs.folder import open_run_folder
 from diffusers_tread.seeds import derive_seed
-from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
-from diffusers_tread.training.run_folder import open_run_folder
 
 
 TRAINED_WEIGHTS = "trained_weights.safetensors"

@@ -46,11 +46,11 @@ from diffusers_tread.flops import training_flops
 from diffusers_tread.hub import BackgroundPush, CardDetails, open_repo
 from diffusers_tread.models import make_denoiser
 from diffusers_tread.pictures import make_grid, save_image
+from diffusers_tread.runs.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_tread.runs.ema import update_ema, whole_weights
+from diffusers_tread.runs.folder import open_run_folder
+from diffusers_tread.runs.monitor import LossMonitor, check_weights
 from diffusers_tread.seeds import derive_seed
-from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
-from diffusers_tread.training.ema import update_ema, whole_weights
-from diffusers_tread.training.monitor import LossMonitor, check_weights
-from diffusers_tread.training.run_folder import open_run_folder
 
 
 logger = get_logger(__name__)

@@ -17,14 +17,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
 # Each may import those before it and, in its own row, none; files of one folder may import each other.
 FLOORS = [
     {"version"},
-    {"registry", "seeds", "files", "fingerprint", "distributed"},
+    {"registry", "seeds", "files", "fingerprint", "distributed", "claims"},
     {"routing", "schedulers", "pictures"},
     {"models", "hooks", "guiders", "objectives"},
     {"flops", "data"},
     {"hub"},
     {"pipelines"},
     {"metrics", "converters"},
-    {"training"},
+    {"training", "runs"},
 ]
 # The cards of models tell results of evaluations.
 ALLOWED = {("hub", "metrics"), ("metrics", "pipelines")}

@@ -31,7 +31,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # 
 from forking import run_forked  # noqa: E402
 
 from diffusers_tread import pictures  # noqa: E402
-from diffusers_tread.training import checkpoints  # noqa: E402
+from diffusers_tread.runs import checkpoints  # noqa: E402
 
 
 def switch_on_fsdp2() -> None:

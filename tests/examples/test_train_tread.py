@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_tread import EDMHeunScheduler, TokenRouter, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import training_flops
 from diffusers_tread.objectives import base
-from diffusers_tread.training.checkpoints import list_checkpoints, verify_checkpoint
+from diffusers_tread.runs.checkpoints import list_checkpoints, verify_checkpoint
 
 
 datasets = pytest.importorskip("datasets")

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffusers_tread.training.checkpoints import (
+from diffusers_tread.runs.checkpoints import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -16,7 +16,7 @@ from diffusers_tread.training.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
-from diffusers_tread.training.ema import whole_weights
+from diffusers_tread.runs.ema import whole_weights
 
 
 class Run:

@@ -4,8 +4,8 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from diffusers_tread.training.checkpoints import save_checkpoint
-from diffusers_tread.training.run_folder import open_run_folder
+from diffusers_tread.runs.checkpoints import save_checkpoint
+from diffusers_tread.runs.folder import open_run_folder
 
 
 SETTINGS = {"learning_rate": 0.1, "report_to": "none", "model": {"num_layers": 6}}
