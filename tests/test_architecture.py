@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
 # Each may import those before it and, in its own row, none; files of one folder may import each other.
 FLOORS = [
     {"version"},
-    {"registry", "seeds", "files", "fingerprint", "distributed", "claims"},
+    {"registry", "seeds", "files", "fingerprint", "distributed"},
+    {"claims"},
     {"routing", "schedulers", "pictures"},
     {"models", "hooks", "guiders", "objectives"},
     {"flops", "data"},
