@@ -23,19 +23,19 @@ import transformers  # noqa: E402, F401 - the extractor imports it, and it takes
 from forking import run_forked  # noqa: E402
 from transformers import Dinov2Model  # noqa: E402, F401
 
-from diffusers_tread.metrics import feature_store  # noqa: E402
+from diffusers_tread import files  # noqa: E402
 
 
 def arm(batch: int) -> None:
     """Makes the process die that is about to publish a batch of the images' features."""
-    publish = feature_store.publish
+    publish = files.publish
 
     def deadly_publish(temporary, final):
         if final.parent.name == "images" and final.name == f"batch-{batch:06d}.safetensors":
             os.kill(os.getpid(), signal.SIGKILL)
         publish(temporary, final)
 
-    feature_store.publish = deadly_publish
+    files.publish = deadly_publish
 
 
 def run(argv: list[str], *, processes: int = 1, kill: list | None = None) -> None:

@@ -6,7 +6,8 @@
 "script" names another example than train_tread. The processes see the environment that torchrun gives them. "kill"
 ends a run by SIGKILL, on all its processes: "step" in the middle of an optimiser step of train_tread, "seal" while a
 checkpoint lies on the disk but is not published, "image" where sample.py has published that many images and is about
-to publish the next. A run that is not killed must end well.
+to publish the next; "stop" tells the second process to stop in a step, and leaves the rest to the run. A run that is
+not killed must end well.
 """
 
 import importlib
@@ -30,7 +31,7 @@ from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
 from forking import run_forked  # noqa: E402
 
-from diffusers_tread import pictures  # noqa: E402
+from diffusers_tread import files  # noqa: E402
 from diffusers_tread.runs import checkpoints  # noqa: E402
 
 
@@ -52,26 +53,33 @@ def arm(kind: str, at: int) -> None:
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    next_batch, seal, publish = train_tread.Trainer.next_batch, checkpoints._seal, pictures.publish
-    published = itertools.count()
+    next_batch, seal, publish = train_tread.Trainer.next_batch, checkpoints._seal, files.publish
+    published, train_step = itertools.count(), train_tread.Trainer.train_step
 
     def deadly_next_batch(trainer, micro_step):
         if trainer.step == at and micro_step == 1:
             die()
         return next_batch(trainer, micro_step)
 
-    def deadly_seal(folder):
-        seal(folder)
+    def deadly_seal(folder, **options):
+        seal(folder, **options)
         if folder.name == f"checkpoint-{at}.tmp":
             die()
 
     def deadly_publish(temporary, final):
-        if next(published) == at:
+        if final.suffix == ".png" and next(published) == at:
             die()
         publish(temporary, final)
 
-    if kind == "image":
-        pictures.publish = deadly_publish
+    def told_train_step(trainer):
+        if trainer.step == at and trainer.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer)
+
+    if kind == "stop":
+        train_tread.Trainer.train_step = told_train_step
+    elif kind == "image":
+        files.publish = deadly_publish
     elif kind == "step":
         train_tread.Trainer.next_batch = deadly_next_batch
     else:
