@@ -104,12 +104,12 @@ def replace_folder(folder: Path, final: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         sync(path)
     old = final.with_name(final.name + ".old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    remove(old)
+    if os.path.lexists(final):
         final.rename(old)
     folder.rename(final)
     sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def remove(path: Path) -> None:

@@ -143,6 +143,14 @@ def test_rotation_leaves_later_checkpoints_of_another_branch(run, tmp_path):
     assert steps(tmp_path / "run") == [40, 45, 50]
 
 
+def test_checkpoints_that_lie_elsewhere_rotate_by_their_links(run, tmp_path):
+    run(A, [10, 20])
+    (tmp_path / "run" / "checkpoint-10").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoint-10").symlink_to(tmp_path / "elsewhere")
+    run(A, [30], limit=1)
+    assert steps(tmp_path / "run") == [30] and (tmp_path / "elsewhere" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("content", SHAPES)
 def test_damaged_manifests_of_any_shape_are_skipped_and_said(run, tmp_path, caplog, content):
     run(A, [10, 20, 30])

@@ -11,7 +11,6 @@ all of them see.
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -270,7 +269,7 @@ def rotate_checkpoints(output_dir: str | Path, *, total_limit: int | None, step:
             counted.append(checkpoint)
     for checkpoint in counted[: -max(total_limit, 1)]:
         # Renamed first, so that a run killed in between leaves no half-deleted checkpoint under a valid name.
-        shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.tmp")))
+        remove(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.tmp")))
 
 
 def _write_together(accelerator: Accelerator, work: Callable[[], None], folder: Path) -> None:
