@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
 FLOORS = [
     {"version"},
     {"registry", "seeds", "files", "fingerprint", "distributed"},
+    {"settings"},
     {"claims"},
     {"routing", "schedulers", "pictures"},
     {"models", "hooks", "guiders", "objectives"},

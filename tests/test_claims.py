@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from diffusers_tread import claims
-from diffusers_tread.claims import LOCK, FolderLock, check_settings, claim
+from diffusers_tread.claims import LOCK, FolderLock, claim
+from diffusers_tread.settings import check_settings
 
 
 fork = multiprocessing.get_context("fork")

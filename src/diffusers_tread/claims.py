@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 
 from .distributed import on_main_process
-from .files import read_object, write_json
+from .files import write_json
+from .settings import check_settings
 
 
 LOCK, SETTINGS = ".lock", "settings.json"
@@ -111,33 +112,6 @@ class FolderLock:
             os.close(descriptor)
 
 
-def check_settings(path: Path, settings: dict[str, Any], *, free: Iterable[str] = ()) -> None:
-    """Compares settings with those that a folder's file keeps.
-
-    Raises:
-        ValueError: With each setting that differs; the file is damaged.
-    """
-    try:
-        before = read_object(path)
-    except ValueError as error:
-        raise ValueError(f"{error} Nobody can tell what {path.parent} was made with: use another folder.") from error
-    if changes := list_changes(before, settings, free=free):
-        raise ValueError(
-            f"Expected a new folder or one of the same settings, got {path.parent}, which was made with other "
-            f"settings ({'; '.join(changes)}). Use another folder, or delete this one."
-        )
-
-
-def list_changes(before: dict[str, Any], now: dict[str, Any], *, free: Iterable[str] = ()) -> list[str]:
-    """What differs between two settings, each as a text; of nested ones the innermost names."""
-    before, now = _flatten(before), _flatten(json.loads(json.dumps(now)))
-    return [
-        f"{key}: {_short(before.get(key))} there, {_short(now.get(key))} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.partition(".")[0] not in set(free)
-    ]
-
-
 def _settle(folder: Path, settings: dict[str, Any], *, free: Iterable[str], record: str, contents: Iterable[str]):
     path = folder / record
     found = sorted(file.relative_to(folder).as_posix() for pattern in contents for file in folder.glob(pattern))
@@ -226,16 +200,3 @@ def _refusal(folder: Path, owner: dict[str, Any]) -> str:
     if owner:
         who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}: {owner.get('command')}"
     return f"Expected {folder} for this run alone, got one at work there ({who}). Wait for it, or use another folder."
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} becomes {"a.b": 1}, so that a difference has a name."""
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

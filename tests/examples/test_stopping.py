@@ -170,6 +170,15 @@ def test_a_sampling_that_is_told_to_stop_keeps_whole_images_and_goes_on(made, tm
     assert len(drawn) == 5 and len(list((tmp_path / "samples" / "images").iterdir())) == 4
 
 
+def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    argv = ["--images", str(tmp_path), "--reference", str(tmp_path), "--output_dir", str(tmp_path / "results")]
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(argv)
+    assert ended.value.code == 143 and not (tmp_path / "results").exists()
+    assert "Stopped by SIGTERM; finished batches are kept. To go on: python" in capfd.readouterr().err
+
+
 @pytest.fixture
 def latents_flags(tmp_path):
     """Six images and a VAE."""

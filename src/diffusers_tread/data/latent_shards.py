@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..claims import check_settings
 from ..files import file_sha256, full_disk_explained, publish, write_json
+from ..settings import check_settings
 from .latent_arrow import RECORD_BATCH, find_fault, regroup, to_table
 from .latents import INFO, LatentsInfo
 

@@ -17,9 +17,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ..claims import check_settings
 from ..distributed import on_main_process
 from ..files import whole, write_json
+from ..settings import check_settings
 from .feature_statistics import FeatureStatistics
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..claims import LOCK, claim, list_changes
+from ..claims import LOCK, claim
 from ..distributed import on_main_process
 from ..files import remove, write_json
+from ..settings import list_changes
 from .checkpoints import MANIFEST, find_checkpoint, list_checkpoints, read_manifest, read_state, verify_checkpoint
 from .state import STATE_FILE, RunState
 
