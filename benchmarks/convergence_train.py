@@ -22,8 +22,8 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_tread import FlowMatchingObjective, RoutingCall, TokenRoute, TREADTransformer2DModel, default_route
 from diffusers_tread.flops import training_flops
+from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.seeds import derive_seed
-from diffusers_tread.training.ema import update_ema
 
 
 BASELINE = "dense"

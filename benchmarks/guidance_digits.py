@@ -44,7 +44,7 @@ from diffusers_tread import RatioSchedule, SparseGuidance, TREADPipeline, TREADT
 from diffusers_tread.data.images import DigitsDataset  # noqa: E402
 from diffusers_tread.flops import guidance_flops  # noqa: E402
 from diffusers_tread.metrics import FeatureStatistics, frechet_distance  # noqa: E402
-from diffusers_tread.training.checkpoints import EMA_WEIGHTS  # noqa: E402
+from diffusers_tread.runs.checkpoints import EMA_WEIGHTS  # noqa: E402
 
 
 # Per kind what makes its guider of a guidance scale, and the scales. A schedule's first ratio is that of the noisiest

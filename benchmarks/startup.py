@@ -27,7 +27,7 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_tread import EDMObjective, TREADTransformer2DModel
 from diffusers_tread.files import sync
-from diffusers_tread.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_tread.runs.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -24,6 +24,7 @@ from accelerate import PartialState
 
 import diffusers_tread
 from diffusers_tread import SparseGuidance, TREADPipeline
+from diffusers_tread.claims import claim
 from diffusers_tread.metrics import (
     METRICS,
     DatasetImages,
@@ -41,6 +42,7 @@ from diffusers_tread.metrics import (
     save_statistics,
 )
 from diffusers_tread.pictures import make_grid, save_image
+from diffusers_tread.runs.signals import stopped_cleanly
 from diffusers_tread.training.config import config_flags, read_json
 
 
@@ -269,13 +271,7 @@ def report(args, images, values: dict[str, float], *, extractor, reference: Prep
     print(f"Saved {path}.")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    # The others wait while the main process computes what may take long: distances between all pairs of features.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
-    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which moves the features
-    output_dir = Path(args.output_dir)
-
+def evaluate(args: argparse.Namespace, state: PartialState, output_dir: Path) -> None:
     # Everything is loaded and tried once before the long work starts; one process fills the caches.
     with state.main_process_first():
         extractor = load_feature_extractor(
@@ -316,6 +312,15 @@ def main(argv: list[str] | None = None) -> None:
         if state.is_main_process:
             report(args, images, values, extractor=extractor, reference=reference)
     state.wait_for_everyone()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    # The others wait while the main process computes what may take long: distances between all pairs of features.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
+    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which moves the features
+    with claim(args.output_dir) as output_dir, stopped_cleanly(argv, kept="finished batches"):
+        evaluate(args, state, output_dir)
     state.destroy_process_group()
 
 

@@ -17,9 +17,11 @@ import torch
 from precompute_latents import load_vae, share
 from tqdm.auto import tqdm
 
+from diffusers_tread.claims import claim
 from diffusers_tread.data import LatentsInfo, LatentsWriter, encode_images
 from diffusers_tread.data.latent_import import VALUES, read_webdataset, to_batches
 from diffusers_tread.data.latents import latent_scale
+from diffusers_tread.runs.signals import stopped_cleanly
 from diffusers_tread.training.config import read_json
 
 
@@ -107,12 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     info = describe(args, first, vae, identity)
 
     writer = LatentsWriter(args.output_dir, info, num_shards=len(tars))
-    # Not their sizes: a tar that was found cut off is fetched again and imported by the same command.
-    missing = writer.open({"tars": [tar.name for tar in tars], "values": args.values, **members})
-    for shard in tqdm(missing, desc="Importing", unit="shard"):
-        records = read_webdataset(tars[shard], **members)
-        writer.write(shard, to_batches(records, values=args.values, info=info))
-    info = writer.finish()
+    with claim(args.output_dir), stopped_cleanly(argv, kept="finished shards"):
+        # Not their sizes: a tar that was found cut off is fetched again and imported by the same command.
+        missing = writer.open({"tars": [tar.name for tar in tars], "values": args.values, **members})
+        for shard in tqdm(missing, desc="Importing", unit="shard"):
+            records = read_webdataset(tars[shard], **members)
+            writer.write(shard, to_batches(records, values=args.values, info=info))
+        info = writer.finish()
     print(f"{args.output_dir} holds {info.num_samples} records in {len(info.shards)} shards.")
     share(args, info)
 

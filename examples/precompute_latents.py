@@ -28,6 +28,7 @@ from datasets.exceptions import DatasetNotFoundError
 from diffusers import AutoModel
 from huggingface_hub.errors import HfHubHTTPError
 
+from diffusers_tread.claims import claim
 from diffusers_tread.data import (
     LatentsInfo,
     LatentsWriter,
@@ -40,9 +41,10 @@ from diffusers_tread.data.latent_encoding import encode_shards
 from diffusers_tread.data.latents import latent_scale
 from diffusers_tread.data.latents_card import latents_card
 from diffusers_tread.distributed import on_main_process
-from diffusers_tread.files import publish
+from diffusers_tread.files import whole
 from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.hub import open_repo, upload_folder
+from diffusers_tread.runs.signals import stopped_cleanly
 from diffusers_tread.training.config import config_flags
 
 
@@ -219,10 +221,10 @@ def describe_source(args: argparse.Namespace, source) -> dict[str, Any]:
 def share(args: argparse.Namespace, info: LatentsInfo) -> None:
     """Writes the card, unless there is one, and uploads the folder if asked to."""
     folder = Path(args.output_dir)
-    card, temporary = folder / "README.md", folder / "README.md.tmp"
+    card = folder / "README.md"
     if not card.exists():
-        latents_card(info, repo_id=args.hub_dataset_id or folder.resolve().name).save(temporary)
-        publish(temporary, card)
+        with whole(card) as temporary:
+            latents_card(info, repo_id=args.hub_dataset_id or folder.resolve().name).save(temporary)
     if args.push_to_hub:
         url = upload_folder(folder, repo_id=args.hub_dataset_id, repo_type="dataset", private=args.hub_private)
         print(f"Pushed to {url}.")
@@ -256,30 +258,32 @@ def main(argv: list[str] | None = None) -> None:
         "shard_size": args.shard_size,
         "batch_size": args.batch_size,
     }
-    missing = on_main_process(lambda: writer.open(settings))
+    with claim(args.output_dir), stopped_cleanly(argv, kept="finished shards"):
+        missing = on_main_process(lambda: writer.open(settings))
 
-    # Each process takes its part of what is missing.
-    begin = time.perf_counter()
-    encode_shards(
-        writer,
-        missing[state.process_index :: state.num_processes],
-        source,
-        vae,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        shard_size=args.shard_size,
-        batch_size=args.batch_size,
-        num_workers=args.dataloader_num_workers,
-        progress=f"Encoding, process 1 of {state.num_processes}" if state.is_main_process else None,
-    )
-    state.wait_for_everyone()
-    if state.is_main_process:
-        seconds = time.perf_counter() - begin
-        info = writer.finish()
-        print(
-            f"{args.output_dir} holds {info.num_samples} records in {len(info.shards)} shards, {len(missing)} of them "
-            f"written now in {seconds:.0f} s, and leaves out {len(info.unreadable)} unreadable images."
+        # Each process takes its part of what is missing.
+        begin = time.perf_counter()
+        encode_shards(
+            writer,
+            missing[state.process_index :: state.num_processes],
+            source,
+            vae,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            shard_size=args.shard_size,
+            batch_size=args.batch_size,
+            num_workers=args.dataloader_num_workers,
+            progress=f"Encoding, process 1 of {state.num_processes}" if state.is_main_process else None,
         )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            seconds = time.perf_counter() - begin
+            info = writer.finish()
+            print(
+                f"{args.output_dir} holds {info.num_samples} records in {len(info.shards)} shards, {len(missing)} of "
+                f"them written now in {seconds:.0f} s, and leaves out {len(info.unreadable)} unreadable images."
+            )
+    if state.is_main_process:  # without the lock, which is no part of what is shared
         share(args, info)
     state.destroy_process_group()
 

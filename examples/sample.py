@@ -9,13 +9,13 @@ docs/samples-and-app.md tells more.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -24,10 +24,11 @@ from evaluate import add_sampling_flags, check_guidance, open_pipeline_images
 from tqdm.auto import tqdm
 
 from diffusers_tread import SparseGuidance, TREADPipeline
+from diffusers_tread.claims import claim
 from diffusers_tread.distributed import on_main_process
-from diffusers_tread.files import write_json
 from diffusers_tread.metrics import PipelineImages
 from diffusers_tread.pictures import add_labels, make_grid, save_image
+from diffusers_tread.runs.signals import stopped_cleanly
 
 
 # What is made, and the flags that only it has a use for.
@@ -189,29 +190,12 @@ def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
     return (torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end) / torch.sin(angle)
 
 
-def claim_folder(output_dir: Path, images: PipelineImages, args: argparse.Namespace) -> set[str]:
-    """The names of the images that are there; claims the folder if there are none.
-
-    Raises:
-        ValueError: They depend on something else than those that are wanted.
-    """
-    path, settings = output_dir / "settings.json", images.description | {"batch_size": args.batch_size}
+def describe(images: PipelineImages, args: argparse.Namespace) -> dict[str, Any]:
+    """What the images depend on."""
+    settings = images.description | {"batch_size": args.batch_size}
     if args.mode == "grid":  # these are in the images' names
         settings["guidance"] = settings["guidance"] | {"guidance_scale": None, "weak_ratio": None}
-    there = {file.stem for file in output_dir.glob("images/*.png")}
-    if not there:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-        return there
-
-    # Images of another program have no settings.
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if differences := sorted(name for name in known | settings if known.get(name) != settings.get(name)):
-        raise ValueError(
-            f"Expected images of the same settings in {output_dir}, got others: {differences} differ from {path}. Use "
-            "another --output_dir."
-        )
-    return there
+    return settings
 
 
 def draw_samples(images: PipelineImages, batch: list[Sample], guiders: dict) -> list[PIL.Image.Image]:
@@ -253,6 +237,14 @@ def draw_missing(
                 save_image(image, folder / f"{sample.name}.png")
 
 
+def draw_sheets(sheets: list[Sheet], args: argparse.Namespace, state: PartialState) -> None:
+    for sheet in sheets[state.process_index :: state.num_processes]:
+        samples = [PIL.Image.open(Path(args.output_dir, "images", f"{sample.name}.png")) for sample in sheet.samples]
+        grid = make_grid(samples, columns=len(sheet.columns) or 10)
+        picture = add_labels(grid, title=sheet.title, rows=sheet.rows, columns=sheet.columns)
+        save_image(picture, Path(args.output_dir, f"{sheet.name}.png"))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -268,15 +260,16 @@ def main(argv: list[str] | None = None) -> None:
         change = partial(SparseGuidance.from_config, images.pipeline.guider.config)
         guiders = {(scale, ratio): change(guidance_scale=scale, weak_ratio=ratio) for scale, ratio in sides}
 
-    there = on_main_process(lambda: claim_folder(Path(args.output_dir), images, args))
-    draw_missing(sheets, images, guiders, args, there=there)
-    state.wait_for_everyone()
-    for sheet in sheets[state.process_index :: state.num_processes]:
-        samples = [PIL.Image.open(Path(args.output_dir, "images", f"{sample.name}.png")) for sample in sheet.samples]
-        grid = make_grid(samples, columns=len(sheet.columns) or 10)
-        picture = add_labels(grid, title=sheet.title, rows=sheet.rows, columns=sheet.columns)
-        save_image(picture, Path(args.output_dir, f"{sheet.name}.png"))
-    state.wait_for_everyone()
+    settings = on_main_process(lambda: describe(images, args))  # which hashes the weights
+    with (
+        claim(args.output_dir, settings, contents=("images/*.png",)) as folder,
+        stopped_cleanly(argv, kept="finished images"),
+    ):
+        there = on_main_process(lambda: {file.stem for file in folder.glob("images/*.png")})
+        draw_missing(sheets, images, guiders, args, there=there)
+        state.wait_for_everyone()
+        draw_sheets(sheets, args, state)
+        state.wait_for_everyone()
     if state.is_main_process:
         print(f"{len(sheets)} sheets of {sum(len(sheet.samples) for sheet in sheets)} images in {args.output_dir}.")
     state.destroy_process_group()

@@ -27,12 +27,17 @@ from tqdm.auto import tqdm
 
 from diffusers_tread import apply_token_routing, token_routing
 from diffusers_tread.data import EpochBatchSampler, encode_images, load_record
+from diffusers_tread.files import whole
+from diffusers_tread.runs.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_tread.runs.folder import RunFolder, open_run_folder
+from diffusers_tread.runs.signals import StopRequest
 from diffusers_tread.seeds import derive_seed
-from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
-from diffusers_tread.training.run_folder import open_run_folder
 
 
 TRAINED_WEIGHTS = "trained_weights.safetensors"
+FROZEN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# What is trained, by --full.
+RESULTS = {True: "transformer", False: "pytorch_lora_weights.safetensors"}
 # Flags that say where and how to run, not what.
 CONTROL_FLAGS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 FIXED_SETTINGS = ("pretrained_model_name_or_path", "full", "rank", "lora_target_modules")
@@ -199,54 +204,36 @@ def checkpoint_trained_weights_only(accelerator: Accelerator, transformer: torch
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_result(pipeline: DiffusionPipeline, args: argparse.Namespace) -> None:
-    if args.full:
-        pipeline.transformer.save_pretrained(Path(args.output_dir) / "transformer")
-    else:
-        layers = get_peft_model_state_dict(pipeline.transformer)
-        type(pipeline).save_lora_weights(args.output_dir, transformer_lora_layers=layers)
+def save_result(pipeline: DiffusionPipeline, args: argparse.Namespace) -> Path:
+    """The transformer's folder or the LoRA's file, whole."""
+    path = Path(args.output_dir, RESULTS[args.full])
+    with whole(path) as temporary:
+        if args.full:
+            pipeline.transformer.save_pretrained(temporary)
+        else:
+            layers = get_peft_model_state_dict(pipeline.transformer)
+            type(pipeline).save_lora_weights(
+                temporary.parent, transformer_lora_layers=layers, weight_name=temporary.name
+            )
+    return path
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
-    )
-    set_seed(args.seed)  # the LoRA's initial weights
-    dataset = load_images(args)
-
-    # Model: frozen pipeline, LoRA, routes.
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
-    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(
-            f"Expected a pipeline with FlowMatchEulerDiscreteScheduler, got {type(pipeline.scheduler).__name__}."
-        )
-    transformer = pipeline.transformer
-    if args.guidance_scale != 1.0 and not transformer.config.get("guidance_embeds", False):
-        raise ValueError("Expected a transformer with guidance_embeds for a --guidance_scale other than 1.0.")
-    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    parameters = prepare_transformer(pipeline, args, frozen_dtype)
-    apply_token_routing(transformer, json.loads(args.routes))
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module) and component is not transformer:
-            component.to(accelerator.device, frozen_dtype)
-
-    # Optimiser, checkpoints.
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
-    velocity = PipelineVelocity(pipeline, guidance_scale=args.guidance_scale)
-    velocity, optimizer = accelerator.prepare(velocity, optimizer)
-    checkpoint_trained_weights_only(accelerator, transformer)
-    settings = {key: value for key, value in vars(args).items() if key not in CONTROL_FLAGS}
-    settings["num_processes"] = accelerator.num_processes
-    checkpoint = open_run_folder(
-        args.output_dir,
-        settings=settings,
-        free_settings=FREE_SETTINGS,
-        fixed_settings=FIXED_SETTINGS,
-        resume_from_checkpoint=args.resume_from_checkpoint,
-        overwrite=args.overwrite_output_dir,
-    )
-    step = 0 if checkpoint is None else load_checkpoint(accelerator, checkpoint)["step"]
+def train(
+    args,
+    accelerator,
+    pipeline,
+    dataset,
+    velocity,
+    optimizer,
+    parameters,
+    settings,
+    *,
+    run: RunFolder,
+    stop: StopRequest,
+) -> None:
+    """The loop, from the run's checkpoint to the last step."""
+    transformer, frozen_dtype = pipeline.transformer, FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    step = 0 if run.checkpoint is None else load_checkpoint(accelerator, run.checkpoint)["step"]
 
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="Steps", disable=not accelerator.is_local_main_process
@@ -294,7 +281,8 @@ def main(argv: list[str] | None = None) -> None:
         progress.update()
 
         # Nothing waits for the device in between; a loss that was not finite stays in the sum.
-        is_checkpoint = step % args.checkpointing_steps == 0 or step == args.max_train_steps
+        is_stopped = stop.is_due()
+        is_checkpoint = is_stopped or step % args.checkpointing_steps == 0 or step == args.max_train_steps
         if is_checkpoint or step % args.logging_steps == 0:
             mean_loss = loss_sum.item() / (step - logged_step) / args.gradient_accumulation_steps
             if not math.isfinite(mean_loss):
@@ -303,13 +291,65 @@ def main(argv: list[str] | None = None) -> None:
             loss_sum.zero_()
             logged_step = step
         if is_checkpoint:
-            limit = args.checkpoints_total_limit
-            save_checkpoint(
-                accelerator, args.output_dir, step, state={"step": step, "settings": settings}, total_limit=limit
+            folder = save_checkpoint(
+                accelerator,
+                args.output_dir,
+                step,
+                state={"step": step, "settings": settings},
+                lineage=run.lineage,
+                total_limit=args.checkpoints_total_limit,
             )
+            run.record(folder.name)
+        if is_stopped:
+            stop.end(f"Saved checkpoint-{step} in {args.output_dir}")
 
-    if accelerator.is_main_process:
-        save_result(pipeline, args)
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+    )
+    set_seed(args.seed)  # the LoRA's initial weights
+    dataset = load_images(args)
+
+    # Model: frozen pipeline, LoRA, routes.
+    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"Expected a pipeline with FlowMatchEulerDiscreteScheduler, got {type(pipeline.scheduler).__name__}."
+        )
+    transformer = pipeline.transformer
+    if args.guidance_scale != 1.0 and not transformer.config.get("guidance_embeds", False):
+        raise ValueError("Expected a transformer with guidance_embeds for a --guidance_scale other than 1.0.")
+    frozen_dtype = FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    parameters = prepare_transformer(pipeline, args, frozen_dtype)
+    apply_token_routing(transformer, json.loads(args.routes))
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module) and component is not transformer:
+            component.to(accelerator.device, frozen_dtype)
+
+    # Optimiser, checkpoints.
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
+    velocity = PipelineVelocity(pipeline, guidance_scale=args.guidance_scale)
+    velocity, optimizer = accelerator.prepare(velocity, optimizer)
+    checkpoint_trained_weights_only(accelerator, transformer)
+    settings = {key: value for key, value in vars(args).items() if key not in CONTROL_FLAGS}
+    settings["num_processes"] = accelerator.num_processes
+    run_folder = open_run_folder(
+        args.output_dir,
+        settings=settings,
+        total_steps=args.max_train_steps,
+        free_settings=FREE_SETTINGS,
+        fixed_settings=FIXED_SETTINGS,
+        results=RESULTS.values(),
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        overwrite=args.overwrite_output_dir,
+    )
+    with run_folder as run, StopRequest(argv) as stop:
+        train(args, accelerator, pipeline, dataset, velocity, optimizer, parameters, settings, run=run, stop=stop)
+        if accelerator.is_main_process:
+            run.record(save_result(pipeline, args).name)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

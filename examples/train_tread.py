@@ -8,7 +8,6 @@ The same command goes on with a run that was killed. The flags are in train_trea
 train_tread_setup.py. See docs/training.md.
 """
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,16 +40,18 @@ from diffusers_tread import RoutingCall, TREADPipeline
 from diffusers_tread.data import encode_images, make_batches
 from diffusers_tread.data.latents import latents_from_moments
 from diffusers_tread.distributed import on_main_process
-from diffusers_tread.files import replace_folder
+from diffusers_tread.files import whole
 from diffusers_tread.flops import training_flops
 from diffusers_tread.hub import BackgroundPush, CardDetails, open_repo
 from diffusers_tread.models import make_denoiser
 from diffusers_tread.pictures import make_grid, save_image
+from diffusers_tread.runs.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_tread.runs.ema import update_ema, whole_weights
+from diffusers_tread.runs.fid_curve import PICTURE, RECORDS
+from diffusers_tread.runs.folder import PIPELINE, RunFolder, open_run_folder
+from diffusers_tread.runs.monitor import LossMonitor, check_weights
+from diffusers_tread.runs.signals import StopRequest
 from diffusers_tread.seeds import derive_seed
-from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
-from diffusers_tread.training.ema import update_ema, whole_weights
-from diffusers_tread.training.monitor import LossMonitor, check_weights
-from diffusers_tread.training.run_folder import open_run_folder
 
 
 logger = get_logger(__name__)
@@ -59,8 +60,22 @@ logger = get_logger(__name__)
 class Trainer:
     """Everything that lives through a run; `train` runs it."""
 
-    def __init__(self, args, accelerator, *, objective, dataset, vae, model, settings, checkpoint, extractor):
+    def __init__(
+        self,
+        args,
+        accelerator,
+        *,
+        objective,
+        dataset,
+        vae,
+        model,
+        settings,
+        run: RunFolder,
+        stop: StopRequest,
+        extractor,
+    ):
         self.args, self.accelerator, self.objective, self.vae = args, accelerator, objective, vae
+        self.run, self.stop = run, stop
         self.id2label, self.num_classes, self.settings = dataset.id2label, dataset.num_classes, settings
         self.latents_info = getattr(dataset, "info", None)
 
@@ -85,10 +100,10 @@ class Trainer:
 
         # Resume. The learning rate is a function of the step, so that it needs no state.
         state = {"global_step": 0, "samples_seen": 0}
-        if checkpoint is not None:
+        if run.checkpoint is not None:
             self.settle_buckets()
-            state = load_checkpoint(accelerator, checkpoint, ema=self.ema, ema_names=self.names)
-            accelerator.print(f"Resuming from {checkpoint}.")
+            state = load_checkpoint(accelerator, run.checkpoint, ema=self.ema, ema_names=self.names)
+            accelerator.print(f"Resuming from {run.checkpoint}.")
         self.step, self.samples_seen = state["global_step"], state["samples_seen"]
         for group in self.optimizer.param_groups:
             group.update(adam, initial_lr=args.learning_rate)
@@ -161,12 +176,16 @@ class Trainer:
 
             # A checkpoint or samples are only made of weights that were looked at.
             due = [action for action, every in actions if self.is_due(every)]
+            if is_stopped := self.stop.is_due():
+                due = [self.save_checkpoint]
             if due or self.step % args.logging_steps == 0:
                 self.log(progress, *monitor.read(self.step))
             if due:
                 check_weights(accelerator, self.parameters, step=self.step)
             for action in due:
                 action()
+            if is_stopped:
+                self.stop.end(f"Saved checkpoint-{self.step} in {args.output_dir}")
             if due:
                 monitor.restart_clock()
         progress.close()
@@ -259,15 +278,17 @@ class Trainer:
         }
         if self.position is not None:
             state["stream_positions"] = gather_object([list(self.position)])
-        save_checkpoint(
+        folder = save_checkpoint(
             self.accelerator,
             self.args.output_dir,
             self.step,
             state=state,
+            lineage=self.run.lineage,
             ema=self.ema,
             ema_names=self.names,
             total_limit=self.args.checkpoints_total_limit,
         )
+        self.run.record(folder.name, "logs")
 
     def make_pipeline(self) -> TREADPipeline:
         """A pipeline with a transformer of its own that holds the averaged weights, if there are any; eager, dense.
@@ -300,7 +321,9 @@ class Trainer:
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images
             grid = make_grid(images)
-            save_image(grid, Path(args.output_dir, "samples", f"step-{self.step:07d}.png"))
+            picture = Path("samples", f"step-{self.step:07d}.png")
+            save_image(grid, args.output_dir / picture)
+            self.run.record(picture)
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):  # not all have it
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -313,16 +336,17 @@ class Trainer:
         if self.fid_curve.has(self.step):
             return
         fid = self.fid_curve.measure(self.make_pipeline(), step=self.step)
+        self.run.record("eval", RECORDS, PICTURE)
         self.accelerator.print(f"Step {self.step}: FID {fid:.4g} of {self.args.eval_num_samples} samples.")
         self.accelerator.log({"fid": fid}, step=self.step)
 
     def save_pipeline(self) -> None:
         """`output_dir/pipeline`, whole or not at all, with the averaged weights if there are any."""
-        pipeline, folder = self.make_pipeline(), Path(self.args.output_dir, "pipeline.tmp")
+        pipeline = self.make_pipeline()
         if self.accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
-            pipeline.save_pretrained(folder)
-            replace_folder(folder, folder.with_name("pipeline"))
+            with whole(Path(self.args.output_dir, PIPELINE)) as folder:
+                pipeline.save_pretrained(folder)
+            self.run.record(PIPELINE, "logs")
         self.accelerator.wait_for_everyone()
 
     def push(self) -> None:
@@ -331,6 +355,7 @@ class Trainer:
         if self.background_push is None:
             return
         pictures = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
+        pictures = [path for path in pictures if path.stem <= f"step-{self.step:07d}"]  # others are of another branch
         card = CardDetails(
             dataset=name_data(args, self.latents_info),
             samples=PIL.Image.open(pictures[-1]) if pictures else None,
@@ -340,6 +365,7 @@ class Trainer:
         if is_last:  # the one that must not be left out because another is not finished
             self.background_push.wait()
         self.background_push.start(pipeline, commit_message=f"Step {self.step}", card=card)
+        self.run.record("hub")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -363,34 +389,36 @@ def main(argv: list[str] | None = None) -> None:
         on_main_process(lambda: str(open_repo(args.hub_model_id, private=args.hub_private)))
 
     # Output folder.
-    checkpoint = open_run_folder(
+    run_folder = open_run_folder(
         args.output_dir,
         settings=settings,
+        total_steps=settings["max_train_steps"],
         free_settings=FREE_SETTINGS,
         resume_from_checkpoint=args.resume_from_checkpoint,
         overwrite=args.overwrite_output_dir,
         fixed_settings=("model",),
     )
-    if args.report_to != "none":
-        scalars = {key: value for key, value in settings.items() if isinstance(value, (str, int, float))}
-        accelerator.init_trackers(args.tracker_project_name, config=scalars)
-
-    trainer = Trainer(
-        args,
-        accelerator,
-        objective=objective,
-        dataset=dataset,
-        vae=None if vae is None else vae.to(accelerator.device),
-        model=build(),
-        settings=settings,
-        checkpoint=checkpoint,
-        extractor=extractor,
-    )
-    trainer.train()
-    trainer.save_pipeline()
-    accelerator.print(f"Saved {Path(args.output_dir, 'pipeline')}.")
-    if trainer.background_push is not None:
-        trainer.background_push.wait()
+    with run_folder as run, StopRequest(argv) as stop:
+        if args.report_to != "none":
+            scalars = {key: value for key, value in settings.items() if isinstance(value, (str, int, float))}
+            accelerator.init_trackers(args.tracker_project_name, config=scalars)
+        trainer = Trainer(
+            args,
+            accelerator,
+            objective=objective,
+            dataset=dataset,
+            vae=None if vae is None else vae.to(accelerator.device),
+            model=build(),
+            settings=settings,
+            run=run,
+            stop=stop,
+            extractor=extractor,
+        )
+        trainer.train()
+        trainer.save_pipeline()
+        accelerator.print(f"Saved {Path(args.output_dir, PIPELINE)}.")
+        if trainer.background_push is not None:
+            trainer.background_push.wait()
     accelerator.end_training()
 
 

@@ -24,9 +24,9 @@ from diffusers_tread.flops import block_flops_saved
 from diffusers_tread.metrics import FeatureExtractor, load_feature_extractor
 from diffusers_tread.models import DENOISERS, TREADTransformer2DModel, make_denoiser
 from diffusers_tread.objectives import LOSS_TERMS, LossTerm, find_objective
+from diffusers_tread.runs.fid_curve import FIDCurve
 from diffusers_tread.seeds import derive_seed
 from diffusers_tread.training.config import read_json
-from diffusers_tread.training.fid_curve import FIDCurve
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:

@@ -18,13 +18,15 @@ PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
 FLOORS = [
     {"version"},
     {"registry", "seeds", "files", "fingerprint", "distributed"},
+    {"settings"},
+    {"claims"},
     {"routing", "schedulers", "pictures"},
     {"models", "hooks", "guiders", "objectives"},
     {"flops", "data"},
     {"hub"},
     {"pipelines"},
     {"metrics", "converters"},
-    {"training"},
+    {"training", "runs"},
 ]
 # The cards of models tell results of evaluations.
 ALLOWED = {("hub", "metrics"), ("metrics", "pipelines")}

@@ -8,22 +8,34 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 
-def on_main_process(work: Callable[[], Any]) -> Any:
+def on_main_process(work: Callable[[], Any], *, only_there: bool = False) -> Any:
     """Calls `work()` in the main process alone; all processes call this together.
+
+    Args:
+        work: What to do.
+        only_there: Whether what it returns stays in the main process; the others get None.
 
     Returns:
         What it returned, in all processes; it must be picklable.
 
     Raises:
         ValueError: If it raised one, with the same message, in all processes, so that none waits for the others.
+        RuntimeError: Likewise in the others if it raised anything else, which the main process raises as it is.
     """
-    answer: list[Any] = [None, None]
+    result, problem = None, None
     if PartialState().is_main_process:
         try:
-            answer[0] = work()
-        except ValueError as error:
-            answer[1] = str(error)
-    result, problem = broadcast_object_list(answer)
+            result = work()
+        except Exception as error:
+            problem = error
+    told = (
+        None if only_there else result,
+        None if problem is None else (isinstance(problem, ValueError), str(problem)),
+    )
+    (shared, trouble), *_ = broadcast_object_list([told])
     if problem is not None:
-        raise ValueError(problem)
-    return result
+        raise problem
+    if trouble is not None:
+        is_value_error, message = trouble
+        raise (ValueError if is_value_error else RuntimeError)(message)
+    return result if PartialState().is_main_process else shared

@@ -1,12 +1,95 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Files and folders that are there whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+# What libraries make of a full disk; some of them hide the number of the error.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_TEXTS = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 122", "os error 27")
+_DISK_FULL_TEXTS += ("pytorchstreamwriter failed writing", "file write failed", "iostream error", "unexpected pos")
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Lends a temporary name for a file or a folder; what was written there gets its own name when the block ends.
+
+    Args:
+        path: The name, in a folder that exists. What stands there is replaced at once.
+
+    Yields:
+        The temporary name. Nothing is left there if the block fails.
+
+    Raises:
+        OSError: The disk is full, with its name and its room.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    remove(temporary)  # of a process that was killed
+    try:
+        with full_disk_explained(path):
+            yield temporary
+            if temporary.is_dir():
+                replace_folder(temporary, path)
+            else:
+                publish(temporary, path)
+    finally:
+        remove(temporary)
+
+
+@contextmanager
+def full_disk_explained(
+    path: str | Path, *, remedy: str = "Free some space and run the same command again."
+) -> Iterator:
+    """Raises an OSError that names the disk for whatever a full one makes libraries raise.
+
+    Args:
+        path: What is written.
+        remedy: What to do, the last sentence of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        disk, usage = find_disk(path), None
+        try:
+            usage = shutil.disk_usage(disk)
+        except OSError:
+            pass
+        room = f", which has {usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB free" if usage else ""
+        raise OSError(
+            errno.ENOSPC,
+            f"Expected room for {path} on the disk {disk}{room}, got: {error}. Nothing half-written is left. {remedy}",
+        ) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or the one that it came from, tells of a full disk, quota or limit on files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in _DISK_FULL:
+                return True
+        elif any(text in str(error).lower() for text in _DISK_FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def find_disk(path: str | Path) -> Path:
+    """Where the file system is mounted that a path, which need not exist, is on."""
+    path = Path(path).resolve()
+    while not path.is_mount() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -21,22 +104,41 @@ def replace_folder(folder: Path, final: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         sync(path)
     old = final.with_name(final.name + ".old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    remove(old)
+    if os.path.lexists(final):
         final.rename(old)
     folder.rename(final)
     sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        ValueError: It is missing, cut off, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"Expected a JSON object in {path}, got {error or type(error).__name__}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected a JSON object in {path}, got {type(content).__name__}.")
+    return content
 
 
 def file_sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ import PIL.ImageFont
 import PIL.ImageOps
 from diffusers.utils import make_image_grid
 
-from .files import publish
+from .files import whole
 
 
 FRAME = 1  # pixels around each image of a grid
@@ -63,9 +63,8 @@ def add_labels(
 def save_image(image: PIL.Image.Image, path: Path) -> None:
     """Writes a PNG that is there whole or not at all, and the folder it goes into."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG")
-    publish(temporary, path)
+    with whole(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def save_curve(points: list[tuple[float, float]], path: Path, *, x_label: str, y_label: str) -> None:

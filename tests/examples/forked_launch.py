@@ -4,7 +4,8 @@
     python forked_launch.py '[{"argv": [...], "processes": 2, "fsdp": true, "kill": {"at": [...], "count": 7}}, ...]'
 
 "script" names another example than train_tread. The processes see the environment that torchrun gives them. "kill"
-ends a run by SIGKILL, on all its processes: see `arm`; with "rank", when that one is hit. "limit" is the size in bytes
+ends a run by SIGKILL, on all its processes: see `arm`; with "rank", when that one is hit; with "send": "SIGTERM" the
+run ends itself. "limit" is the size in bytes
 beyond which no file may grow. Without the two a run must end well. The last line printed is an exit code for each run.
 """
 
@@ -45,15 +46,15 @@ def switch_on_fsdp2() -> None:
     )
 
 
-def arm(*, at: list[str], count: int = 1, matching: str | None = None) -> None:
-    """Makes this process kill itself at the `count`-th call of these functions, of those whose arguments match."""
+def arm(*, at: list[str], count: int = 1, matching: str | None = None, send: str = "SIGKILL") -> None:
+    """Makes this process signal itself at the `count`-th call of these functions, of those whose arguments match."""
 
     def deadly(function):
         def call(*args, **kwargs):
             nonlocal count
             count -= matching is None or re.search(matching, str(args)) is not None
             if count == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.Signals[send])
             return function(*args, **kwargs)
 
         return call

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
 
-from diffusers_tread.training.checkpoints import list_checkpoints
+from diffusers_tread.runs.checkpoints import list_checkpoints
 
 
 def call(example, *argv):

@@ -67,7 +67,7 @@ def test_two_processes_and_killed_runs_give_what_one_process_gives(argv, tmp_pat
     """Killed alone at a random batch, then one of two processes at the same batch, then left to finish."""
     batch = random.Random(os.urandom(8)).randrange(8)
     print(f"killed at batch {batch}")
-    kill = {"at": ["diffusers_tread.metrics.feature_store.publish"], "matching": f"images/batch-{batch:06d}"}
+    kill = {"at": ["diffusers_tread.files.publish"], "matching": f"images/batch-{batch:06d}"}
     runs = [("one", 1, None), ("two", 2, None), ("killed", 1, kill), ("killed", 2, kill), ("killed", 1, None)]
     codes, _ = launch(
         {"script": "evaluate", "argv": [*argv, "--output_dir", tmp_path / name], "processes": processes, "kill": kill}

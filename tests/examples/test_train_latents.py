@@ -23,9 +23,9 @@ from diffusers_tread.data.latent_shards import LatentsWriter
 from diffusers_tread.data.latents import encode_moments
 from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.metrics import load_feature_extractor
+from diffusers_tread.runs import fid_curve
+from diffusers_tread.runs.checkpoints import list_checkpoints
 from diffusers_tread.seeds import derive_seed
-from diffusers_tread.training import fid_curve
-from diffusers_tread.training.checkpoints import list_checkpoints
 
 
 pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_tread import EDMHeunScheduler, TokenRouter, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import training_flops
 from diffusers_tread.objectives import base
-from diffusers_tread.training.checkpoints import list_checkpoints, verify_checkpoint
+from diffusers_tread.runs.checkpoints import list_checkpoints, verify_checkpoint
 
 
 datasets = pytest.importorskip("datasets")
@@ -73,7 +73,7 @@ def test_a_killed_run_ends_bitwise_like_one_that_was_not_killed(config, tmp_path
     step, path, plan = random.Random(os.urandom(8)).randrange(4, 9), config(), []
     print(f"killed in step {step}")
     in_step = {"at": ["train_tread.Trainer.next_batch"], "count": 2 * step + 2}  # the second batch of the step
-    sealed = {"at": ["diffusers_tread.training.checkpoints.replace_folder"], "matching": "checkpoint-9"}
+    sealed = {"at": ["diffusers_tread.runs.checkpoints.replace_folder"], "matching": "checkpoint-9"}
     for processes in (1, 4):
         whole, killed = (
             ["--config", path, "--output_dir", tmp_path / f"{name}-{processes}"] for name in ("whole", "killed")
@@ -258,12 +258,13 @@ def test_labels_are_dropped_at_the_asked_rate(config, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(config, tmp_path):
     output = tmp_path / "run"
     train("--config", config(max_train_steps=4), "--output_dir", output)
-    before = sorted(path.name for path in output.iterdir())
     with pytest.raises(ValueError, match="finite loss|finite weights"):
         train("--config", config(max_train_steps=40, learning_rate=1e30, lr_scheduler="constant"),
               "--output_dir", output, "--resume_from_checkpoint", "latest", "--logging_steps", 20)  # fmt: skip
-    assert sorted(path.name for path in output.iterdir()) == before
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-3", "checkpoint-4"]
     verify_checkpoint(output / "checkpoint-4")
+    (pipeline,) = output.glob("pipeline*")  # of the run before, whose name it has
+    assert pipeline.name != "pipeline"
     assert all(tensor.isfinite().all() for weights in weights_of(output) for tensor in weights.values())
 
 

@@ -6,24 +6,22 @@ While it is written, a folder also holds `unfinished/`, with a record of each sh
 """
 
 import dataclasses
-import errno
 import json
 import shutil
-import textwrap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..files import file_sha256, publish, write_json
+from ..files import file_sha256, full_disk_explained, publish, write_json
+from ..settings import check_settings
 from .latent_arrow import RECORD_BATCH, find_fault, regroup, to_table
 from .latents import INFO, LatentsInfo
 
 
 SETTINGS, UNFINISHED = "latents_config.json", "unfinished"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_GO_ON = "Free some space and run the same command, which goes on with the missing shards."
 
 
 def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo:
@@ -199,18 +197,8 @@ class LatentsWriter:
             return False
         return _compare(self.folder / self.files[shard], json.loads(record.read_text()), checksums=False) is None
 
-    @contextmanager
     def _disk_full_explained(self):
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _DISK_FULL:
-                raise
-            raise OSError(
-                error.errno,
-                f"Expected room for {self.folder}, got none. Nothing half-written is left there: free some space and "
-                "run the same command, which goes on with the missing shards",
-            ) from error
+        return full_disk_explained(self.folder, remedy=_GO_ON)
 
 
 def _compare(path: Path, shard: dict[str, Any], *, checksums: bool = True) -> str | None:
@@ -235,14 +223,4 @@ def _check_owner(folder: Path, settings: dict[str, Any]) -> None:
         if (folder / INFO).exists() or (folder / "data").exists():
             raise ValueError(f"Expected a new folder, got {folder}, which holds other data. Use another one.")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changes = [
-        textwrap.shorten(f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now", 500)
-        for key in sorted(set(before) | set(settings))
-        if before.get(key) != settings.get(key)
-    ]
-    if changes:
-        raise ValueError(
-            f"Expected a new folder or the latents that this command began, got {folder}, which was made with other "
-            f"settings ({'; '.join(changes)}). Use another folder, or delete this one."
-        )
+    check_settings(path, settings)

@@ -6,6 +6,7 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..claims import claim
 from ..distributed import on_main_process
 from .feature_store import FeatureStore
 from .image_sources import ImageSource
@@ -27,10 +28,26 @@ def extract_features(source: ImageSource, extractor: FeatureExtractor, store: Fe
         label: Label of the progress bar, which counts the images of all processes.
 
     Raises:
-        ValueError: The store holds other features; the images differ in size.
+        ValueError: The store holds other features, or another run fills it; the images differ in size.
     """
-    # Each process takes its share of the missing batches.
+    # A store that is whole is only read, by any number of evaluations.
     state, missing = PartialState(), store.claim()
+    if not missing:
+        return
+    with claim(store.folder):
+        _extract_missing(source, extractor, store, state, missing, label=label)
+
+
+def _extract_missing(
+    source: ImageSource,
+    extractor: FeatureExtractor,
+    store: FeatureStore,
+    state: PartialState,
+    missing: list[int],
+    *,
+    label: str,
+) -> None:
+    # Each process takes its share of the missing batches.
     mine = missing[state.process_index :: state.num_processes]
 
     # Any process finishes batches; the main one counts them on the disk.

@@ -18,7 +18,8 @@ import safetensors.torch
 import torch
 
 from ..distributed import on_main_process
-from ..files import publish, write_json
+from ..files import whole, write_json
+from ..settings import check_settings
 from .feature_statistics import FeatureStatistics
 
 
@@ -60,19 +61,11 @@ class FeatureStore:
         """Writes one batch, whole or not at all.
 
         Raises:
-            ValueError: The disk is full, or the file cannot be written.
+            OSError: The disk is full.
         """
         features = {name: values.detach().float().cpu().contiguous() for name, values in features.items()}
-        temporary = self.folder / f".batch-{batch:06d}.tmp"
-        try:
+        with whole(self._path(batch)) as temporary:
             safetensors.torch.save_file(features, temporary)
-            publish(temporary, self._path(batch))
-        except (OSError, safetensors.SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise ValueError(
-                f"Expected a disk that takes the features in {self.folder}, got {error}. Free some space and run the "
-                "same command again: finished batches are kept."
-            ) from error
 
     def num_done(self) -> int:
         """Counts the images whose features are on the disk, from all processes."""
@@ -136,29 +129,10 @@ class FeatureStore:
         # Settings of an earlier run.
         path = self.folder / SETTINGS
         if path.exists():
-            before, now = _flatten(json.loads(path.read_text())), _flatten(self.settings)
-            changes = [
-                f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key) != now.get(key)
-            ]
-            if changes:
-                raise ValueError(
-                    f"Expected an empty folder or the features of this very evaluation in {self.folder}, got others "
-                    f"({'; '.join(changes)}). Use another folder or delete this one."
-                )
-            return
+            return check_settings(path, self.settings)
 
         # Or a new folder.
         if self._done():
             raise ValueError(f"Expected {SETTINGS} beside the features in {self.folder}, got none. Delete the folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, self.settings)
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested settings, so that a difference has a name: {"a": {"b": 1}} becomes {"a.b": 1}."""
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat

@@ -15,7 +15,8 @@ import torch
 
 from ..data.folders import list_images
 from ..data.images import UnreadableImage, load_image
-from ..files import file_sha256, publish
+from ..files import file_sha256
+from ..pictures import save_image
 
 
 class ImageSource(Protocol):
@@ -173,11 +174,8 @@ class KeptImages:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Reads the images start .. stop - 1 as [B, 3, H, W] uint8; files of kept ones are whole when this returns."""
         images = self.source.read(start, stop)
-        self.folder.mkdir(parents=True, exist_ok=True)
         for index, image in zip(range(start, min(stop, self.num_kept)), images, strict=False):
-            temporary = self.path(index).with_suffix(".tmp")
-            PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
-            publish(temporary, self.path(index))
+            save_image(PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), self.path(index))
         return images
 
     def path(self, index: int) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import file_sha256, publish
+from ..files import file_sha256, whole
 from .feature_statistics import FeatureStatistics
 from .networks import FeatureExtractor
 
@@ -112,14 +112,8 @@ def save_statistics(path: str | Path, statistics: dict[str, FeatureStatistics]) 
     known = {"count": first.count, "extractor": first.extractor}
     arrays |= {key: np.array(value) for key, value in known.items() if value is not None}
 
-    # Under another name until it is whole.
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_reference(path: str | Path, *, extractor: FeatureExtractor) -> NpzReference:

@@ -2,8 +2,10 @@
 """The FID of a run's samples at several of its steps: measured, written down, drawn."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -15,6 +17,8 @@ from ..pipelines import TREADPipeline
 
 
 RECORDS, STORE, PICTURE = "metrics.json", "eval", "samples/fid.png"
+
+logger = logging.getLogger(__name__)
 
 
 class FIDCurve:
@@ -62,7 +66,7 @@ class FIDCurve:
             "guidance_scale": guidance_scale,
             "seed": seed,
         }
-        self.batch_size, path = batch_size, self.output_dir / RECORDS
+        self.batch_size = batch_size
         check_metrics(("fid",), extractor, num_samples=num_samples)
         self.reference = prepare_reference(
             reference,
@@ -72,7 +76,7 @@ class FIDCurve:
             store_dir=self.output_dir / STORE,
             image_size=(image_size, image_size),
         )
-        records = json.loads(path.read_text()) if accelerator.is_main_process and path.exists() else []
+        records = _read_records(self.output_dir / RECORDS) if accelerator.is_main_process else []
         self.records = [record for record in broadcast_object_list([records])[0] if record["step"] <= step]
 
     def has(self, step: int) -> bool:
@@ -105,3 +109,17 @@ class FIDCurve:
             write_json(self.output_dir / RECORDS, self.records)
         self.accelerator.wait_for_everyone()
         return fid
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """The measurements of a file; none of one that is damaged, which is said."""
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(record["step"], int) and isinstance(record["fid"], float) for record in records):
+            return list(records)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    logger.warning(f"Skipping {path}, which is damaged: the FID of steps before this one is left out of the curve.")
+    return []

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from diffusers_tread.training.ema import update_ema
+from diffusers_tread.runs.ema import update_ema
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from diffusers_tread.training.checkpoints import save_checkpoint
-from diffusers_tread.training.run_folder import open_run_folder
+from diffusers_tread.runs.checkpoints import save_checkpoint
+from diffusers_tread.runs.folder import open_run_folder
 
 
 SETTINGS = {"learning_rate": 0.1, "report_to": "none", "model": {"num_layers": 6}}
@@ -16,12 +16,16 @@ def claim(tmp_path):
     accelerator = Accelerator(cpu=True)
     accelerator.free_memory()
 
-    def call(settings=SETTINGS, **options):
-        return open_run_folder(
-            tmp_path, settings=settings, free_settings=["report_to"], fixed_settings=["model"], **options
-        )
+    def call(settings=SETTINGS, *, steps=(), record=(), **options):
+        """A run that writes some checkpoints and ends; where it began."""
+        fixed = {"free_settings": ["report_to"], "fixed_settings": ["model"], "total_steps": 60} | options
+        with open_run_folder(tmp_path, settings=settings, **fixed) as run:
+            state = {"settings": settings}
+            for step in steps:
+                save_checkpoint(accelerator, tmp_path, step, state=state, lineage=run.lineage)
+            run.record(*record)
+        return run.checkpoint
 
-    call.checkpoint = lambda step: save_checkpoint(accelerator, tmp_path, step, state={"settings": SETTINGS})
     return call
 
 
@@ -31,7 +35,7 @@ def written(folder):
 
 def test_a_new_folder_starts_a_run_and_the_same_run_resumes(claim, tmp_path):
     assert claim() is None and written(tmp_path) == SETTINGS
-    claim.checkpoint(5)
+    claim(steps=[5])
     assert claim().name == "checkpoint-5"
     assert claim(SETTINGS | {"report_to": "wandb"}).name == "checkpoint-5"
 
@@ -46,8 +50,7 @@ def test_another_run_is_refused_and_its_folder_left_alone(claim, tmp_path):
 
 
 def test_a_named_checkpoint_goes_on_with_other_settings_but_not_with_another_model(claim, tmp_path):
-    claim()
-    claim.checkpoint(5)
+    claim(steps=[5])
     with pytest.raises(ValueError, match="num_layers"):
         claim(SETTINGS | {"model": {"num_layers": 8}}, resume_from_checkpoint="latest")
     assert written(tmp_path) == SETTINGS
@@ -58,13 +61,12 @@ def test_a_named_checkpoint_goes_on_with_other_settings_but_not_with_another_mod
 
 def test_checkpoints_of_an_unknown_run_are_refused(claim, tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(ValueError, match="no train_config.json"):
+    with pytest.raises(ValueError, match="no run.json"):
         claim()
 
 
 def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(claim, tmp_path):
-    claim()
-    claim.checkpoint(5)
+    claim(steps=[5])
     (tmp_path / "notes.txt").write_text("mine")
     assert claim(SETTINGS | {"learning_rate": 0.2}, overwrite=True) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "train_config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run.json", "train_config.json"]

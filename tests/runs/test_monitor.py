@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_tread.training.monitor import LossMonitor, check_weights
+from diffusers_tread.runs.monitor import LossMonitor, check_weights
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffusers_tread.training.checkpoints import (
+from diffusers_tread.runs.checkpoints import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -16,7 +16,7 @@ from diffusers_tread.training.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
-from diffusers_tread.training.ema import whole_weights
+from diffusers_tread.runs.ema import whole_weights
 
 
 class Run:
@@ -93,7 +93,7 @@ def test_latest_skips_damaged_and_half_written_checkpoints_and_says_so(tmp_path,
 def test_a_checkpoint_is_found_by_name_and_by_path_but_not_when_damaged(tmp_path):
     checkpoint = Run().save(tmp_path, 3)
     assert find_checkpoint(tmp_path, "checkpoint-3") == find_checkpoint(tmp_path / "other", str(checkpoint))
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="which does not exist"):
         find_checkpoint(tmp_path, "checkpoint-4")
     (checkpoint / "optimizer.bin").unlink()
     with pytest.raises(ValueError, match="optimizer.bin"):

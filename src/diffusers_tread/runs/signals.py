@@ -1,0 +1,170 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Ends a run that is told to stop (SIGTERM, SIGINT) so that the same command goes on with it."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+import torch.distributed
+from accelerate import PartialState
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ONE_CALL = 1.0  # seconds within which the terminal and the launcher pass on the same call
+
+
+class StopRequest:
+    """Notes the first SIGTERM or SIGINT for the loop to stop at; a second one stops the process at once.
+
+    Use it as a context manager, in all processes together. Signals are handled in the main thread only; elsewhere
+    nothing changes.
+
+    Args:
+        argv: The script's arguments; None for those of this process.
+    """
+
+    def __init__(self, argv: Sequence[str] | None = None):
+        self.argv, self.signal = argv, None
+        self._time, self._pid = 0.0, os.getpid()
+        self._group, self._vote, self._work = None, None, None
+
+    def __enter__(self) -> "StopRequest":
+        if PartialState().num_processes > 1 and torch.distributed.is_initialized():
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._before = _replace_handlers(dict.fromkeys(SIGNALS, self._handle))
+        return self
+
+    def __exit__(self, *error) -> None:
+        _replace_handlers(self._before)
+        if self._work is not None:
+            if error[0] is None:
+                self._work.wait()
+            self._work = None
+
+    def is_due(self) -> bool:
+        """Whether to stop after this step: the same answer in all processes, which ask once a step, together.
+
+        The processes' votes travel on the CPU while the next step runs, so that nobody waits; one step later all know.
+        """
+        if self._group is None:
+            return self.signal is not None
+        is_due = False
+        if self._work is not None:
+            self._work.wait()
+            is_due = bool(self._vote.item())
+        if not is_due:
+            self._vote = torch.tensor(self.signal or 0)
+            options = {"op": torch.distributed.ReduceOp.MAX, "group": self._group, "async_op": True}
+            self._work = torch.distributed.all_reduce(self._vote, **options)
+        else:
+            self.signal, self._work = int(self._vote.item()), None
+        return is_due
+
+    def end(self, done: str) -> NoReturn:
+        """Ends the run, which `is_due` asked for.
+
+        Args:
+            done: What is safe, a sentence without its stop.
+
+        Raises:
+            SystemExit: With 128 plus the signal's number, as shells report it.
+        """
+        _say(f"{done}. To go on: {resume_command(self.argv)}")
+        raise SystemExit(128 + self.signal)
+
+    def _handle(self, number: int, frame) -> None:
+        if os.getpid() != self._pid:  # a forked worker: its parent tells it
+            if number == signal.SIGTERM:
+                _stop_at_once(number)
+            return
+        if self.signal is None:
+            self.signal, self._time = number, time.monotonic()
+            _say(
+                f"Got {signal.Signals(number).name}: finishing this step and saving a checkpoint. Again stops at once."
+            )
+        elif time.monotonic() - self._time > _ONE_CALL:
+            _stop_at_once(number)
+
+
+@contextmanager
+def stopped_cleanly(argv: Sequence[str] | None, *, kept: str) -> Iterator[None]:
+    """Turns SIGTERM and SIGINT into an end that leaves nothing half-written and says how to go on.
+
+    Args:
+        argv: The script's arguments; None for those of this process.
+        kept: What the same command finds done, such as "finished batches".
+
+    Raises:
+        SystemExit: In place of the signal, with 128 plus its number, as shells report it.
+    """
+    pid = os.getpid()
+
+    def handle(number: int, frame) -> None:
+        if os.getpid() != pid:
+            if number == signal.SIGTERM:
+                _stop_at_once(number)
+            return
+        _replace_handlers(before)  # the next one stops at once
+        raise _Stopped(number)
+
+    before = _replace_handlers(dict.fromkeys(SIGNALS, handle))
+    try:
+        yield
+    except _Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        _say(f"Stopped by {name}; {kept} are kept. To go on: {resume_command(argv)}")
+        raise SystemExit(128 + stopped.number) from None
+    finally:
+        _replace_handlers(before)
+
+
+def resume_command(argv: Sequence[str] | None) -> str:
+    """The command that goes on with a stopped run: the same, without what would delete it or go back again.
+
+    Args:
+        argv: The script's arguments; None for those of this process.
+    """
+    kept, words = [], iter(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        name = word.partition("=")[0]
+        if name == "--resume_from_checkpoint":
+            if "=" not in word:
+                next(words, None)
+        elif name != "--overwrite_output_dir":
+            kept.append(word)
+    processes = PartialState().num_processes
+    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    return shlex.join([*launcher, sys.argv[0], *map(str, kept)])
+
+
+class _Stopped(BaseException):
+    """Goes through everything that only catches errors."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def _replace_handlers(handlers: dict) -> dict:
+    """Sets handlers and returns those before; none outside of the main thread, where Python allows none."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+
+def _stop_at_once(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _say(text: str) -> None:
+    """Past buffers that the signal may have interrupted, from the main process."""
+    if PartialState().is_main_process:
+        os.write(2, f"\n{text}\n".encode())
