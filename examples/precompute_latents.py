@@ -10,6 +10,7 @@ The same command goes on with a run that was killed. See docs/latents.md.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import math
 import re
@@ -31,14 +32,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from diffusers_tread.data import (
     LatentsInfo,
     LatentsWriter,
-    encode_images,
-    encode_moments,
+    check_vae,
+    latent_codec,
     open_images,
     verify_latents,
 )
-from diffusers_tread.data.latent_encoding import encode_shards
-from diffusers_tread.data.latents import latent_scale
-from diffusers_tread.data.latents_card import latents_card
+from diffusers_tread.data.latents.card import latents_card
+from diffusers_tread.data.latents.encoding import digest_sources, encode_shards
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import publish
 from diffusers_tread.fingerprint import weights_fingerprint
@@ -169,26 +169,14 @@ def load_vae(args: argparse.Namespace, device: torch.device):
 
 def describe(args: argparse.Namespace, source, id2label: dict[int, str], vae, identity: dict[str, Any]) -> LatentsInfo:
     """What the folder will hold, found out by encoding an empty image."""
-    side = args.resolution
-    pixels = torch.zeros(1, 3, side, side, device=vae.device)
-    try:
-        moments, latents = encode_moments(vae, pixels), encode_images(vae, pixels)
-    except RuntimeError as error:
-        raise ValueError(f"Expected a --resolution that the VAE can encode, got {side}: {error}") from error
-    channels, size = latents.shape[1:3]
-    if side % size or math.log2(side // size) % 1:
-        raise ValueError(
-            f"Expected a --resolution that is a multiple of the VAE's downsampling, got {side}, which becomes {size}."
-        )
-    shift, scale = latent_scale(vae)
+    kind, channels, size = check_vae(vae, args.resolution)
     return LatentsInfo(
-        kind="moments" if moments.shape[1] == 2 * channels else "latents",
+        kind=kind,
         dtype=args.dtype,
         latent_channels=channels,
         latent_size=size,
-        resolution=side,
-        scaling_factor=scale,
-        shift_factor=shift,
+        resolution=args.resolution,
+        **dataclasses.asdict(latent_codec(vae)),
         vae=identity,
         source=describe_source(args, source),
         has_flipped=args.flip,
@@ -252,7 +240,10 @@ def main(argv: list[str] | None = None) -> None:
         "shard_size": args.shard_size,
         "batch_size": args.batch_size,
     }
-    missing = on_main_process(lambda: writer.open(settings))
+    columns = {"image_column": args.image_column, "shard_size": args.shard_size}
+    # A commit of a repository says all of its images.
+    digest = None if info.source.get("revision") else partial(digest_sources, source, **columns)
+    missing = on_main_process(lambda: writer.open(settings, sources=digest and digest()))
 
     # Each process takes its part of what is missing.
     begin = time.perf_counter()

@@ -10,15 +10,15 @@ from diffusers_tread.data import (
     LatentsInfo,
     encode_images,
     encode_moments,
+    latent_codec,
     latents_from_moments,
 )
-from diffusers_tread.data.latents import latent_scale
 
 
 INFO = LatentsInfo(
     kind="moments", dtype="float16", latent_channels=4, latent_size=8, resolution=8, scaling_factor=0.3,
-    shift_factor=0.2, vae={}, source={}, id2label={0: "ant", 1: "bee"}, num_samples=2, shards=({"file": "a"},),
-    unreadable=("image 7",),
+    shift_factor=0.2, vae={}, source={}, id2label={0: "ant", 1: "bee"}, num_samples=2,
+    shards=({"file": "data/a.arrow", "num_samples": 2, "size": 9, "sha256": "0" * 64},), unreadable=("image 7",),
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_latents_of_stored_moments_are_those_of_the_images():
     expected = encode_images(vae, images, generator=torch.Generator().manual_seed(1))
     latents = latents_from_moments(moments, INFO, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(latents, expected)
-    assert latent_scale(vae) == (0.2, 0.3)
+    assert latent_codec(vae) == INFO.codec
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -22,11 +22,11 @@ import precompute_latents  # noqa: E402
 import torch  # noqa: E402
 from forking import run_forked  # noqa: E402
 
-from diffusers_tread.data import latent_encoding  # noqa: E402
+from diffusers_tread.data.latents import encoding  # noqa: E402
 
 
 # In the middle of a shard, and around each step in which a file is published.
-EVENTS = ((latent_encoding, "encode_moments"), (os, "fsync"), (os, "replace"))
+EVENTS = ((encoding, "encode_moments"), (os, "fsync"), (os, "replace"))
 
 
 def arm(count: int) -> None:

@@ -18,9 +18,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 
 from diffusers_tread import TREADPipeline
-from diffusers_tread.data import EpochBatchSampler, LatentsDataset, LatentsInfo
-from diffusers_tread.data.latent_shards import LatentsWriter
-from diffusers_tread.data.latents import encode_moments
+from diffusers_tread.data import EpochBatchSampler, LatentsDataset, LatentsInfo, LatentsWriter, encode_moments
 from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.metrics import load_feature_extractor
 from diffusers_tread.seeds import derive_seed

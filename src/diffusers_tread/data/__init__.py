@@ -1,9 +1,21 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .batch_sampler import EpochBatchSampler
 from .images import DigitsDataset, ImageDataset, center_crop, collate_images, image_to_tensor, open_images
-from .latent_dataset import LatentsDataset, StreamingLatentsDataset, open_latents
-from .latent_shards import LatentsWriter, verify_latents
-from .latents import LatentsInfo, encode_images, encode_moments, latents_from_moments
+from .latents import (
+    LatentCodec,
+    LatentsDataset,
+    LatentsInfo,
+    LatentsWriter,
+    StreamingLatentsDataset,
+    check_vae,
+    decode_latents,
+    encode_images,
+    encode_moments,
+    latent_codec,
+    latents_from_moments,
+    open_latents,
+    verify_latents,
+)
 from .loading import make_batches, open_training_data
 from .streaming import StreamingImageDataset
 
@@ -12,16 +24,20 @@ __all__ = [
     "DigitsDataset",
     "EpochBatchSampler",
     "ImageDataset",
+    "LatentCodec",
     "LatentsDataset",
     "LatentsInfo",
     "LatentsWriter",
     "StreamingImageDataset",
     "StreamingLatentsDataset",
     "center_crop",
+    "check_vae",
     "collate_images",
+    "decode_latents",
     "encode_images",
     "encode_moments",
     "image_to_tensor",
+    "latent_codec",
     "latents_from_moments",
     "make_batches",
     "open_images",

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """From a data set of images to the shards of a folder of latents."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .images import read_image
-from .latent_shards import LatentsWriter
-from .latents import encode_moments
+from ..images import read_image
+from .codec import encode_moments
+from .writing import LatentsWriter, digest_files
 
 
 def encode_shards(
@@ -66,6 +67,29 @@ def encode_shards(
         for shard, its_batches in zip(shards, batches, strict=True):
             records = _encode(vae, islice(loader, len(its_batches)), flip=writer.info.has_flipped, bar=bar)
             writer.write(shard, records)
+
+
+def digest_sources(source, *, image_column: str, shard_size: int) -> list[str]:
+    """For each shard a hash that changes with its images, for `LatentsWriter.open`.
+
+    Of image files it takes names, sizes and times of change, which reads none of them; of images that lie in the data
+    set itself the content.
+
+    Args:
+        source: As for `encode_shards`.
+        image_column: As for `encode_shards`.
+        shard_size: As for `encode_shards`.
+    """
+    digests = []
+    for start in range(0, len(source), shard_size):
+        digest = hashlib.sha256()
+        for index in range(start, min(start + shard_size, len(source))):
+            image = source[index][image_column] or {}
+            content = image.get("bytes")
+            files = [] if content is not None or not image.get("path") else [image["path"]]
+            digest.update(hashlib.sha256(content or b"").digest() + digest_files(files).encode())
+        digests.append(digest.hexdigest())
+    return digests
 
 
 class SourceImages(Dataset):
