@@ -81,9 +81,10 @@ def open_shard(folder: str | Path, shard: dict[str, Any], info: LatentsInfo):
             f"Expected a whole shard, got {path}, which cannot be read ({error}). Fetch it again."
         ) from error
     if len(dataset) != shard["num_samples"] or not table.schema.equals(schema) or has_nulls:
+        nulls = ", some of them null" if has_nulls else ""
         raise ValueError(
             f"Expected {shard['num_samples']} records of {schema.names}, as {INFO} says, in {path}, got "
-            f"{len(dataset)} of {dataset.column_names}{', some of them null' if has_nulls else ''}. Make the folder again."
+            f"{len(dataset)} of {dataset.column_names}{nulls}. Make the folder again."
         )
     return dataset
 

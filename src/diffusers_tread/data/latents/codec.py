@@ -7,7 +7,7 @@
 mean and std, as in the pipelines of diffusers:
 
     AutoencoderKL, DC, Tiny, ...        `shift_factor` and 1, as Stable Diffusion and Flux have them
-    with `latents_mean`, `latents_std`  these, per channel, of the config or (LTX) the weights, as SDXL, Wan, Qwen-Image
+    with `latents_mean`, `latents_std`  these, per channel, from the config or (LTX) the weights, as SDXL and Wan
     AutoencoderKLFlux2                  of its batch norm, after each 2x2 pixels of latents became one, as Flux.2
     AutoencoderRAE                      0 and 1: its `encode` normalises, its `decode` goes back; images are in [0, 1]
 
@@ -118,6 +118,8 @@ def spatial_compression(vae) -> int:
     """
     if _normalizes_itself(vae):
         return vae.config.patch_size
+    if (levels := vae.config.get("dim_mult")) is not None:  # Wan and Qwen-Image, whose other fields need not agree
+        return 2 ** (len(levels) - 1) * (vae.config.get("patch_size") or 1)
     ratio = vae.config.get("spatial_compression_ratio") or getattr(vae, "spatial_compression_ratio", None)
     levels = vae.config.get("block_out_channels") or vae.config.get("ch_mult")
     if ratio is None and levels is None:
