@@ -34,7 +34,7 @@ _PIPELINE = [
 ]
 # The files with code, and the package's modules that each is made of.
 CODE = {
-    "pipeline.py": [*_PIPELINE, *_OBJECTIVES, "schedulers.scheduling_edm_heun", *_ROUTING],
+    "pipeline.py": [*_PIPELINE, "data.latents.codec", *_OBJECTIVES, "schedulers.scheduling_edm_heun", *_ROUTING],
     "transformer/transformer_tread_2d.py": _MODEL,
     "guidance_transformer/transformer_tread_2d.py": _MODEL,
     "scheduler/scheduling_edm_heun.py": ["schedulers.scheduling_edm_heun"],
