@@ -19,7 +19,8 @@ from precompute_latents import load_vae, share
 from tqdm.auto import tqdm
 
 from diffusers_tread.data import LatentCodec, LatentsInfo, LatentsWriter, check_vae, latent_codec
-from diffusers_tread.data.latents.importing import VALUES, read_webdataset, to_batches
+from diffusers_tread.data.latents.codec import latent_patch_size
+from diffusers_tread.data.latents.importing import VALUES, pack_record, read_webdataset, to_batches
 from diffusers_tread.data.latents.writing import digest_files
 from diffusers_tread.training.config import read_json
 
@@ -88,7 +89,7 @@ def describe(args: argparse.Namespace, first, vae, identity) -> LatentsInfo:
         num_samples=1,
         shards=(),
     )
-    if first.values.shape != info.shape:
+    if pack_record(first, info, latent_patch_size(vae)).values.shape != info.shape:
         raise ValueError(
             f"Expected {args.values} {list(info.shape)}, as this VAE makes them at --resolution {args.resolution}, "
             f"got {list(first.values.shape)} for {first.name}. Check --values, --resolution and the VAE."
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     missing = writer.open(settings, sources=[digest_files([tar]) for tar in tars])
     for shard in tqdm(missing, desc="Importing", unit="shard"):
         records = read_webdataset(tars[shard], **members)
-        writer.write(shard, to_batches(records, values=args.values, info=info))
+        writer.write(shard, to_batches(records, values=args.values, info=info, patch_size=latent_patch_size(vae)))
     info = writer.finish()
     print(f"{args.output_dir} holds {info.num_samples} records in {len(info.shards)} shards.")
     share(args, info)

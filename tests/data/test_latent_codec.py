@@ -173,7 +173,7 @@ def test_an_absent_scale_is_one_and_the_first_of_several_frames_counts():
     ("kind", "resolution", "message"),
     [
         ("sd", 15, "multiple of the VAE's downsampling, got 15"),
-        ("flux2", 18, "multiple of the VAE's downsampling, got 18, where AutoencoderKLFlux2 makes one pixel of 4x4"),
+        ("flux2", 18, "multiple of the VAE's downsampling, got 18, which becomes 4: .*Flux2 makes one pixel of 4x4"),
         ("rae", 32, r"images of 32x32 pixels.*which makes latents \[64, 8, 8\] and images \[3, 16, 16\]"),
     ],
 )

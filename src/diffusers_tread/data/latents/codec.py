@@ -85,7 +85,7 @@ def latent_codec(vae) -> LatentCodec:
     config, channels = vae.config, latent_channels(vae)
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")
     mean, std = (_statistic(vae, name, channels) for name in ("latents_mean", "latents_std"))
-    if _patch_size(vae) > 1:
+    if latent_patch_size(vae) > 1:
         mean = vae.bn.running_mean.double().tolist()
         std = (vae.bn.running_var.double() + config.batch_norm_eps).sqrt().tolist()
     return LatentCodec(
@@ -104,10 +104,15 @@ def latent_channels(vae) -> int:
     """
     for name in ("vq_embed_dim", "latent_channels", "z_dim", "z_channels"):
         if (channels := vae.config.get(name)) is not None:
-            return channels * _patch_size(vae) ** 2
+            return channels * latent_patch_size(vae) ** 2
     if _normalizes_itself(vae):
         return vae.config.encoder_hidden_size
     raise ValueError(f"Expected a VAE with latent_channels in its config, got {type(vae).__name__} without.")
+
+
+def latent_patch_size(vae) -> int:
+    """P: P x P latents are one for `AutoencoderKLFlux2`, whose batch norm comes after that; 1 for others."""
+    return vae.config.patch_size[0] if "batch_norm_eps" in vae.config else 1
 
 
 def spatial_compression(vae) -> int:
@@ -124,7 +129,7 @@ def spatial_compression(vae) -> int:
     levels = vae.config.get("block_out_channels") or vae.config.get("ch_mult")
     if ratio is None and levels is None:
         raise ValueError(f"Expected a VAE that tells how it shrinks images, got {type(vae).__name__}, which does not.")
-    return (ratio or 2 ** (len(levels) - 1)) * _patch_size(vae)
+    return (ratio or 2 ** (len(levels) - 1)) * latent_patch_size(vae)
 
 
 def encode_images(vae, pixel_values: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -181,7 +186,7 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
     Returns:
         [B, 3, H, W] float32, in [-1, 1] but for what the VAE overshoots.
     """
-    latents = unpack_latents(latent_codec(vae).denormalize(latents), _patch_size(vae)).to(vae.dtype)
+    latents = unpack_latents(latent_codec(vae).denormalize(latents), latent_patch_size(vae)).to(vae.dtype)
     images = vae.decode(latents.unsqueeze(2) if _has_frames(vae) else latents, return_dict=False)[0].float()
     images = images.squeeze(2) if _has_frames(vae) else images
     return images * 2 - 1 if _normalizes_itself(vae) else images
@@ -205,8 +210,8 @@ def check_vae(vae, resolution: int) -> tuple[str, int, int]:
     name, factor = type(vae).__name__, spatial_compression(vae)
     if resolution % factor:
         raise ValueError(
-            f"Expected a --resolution that is a multiple of the VAE's downsampling, got {resolution}, where {name} "
-            f"makes one pixel of {factor}x{factor}."
+            f"Expected a --resolution that is a multiple of the VAE's downsampling, got {resolution}, which becomes "
+            f"{resolution // factor}: {name} makes one pixel of {factor}x{factor}."
         )
     try:
         with torch.no_grad():
@@ -256,7 +261,7 @@ def _encode(vae, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor] | None,
         encoded = vae.encode(pixel_values.to(vae.dtype))
 
     def prepare(latents: torch.Tensor) -> torch.Tensor:
-        return pack_latents(latents.squeeze(2) if _has_frames(vae) else latents, _patch_size(vae))
+        return pack_latents(latents.squeeze(2) if _has_frames(vae) else latents, latent_patch_size(vae))
 
     posterior = getattr(encoded, "latent_dist", None)
     if hasattr(posterior, "std"):
@@ -285,11 +290,6 @@ def _statistic(vae, name: str, channels: int) -> Sequence[float] | None:
             f"{len(values)}. Repair the VAE's config."
         )
     return values
-
-
-def _patch_size(vae) -> int:
-    """P: P x P latents are one for `AutoencoderKLFlux2`, whose batch norm comes after that; 1 for others."""
-    return vae.config.patch_size[0] if "batch_norm_eps" in vae.config else 1
 
 
 def _normalizes_itself(vae) -> bool:

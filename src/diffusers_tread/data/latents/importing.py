@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .codec import pack_latents
 from .info import LatentsInfo
 
 
@@ -75,13 +76,12 @@ def read_webdataset(
                         f"without {missing} for {name}. Name the members that there are."
                     )
                 yield _decode(name, content[latent_member], content[label_member])
-            _check_end(archive)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"Expected a whole tar file, got {tar} ({error}). Fetch it again.") from error
 
 
 def to_batches(
-    records: Iterable[Record], *, values: str, info: LatentsInfo, batch_size: int = 64
+    records: Iterable[Record], *, values: str, info: LatentsInfo, patch_size: int = 1, batch_size: int = 64
 ) -> Iterator[dict[str, Any]]:
     """Records as batches for `LatentsWriter.write`.
 
@@ -89,13 +89,14 @@ def to_batches(
         records: As read.
         values: What they hold, see above.
         info: Of the folder to write.
+        patch_size: Of the VAE, see `pack_record`.
         batch_size: B.
 
     Raises:
         ValueError: A record of another shape than the folder's, with a label outside its classes, or with values that
             cannot be what `values` says, with its name.
     """
-    records = iter(records)
+    records = (pack_record(record, info, patch_size) for record in records)
     while batch := list(islice(records, batch_size)):
         for record in batch:
             _check_record(record, values, info)
@@ -106,6 +107,21 @@ def to_batches(
             moments = torch.cat([mean, (0.5 * logvar.clamp(-30.0, 20.0)).exp()], dim=1)
         names, labels = [record.name for record in batch], [record.label for record in batch]
         yield {"names": names, "unreadable": [], "moments": moments, "label": labels}
+
+
+def pack_record(record: Record, info: LatentsInfo, patch_size: int) -> Record:
+    """A record as the denoiser gets it: squares of latents become one where the VAE's `encode` does not do that.
+
+    Args:
+        record: As read.
+        info: Of the folder to write.
+        patch_size: P, see `latent_patch_size`. Records that are packed already stay as they are.
+    """
+    channels, side, _ = info.shape
+    if patch_size == 1 or record.values.shape != (channels // patch_size**2, side * patch_size, side * patch_size):
+        return record
+    parts = torch.from_numpy(record.values)[None].chunk(2 if info.kind == "moments" else 1, dim=1)
+    return record._replace(values=torch.cat([pack_latents(part, patch_size) for part in parts], dim=1)[0].numpy())
 
 
 def _check_record(record: Record, values: str, info: LatentsInfo) -> None:
@@ -127,13 +143,14 @@ def _check_record(record: Record, values: str, info: LatentsInfo) -> None:
 
 
 def _files(archive: tarfile.TarFile, tar: str | Path) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive, one by one."""
+    """The files of an archive, one by one; OSError unless it ends as it should."""
     while (member := archive.next()) is not None:
         archive.members.clear()  # tarfile would remember every one of them
         if member.isreg():
             yield member
         elif not member.isdir():
             raise ValueError(f"Expected plain files, got {member.name} of {tar}, which is a link or a device.")
+    _check_end(archive)
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
