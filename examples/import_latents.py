@@ -18,7 +18,7 @@ import torch
 from precompute_latents import load_vae, share
 from tqdm.auto import tqdm
 
-from diffusers_tread.data import LatentCodec, LatentsInfo, LatentsWriter, check_vae, latent_codec
+from diffusers_tread.data import LatentCodec, LatentsInfo, LatentsWriter, check_vae
 from diffusers_tread.data.latents.codec import latent_patch_size
 from diffusers_tread.data.latents.importing import VALUES, pack_record, read_webdataset, to_batches
 from diffusers_tread.data.latents.writing import digest_files
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def describe(args: argparse.Namespace, first, vae, identity) -> LatentsInfo:
+def describe(args: argparse.Namespace, first, vae, identity, codec: LatentCodec) -> LatentsInfo:
     """What the folder will hold; checks the first record against the VAE."""
     _, channels, size = check_vae(vae, args.resolution)
     id2label = {label: str(label) for label in range(args.num_classes or 0)}
@@ -74,7 +74,6 @@ def describe(args: argparse.Namespace, first, vae, identity) -> LatentsInfo:
         id2label = {label: names.get(str(label)) for label in range(len(names))}
         if None in id2label.values():
             raise ValueError(f"Expected names for 0 to {len(names) - 1} in --id2label, got {sorted(names)}.")
-    codec = LatentCodec() if args.scaled else latent_codec(vae)
     info = LatentsInfo(
         kind="latents" if args.values == "latents" else "moments",
         dtype=args.dtype,
@@ -106,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     first = next(read_webdataset(tars[0], **members), None) if tars else None
     if first is None:
         raise ValueError(f"Expected shards with records at {args.tars}, got {len(tars)} files, the first without any.")
-    vae, identity = load_vae(args, torch.device("cpu"))
-    info = describe(args, first, vae, identity)
+    vae, identity, codec = load_vae(args, torch.device("cpu"))
+    info = describe(args, first, vae, identity, LatentCodec() if args.scaled else codec)
 
     writer = LatentsWriter(args.output_dir, info, num_shards=len(tars))
     settings = {"tars": [tar.name for tar in tars], "values": args.values, **members}

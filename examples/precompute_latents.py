@@ -30,6 +30,7 @@ from diffusers import AutoModel
 from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_tread.data import (
+    LatentCodec,
     LatentsInfo,
     LatentsWriter,
     check_vae,
@@ -139,7 +140,7 @@ def open_source(args: argparse.Namespace, state: PartialState):
 
 
 def load_vae(args: argparse.Namespace, device: torch.device):
-    """The VAE and what `LatentsInfo` says of it."""
+    """The VAE, what `LatentsInfo` says of it, and how latents are normalised."""
     name, place = args.pretrained_vae_name_or_path, {"subfolder": args.vae_subfolder, "revision": args.vae_revision}
     place = {key: value for key, value in place.items() if value is not None}
     try:
@@ -163,11 +164,14 @@ def load_vae(args: argparse.Namespace, device: torch.device):
         "fingerprint": weights_fingerprint(vae),
         "dtype": args.vae_dtype,
     }
+    codec = latent_codec(vae)  # before the cast, which would round statistics that are weights
     vae = vae.to(device).requires_grad_(False).eval()
-    return vae if args.vae_dtype == "float32" else vae.to(getattr(torch, args.vae_dtype)), identity
+    return vae if args.vae_dtype == "float32" else vae.to(getattr(torch, args.vae_dtype)), identity, codec
 
 
-def describe(args: argparse.Namespace, source, id2label: dict[int, str], vae, identity: dict[str, Any]) -> LatentsInfo:
+def describe(
+    args: argparse.Namespace, source, id2label: dict[int, str], vae, identity: dict[str, Any], codec: LatentCodec
+) -> LatentsInfo:
     """What the folder will hold, found out by encoding an empty image."""
     kind, channels, size = check_vae(vae, args.resolution)
     return LatentsInfo(
@@ -176,7 +180,7 @@ def describe(args: argparse.Namespace, source, id2label: dict[int, str], vae, id
         latent_channels=channels,
         latent_size=size,
         resolution=args.resolution,
-        **dataclasses.asdict(latent_codec(vae)),
+        **dataclasses.asdict(codec),
         vae=identity,
         source=describe_source(args, source),
         has_flipped=args.flip,
@@ -225,8 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub:  # a token that may not write shows now
         on_main_process(lambda: open_repo(args.hub_dataset_id, repo_type="dataset", private=args.hub_private))
     source, id2label = open_source(args, state)
-    vae, identity = load_vae(args, state.device)
-    info = describe(args, source, id2label, vae, identity)
+    vae, identity, codec = load_vae(args, state.device)
+    info = describe(args, source, id2label, vae, identity, codec)
     writer = LatentsWriter(
         args.output_dir,
         info,
@@ -240,10 +244,14 @@ def main(argv: list[str] | None = None) -> None:
         "shard_size": args.shard_size,
         "batch_size": args.batch_size,
     }
-    columns = {"image_column": args.image_column, "shard_size": args.shard_size}
-    # A commit of a repository says all of its images.
-    digest = None if info.source.get("revision") else partial(digest_sources, source, **columns)
-    missing = on_main_process(lambda: writer.open(settings, sources=digest and digest()))
+
+    def claim() -> list[int]:
+        # A commit of a repository says all of its images.
+        known = info.source.get("revision") is not None
+        columns = {"image_column": args.image_column, "shard_size": args.shard_size}
+        return writer.open(settings, sources=None if known else digest_sources(source, **columns))
+
+    missing = on_main_process(claim)
 
     # Each process takes its part of what is missing.
     begin = time.perf_counter()

@@ -24,6 +24,13 @@ def save(path, colour, size=(8, 8)):
     PIL.Image.new("RGB", size, colour).save(path)
 
 
+def make_source(images):
+    """As `open_images` returns it."""
+    return datasets.Dataset.from_dict(
+        {"photo": images}, features=datasets.Features({"photo": datasets.Image(decode=False)})
+    )
+
+
 def touch(path):
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
@@ -51,7 +58,7 @@ def test_a_changed_image_changes_the_digest_of_its_shard_alone(tmp_path, change)
     paths = [tmp_path / f"{index}.png" for index in range(5)]
     for path in paths:
         save(path, "black")
-    rows = [{"photo": {"bytes": None, "path": str(path)}} for path in paths]
+    rows = make_source([{"bytes": None, "path": str(path)} for path in paths])
     before = digest_sources(rows, image_column="photo", shard_size=2)
     assert before == digest_sources(rows, image_column="photo", shard_size=2) and len(set(before)) == 3
     change(paths[3])
@@ -61,9 +68,9 @@ def test_a_changed_image_changes_the_digest_of_its_shard_alone(tmp_path, change)
 
 @pytest.mark.parametrize("image", [{"bytes": b"other", "path": "1.png"}, {"bytes": b"", "path": "1.png"}, None])
 def test_images_inside_a_data_set_are_told_by_their_content(image):
-    rows = [{"image": {"bytes": bytes([index]), "path": f"{index}.png"}} for index in range(4)]
-    before = digest_sources(rows, image_column="image", shard_size=1)
-    after = digest_sources([rows[0], {"image": image}, *rows[2:]], image_column="image", shard_size=1)
+    rows = [{"bytes": bytes([index]), "path": f"{index}.png"} for index in range(4)]
+    before = digest_sources(make_source(rows), image_column="photo", shard_size=1)
+    after = digest_sources(make_source([rows[0], image, *rows[2:]]), image_column="photo", shard_size=1)
     assert [was == now for was, now in zip(before, after, strict=True)] == [True, False, True, True]
 
 
