@@ -69,6 +69,16 @@ def test_a_shard_that_the_repository_lacks_is_named(hub_server, hub_client, repo
         assert "\nValueError: Expected" in message and lacking.name in message
 
 
+def test_a_stream_of_a_shard_that_was_changed_is_refused_by_the_checksum_of_the_hub(
+    hub_server, hub_client, repo_id, folder, read
+):
+    changed = next(folder.rglob("train-00001*"))
+    changed.write_bytes(changed.read_bytes()[:-100] + b"\1" * 92 + changed.read_bytes()[-8:])
+    hub_client.run(PUSH, folder, repo_id)
+    message = read(repo_id, check=False, streaming=True)
+    assert "ValueError: Expected the shards of" in message and f"['data/{changed.name}'] missing, cut off" in message
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_data_set_that_cannot_be_had_gives_one_message(hub_server, repo_id, read, streaming):
     message = read(repo_id, check=False, streaming=streaming)
