@@ -102,9 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     members = {"latent_member": args.latent_member, "label_member": args.label_member}
     if len({tar.resolve() for tar in tars}) != len(tars):
         raise ValueError(f"Expected each shard once, got links to the same file among {args.tars}.")
-    first = next(read_webdataset(tars[0], **members), None) if tars else None
-    if first is None:
-        raise ValueError(f"Expected shards with records at {args.tars}, got {len(tars)} files, the first without any.")
+    if not tars:
+        raise ValueError(f"Expected shards with records at {args.tars}, got no file.")
+    first = next(read_webdataset(tars[0], **members))
     vae, identity, codec = load_vae(args, torch.device("cpu"))
     info = describe(args, first, vae, identity, LatentCodec() if args.scaled else codec)
 

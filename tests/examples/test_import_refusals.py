@@ -91,6 +91,11 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path, place, more):
         list(read_webdataset(path))
 
 
+def test_a_tar_without_records_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Expected records in .*0.tar, got none"):
+        list(read_webdataset(write_tar(tmp_path / "0.tar", [])))
+
+
 @pytest.mark.parametrize("place", [1, 2, 4])
 def test_a_damaged_header_is_not_the_end(tmp_path, place):
     path = write_tar(tmp_path / "0.tar", members("a", "b", "c"))

@@ -48,8 +48,8 @@ def read_webdataset(
         label_member: What follows it for the class label, an integer as text.
 
     Raises:
-        ValueError: No readable tar, one that is cut off or goes on after its end; a name that stands twice; a record
-            without such members or with others than described, with its name.
+        ValueError: No readable tar, one without records, cut off or going on after its end; a name that stands twice;
+            a record without such members or with others than described, with its name.
     """
     wanted, seen = {latent_member: _MAX_ARRAY, label_member: _MAX_LABEL}, set()
     try:
@@ -76,6 +76,8 @@ def read_webdataset(
                         f"without {missing} for {name}. Name the members that there are."
                     )
                 yield _decode(name, content[latent_member], content[label_member])
+            if not seen:
+                raise ValueError(f"Expected records in {tar}, got none. Leave it out.")
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"Expected a whole tar file, got {tar} ({error}). Fetch it again.") from error
 
