@@ -85,7 +85,7 @@ def latent_codec(vae) -> LatentCodec:
     config, channels = vae.config, latent_channels(vae)
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")
     mean, std = (_statistic(vae, name, channels) for name in ("latents_mean", "latents_std"))
-    if latent_patch_size(vae) > 1:
+    if "batch_norm_eps" in config:  # AutoencoderKLFlux2
         mean = vae.bn.running_mean.double().tolist()
         std = (vae.bn.running_var.double() + config.batch_norm_eps).sqrt().tolist()
     return LatentCodec(
@@ -142,7 +142,7 @@ def encode_images(vae, pixel_values: torch.Tensor, *, generator: torch.Generator
         generator: Source of randomness for the posterior sample.
 
     Returns:
-        [B, C, h, w] of the dtype of the images, normalised as the table at the top says.
+        [B, C, h, w] of the dtype of the images, normalised as said at the top.
 
     Raises:
         ValueError: `encode` returned neither; see `latent_codec`.
