@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from diffusers_tread.data import LatentsDataset, LatentsInfo, LatentsWriter
-from diffusers_tread.data.latent_import import read_webdataset
+from diffusers_tread.data.latents.importing import read_webdataset
 
 
 Records = tuple[np.ndarray, np.ndarray]

@@ -9,6 +9,7 @@ docs/latents.md.
 """
 
 import argparse
+import dataclasses
 import glob
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from precompute_latents import load_vae, share
 from tqdm.auto import tqdm
 
 from diffusers_tread.claims import claim
-from diffusers_tread.data import LatentsInfo, LatentsWriter, encode_images
-from diffusers_tread.data.latent_import import VALUES, read_webdataset, to_batches
-from diffusers_tread.data.latents import latent_scale
+from diffusers_tread.data import LatentCodec, LatentsInfo, LatentsWriter, check_vae
+from diffusers_tread.data.latents.codec import latent_patch_size
+from diffusers_tread.data.latents.importing import VALUES, pack_record, read_webdataset, to_batches
+from diffusers_tread.data.latents.writing import digest_files
 from diffusers_tread.runs.signals import stopped_cleanly
 from diffusers_tread.training.config import read_json
 
@@ -37,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     # What the values are.
     add("--values", choices=VALUES, required=True, help="Latents, mean and deviation, or mean and log-variance.")
-    add("--scaled", action="store_true", help="They are already shifted and scaled for training.")
+    add("--scaled", action="store_true", help="They are already normalised for training.")
     add("--resolution", type=int, required=True, help="Side of the images in pixels.")
     add("--num_classes", type=int, help="Number of classes.")
     add("--id2label", help='Instead: their names, a JSON file or text such as {"0": "ant", "1": "bee"}.')
@@ -65,24 +67,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def describe(args: argparse.Namespace, first, vae, identity) -> LatentsInfo:
+def describe(args: argparse.Namespace, first, vae, identity, codec: LatentCodec) -> LatentsInfo:
     """What the folder will hold; checks the first record against the VAE."""
-    channels, size = encode_images(vae, torch.zeros(1, 3, args.resolution, args.resolution)).shape[1:3]
+    _, channels, size = check_vae(vae, args.resolution)
     id2label = {label: str(label) for label in range(args.num_classes or 0)}
     if args.id2label is not None:
         names = read_json(args.id2label)
         id2label = {label: names.get(str(label)) for label in range(len(names))}
         if None in id2label.values():
             raise ValueError(f"Expected names for 0 to {len(names) - 1} in --id2label, got {sorted(names)}.")
-    shift, scale = (0.0, 1.0) if args.scaled else latent_scale(vae)
     info = LatentsInfo(
         kind="latents" if args.values == "latents" else "moments",
         dtype=args.dtype,
         latent_channels=channels,
         latent_size=size,
         resolution=args.resolution,
-        scaling_factor=scale,
-        shift_factor=shift,
+        **dataclasses.asdict(codec),
         vae=identity | {"dtype": "an unknown dtype"},
         source={"tars": args.tars},
         crop="unknown",
@@ -90,7 +90,7 @@ def describe(args: argparse.Namespace, first, vae, identity) -> LatentsInfo:
         num_samples=1,
         shards=(),
     )
-    if first.values.shape != info.shape:
+    if pack_record(first, info, latent_patch_size(vae)).values.shape != info.shape:
         raise ValueError(
             f"Expected {args.values} {list(info.shape)}, as this VAE makes them at --resolution {args.resolution}, "
             f"got {list(first.values.shape)} for {first.name}. Check --values, --resolution and the VAE."
@@ -102,19 +102,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     tars = [Path(tar) for tar in sorted(glob.glob(args.tars))]
     members = {"latent_member": args.latent_member, "label_member": args.label_member}
-    first = next(read_webdataset(tars[0], **members), None) if tars else None
-    if first is None:
-        raise ValueError(f"Expected shards with records at {args.tars}, got {len(tars)} files, the first without any.")
-    vae, identity = load_vae(args, torch.device("cpu"))
-    info = describe(args, first, vae, identity)
+    if len({tar.resolve() for tar in tars}) != len(tars):
+        raise ValueError(f"Expected each shard once, got links to the same file among {args.tars}.")
+    if not tars:
+        raise ValueError(f"Expected shards with records at {args.tars}, got no file.")
+    first = next(read_webdataset(tars[0], **members))
+    vae, identity, codec = load_vae(args, torch.device("cpu"))
+    info = describe(args, first, vae, identity, LatentCodec() if args.scaled else codec)
 
     writer = LatentsWriter(args.output_dir, info, num_shards=len(tars))
     with claim(args.output_dir), stopped_cleanly(argv, kept="finished shards"):
-        # Not their sizes: a tar that was found cut off is fetched again and imported by the same command.
-        missing = writer.open({"tars": [tar.name for tar in tars], "values": args.values, **members})
+        settings = {"tars": [tar.name for tar in tars], "values": args.values, **members}
+        missing = writer.open(settings, sources=[digest_files([tar]) for tar in tars])
         for shard in tqdm(missing, desc="Importing", unit="shard"):
             records = read_webdataset(tars[shard], **members)
-            writer.write(shard, to_batches(records, values=args.values, info=info))
+            packed = to_batches(records, values=args.values, info=info, patch_size=latent_patch_size(vae))
+            writer.write(shard, packed)
         info = writer.finish()
     print(f"{args.output_dir} holds {info.num_samples} records in {len(info.shards)} shards.")
     share(args, info)

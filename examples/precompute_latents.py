@@ -10,6 +10,7 @@ The same command goes on with a run that was killed. See docs/latents.md.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import math
 import re
@@ -30,16 +31,16 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_tread.claims import claim
 from diffusers_tread.data import (
+    LatentCodec,
     LatentsInfo,
     LatentsWriter,
-    encode_images,
-    encode_moments,
+    check_vae,
+    latent_codec,
     open_images,
     verify_latents,
 )
-from diffusers_tread.data.latent_encoding import encode_shards
-from diffusers_tread.data.latents import latent_scale
-from diffusers_tread.data.latents_card import latents_card
+from diffusers_tread.data.latents.card import latents_card
+from diffusers_tread.data.latents.encoding import digest_sources, encode_shards
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import whole
 from diffusers_tread.fingerprint import weights_fingerprint
@@ -145,7 +146,7 @@ def open_source(args: argparse.Namespace, state: PartialState):
 
 
 def load_vae(args: argparse.Namespace, device: torch.device):
-    """The VAE and what `LatentsInfo` says of it."""
+    """The VAE, what `LatentsInfo` says of it, and how latents are normalised."""
     name, place = args.pretrained_vae_name_or_path, {"subfolder": args.vae_subfolder, "revision": args.vae_revision}
     place = {key: value for key, value in place.items() if value is not None}
     try:
@@ -169,32 +170,23 @@ def load_vae(args: argparse.Namespace, device: torch.device):
         "fingerprint": weights_fingerprint(vae),
         "dtype": args.vae_dtype,
     }
+    codec = latent_codec(vae)  # before the cast, which would round statistics that are weights
     vae = vae.to(device).requires_grad_(False).eval()
-    return vae if args.vae_dtype == "float32" else vae.to(getattr(torch, args.vae_dtype)), identity
+    return vae if args.vae_dtype == "float32" else vae.to(getattr(torch, args.vae_dtype)), identity, codec
 
 
-def describe(args: argparse.Namespace, source, id2label: dict[int, str], vae, identity: dict[str, Any]) -> LatentsInfo:
+def describe(
+    args: argparse.Namespace, source, id2label: dict[int, str], vae, identity: dict[str, Any], codec: LatentCodec
+) -> LatentsInfo:
     """What the folder will hold, found out by encoding an empty image."""
-    side = args.resolution
-    pixels = torch.zeros(1, 3, side, side, device=vae.device)
-    try:
-        moments, latents = encode_moments(vae, pixels), encode_images(vae, pixels)
-    except RuntimeError as error:
-        raise ValueError(f"Expected a --resolution that the VAE can encode, got {side}: {error}") from error
-    channels, size = latents.shape[1:3]
-    if side % size or math.log2(side // size) % 1:
-        raise ValueError(
-            f"Expected a --resolution that is a multiple of the VAE's downsampling, got {side}, which becomes {size}."
-        )
-    shift, scale = latent_scale(vae)
+    kind, channels, size = check_vae(vae, args.resolution)
     return LatentsInfo(
-        kind="moments" if moments.shape[1] == 2 * channels else "latents",
+        kind=kind,
         dtype=args.dtype,
         latent_channels=channels,
         latent_size=size,
-        resolution=side,
-        scaling_factor=scale,
-        shift_factor=shift,
+        resolution=args.resolution,
+        **dataclasses.asdict(codec),
         vae=identity,
         source=describe_source(args, source),
         has_flipped=args.flip,
@@ -243,8 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub:  # a token that may not write shows now
         on_main_process(lambda: open_repo(args.hub_dataset_id, repo_type="dataset", private=args.hub_private))
     source, id2label = open_source(args, state)
-    vae, identity = load_vae(args, state.device)
-    info = describe(args, source, id2label, vae, identity)
+    vae, identity, codec = load_vae(args, state.device)
+    info = describe(args, source, id2label, vae, identity, codec)
     writer = LatentsWriter(
         args.output_dir,
         info,
@@ -257,9 +249,17 @@ def main(argv: list[str] | None = None) -> None:
         "labels_sha256": hashlib.sha256(np.asarray(labels, dtype="<i8")).hexdigest(),
         "shard_size": args.shard_size,
         "batch_size": args.batch_size,
+        "background": args.background,
     }
+
+    def open_folder() -> list[int]:
+        # A commit of a repository says all of its images.
+        known = info.source.get("revision") is not None
+        columns = {"image_column": args.image_column, "shard_size": args.shard_size}
+        return writer.open(settings, sources=None if known else digest_sources(source, **columns))
+
     with claim(args.output_dir), stopped_cleanly(argv, kept="finished shards"):
-        missing = on_main_process(lambda: writer.open(settings))
+        missing = on_main_process(open_folder)
 
         # Each process takes its part of what is missing.
         begin = time.perf_counter()
@@ -272,6 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             label_column=args.label_column,
             shard_size=args.shard_size,
             batch_size=args.batch_size,
+            background=args.background,
             num_workers=args.dataloader_num_workers,
             progress=f"Encoding, process 1 of {state.num_processes}" if state.is_main_process else None,
         )

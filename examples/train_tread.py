@@ -37,8 +37,7 @@ from train_tread_setup import (
 )
 
 from diffusers_tread import RoutingCall, TREADPipeline
-from diffusers_tread.data import encode_images, make_batches
-from diffusers_tread.data.latents import latents_from_moments
+from diffusers_tread.data import encode_images, latents_from_moments, make_batches
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.files import whole
 from diffusers_tread.flops import training_flops

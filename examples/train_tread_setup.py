@@ -17,8 +17,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, Projec
 from diffusers import AutoModel
 from train_tread_args import CONTROL_FLAGS
 
-from diffusers_tread.data import encode_images, open_training_data
-from diffusers_tread.data.latents import LatentsInfo
+from diffusers_tread.data import LatentCodec, LatentsInfo, check_vae, latent_codec, open_training_data
 from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.flops import block_flops_saved
 from diffusers_tread.metrics import FeatureExtractor, load_feature_extractor
@@ -91,11 +90,18 @@ def load_vae(args: argparse.Namespace, dataset) -> tuple[Any, int, int]:
             "--pretrained_vae_name_or_path where it lies."
         ) from error
     if info is None:
-        return vae, *encode_images(vae, torch.zeros(1, 3, args.resolution, args.resolution)).shape[1:3]
+        _, channels, size = check_vae(vae, args.resolution)
+        return vae, channels, size
     if weights_fingerprint(vae) != info.vae["fingerprint"]:
         raise ValueError(
             f"Expected the VAE that made the latents of {args.latents_dir} ({info.vae['name_or_path']}), got one with "
             f"other weights from {name}. Name the right one with --pretrained_vae_name_or_path."
+        )
+    # Latents that were normalised elsewhere need no codec to train on; any other one must be the VAE's.
+    if info.codec not in (LatentCodec(), latent_codec(vae)):
+        raise ValueError(
+            f"Expected a VAE that normalises as the latents of {args.latents_dir} say ({info.codec}), got "
+            f"{latent_codec(vae)} in the config of {name}. Name the right one with --pretrained_vae_name_or_path."
         )
     return vae, info.latent_channels, info.latent_size
 
@@ -181,7 +187,8 @@ def name_data(args: argparse.Namespace, info: LatentsInfo | None) -> str | None:
 
 def latents_digest(info: LatentsInfo) -> str:
     """Tells latents apart by their shards and by how they are read, wherever they lie."""
-    content = [info.kind, info.shift_factor, info.scaling_factor, [shard["sha256"] for shard in info.shards]]
+    codec = [info.shift_factor, info.scaling_factor, info.latents_mean, info.latents_std]
+    content = [info.kind, *codec, [shard["sha256"] for shard in info.shards]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -182,7 +182,8 @@ def test_shards_that_are_missing_or_cut_off_are_named_before_any_work(folder, st
 def test_a_shard_of_other_content_is_refused(tmp_path, folder):
     info = LatentsInfo.load(folder)
     shards = [shard | {"num_samples": 6} for shard in info.shards]
-    write_json(Path(folder, "latents.json"), dataclasses.replace(info, shards=tuple(shards)).to_dict())
+    changed = dataclasses.replace(info, shards=tuple(shards), num_samples=24)
+    write_json(Path(folder, "latents.json"), changed.to_dict())
     with pytest.raises(ValueError, match="Expected 6 records .*train-00000.*got 5"):
         open_latents(folder)
     write_json(Path(folder, "latents.json"), dataclasses.replace(info, latent_size=4).to_dict())

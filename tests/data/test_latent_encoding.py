@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusers_tread.data import LatentsInfo, LatentsWriter, encode_moments, image_to_tensor
-from diffusers_tread.data.latent_encoding import encode_shards
+from diffusers_tread.data.latents.encoding import encode_shards
 
 
 datasets = pytest.importorskip("datasets")

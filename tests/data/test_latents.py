@@ -6,14 +6,19 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
-from diffusers_tread.data import LatentsInfo, encode_images, encode_moments, latents_from_moments
-from diffusers_tread.data.latents import latent_scale
+from diffusers_tread.data import (
+    LatentsInfo,
+    encode_images,
+    encode_moments,
+    latent_codec,
+    latents_from_moments,
+)
 
 
 INFO = LatentsInfo(
     kind="moments", dtype="float16", latent_channels=4, latent_size=8, resolution=8, scaling_factor=0.3,
-    shift_factor=0.2, vae={}, source={}, id2label={0: "ant", 1: "bee"}, num_samples=2, shards=({"file": "a"},),
-    unreadable=("image 7",),
+    shift_factor=0.2, vae={}, source={}, id2label={0: "ant", 1: "bee"}, num_samples=2,
+    shards=({"file": "data/a.arrow", "num_samples": 2, "size": 9, "sha256": "0" * 64},), unreadable=("image 7",),
 )  # fmt: skip
 
 
@@ -47,7 +52,7 @@ def test_a_posterior_is_sampled_shifted_and_scaled_at_once_or_through_stored_mom
     expected = (mean + (0.5 * logvar).exp() * noise - 0.2) * 0.3
     for encode, stage in ((encode_images, (vae, images)), (latents_from_moments, (moments, INFO))):
         torch.testing.assert_close(encode(*stage, generator=torch.Generator().manual_seed(1)), expected)
-    assert latent_scale(vae) == (0.2, 0.3)
+    assert latent_codec(vae) == INFO.codec
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

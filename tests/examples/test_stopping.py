@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from runs import launch
 
 from diffusers_tread.claims import FolderLock
-from diffusers_tread.data import latent_encoding
+from diffusers_tread.data.latents import encoding
 from diffusers_tread.runs.checkpoints import list_checkpoints
 
 
@@ -197,7 +197,7 @@ def test_a_precomputation_in_a_folder_that_is_taken_is_refused(latents_flags, ta
 def test_a_precomputation_that_is_told_to_stop_keeps_whole_shards_and_goes_on(
     latents_flags, tmp_path, monkeypatch, capfd
 ):
-    encoded, encode, folder = [], latent_encoding.encode_moments, tmp_path / "latents"
+    encoded, encode, folder = [], encoding.encode_moments, tmp_path / "latents"
 
     def interrupted(*args):
         encoded.append(args)
@@ -205,7 +205,7 @@ def test_a_precomputation_that_is_told_to_stop_keeps_whole_shards_and_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(*args)
 
-    monkeypatch.setattr(latent_encoding, "encode_moments", interrupted)
+    monkeypatch.setattr(encoding, "encode_moments", interrupted)
     with pytest.raises(SystemExit) as ended:
         precompute_latents.main([*latents_flags, str(folder)])
     assert ended.value.code == 143 and [path.name[:11] for path in (folder / "data").iterdir()] == ["train-00000"]

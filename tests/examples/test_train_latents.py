@@ -18,9 +18,7 @@ from runs import assert_bitwise_equal, call, interrupting, launch, weights_of
 from tiny_models import SIZE, save_extractor, save_noise, save_vae
 
 from diffusers_tread import TREADPipeline
-from diffusers_tread.data import EpochBatchSampler, LatentsDataset, LatentsInfo
-from diffusers_tread.data.latent_shards import LatentsWriter
-from diffusers_tread.data.latents import encode_moments
+from diffusers_tread.data import EpochBatchSampler, LatentsDataset, LatentsInfo, LatentsWriter, encode_moments
 from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.metrics import load_feature_extractor
 from diffusers_tread.runs import fid_curve

@@ -27,7 +27,7 @@ _PIPELINE = [f"pipelines.{name}" for name in ("compatibility", "guided_predictio
 _PIPELINE += ["guiders.branches", "objectives.terms.base"]
 # The files with code, and the package's modules that each is made of.
 CODE = {
-    "pipeline.py": [*_PIPELINE, *_OBJECTIVES, "schedulers.scheduling_edm_heun", *_ROUTING],
+    "pipeline.py": [*_PIPELINE, "data.latents.codec", *_OBJECTIVES, "schedulers.scheduling_edm_heun", *_ROUTING],
     "transformer/transformer_tread_2d.py": _MODEL,
     "guidance_transformer/transformer_tread_2d.py": _MODEL,
     "scheduler/scheduling_edm_heun.py": ["schedulers.scheduling_edm_heun"],

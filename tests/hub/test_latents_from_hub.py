@@ -69,6 +69,16 @@ def test_a_shard_that_the_repository_lacks_is_named(hub_server, hub_client, repo
         assert "\nValueError: Expected" in message and lacking.name in message
 
 
+def test_a_stream_of_a_shard_that_was_changed_is_refused_by_the_checksum_of_the_hub(
+    hub_server, hub_client, repo_id, folder, read
+):
+    changed = next(folder.rglob("train-00001*"))
+    changed.write_bytes(changed.read_bytes()[:-100] + b"\1" * 92 + changed.read_bytes()[-8:])
+    hub_client.run(PUSH, folder, repo_id)
+    message = read(repo_id, check=False, streaming=True)
+    assert "ValueError: Expected the shards of" in message and f"['data/{changed.name}'] missing, cut off" in message
+
+
 def test_a_download_that_broke_off_goes_on_with_what_is_missing(hub_server, hub_client, repo_id, folder, read):
     hub_client.run(PUSH, folder, repo_id)
     hub_server.fail("HEAD .*/resolve/.*train-00001", times=100, status=403)

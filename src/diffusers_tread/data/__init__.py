@@ -12,9 +12,21 @@ from .images import (
     load_record,
     open_images,
 )
-from .latent_dataset import LatentsDataset, StreamingLatentsDataset, open_latents
-from .latent_shards import LatentsWriter, verify_latents
-from .latents import LatentsInfo, encode_images, encode_moments, latents_from_moments
+from .latents import (
+    LatentCodec,
+    LatentsDataset,
+    LatentsInfo,
+    LatentsWriter,
+    StreamingLatentsDataset,
+    check_vae,
+    decode_latents,
+    encode_images,
+    encode_moments,
+    latent_codec,
+    latents_from_moments,
+    open_latents,
+    verify_latents,
+)
 from .loading import make_batches, open_training_data
 from .streaming import StreamingImageDataset
 
@@ -24,6 +36,7 @@ __all__ = [
     "DigitsDataset",
     "EpochBatchSampler",
     "ImageDataset",
+    "LatentCodec",
     "LatentsDataset",
     "LatentsInfo",
     "LatentsWriter",
@@ -31,10 +44,13 @@ __all__ = [
     "StreamingLatentsDataset",
     "UnreadableImage",
     "center_crop",
+    "check_vae",
     "collate_images",
+    "decode_latents",
     "encode_images",
     "encode_moments",
     "image_to_tensor",
+    "latent_codec",
     "latents_from_moments",
     "list_class_folders",
     "list_images",

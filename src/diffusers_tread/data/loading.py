@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from .batch_sampler import EpochBatchSampler
 from .images import DigitsDataset, ImageDataset, collate_images, open_images
-from .latent_dataset import LatentsDataset, StreamingLatentsDataset, open_latents
+from .latents import LatentsDataset, StreamingLatentsDataset, open_latents
 from .streaming import StreamingDataset, StreamingImageDataset
 
 

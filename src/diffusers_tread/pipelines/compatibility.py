@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import EDMEulerScheduler, ModelMixin, SchedulerMixin
 
+from ..data.latents.codec import latent_channels
 from ..objectives import OBJECTIVES, FlowMatchingObjective, find_objective
 
 
@@ -55,10 +56,10 @@ def check_channels(transformer: ModelMixin, vae: ModelMixin | None) -> None:
             f"Expected a transformer with as many output as input channels ({config.in_channels}), "
             f"got out_channels={config.out_channels}."
         )
-    if vae is not None and vae.config.latent_channels != config.in_channels:
+    if vae is not None and latent_channels(vae) != config.in_channels:
         raise ValueError(
             f"Expected a VAE with the transformer's {config.in_channels} channels, got {type(vae).__name__} with "
-            f"{vae.config.latent_channels}. Use the VAE that made the training latents."
+            f"{latent_channels(vae)}. Use the VAE that made the training latents."
         )
 
 

@@ -16,6 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..data.latents.codec import decode_latents, spatial_compression
 from ..hub import HubPipeline
 from ..models import TREADTransformer2DModel
 from .compatibility import (
@@ -103,11 +104,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels on the side of a latent pixel."""
-        if self.vae is None:
-            return 1
-        if hasattr(self.vae, "spatial_compression_ratio"):
-            return self.vae.spatial_compression_ratio
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 1 if self.vae is None else spatial_compression(self.vae)
 
     @property
     def guidance_scale(self) -> float | None:
@@ -333,10 +330,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to images in [-1, 1]; a model of pixels has them already."""
-        if self.vae is None:
-            return latents
-        latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        return latents if self.vae is None else decode_latents(self.vae, latents)
 
     def _label_id(self, name: str) -> int:
         id2label = self.config.id2label or {}

@@ -2,25 +2,27 @@
 """Writing a folder of latents shard by shard, with any number of processes, and checking one.
 
 While it is written, a folder also holds `unfinished/`, with a record of each shard that is whole. It is gone once
-`latents.json` is there. The layout and the letters of the shapes are those of latents.py.
+`latents.json` is there. The layout is that of info.py, the letters of the shapes are those of codec.py.
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..files import file_sha256, full_disk_explained, publish, write_json
-from ..settings import check_settings
-from .latent_arrow import RECORD_BATCH, find_fault, regroup, to_table
-from .latents import INFO, LatentsInfo
+from ...files import file_sha256, full_disk_explained, publish, write_json
+from ...settings import check_settings
+from .arrow import RECORD_BATCH, find_fault, regroup, to_table
+from .info import INFO, LatentsInfo
 
 
 SETTINGS, UNFINISHED = "latents_config.json", "unfinished"
+_SOURCES = "shard_sources"
 _GO_ON = "Free some space and run the same command, which goes on with the missing shards."
 
 
@@ -29,7 +31,8 @@ def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo
 
     Args:
         folder: A folder of latents.
-        checksums: Whether to read every shard and compare its SHA-256, or to look at its size only.
+        checksums: Whether to read every shard, compare its SHA-256 and look at its labels and values, or to look at
+            its size only.
 
     Returns:
         The content of `latents.json`.
@@ -40,7 +43,11 @@ def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo
     folder, info = Path(folder), LatentsInfo.load(folder)
     problems = {}
     for shard in tqdm(info.shards, desc="Verifying", unit="shard", disable=not checksums):
-        if problem := _compare(folder / shard["file"], shard, checksums=checksums):
+        path = folder / shard["file"]
+        problem = _compare(path, shard, checksums=checksums)
+        if problem is None and checksums:
+            problem = find_fault(path, info, num_samples=shard["num_samples"])
+        if problem is not None:
             problems[shard["file"]] = problem
     if problems:
         raise ValueError(
@@ -67,22 +74,27 @@ class LatentsWriter:
         self._left_out: list[str] = []  # by this process
         self.files = [f"data/train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
 
-    def open(self, settings: dict[str, Any]) -> list[int]:
+    def open(self, settings: dict[str, Any], *, sources: Sequence[str] | None = None) -> list[int]:
         """Claims the folder and finds what is left to do.
 
         Args:
             settings: What the shards depend on besides `info`, JSON. Kept in `latents_config.json`.
+            sources: For each shard a text that changes with what it is made from, see `digest_files`. None if nothing
+                is known of that.
 
         Returns:
-            The shards still to be written.
+            The shards still to be written, those whose sources changed since included.
 
         Raises:
-            ValueError: The folder holds something else, with what differs.
+            ValueError: The folder holds something else, with what differs; it is finished and its sources changed.
             OSError: The disk is full.
         """
         draft = dataclasses.replace(self.info, num_samples=1, shards=(), unreadable=()).to_dict()
         settings = json.loads(json.dumps(draft | settings | {"num_shards": len(self.files)}))
-        _check_owner(self.folder, settings)
+        settings[_SOURCES] = [None] * len(self.files) if sources is None else list(sources)
+        before = _check_owner(self.folder, settings)
+        if (self.folder / INFO).exists():
+            self._check_sources(before, settings[_SOURCES])
         with self._disk_full_explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / SETTINGS, settings)
@@ -95,7 +107,7 @@ class LatentsWriter:
         if (self.folder / INFO).exists():
             shutil.rmtree(self.folder / UNFINISHED)
             return []
-        return [shard for shard in range(len(self.files)) if not self._is_whole(shard)]
+        return [shard for shard, source in enumerate(settings[_SOURCES]) if not self._is_whole(shard, source)]
 
     def write(self, shard: int, batches: Iterable[dict[str, Any]]) -> None:
         """Writes a shard, which appears whole or not at all.
@@ -135,7 +147,8 @@ class LatentsWriter:
                 temporary.unlink(missing_ok=True)
             size, sha256 = final.stat().st_size, file_sha256(final)
             record = {"file": self.files[shard], "num_samples": num_samples, "size": size, "sha256": sha256}
-            write_json(self._record_path(shard), record | {"unreadable": unreadable})
+            source = _read_settings(self.folder)[_SOURCES][shard]
+            write_json(self._record_path(shard), record | {"unreadable": unreadable, "source": source})
 
     def finish(self) -> LatentsInfo:
         """Reads every shard back, checks it and, last of all, writes `latents.json`; checks a finished folder again.
@@ -147,8 +160,14 @@ class LatentsWriter:
         """
         if (self.folder / INFO).exists():
             return verify_latents(self.folder)
-        records = [json.loads(self._record_path(shard).read_text()) for shard in range(len(self.files))]
+        records = [self._read_record(shard) for shard in range(len(self.files))]
+        if missing := [file for file, record in zip(self.files, records, strict=True) if record is None]:
+            raise ValueError(
+                f"Expected every shard of {self.folder}, got none of {missing}. Run the same command again."
+            )
         unreadable = [name for record in records for name in record.pop("unreadable")]
+        for record in records:
+            del record["source"]
         self._check_unreadable(unreadable)
 
         # Read back. What is damaged loses its record, so that it counts as missing.
@@ -191,14 +210,45 @@ class LatentsWriter:
     def _record_path(self, shard: int) -> Path:
         return self.folder / UNFINISHED / f"{Path(self.files[shard]).stem}.json"
 
-    def _is_whole(self, shard: int) -> bool:
-        record = self._record_path(shard)
-        if not record.exists():
+    def _read_record(self, shard: int) -> dict[str, Any] | None:
+        """What `write` noted of a shard; None if it is missing or damaged."""
+        try:
+            record = json.loads(self._record_path(shard).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        fields = {"file", "num_samples", "size", "sha256", "unreadable", "source"}
+        return record if isinstance(record, dict) and set(record) == fields else None
+
+    def _is_whole(self, shard: int, source: str | None) -> bool:
+        record = self._read_record(shard)
+        if record is None or record["source"] != source:
             return False
-        return _compare(self.folder / self.files[shard], json.loads(record.read_text()), checksums=False) is None
+        return _compare(self.folder / self.files[shard], record, checksums=False) is None
+
+    def _check_sources(self, before: dict[str, Any], sources: list[str | None]) -> None:
+        old = before.get(_SOURCES)
+        if changed := [file for file, was, now in zip(self.files, old, sources, strict=True) if was != now]:
+            raise ValueError(
+                f"Expected the images or shards that {self.folder} was made from, got others under the same names, "
+                f"with another size or time of change: those of {changed[:5]}{' and more' if changed[5:] else ''}. "
+                "Use another folder, or delete this one to make its latents anew."
+            )
 
     def _disk_full_explained(self):
         return full_disk_explained(self.folder, remedy=_GO_ON)
+
+
+def digest_files(paths: Iterable[str | Path]) -> str:
+    """A hash of the names, sizes and times of change of some files, that is of whether they are still the same."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        try:
+            stat = path.stat()
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        digest.update(f"{path.name!r} {state}\n".encode())
+    return digest.hexdigest()
 
 
 def _compare(path: Path, shard: dict[str, Any], *, checksums: bool = True) -> str | None:
@@ -216,11 +266,23 @@ def _listed(problems: dict[str, str]) -> str:
     return "; ".join(f"{file}, which {problem}" for file, problem in problems.items())
 
 
-def _check_owner(folder: Path, settings: dict[str, Any]) -> None:
-    """A folder must be new, or hold what the same settings began."""
-    path = folder / SETTINGS
-    if not path.exists():
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """The content of `latents_config.json`."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return settings | {_SOURCES: list(settings[_SOURCES])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected the settings of a folder of latents, got others in {folder / SETTINGS} ({error}). Use another "
+            "folder, or delete this one."
+        ) from error
+
+
+def _check_owner(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """A folder must be new, or hold what the same settings began; these are returned."""
+    if not (folder / SETTINGS).exists():
         if (folder / INFO).exists() or (folder / "data").exists():
             raise ValueError(f"Expected a new folder, got {folder}, which holds other data. Use another one.")
-        return
-    check_settings(path, settings)
+        return {}
+    check_settings(folder / SETTINGS, settings, free=[_SOURCES])
+    return _read_settings(folder)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Batches of latents as Arrow tables, and what is looked at when they are read back.
 
-The letters of the shapes are those of latents.py.
+The letters of the shapes are those of codec.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .latents import LatentsInfo
+from .info import INFO, LatentsInfo
 
 
 # Rows per record batch: few enough that a random read touches little, many enough to find it quickly.
@@ -62,8 +62,44 @@ def regroup(tables: Iterable[Any]) -> Iterator[Any]:
         yield rest.combine_chunks()
 
 
+def open_shard(folder: str | Path, shard: dict[str, Any], info: LatentsInfo):
+    """A shard as a memory-mapped `datasets.Dataset`; its values are not read.
+
+    Raises:
+        ValueError: It is damaged, or has other columns or another number of records than `latents.json` says.
+    """
+    import datasets
+
+    path, schema = Path(folder, shard["file"]), info.features().arrow_schema
+    try:
+        dataset = datasets.Dataset.from_file(str(path))
+        table = dataset.data.table
+        table.validate()
+        has_nulls = any(column.null_count for column in table.columns)
+    except Exception as error:  # pyarrow and `datasets` raise many kinds for foreign bytes
+        raise ValueError(
+            f"Expected a whole shard, got {path}, which cannot be read ({error}). Fetch it again."
+        ) from error
+    if len(dataset) != shard["num_samples"] or not table.schema.equals(schema) or has_nulls:
+        nulls = ", some of them null" if has_nulls else ""
+        raise ValueError(
+            f"Expected {shard['num_samples']} records of {schema.names}, as {INFO} says, in {path}, got "
+            f"{len(dataset)} of {dataset.column_names}{nulls}. Make the folder again."
+        )
+    return dataset
+
+
 def find_fault(path: Path, info: LatentsInfo, *, num_samples: int) -> str | None:
     """Reads a shard and says what is wrong with its columns, records, labels or values, if anything."""
+    import pyarrow as pa
+
+    try:
+        return _find_fault(path, info, num_samples)
+    except (OSError, pa.ArrowException) as error:
+        return f"cannot be read ({error})"
+
+
+def _find_fault(path: Path, info: LatentsInfo, num_samples: int) -> str | None:
     import pyarrow as pa
 
     schema, num_rows = info.features().arrow_schema, 0
@@ -71,7 +107,10 @@ def find_fault(path: Path, info: LatentsInfo, *, num_samples: int) -> str | None
         if not stream.schema.equals(schema):
             return "has other columns"
         for batch in stream:
+            batch.validate()
             num_rows += batch.num_rows
+            if any(column.null_count for column in batch.columns):
+                return "has records without values"
             labels = batch.column("label").to_numpy()
             if ((labels < 0) | (labels >= len(info.id2label))).any():
                 return f"has labels outside [0, {len(info.id2label)})"

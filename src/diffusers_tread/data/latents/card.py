@@ -1,24 +1,29 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The card of a folder of latents, its README.md on the Hub."""
 
+import html
+import json
+import re
+import shlex
+
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .latents import LatentsInfo
+from .info import LatentsInfo
 
 
 _TEXT = """\
 # {title}
 
-{num_samples:,} images at {resolution}x{resolution} pixels ({crop} crop), encoded by `{vae}`{flipped}, for training \
+{num_samples:,} images at {resolution}x{resolution} pixels ({crop} crop), encoded by {vae}{flipped}, for training \
 latent diffusion models with diffusers-tread.
 
 | | |
 |---|---|
 | images | {source} |
 | classes | {num_classes} |
-| VAE | `{vae}`, {vae_class}, run in {vae_dtype}, revision {vae_revision} |
+| VAE | {vae}, {vae_class}, run in {vae_dtype}, revision {vae_revision} |
 | a record | {content}, {shape}, {dtype}{bits} |
-| training uses | `(latents - {shift}) * {scale}` |
+| training uses | {formula} |
 | left out as unreadable | {num_unreadable} |
 
 `latents.json` holds all of this and the SHA-256 of every shard.
@@ -26,7 +31,7 @@ latent diffusion models with diffusers-tread.
 ## Use
 
 ```bash
-python examples/train_tread.py --latents_dir {repo_id} --preset XL/2 --output_dir runs/xl2
+python examples/train_tread.py --latents_dir {repo_argument} --preset XL/2 --output_dir runs/xl2
 ```
 
 With `datasets` alone:
@@ -35,12 +40,11 @@ With `datasets` alone:
 import torch
 from datasets import load_dataset
 
-records = load_dataset("{repo_id}", split="train").with_format("arrow")
+records = load_dataset({repo_literal}, split="train").with_format("arrow")
 table = records[:4]
 values = torch.tensor(table["moments"].combine_chunks().flatten().to_numpy()){view}
 values = values.view(-1, {sizes}).float()
 {latents}
-latents = (latents - {shift}) * {scale}  # what a model is trained on, with table["label"]
 ```
 
 ## Licence
@@ -57,36 +61,50 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         repo_id: The repository it is for, or a folder.
     """
     channels, size, _ = info.shape
+    name = repo_id.rstrip("/").split("/")[-1]
     bits = info.dtype == "bfloat16"
-    moments = "mean, std = values.chunk(2, dim=1)\nlatents = mean + std * torch.randn_like(std)"
+    lines = ["latents = values"]
+    if info.kind == "moments":
+        lines = ["mean, std = values.chunk(2, dim=1)", "latents = mean + std * torch.randn_like(std)"]
+    formula = f"(latents - {info.shift_factor}) * {info.scaling_factor}"
+    if info.latents_mean is not None:
+        formula = f"(latents - latents_mean) * {info.scaling_factor} / latents_std"
+        for field in ("latents_mean", "latents_std"):
+            lines.append(f"{field} = torch.tensor({list(getattr(info, field))}).view(1, -1, 1, 1)")
+    lines.append(f'latents = {formula}  # what a model is trained on, with table["label"]')
     text = _TEXT.format(
-        title=repo_id.rstrip("/").split("/")[-1],
-        repo_id=repo_id,
+        title=_escape(name),
+        repo_literal=json.dumps(repo_id),
+        repo_argument=shlex.quote(repo_id),
         num_samples=info.num_samples,
         resolution=info.resolution,
-        crop=info.crop,
-        source=", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None),
+        crop=_escape(info.crop),
+        source=_escape(", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None)),
         num_classes=len(info.id2label),
         flipped=", each also mirrored (`moments_flipped`)" if info.has_flipped else "",
-        vae=info.vae["name_or_path"],
-        vae_class=info.vae["class_name"],
-        vae_dtype=info.vae["dtype"],
-        vae_revision=info.vae["revision"] or "not known",
+        vae=_escape(info.vae["name_or_path"]),
+        vae_class=_escape(info.vae["class_name"]),
+        vae_dtype=_escape(info.vae["dtype"]),
+        vae_revision=_escape(info.vae["revision"] or "not known"),
+        formula=f"`{formula}`",
         content="mean and standard deviation of the posterior" if info.kind == "moments" else "latents",
         shape="x".join(map(str, info.shape)),
         sizes=f"{channels}, {size}, {size}",
         dtype=info.dtype,
         bits=", its bits stored as uint16" if bits else "",
         view=".view(torch.bfloat16)" if bits else "",
-        latents=moments if info.kind == "moments" else "latents = values",
-        shift=info.shift_factor,
-        scale=info.scaling_factor,
+        latents="\n".join(lines),
         num_unreadable=len(info.unreadable),
     )
     data = DatasetCardData(
         license="other",
-        pretty_name=repo_id.rstrip("/").split("/")[-1],
+        pretty_name=name,
         tags=["diffusers-tread", "latents", "diffusion"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.arrow"}]}],
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _escape(text: str) -> str:
+    """Text as it shall be read in a table of Markdown: a folder may have any name."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(html.escape(text, quote=False).split()))

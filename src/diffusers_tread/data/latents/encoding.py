@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """From a data set of images to the shards of a folder of latents."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,9 +11,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .images import read_image
-from .latent_shards import LatentsWriter
-from .latents import encode_moments
+from ..images import read_image
+from .codec import encode_moments
+from .writing import LatentsWriter, digest_files
+
+
+_ROWS = 256  # that are read at once where none is decoded: one by one takes `datasets` a hundred times as long
 
 
 def encode_shards(
@@ -25,6 +29,7 @@ def encode_shards(
     label_column: str,
     shard_size: int,
     batch_size: int,
+    background: str = "white",
     num_workers: int = 0,
     progress: str | None = None,
 ) -> None:
@@ -42,6 +47,7 @@ def encode_shards(
         label_column: The column with class labels.
         shard_size: Images per shard.
         batch_size: B, images per forward.
+        background: Colour behind transparent images, see `load_image`.
         num_workers: Processes that decode images.
         progress: What the progress bar says; None for no bar.
 
@@ -54,7 +60,7 @@ def encode_shards(
         batches.append([indices[start : start + batch_size] for start in range(0, len(indices), batch_size)])
     loader = iter(
         DataLoader(
-            SourceImages(source, image_column, label_column, resolution=writer.info.resolution),
+            SourceImages(source, image_column, label_column, resolution=writer.info.resolution, background=background),
             batch_sampler=[batch for its_batches in batches for batch in its_batches],
             num_workers=num_workers,
             collate_fn=_collate,
@@ -68,19 +74,43 @@ def encode_shards(
             writer.write(shard, records)
 
 
+def digest_sources(source, *, image_column: str, shard_size: int) -> list[str]:
+    """For each shard a hash that changes with its images, for `LatentsWriter.open`.
+
+    Of image files it takes names, sizes and times of change, which reads none of them; of images that lie in the data
+    set itself the content.
+
+    Args:
+        source: As for `encode_shards`.
+        image_column: As for `encode_shards`.
+        shard_size: As for `encode_shards`.
+    """
+    digests = []
+    for start in range(0, len(source), shard_size):
+        digest, stop = hashlib.sha256(), min(start + shard_size, len(source))
+        for row in range(start, stop, _ROWS):
+            for image in source[row : min(row + _ROWS, stop)][image_column]:
+                content, path = (image or {}).get("bytes"), (image or {}).get("path")
+                files = [] if content is not None or path is None else [path]
+                digest.update(hashlib.sha256(content or b"").digest() + digest_files(files).encode())
+        digests.append(digest.hexdigest())
+    return digests
+
+
 class SourceImages(Dataset):
     """Name, pixels [3, R, R] or None if it cannot be read, and label of the images of a source."""
 
-    def __init__(self, source, image_column: str, label_column: str, *, resolution: int):
+    def __init__(self, source, image_column: str, label_column: str, **options: Any):
         self.source, self.image_column, self.label_column = source, image_column, label_column
-        self.resolution = resolution
+        self.options = options
 
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor | None, int]:
         record = self.source[index]
         image = record[self.image_column]
         path = (image or {}).get("path")
-        name = f"image {index} ({Path(path).name})" if path else f"image {index}"
-        return name, read_image(image, resolution=self.resolution, flip=False), record[self.label_column]
+        # As much of the path as says nothing of this machine.
+        name = f"image {index} ({'/'.join(Path(path).parts[-2:])})" if path else f"image {index}"
+        return name, read_image(image, **self.options), record[self.label_column]
 
 
 def _collate(items: list[tuple[str, torch.Tensor | None, int]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Reads folders of latents (`latents.py` shows the layout), from disk or from the Hub, downloaded or streamed.
+"""Reads folders of latents (info.py shows the layout), from disk or from the Hub, downloaded or streamed.
 
-Shapes: B batch, M values and S side of a record. A batch is {"moments": [B, M, S, S] of the stored dtype,
-"class_labels": [B] int64, "corrupt": []}; `latents_from_moments` turns it into what a denoiser is trained on.
+A batch is {"moments": [B, M, S, S] of the stored dtype, "class_labels": [B] int64, "corrupt": []};
+`latents_from_moments` turns it into what a denoiser is trained on. The letters of the shapes are those of codec.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,12 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch.utils.data import Dataset
 
-from ..seeds import derive_seed
-from .latent_shards import RECORD_BATCH, verify_latents
-from .latents import INFO, LatentsInfo
-from .streaming import LOST, StreamingDataset
+from ...seeds import derive_seed
+from ..streaming import LOST, StreamingDataset
+from .arrow import RECORD_BATCH, open_shard
+from .codec import sample_moments
+from .info import INFO, LatentsInfo
+from .writing import verify_latents
 
 
 class LatentsDataset(Dataset):
@@ -32,8 +34,9 @@ class LatentsDataset(Dataset):
         random_flip: Whether to take the mirrored image's latents at random.
 
     Raises:
-        ValueError: Shards that are missing, cut off or hold something else than `latents.json` says (checksums are for
-            `verify_latents`); labels outside [0, num_classes); `random_flip` of latents made without flips.
+        ValueError: A `latents.json` that does not hold together; shards that are missing, cut off, damaged or hold
+            something else than it says, by name (checksums are for `verify_latents`); labels outside
+            [0, num_classes); `random_flip` of latents made without flips.
     """
 
     def __init__(self, folder: str | Path, *, seed: int, random_flip: bool = False):
@@ -46,16 +49,9 @@ class LatentsDataset(Dataset):
         _check_flip(info, random_flip)
 
         # Shards.
-        shards, schema = [], info.features().arrow_schema
-        for shard in info.shards:
-            table = datasets.Dataset.from_file(str(Path(folder, shard["file"])))
-            if len(table) != shard["num_samples"] or not table.data.table.schema.equals(schema):
-                raise ValueError(
-                    f"Expected {shard['num_samples']} records of {schema.names}, as {INFO} says, in {folder}/"
-                    f"{shard['file']}, got {len(table)} of {table.column_names}. Make the folder again."
-                )
-            shards.append(table)
+        shards = [open_shard(folder, shard, info) for shard in info.shards]
         self.source = datasets.concatenate_datasets(shards).with_format("arrow")
+        schema = info.features().arrow_schema
         self.dtype = schema.field("moments").type.value_type.to_pandas_dtype()
 
         # Labels.
@@ -106,7 +102,17 @@ class StreamingLatentsDataset(StreamingDataset):
 
     def records(self, source) -> Iterator[Any]:
         # As Arrow tables, many at once: as Python lists, or one by one, `datasets` reads them far slower.
-        for table in source.iter(batch_size=RECORD_BATCH):
+        tables = iter(source.iter(batch_size=RECORD_BATCH))
+        while True:
+            try:
+                table = next(tables, None)
+            except (ValueError, TypeError, KeyError) as error:  # what pyarrow and `datasets` raise for other columns
+                raise ValueError(
+                    f"Expected shards as {INFO} describes them, got one that cannot be read ({error}). Download the "
+                    "data set and name it with examples/precompute_latents.py --verify, or make it again."
+                ) from error
+            if table is None:
+                return
             yield from (table.slice(row, 1) for row in range(len(table)))
 
     def read(self, record, *, name: str, flip: bool) -> dict[str, Any]:
@@ -157,15 +163,20 @@ def open_latents(
 
     if is_local:
         info = verify_latents(folder, checksums=False)
+        for shard in info.shards:
+            open_shard(folder, shard, info)
         files = [str(folder / shard["file"]) for shard in info.shards]
     else:
         # One commit for everything: the repository may change while it is read.
         repo = _ask_hub(HfApi().dataset_info, name, files_metadata=True)
         options = {"repo_type": "dataset", "revision": repo.sha, "cache_dir": cache_dir}
         info = LatentsInfo.load(Path(_ask_hub(hf_hub_download, name, filename=INFO, **options)).parent)
-        sizes = {file.rfilename: file.size for file in repo.siblings}
-        if wrong := [shard["file"] for shard in info.shards if sizes.get(shard["file"]) != shard["size"]]:
-            raise ValueError(f"Expected whole shards in {name}, got {wrong} missing or cut off. Upload them again.")
+        there = {file.rfilename: file for file in repo.siblings}
+        if wrong := [shard["file"] for shard in info.shards if not _is_same(there.get(shard["file"]), shard)]:
+            raise ValueError(
+                f"Expected the shards of {name} as {INFO} describes them, got {wrong} missing, cut off or changed. "
+                "Upload them again."
+            )
         files = [f"hf://datasets/{name}@{repo.sha}/{shard['file']}" for shard in info.shards]
     source = datasets.load_dataset(
         "arrow",
@@ -176,6 +187,28 @@ def open_latents(
         cache_dir=cache_dir,
     )
     return StreamingLatentsDataset(source, info=info, shuffle_buffer=shuffle_buffer, **common)
+
+
+def latents_from_moments(
+    moments: torch.Tensor, info: LatentsInfo, *, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Latents to train on: a sample of the stored posterior, normalised.
+
+    Args:
+        moments: [B, M, S, S] of the stored dtype.
+        info: Of the folder that they come from.
+        generator: Source of randomness for the posterior sample.
+
+    Returns:
+        [B, C, S, S] float32.
+    """
+    moments = moments.float()
+    return info.codec.normalize(sample_moments(moments, generator=generator) if info.kind == "moments" else moments)
+
+
+def _is_same(file, shard: dict[str, Any]) -> bool:
+    """Whether a file of a repository is a shard; the Hub has checksums of large files."""
+    return file is not None and file.size == shard["size"] and (file.lfs is None or file.lfs.sha256 == shard["sha256"])
 
 
 def _ask_hub(request, name: str | Path, **options: Any) -> Any:
