@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from diffusers_tread import apply_token_routing, token_routing
 from diffusers_tread.data import EpochBatchSampler, center_crop, encode_images, image_to_tensor
+from diffusers_tread.hub import check_model_index
 from diffusers_tread.seeds import derive_seed
 from diffusers_tread.training.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_tread.training.run_folder import open_run_folder
@@ -213,7 +214,9 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_images(args)
 
     # Model: frozen pipeline, LoRA, routes.
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    name = args.pretrained_model_name_or_path
+    check_model_index(DiffusionPipeline.load_config(name), name)
+    pipeline = DiffusionPipeline.from_pretrained(name)
     if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(
             f"Expected a pipeline with FlowMatchEulerDiscreteScheduler, got {type(pipeline.scheduler).__name__}."
