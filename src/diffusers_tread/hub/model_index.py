@@ -66,6 +66,6 @@ def _is_allowed(entry: Any, own: str | None) -> bool:
 def _message(name: str, entry: Any, folder: str | Path) -> str:
     return (
         f"Expected components of diffusers, transformers or diffusers_tread in model_index.json, got {name!r}: "
-        f"{entry!r} in {folder}. Nothing of it was run. If you trust its code, load the parts by themselves and put them "
-        "into a pipeline; classes of your own are made known by register_denoiser and register_guider."
+        f"{entry!r} in {folder}. Nothing of it was run. If you trust its code, load the parts by themselves and make "
+        "a pipeline of them; classes of your own are made known by register_denoiser and register_guider."
     )
