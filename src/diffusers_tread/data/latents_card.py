@@ -3,6 +3,7 @@
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ..markdown import as_code, as_text
 from .latents import LatentsInfo
 
 
@@ -60,18 +61,18 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
     bits = info.dtype == "bfloat16"
     moments = "mean, std = values.chunk(2, dim=1)\nlatents = mean + std * torch.randn_like(std)"
     text = _TEXT.format(
-        title=repo_id.rstrip("/").split("/")[-1],
-        repo_id=repo_id,
+        title=as_text(repo_id.rstrip("/").split("/")[-1]),
+        repo_id=as_code(repo_id),
         num_samples=info.num_samples,
         resolution=info.resolution,
-        crop=info.crop,
-        source=", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None),
+        crop=as_text(info.crop),
+        source=as_text(", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None)),
         num_classes=len(info.id2label),
         flipped=", each also mirrored (`moments_flipped`)" if info.has_flipped else "",
-        vae=info.vae["name_or_path"],
-        vae_class=info.vae["class_name"],
-        vae_dtype=info.vae["dtype"],
-        vae_revision=info.vae["revision"] or "not known",
+        vae=as_code(info.vae["name_or_path"]),
+        vae_class=as_text(info.vae["class_name"]),
+        vae_dtype=as_text(info.vae["dtype"]),
+        vae_revision=as_text(info.vae["revision"] or "not known"),
         content="mean and standard deviation of the posterior" if info.kind == "moments" else "latents",
         shape="x".join(map(str, info.shape)),
         sizes=f"{channels}, {size}, {size}",
