@@ -9,6 +9,7 @@ GRADIO_SERVER_PORT say where it listens. docs/samples-and-app.md tells more.
 
 import argparse
 import os
+import threading
 import time
 
 import diffusers
@@ -35,7 +36,9 @@ SPARSE_KINDS = {
     AUTO: {"weak_checkpoint": True},
     f"{AUTO} + {SPARSE}": {"weak_checkpoint": True},
 }
-LIMITS = {"Seed": (0, 2**53), "Images": (1, 16), "Steps": (1, 250)}
+INTEGERS = {"Seed": (0, 2**53), "Images": (1, 16), "Steps": (1, 250)}
+NUMBERS = {"Scale on the left": (0, 100), "Scale": (0, 100), "Strong ratio": (0, 1), "Weak ratio": (0, 1)}
+LOCK = threading.Lock()  # of the model: one request at a time, however it comes
 # Fonts of the visitor's system: nothing is fetched from elsewhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
@@ -89,6 +92,15 @@ def offered_samplers(pipeline: TREADPipeline) -> list[str]:
     return list(dict.fromkeys([own, *(name for name in SAMPLERS if accepts(scheduler_class(name)()))]))
 
 
+def offered_kinds(pipeline: TREADPipeline) -> list[str]:
+    kinds, has_routes = ["none", CFG], bool(get_token_router(pipeline.transformer).routes)
+    if has_routes:
+        kinds += [SPARSE, f"{CFG} + {SPARSE}"]
+    if pipeline.guidance_transformer is not None:
+        kinds += [AUTO, *([f"{AUTO} + {SPARSE}"] if has_routes else [])]
+    return kinds
+
+
 def sample(
     pipeline: TREADPipeline, guider: BaseGuidance, *, sampler: str, label: int, steps: int, seed: int, num_images: int
 ) -> tuple[PIL.Image.Image, str]:
@@ -111,22 +123,34 @@ def sample(
     return make_grid(images, columns=4), text
 
 
+def check_number(name: str, value, lowest: int, highest: int, *, is_integer: bool) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not lowest <= value <= highest or (is_integer and value != int(value)):
+        kind = "an integer" if is_integer else "a number"
+        raise ValueError(f"Expected {name}: {kind} from {lowest} to {highest}, got {str(value):.40}.")
+
+
 def compare(
     pipeline: TREADPipeline, label, seed, num_images, sampler, steps, cfg_scale, kind, scale, strong_ratio, weak_ratio
 ) -> tuple[PIL.Image.Image, str, PIL.Image.Image, str]:
     """What the button does: pictures and costs of both sides; gr.Error, which the page shows, for bad input."""
-    inputs = {"Class": label, "Seed": seed, "Images": num_images, "Sampler": sampler, "Steps": steps, "Kind": kind}
-    inputs |= {"Scale on the left": cfg_scale, "Scale": scale, "Strong ratio": strong_ratio, "Weak ratio": weak_ratio}
+    numbers = {"Seed": seed, "Images": num_images, "Steps": steps, "Class": label}
+    numbers |= {"Scale on the left": cfg_scale, "Scale": scale, "Strong ratio": strong_ratio, "Weak ratio": weak_ratio}
     try:
-        if empty := [name for name, value in inputs.items() if value is None]:
+        if empty := [name for name, value in numbers.items() if value is None]:
             raise ValueError(f"Expected a value in every field, got none in {', '.join(empty)}.")
-        for name, (lowest, highest) in LIMITS.items():
-            if not lowest <= inputs[name] <= highest or inputs[name] != int(inputs[name]):
-                raise ValueError(f"Expected {name}: an integer from {lowest} to {highest}, got {inputs[name]:g}.")
+        classes = {"Class": (0, max(pipeline.transformer.config.num_classes - 1, 0))}
+        for name, (lowest, highest) in (INTEGERS | classes | NUMBERS).items():
+            check_number(name, numbers[name], lowest, highest, is_integer=name not in NUMBERS)
+        if sampler not in (samplers := offered_samplers(pipeline)):
+            raise ValueError(f"Expected Sampler: one of {samplers}, got {sampler!r:.40}.")
+        if kind not in (kinds := offered_kinds(pipeline)):
+            raise ValueError(f"Expected Kind: one of {kinds}, got {kind!r:.40}.")
         guiders = make_guider(CFG, cfg_scale, 0.0, 0.0), make_guider(kind, scale, strong_ratio, weak_ratio)
-        settings = {"sampler": sampler, "label": label, "num_images": int(num_images)}
+        settings = {"sampler": sampler, "label": int(label), "num_images": int(num_images)}
         settings |= {"steps": int(steps), "seed": int(seed)}
-        return sum((sample(pipeline, guider, **settings) for guider in guiders), ())
+        with LOCK:
+            return sum((sample(pipeline, guider, **settings) for guider in guiders), ())
     except ValueError as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
 
@@ -135,14 +159,9 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
     """The page of a pipeline; one request runs at a time."""
     config, names = pipeline.transformer.config, pipeline.config.id2label or {}
     samplers = offered_samplers(pipeline)
-    labels = range(config.num_classes)
+    labels = range(max(config.num_classes, 1))  # a model without classes has one label
     classes = [(f"{label}: {names[str(label)]}" if str(label) in names else f"{label}", label) for label in labels]
-    kinds = ["none", CFG]
-    has_routes = bool(get_token_router(pipeline.transformer).routes)
-    if has_routes:
-        kinds += [SPARSE, f"{CFG} + {SPARSE}"]
-    if pipeline.guidance_transformer is not None:
-        kinds += [AUTO, *([f"{AUTO} + {SPARSE}"] if has_routes else [])]
+    kinds = offered_kinds(pipeline)
 
     with gr.Blocks(title="diffusers-tread", analytics_enabled=False) as page:
         gr.Markdown("# Token routing and Sparse Guidance\nThe same noise, guided in two ways.")
@@ -181,19 +200,21 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
             return compare(pipeline, *values)
 
         inputs = [label, seed, num_images, sampler, steps, cfg_scale, kind, scale, strong_ratio, weak_ratio]
-        button.click(run, inputs, outputs, concurrency_limit=1, api_name="compare")
+        button.click(run, inputs, outputs, concurrency_limit=1, api_visibility="private")
         # Only what the kind has a use for.
         kind.change(
             lambda kind: [gr.update(visible=kind != "none")] + 2 * [gr.update(visible=SPARSE in kind)],
             kind,
             [scale, strong_ratio, weak_ratio],
+            api_visibility="private",
         )
-    return page
+    # The buttons alone start work, and few may wait.
+    return page.queue(max_size=32, api_open=False, default_concurrency_limit=1)
 
 
 def main(argv: list[str] | None = None) -> None:
     demo = build_page(load_pipeline(parse_args(argv).pretrained_pipeline))
-    demo.launch(theme=THEME)
+    demo.launch(theme=THEME, max_file_size="1kb")  # nothing is to be uploaded
 
 
 if __name__ == "__main__":

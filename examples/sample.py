@@ -127,7 +127,7 @@ def check_grid(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def read_class_labels(text: str, pipeline: TREADPipeline) -> list[int]:
-    num_classes = pipeline.transformer.config.num_classes
+    num_classes = max(pipeline.transformer.config.num_classes, 1)  # a model without classes has one label
     if text == "all":
         return list(range(num_classes))
     words = [word.strip() for word in text.split(",")]
@@ -149,7 +149,8 @@ def plan_sheets(args: argparse.Namespace, images: PipelineImages) -> list[Sheet]
 def plan_class(args: argparse.Namespace, images: PipelineImages, label: int) -> Sheet:
     """The sheet of one class: many images, a row per weak ratio, or a row from each noise to the next."""
     pipeline = images.pipeline
-    name, num_classes = (pipeline.config.id2label or {}).get(str(label)), pipeline.transformer.config.num_classes
+    name = (pipeline.config.id2label or {}).get(str(label))
+    num_classes = max(pipeline.transformer.config.num_classes, 1)
     title = f"class {label}" if name is None else f"class {label}: {name}"
     sheet = partial(Sheet, name=f"{args.mode}-{label:04d}", title=title)
     indices = range(label, sys.maxsize, num_classes)  # this class's samples, where classes take turns

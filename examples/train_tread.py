@@ -29,6 +29,7 @@ from train_tread_setup import (
     make_objective,
     make_terms,
     name_data,
+    num_model_classes,
     open_data,
     open_feature_extractor,
     open_fid_curve,
@@ -75,7 +76,8 @@ class Trainer:
     ):
         self.args, self.accelerator, self.objective, self.vae = args, accelerator, objective, vae
         self.run, self.stop = run, stop
-        self.id2label, self.num_classes, self.settings = dataset.id2label, dataset.num_classes, settings
+        self.num_classes, self.settings = settings["num_classes"], settings
+        self.id2label = dataset.id2label if self.num_classes else None
         self.latents_info = getattr(dataset, "info", None)
 
         # Model.
@@ -224,9 +226,10 @@ class Trainer:
         batch = next(self.batches)
         self.note_corrupt(batch)
 
-        # Labels: some become the null class.
+        # Labels: some become the null class, in a model without classes all.
+        dropped = self.args.class_dropout_prob if self.num_classes else 1.0
         draws = torch.rand(len(batch["class_labels"]), generator=torch.Generator().manual_seed(seed("labels")))
-        labels = batch["class_labels"].masked_fill(draws < self.args.class_dropout_prob, self.num_classes)
+        labels = batch["class_labels"].masked_fill(draws < dropped, self.num_classes)
         labels = labels.to(self.accelerator.device, non_blocking=True)
 
         # Latents.
@@ -311,7 +314,7 @@ class Trainer:
         """A grid of samples, dense, with the averaged weights."""
         args, pipeline = self.args, self.make_pipeline()
         if self.accelerator.is_main_process:
-            labels = [index % self.num_classes for index in range(args.num_validation_images)]
+            labels = [index % max(self.num_classes, 1) for index in range(args.num_validation_images)]
             seeds = [derive_seed(args.seed, "validation", index) for index in range(args.num_validation_images)]
             images = pipeline(
                 class_labels=labels,
@@ -376,7 +379,8 @@ def main(argv: list[str] | None = None) -> None:
     dataset, objective = open_data(args, accelerator), make_objective(args)
     vae, channels, sample_size = load_vae(args, dataset)
     extractor = open_feature_extractor(args, accelerator)
-    build = partial(make_model, args, channels=channels, sample_size=sample_size, num_classes=dataset.num_classes)
+    num_classes = num_model_classes(args, dataset)
+    build = partial(make_model, args, channels=channels, sample_size=sample_size, num_classes=num_classes)
     with init_empty_weights():
         settings = resolve_settings(args, accelerator, dataset=dataset, model=build())
     if accelerator.is_main_process:

@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
     add("--latents_dir", help="Latents: a folder of precompute_latents.py, or its repository on the Hub.")
     add("--image_column", default="image", help="Column with images.")
     add("--label_column", default="label", help="Column with class labels.")
-    add("--num_classes", type=int, help="Number of classes; by default as many as the data have.")
+    add("--num_classes", type=int, help="By default as many as the data have; 0 trains without classes.")
     add("--cache_dir", help="Where downloaded data are kept.")
     flag("--streaming", help="Read the repository without downloading it first.")
     add("--shuffle_buffer", type=int, default=10_000, help="Records that the shuffle of a stream holds in memory.")
@@ -163,7 +163,7 @@ def parse_args(argv: list[str] | None = None, *, description: str | None = None)
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
     positive = "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs checkpointing_steps " \
         "checkpoints_total_limit logging_steps validation_steps num_validation_images shuffle_buffer resolution " \
-        "num_classes validation_inference_steps learning_rate eval_steps eval_num_samples eval_batch_size " \
+        "validation_inference_steps learning_rate eval_steps eval_num_samples eval_batch_size " \
         "eval_inference_steps hub_push_steps".split()  # fmt: skip
     for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
@@ -171,8 +171,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("dense_fraction", "class_dropout_prob", "ema_decay"):
         if not 0.0 <= (value := getattr(args, name)) <= 1.0:
             raise ValueError(f"Expected --{name} in [0, 1], got {value}.")
-    for name in ("lr_warmup_steps", "max_grad_norm", "dataloader_num_workers", "max_corrupt_images"):
-        if (value := getattr(args, name)) < 0:
+    for name in ("num_classes", "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers", "max_corrupt_images"):
+        if (value := getattr(args, name)) is not None and value < 0:
             raise ValueError(f"Expected --{name} >= 0, got {value}.")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         raise ValueError("Expected one of --overwrite_output_dir and --resume_from_checkpoint, got both.")

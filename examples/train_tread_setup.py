@@ -69,7 +69,7 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator):
             shuffle_buffer=args.shuffle_buffer,
             dataset_config_name=args.dataset_config_name,
             split=args.dataset_split,
-            num_classes=args.num_classes,
+            num_classes=args.num_classes or None,
             cache_dir=args.cache_dir,
         )
 
@@ -119,6 +119,11 @@ def make_terms(args: argparse.Namespace, model: torch.nn.Module) -> list[LossTer
     if unknown := sorted(set(settings) - set(LOSS_TERMS)):
         raise ValueError(f"Expected terms among {list(LOSS_TERMS)} in --loss_terms, got {unknown}.")
     return [LOSS_TERMS[name].for_model(model, **values) for name, values in settings.items()]
+
+
+def num_model_classes(args: argparse.Namespace, dataset) -> int:
+    """Classes of the model, which does not look at labels with --num_classes 0."""
+    return 0 if args.num_classes == 0 else dataset.num_classes
 
 
 def make_model(args: argparse.Namespace, *, channels: int, sample_size: int, num_classes: int):
@@ -207,7 +212,7 @@ def resolve_settings(args, accelerator, *, dataset, model: torch.nn.Module) -> d
         "total_batch_size": total_batch_size,
         "num_images": num_images,
         "latents": None if info is None else latents_digest(info),
-        "num_classes": dataset.num_classes,
+        "num_classes": num_model_classes(args, dataset),
         "steps_per_epoch": None if num_images is None else num_images / total_batch_size,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "block_flops_saved": block_flops_saved(model),

@@ -27,14 +27,18 @@ from dit_formulas import dit, random_dit  # noqa: E402
 # Six blocks of width 32, with 128 in the MLP and 16 tokens. DiT uses most of it, by its cosines of up to 999.
 LIMIT = rounding(6 * 312)
 LABELS = torch.tensor([0, 5, 2])  # 5 is the null class
+# What the tiny checkpoints do not tell.
+HINTS = {"num_attention_heads": 4, "num_classes": 5}
+FLAGS = ["--num_attention_heads=4", "--num_classes=5"]
 # Per source: times that its network sees, and the timesteps that our scheduler gives for them.
 TIMES = {
     "tread": ([-1.5, 0.0, 1.1], lambda c_noise: c_noise),
     "tread_flow": ([0.0, 0.3, 1.0], lambda t: 1000 * t),
     "dit": ([0.0, 500.0, 999.0], lambda t: t),
     "sit": ([0.0, 0.3, 1.0], lambda t: 1000 * (1 - t)),
+    "repa": ([0.0, 0.3, 1.0], lambda t: 1000 * t),
 }
-OBJECTIVES = {"tread": "edm", "tread_flow": "flow", "dit": "epsilon", "sit": "flow"}
+OBJECTIVES = {"tread": "edm", "tread_flow": "flow", "dit": "epsilon", "sit": "flow", "repa": "flow"}
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def convert(tmp_path):
 
     def convert(content, source="tread", **options):
         torch.save(content, tmp_path / "checkpoint.pt")
-        return convert_checkpoint(tmp_path / "checkpoint.pt", source=source, **({"num_attention_heads": 4} | options))
+        return convert_checkpoint(tmp_path / "checkpoint.pt", source=source, **(HINTS | options))
 
     return convert
 
@@ -107,13 +111,13 @@ def test_a_step_of_the_edm_pipeline_is_the_source_s_preconditioned_denoiser(conv
     assert difference(sampled(pipe, latents, 1), denoised) < LIMIT
 
 
-@pytest.mark.parametrize("source", ["tread_flow", "sit"])
+@pytest.mark.parametrize("source", ["tread_flow", "sit", "repa"])
 def test_steps_of_the_flow_pipelines_are_the_source_s_euler_steps(convert, weights, latents, source):
     x = latents.double()
     for sigma, following in [(1.0, 0.5005), (0.5005, 0.001), (0.001, 0.0)]:  # diffusers' levels
-        time = sigma if source == "tread_flow" else 1 - sigma
+        time = 1 - sigma if source == "sit" else sigma
         velocity = dit(weights, x, torch.full((3,), time), LABELS, heads=4)[:, :3]
-        x = x + (following - sigma if source == "tread_flow" else sigma - following) * velocity
+        x = x + (sigma - following if source == "sit" else following - sigma) * velocity
     assert difference(sampled(convert(weights, source), latents, 3), x) < LIMIT
 
 
@@ -130,12 +134,12 @@ def test_steps_of_the_noise_predicting_pipeline_are_the_source_s_ddim_steps(conv
 def test_only_the_sources_that_routed_get_the_paper_s_route(convert, weights):
     routes = {source: convert(weights, source).transformer.config.routes for source in TIMES}
     paper = [TokenRoute(start=2, end=2, selection_ratio=0.5).to_dict()]
-    assert routes == {"tread": paper, "tread_flow": paper, "dit": None, "sit": None}
+    assert routes == {"tread": paper, "tread_flow": paper, "dit": None, "sit": None, "repa": None}
 
 
 def test_the_heads_of_dit_s_own_sizes_are_known(convert):
     weights = random_dit(width=384, depth=12, mlp_ratio=1, channels=4, out_channels=4, classes=3)
-    config = convert(weights, num_attention_heads=None).transformer.config
+    config = convert(weights, num_attention_heads=None, num_classes=3).transformer.config
     assert (config.num_attention_heads, config.attention_head_dim, config.mlp_ratio) == (6, 64, 1.0)
     assert (config.in_channels, config.sample_size, config.num_classes, config.patch_size) == (4, 8, 3, 2)
 
@@ -188,7 +192,7 @@ def test_weights_are_chosen_by_name(convert, tmp_path):
         convert({"one": raw, "two": ema})
 
     safetensors.torch.save_file(ema, tmp_path / "ema.safetensors")
-    from_safetensors = convert_checkpoint(tmp_path / "ema.safetensors", source="tread", num_attention_heads=4)
+    from_safetensors = convert_checkpoint(tmp_path / "ema.safetensors", source="tread", **HINTS)
     assert_equal(from_safetensors.transformer, convert(ema).transformer)
 
 
@@ -226,7 +230,7 @@ def test_wrong_weights_are_named(convert, change, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"source": "ddpm"}, r"source among \['dit', 'sit', 'tread', 'tread_flow'\], got 'ddpm'"),
+        ({"source": "ddpm"}, r"source among \['dit', 'repa', 'sit', 'tread', 'tread_flow'\], got 'ddpm'"),
         ({"num_attention_heads": None}, "width 32, got 0"),
         ({"num_attention_heads": 5}, "width 32, got 5"),
         ({"num_attention_heads": -4}, "width 32, got -4"),
@@ -254,10 +258,10 @@ def test_a_hostile_pickle_is_refused_and_nothing_of_it_runs(tmp_path, old_format
     content = {"ema": random_dit(), "args": argparse.Namespace(epochs=1), "more": Hostile(made)}
     torch.save(content, file, _use_new_zipfile_serialization=not old_format)
     with pytest.raises(ValueError, match=f"{contents}.* was not read.*--allow_unsafe_pickle"):
-        convert_checkpoint(file, source="tread", num_attention_heads=4)
+        convert_checkpoint(file, source="tread", **HINTS)
     assert not made.exists()
 
-    pipe = convert_checkpoint(file, source="tread", num_attention_heads=4, allow_unsafe_pickle=True)
+    pipe = convert_checkpoint(file, source="tread", **HINTS, allow_unsafe_pickle=True)
     assert made.exists() and isinstance(pipe, TREADPipeline)
 
 
@@ -425,7 +429,7 @@ def test_dit_s_own_formulas_can_be_had_from_a_diffusers_dit(tmp_path, latents):
 
 def test_the_command_writes_a_pipeline_that_loads(tmp_path, convert, weights):
     expected = convert(weights, "sit")
-    main(["checkpoint", f"{tmp_path}/checkpoint.pt", f"{tmp_path}/sit", "--source", "sit", "--num_attention_heads=4"])
+    main(["checkpoint", f"{tmp_path}/checkpoint.pt", f"{tmp_path}/sit", "--source", "sit", *FLAGS])
     loaded = TREADPipeline.from_pretrained(tmp_path / "sit")
     assert_equal(loaded.transformer, expected.transformer)
     assert isinstance(loaded.scheduler, type(expected.scheduler)) and loaded.scheduler.config.shift == 1.0
@@ -445,7 +449,7 @@ def test_the_command_round_trip_through_dit_s_layout(tmp_path, transformer, monk
     monkeypatch.setattr(sys, "argv", ["convert", "to_dit", f"{tmp_path}/ours", f"{tmp_path}/dit.safetensors"])
     monkeypatch.delitem(sys.modules, "diffusers_tread.converters.__main__")
     runpy.run_module("diffusers_tread.converters", run_name="__main__")
-    options = ["--source", "tread", "--num_attention_heads", "4", "--transformer_only"]
+    options = ["--source", "tread", *FLAGS, "--transformer_only"]
     main(["checkpoint", f"{tmp_path}/dit.safetensors", f"{tmp_path}/back", *options])
     assert_equal(TREADTransformer2DModel.from_pretrained(tmp_path / "back"), transformer)
 
@@ -464,12 +468,13 @@ def test_the_command_refuses_to_overwrite_and_says_what_is_wrong(tmp_path, comma
 
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit):
-        main([*command, "--num_attention_heads=4"])
+        main([*command, *FLAGS])
     assert "out, which exists" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path, command, monkeypatch):
-    command.append("--num_attention_heads=4")
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path, convert, weights, monkeypatch):
+    convert(weights)
+    command = ["checkpoint", f"{tmp_path}/checkpoint.pt", f"{tmp_path}/out", "--source=dit", *FLAGS]
 
     def disk_full(self, folder, **options):
         folder.mkdir()

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--source", required=True, choices=SOURCES, help="How the network was trained.")
     add("--num_attention_heads", type=int, help="If DiT has no model of this width and depth.")
     add("--sample_size", type=int, help="Side of the training latents, if the checkpoint has no pos_embed.")
+    add("--num_classes", type=int, help="Classes without the null class, if the checkpoint does not say; 0 for none.")
     add("--weights", help="Which weights of a training checkpoint: ema, model, … Default: the averaged ones.")
     add("--allow_unsafe_pickle", action="store_true", help="Read a pickle that can run any code.")
     _add_output_flags(add)
@@ -71,6 +72,7 @@ def _run(args: argparse.Namespace) -> None:
             vae=vae,
             num_attention_heads=args.num_attention_heads,
             sample_size=args.sample_size,
+            num_classes=args.num_classes,
             weights=args.weights,
             allow_unsafe_pickle=args.allow_unsafe_pickle,
         )

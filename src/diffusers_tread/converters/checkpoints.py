@@ -13,8 +13,8 @@ from ..models import TREADTransformer2DModel
 from ..models.transformer_tread_2d import PRESETS, sincos_positions
 from ..objectives import EDMObjective, EpsilonObjective, FlowMatchingObjective, Objective
 from ..pipelines import TREADPipeline
-from .layouts import dit_names, drop_learned_variance, rename, reverse_time
-from .read import read_dit_weights
+from .layouts import check_tensors, dit_names, drop_learned_variance, drop_training_heads, rename, reverse_time
+from .read import DiTWeights, read_dit_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +34,37 @@ SOURCES = {
     "tread_flow": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3, routes="default"),
     "dit": _Source(objective=EpsilonObjective()),
     "sit": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3, reversed_time=True),
+    "repa": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3),
 }
+# Of CIFAR-10, CIFAR-100 and ImageNet: with one more row than that, a table has a null class.
+_CLASSES_OF_KNOWN_DATA = (10, 100, 1000)
 
 
 def convert_checkpoint(
     checkpoint: str | Path,
     *,
-    source: Literal["tread", "tread_flow", "dit", "sit"],
+    source: Literal["tread", "tread_flow", "dit", "sit", "repa"],
     vae: ModelMixin | None = None,
     num_attention_heads: int | None = None,
     sample_size: int | None = None,
+    num_classes: int | None = None,
     weights: str | None = None,
     allow_unsafe_pickle: bool = False,
 ) -> TREADPipeline:
-    """A pipeline from a checkpoint file with DiT's names; a learned variance is dropped.
+    """A pipeline from a checkpoint file with DiT's names; a learned variance and heads for training are dropped.
 
     Args:
         checkpoint: `.safetensors` or `torch.save`.
         source: How the network was trained. "tread": the reference code of TREAD, with EDM's preconditioning
             (sigma_data 0.5). "tread_flow": the same with rectified flow, time in [0, 1] with noise at 1. "dit": DiT's
-            noise prediction. "sit": SiT's velocity on the linear path, time in [0, 1] with noise at 0.
+            noise prediction. "sit": SiT's velocity on the linear path, time in [0, 1] with noise at 0. "repa": REPA's
+            SiT and what was made of it, whose time and velocity run the other way: noise at 1.
         vae: Decodes the latents; None for a pipeline without, which gives latents.
         num_attention_heads: Of the model; None for those of DiT's model of this width and depth.
         sample_size: Side of the training latents, square; None for what the checkpoint's `pos_embed` says.
+        num_classes: Classes without the null class, the table's last row; None for what the checkpoint's own settings
+            say or, without these, for CIFAR's and ImageNet's numbers, if the table has one row more. A table does not
+            tell whether it was trained with a null class.
         weights: Which weights of a training checkpoint, such as "ema" or "model"; None for the averaged ones if there
             are several.
         allow_unsafe_pickle: Whether to read a pickle that does more than hold tensors: it can run any code.
@@ -66,18 +74,25 @@ def convert_checkpoint(
         paper's, `default_route`; the others were trained without.
 
     Raises:
-        ValueError: A file that cannot be read or could run code, weights missing or unknown, or sizes that neither the
-            checkpoint nor the arguments tell.
+        ValueError: A file that cannot be read or could run code; weights missing, unknown, not finite or not in
+            floating point; sizes or classes that neither the checkpoint nor the arguments tell; a table without a null
+            class; a checkpoint of REPA as "sit", or another one whose settings contradict the source.
     """
     if source not in SOURCES:
         raise ValueError(f"Expected a source among {sorted(SOURCES)}, got {source!r}.")
     origin = SOURCES[source]
-    tensors = read_dit_weights(checkpoint, weights=weights, allow_unsafe_pickle=allow_unsafe_pickle)
+    read = read_dit_weights(checkpoint, weights=weights, allow_unsafe_pickle=allow_unsafe_pickle)
+    _check_source(source, read)
 
-    # Names, then sizes.
+    # Names, numbers, then sizes.
+    tensors = drop_training_heads(read.tensors)
     positions = tensors.pop("pos_embed", None)
     state_dict = rename(tensors, dit_names(_num_layers(tensors)))
+    check_tensors(state_dict if positions is None else state_dict | {"pos_embed": positions})
     config = _config(state_dict, positions, num_attention_heads=num_attention_heads, sample_size=sample_size)
+    config["num_classes"] = _num_classes(
+        len(state_dict["class_embedding.weight"]), num_classes, read.settings.get("num_classes")
+    )
 
     # What the source does otherwise.
     state_dict = drop_learned_variance(
@@ -90,9 +105,52 @@ def convert_checkpoint(
     return TREADPipeline(make_model(config, state_dict), origin.objective.scheduler(), vae=vae)
 
 
+def _check_source(source: str, read: DiTWeights) -> None:
+    """Raises ValueError where heads or saved settings say that the network was trained otherwise."""
+    of_repa = any(name.startswith("projectors.") for name in read.tensors) or "proj_coeff" in read.settings
+    if source == "sit" and of_repa:
+        raise ValueError(
+            "Expected a checkpoint of SiT, got one of REPA, whose time and velocity run the other way. Use the source "
+            "'repa'."
+        )
+    path, prediction = (str(read.settings.get(name, "")).lower() for name in ("path_type", "prediction"))
+    if source in ("sit", "repa") and (path not in ("", "linear") or prediction not in ("", "v", "velocity")):
+        raise ValueError(
+            f"Expected a velocity on the linear path, got a checkpoint of prediction {prediction!r} on the path "
+            f"{path!r}. These are not supported."
+        )
+
+
 def _num_layers(tensors: dict[str, torch.Tensor]) -> int:
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in tensors]
-    return 1 + max((int(match[1]) for match in blocks if match), default=0)
+    highest = max((int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", name))), default=0)
+    if highest >= len(tensors):  # the names of a million blocks would fill the memory
+        raise ValueError(f"Expected blocks numbered from 0, got block {highest} among {len(tensors)} weights.")
+    return 1 + highest
+
+
+def _num_classes(rows: int, given: int | None, saved: Any) -> int:
+    """The number of classes, without the null class, of a label table."""
+    if given is None and isinstance(saved, int):
+        given = saved
+    if given is None and rows - 1 in _CLASSES_OF_KNOWN_DATA:
+        given = rows - 1
+    if given is None:
+        raise ValueError(
+            f"Expected num_classes (--num_classes) for a label table of {rows} rows, got none: it may be {rows - 1} "
+            f"classes and the null class, or {rows} classes trained without label dropout. Give the number of "
+            "classes, 0 for a model without."
+        )
+    if rows != given + 1:
+        raise ValueError(
+            f"Expected a label table of {given + 1} rows, {given} classes and the null class, got {rows} rows. "
+            + (
+                "Trained without label dropout, it has no null class, which guidance needs; a single row is a model "
+                "without classes: num_classes=0 (--num_classes 0)."
+                if rows == given
+                else "Give the number of classes (num_classes, --num_classes)."
+            )
+        )
+    return given
 
 
 def _config(
@@ -103,7 +161,10 @@ def _config(
     sample_size: int | None,
 ) -> dict[str, Any]:
     """The sizes of the model that has weights of these shapes."""
-    dim, in_channels, patch_size, _ = state_dict["patch_embedding.weight"].shape
+    shape = state_dict["patch_embedding.weight"].shape
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise ValueError(f"Expected a patch embedding of shape [D, C, P, P], got {list(shape)}.")
+    dim, in_channels, patch_size, _ = shape
     num_layers = sum(name.endswith(".modulation.weight") for name in state_dict)
 
     # Heads.
@@ -118,6 +179,8 @@ def _config(
         )
 
     # Positions.
+    if positions is not None and positions.ndim != 3:
+        raise ValueError(f"Expected pos_embed of shape [1, N, D], got {list(positions.shape)}.")
     told = None if positions is None else patch_size * round(positions.shape[1] ** 0.5)
     sample_size = told if sample_size is None else sample_size
     if sample_size is None or told not in (None, sample_size):
@@ -136,7 +199,6 @@ def _config(
         "in_channels": in_channels,
         "sample_size": sample_size,
         "patch_size": patch_size,
-        "num_classes": len(state_dict["class_embedding.weight"]) - 1,
         "mlp_ratio": len(state_dict["transformer_blocks.0.ff.net.0.proj.weight"]) / dim,
     }
 

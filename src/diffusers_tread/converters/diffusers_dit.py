@@ -2,16 +2,21 @@
 """Folders of diffusers' own DiT as `TREADPipeline`s."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin
+from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin, SchedulerMixin
 
+from ..hub import check_model_index
 from ..models import TREADTransformer2DModel
 from ..objectives import EpsilonObjective
 from ..pipelines import TREADPipeline
 from .checkpoints import make_model
-from .layouts import check_names, diffusers_dit_names, drop_learned_variance, join_attention, rename
+from .layouts import check_names, check_tensors, diffusers_dit_names, drop_learned_variance, join_attention, rename
+
+
+logger = logging.getLogger(__name__)
 
 
 def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) -> TREADPipeline:
@@ -28,13 +33,18 @@ def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) 
         The pipeline in float32; a learned variance is dropped. Without a scheduler in the folder it gets DiT's.
 
     Raises:
-        ValueError: No such folder, weights missing or unknown, an activation other than DiT's, or blocks with
-            different embedders, which diffusers' class allows and ours does not.
+        ValueError: No such folder, or one with code; weights missing, unknown, not finite or not in floating point;
+            absurd sizes, an activation other than DiT's, or blocks with different embedders, which diffusers' class
+            allows and ours does not.
     """
     index = Path(folder) / "model_index.json"
     is_pipeline = index.is_file()
     if not is_pipeline and not (Path(folder) / "config.json").is_file():
         raise ValueError(f"Expected a local folder of a DiTPipeline or its transformer, got {folder}. Download it.")
+    if is_pipeline:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        check_model_index(content, folder, required=("transformer", "scheduler", "vae"))
+    _check_sizes(index.parent / "transformer" if is_pipeline else index.parent)
     original, loading = DiTTransformer2DModel.from_pretrained(
         folder, subfolder="transformer" if is_pipeline else None, output_loading_info=True
     )
@@ -45,8 +55,28 @@ def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) 
     if not is_pipeline:
         return TREADPipeline(transformer, EpsilonObjective().scheduler(), vae=vae)
     pipe = DiTPipeline.from_pretrained(folder, transformer=original)
-    id2label = json.loads(index.read_text(encoding="utf-8")).get("id2label")
-    return TREADPipeline(transformer, pipe.scheduler, vae=pipe.vae if vae is None else vae, id2label=id2label)
+    scheduler = _without_learned_variance(pipe.scheduler)
+    vae = pipe.vae if vae is None else vae
+    return TREADPipeline(transformer, scheduler, vae=vae, id2label=content.get("id2label"))
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raises ValueError for sizes that are none, of which diffusers would make a model before it reads weights."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    most = {"num_layers": 1000, "sample_size": 4096, "patch_size": 4096, "in_channels": 4096, "out_channels": 8192}
+    most |= {"num_attention_heads": 1024, "attention_head_dim": 4096, "num_embeds_ada_norm": 10**7}
+    for name, highest in most.items():
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= highest):
+            raise ValueError(f"Expected {name} from 1 to {highest} in {folder / 'config.json'}, got {value!r}.")
+
+
+def _without_learned_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler without a setting that wants the variances, which are dropped from the weights."""
+    config = dict(scheduler.config)
+    if config.get("variance_type") in ("learned", "learned_range"):
+        logger.warning(f"Set back variance_type={config.pop('variance_type')!r}: learned variances are dropped.")
+    return type(scheduler).from_config(config)
 
 
 def _convert_diffusers_transformer(
@@ -64,6 +94,7 @@ def _convert_diffusers_transformer(
 
     names = diffusers_dit_names(config.num_layers, attention_bias=config.attention_bias)
     state_dict = rename(join_attention(tensors), names)
+    check_tensors(state_dict)
     state_dict = drop_learned_variance(state_dict, in_channels=config.in_channels, num_pixels=config.patch_size**2)
     settings = {
         "num_attention_heads": config.num_attention_heads,

@@ -5,12 +5,19 @@ The public implementations of TREAD (arXiv 2501.04765) and SiT (arXiv 2401.08740
 source's name to ours. Query, key and value are one matrix here and in DiT, rows after rows.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import torch
 
+from ..finite import check_finite
+
 
 Names = dict[str, str]
+# Of REPA (arXiv 2410.06940) and what came of it: they map hidden tokens to the features of a vision encoder.
+_TRAINING_HEADS = ("projectors", "projector", "proj_head", "projection_head", "repa_head", "alignment_head")
+
+logger = logging.getLogger(__name__)
 
 
 def dit_names(num_layers: int) -> Names:
@@ -85,6 +92,31 @@ def join_attention(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
         if all(part in state_dict for part in parts):
             joined[name.replace(".to_q.", ".to_qkv.")] = torch.cat([joined.pop(part) for part in parts])
     return joined
+
+
+def drop_training_heads(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights without those of heads that only a training has a use for; a warning names what is left out."""
+    dropped = [name for name in tensors if name.split(".")[0] in _TRAINING_HEADS]
+    if dropped:
+        logger.warning(f"Left out {len(dropped)} weights of heads that only training uses: {_shorten(dropped)}.")
+    return {name: tensor for name, tensor in tensors.items() if name not in dropped}
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError for what cannot be weights: other types than floating point, NaN or infinity, no values."""
+    wrong = [
+        f"{name} of {tensor.dtype}, {list(tensor.shape)}, {tensor.layout}"
+        for name, tensor in tensors.items()
+        if not tensor.dtype.is_floating_point
+        or tensor.layout != torch.strided
+        or tensor.numel() == 0
+        or (tensor.ndim != 1 if name.endswith(".bias") else tensor.ndim < 2)
+    ]
+    if wrong:
+        raise ValueError(
+            f"Expected weights in floating point, got {_shorten(wrong)}. Turn quantised weights into floats before."
+        )
+    check_finite(tensors, what="weights")
 
 
 def check_names(got: Iterable[str], expected: Iterable[str]) -> None:

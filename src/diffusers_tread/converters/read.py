@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,19 @@ _ANCHOR = "x_embedder.proj.weight"
 _ALLOWED = [argparse.Namespace]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DiTWeights:
+    """What a checkpoint holds."""
+
+    tensors: dict[str, torch.Tensor]
+    """One set of weights, under the names that DiT gives them, on the CPU."""
+    settings: dict[str, Any]
+    """The command line of the training, which DiT's, SiT's and REPA's scripts save as `args`; empty without."""
+
+
 def read_dit_weights(
     checkpoint: str | Path, *, weights: str | None = None, allow_unsafe_pickle: bool = False
-) -> dict[str, torch.Tensor]:
+) -> DiTWeights:
     """One set of DiT weights from a file, under the names that DiT gives them.
 
     A training checkpoint may hold several sets (raw and averaged weights), nested, or behind the prefixes of EDM's
@@ -32,16 +43,17 @@ def read_dit_weights(
         weights: Which set, such as "ema" or "model"; None for the only one or, among several, the averaged one.
         allow_unsafe_pickle: Whether to read a pickle that does more than hold tensors: it can run any code.
 
-    Returns:
-        Names to tensors, on the CPU.
-
     Raises:
         ValueError: No such file, not a checkpoint, a pickle that could run code, or no set of weights to choose.
     """
-    tensors = _flatten(_load(Path(checkpoint), allow_unsafe_pickle=allow_unsafe_pickle))
+    content = _load(Path(checkpoint), allow_unsafe_pickle=allow_unsafe_pickle)
+    tensors = _flatten(content)
     prefixes = [name.removesuffix(_ANCHOR) for name in tensors if name.endswith(_ANCHOR)]
     prefix = _choose(prefixes, weights, tensors)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    settings = content.get("args", {}) if isinstance(content, Mapping) else {}
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    return DiTWeights(tensors=chosen, settings=dict(settings) if isinstance(settings, Mapping) else {})
 
 
 def _load(path: Path, *, allow_unsafe_pickle: bool) -> Any:

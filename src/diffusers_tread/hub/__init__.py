@@ -3,6 +3,7 @@ from .background import BackgroundPush
 from .export import export_for_hub, push_pipeline
 from .hub_pipeline import HubPipeline
 from .model_card import CardDetails, model_card
+from .model_index import check_model_index
 from .upload import open_repo, upload_folder
 
 
@@ -10,6 +11,7 @@ __all__ = [
     "BackgroundPush",
     "CardDetails",
     "HubPipeline",
+    "check_model_index",
     "export_for_hub",
     "model_card",
     "open_repo",

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from . import loadable
 from .export import push_pipeline
 from .model_card import CardDetails
+from .model_index import check_model_index
 
 
 _DOWNLOAD_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -21,14 +22,22 @@ class HubPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> "dict[str, Any] | tuple":
-        """As diffusers', with the classes of this package where the configuration names files of the repository."""
+        """As diffusers', with the classes of this package where the configuration names files of the repository.
+
+        Raises:
+            ValueError: The configuration names classes from elsewhere, or the folder has code that would be run.
+        """
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, entry in config.items():
-            if name == "_class_name" and isinstance(entry, list):
+            is_pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+            if is_pair and name == "_class_name":
                 config[name] = entry[1]
-            elif isinstance(entry, list) and entry[1] in loadable.package_classes():
+            elif is_pair and entry[1] in loadable.package_classes():
                 config[name] = [loadable.__name__, entry[1]]
+        folder = args[0] if args else kwargs["pretrained_model_name_or_path"]
+        required, optional = ("transformer", "scheduler"), cls._optional_components
+        check_model_index(config, folder, required=required, optional=optional, own=loadable.__name__)
         return loaded
 
     @classmethod

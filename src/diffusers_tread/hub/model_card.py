@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..fingerprint import weights_fingerprint
 from ..flops import forward_flops, guidance_flops
+from ..markdown import as_code, as_text, table_row
 from ..routing import get_token_router
 
 
@@ -26,6 +27,7 @@ A class-conditional diffusion transformer for token routing ([TREAD](https://arx
 random share of the tokens skips the middle blocks; in sampling, all take them, unless
 [Sparse Guidance](https://arxiv.org/abs/2601.01608) makes a guide of the difference."""
 _WITHOUT_ROUTES = "A class-conditional diffusion transformer ([DiT](https://arxiv.org/abs/2212.09748))."
+_UNKNOWN_LICENSE = "Not stated. The code in this repository is under the Apache License, Version 2.0."
 _TASK = "unconditional-image-generation"
 # Of train_tread.py's settings, those that do not tell about the machine.
 TRAINING_SETTINGS = {
@@ -84,6 +86,9 @@ def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetail
     _check_results(pipeline, details.results)
     title = repo_id.rstrip("/").split("/")[-1]
     has_routes = bool(get_token_router(pipeline.transformer).routes)
+    about = _WITH_ROUTES if has_routes else _WITHOUT_ROUTES
+    if pipeline.transformer.config.num_classes == 0:
+        about = about.replace("A class-conditional", "An unconditional")
     names = list((pipeline.config.id2label or {}).values())
     is_on_hub = details.dataset is not None and details.dataset.count("/") == 1
     data = ModelCardData(
@@ -96,15 +101,15 @@ def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetail
         eval_results=[result for one in details.results for result in _eval_results(one, details)] or None,
     )
     text = Template(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")).substitute(
-        title=title,
-        repo_id=repo_id,
-        about=_WITH_ROUTES if has_routes else _WITHOUT_ROUTES,
+        title=as_text(title),
+        repo_id=as_code(repo_id),
+        about=about,
         samples=f"\n![Samples]({SAMPLES})\n" if details.samples is not None else "",
         facts=_rows(_facts(pipeline, details)),
-        names=f" and names, such as {names[0]!r}" if names else "",
+        names=f" and names, such as {as_text(repr(names[0]))}" if names else "",
         training=_training(details),
         evaluation=_evaluation(details.results),
-        license=details.license or "Not stated. The code in this repository is under the Apache License, Version 2.0.",
+        license=_UNKNOWN_LICENSE if details.license is None else as_text(details.license),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
@@ -121,7 +126,7 @@ def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
         for route in router.routes
     ]
     facts = {
-        "images": f"{size}x{size} pixels, {config.num_classes} classes",
+        "images": f"{size}x{size} pixels, {config.num_classes or 'no'} classes",
         "trained on": details.dataset or "not stated",
         "parameters": f"{model.num_parameters():,}",
         "objective": config.objective or "not stated",
@@ -129,7 +134,7 @@ def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
         "routes": "; ".join(routes) or "none",
         "FLOPs per image and forward": f"{dense:.3e} dense, {routed:.3e} routed; a multiply-add is two",
         "sampler": type(pipeline.scheduler).__name__,
-        "guidance": "none unless `guidance_scale` is given" if guider is None else type(guider).__name__,
+        "guidance": "none unless guidance_scale is given" if guider is None else type(guider).__name__,
     }
     if guider is not None:
         cost = guidance_flops(model, guider, guidance_model=pipeline.guidance_transformer)
@@ -152,12 +157,12 @@ def _evaluation(results: "Sequence[EvaluationResults]") -> str:
     if not results:
         return ""
     columns = ("metric", "value", "samples", "reference", "network", "sampling")
-    lines = ["", "## Evaluation", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = ["", "## Evaluation", "", table_row(*columns), "|---" * len(columns) + "|"]
     for one in results:
         sampling = ", ".join(f"{name} {value}" for name, value in _sampling(one).items())
         for name, value in one.metrics.items():
             cells = (one.label(name), f"{value:.4g}", f"{one.num_samples:,}", one.reference["name"])
-            lines.append(f"| {' | '.join(map(str, (*cells, one.feature_extractor['name'], sampling)))} |")
+            lines.append(table_row(*cells, one.feature_extractor["name"], sampling))
     return "\n".join([*lines, ""])
 
 
@@ -200,4 +205,4 @@ def _check_results(pipeline: DiffusionPipeline, results: "Sequence[EvaluationRes
 
 
 def _rows(cells: Mapping[str, str]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in cells.items())
+    return "\n".join(table_row(name, value) for name, value in cells.items())

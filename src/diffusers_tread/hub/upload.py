@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Uploads that an unreliable connection delays but does not break."""
 
+import glob
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -74,8 +76,11 @@ def upload_folder(
     Only what is new is sent: files that the repository has are skipped, and so are large ones that an earlier, broken
     upload has sent. What is only in the repository stays there.
 
+    Never sent are hidden files, such as `.env`, and links, whose targets lie elsewhere. Of a pipeline or of latents
+    nothing is sent but the card and what `model_index.json` or `latents.json` names. A warning names what stays.
+
     Args:
-        folder: Its content becomes the repository's.
+        folder: What it holds of a pipeline, of latents or, without their index, of anything.
         repo_id: This and the next four as for `open_repo`.
         repo_type: "model" or "dataset".
         private: Whether a new repository is private.
@@ -93,8 +98,11 @@ def upload_folder(
         ConnectionError: The Hub could not be reached. The same call later goes on.
     """
     folder = Path(folder)
-    if not any(path.is_file() for path in folder.rglob("*")):
-        raise ValueError(f"Expected a folder with files to upload to {repo_id}, got {folder}.")
+    files, others = _list_files(folder)
+    if not files:
+        raise ValueError(f"Expected a folder with files to upload to {repo_id}, got {folder} with {others[:10]}.")
+    if others:
+        logger.warning(f"Not sent from {folder}, which is not of what was made there: {', '.join(others[:10])}.")
     common = {"repo_type": repo_type, "revision": revision}
     url = open_repo(repo_id, private=private, token=token, max_retries=max_retries, **common)
 
@@ -102,6 +110,7 @@ def upload_folder(
         HfApi(token=token).upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
+            allow_patterns=[glob.escape(name) for name in files],
             ignore_patterns=list(ignore_patterns),
             commit_message=commit_message,
             **common,
@@ -109,6 +118,32 @@ def upload_folder(
 
     _try(work, f"upload {folder} to {url.repo_id}", url.repo_id, token=token, max_retries=max_retries)
     return url
+
+
+def _list_files(folder: Path) -> tuple[list[str], list[str]]:
+    """What is sent of a folder, and what is not, as names in it."""
+    made = _names_of_index(folder)
+    files, others = [], []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        is_link = any(parent.is_symlink() for parent in (path, *path.parents[: len(name.parts) - 1]))
+        if path.is_symlink() or path.is_file():
+            is_made = made is None or name.as_posix() in made or f"{name.parts[0]}/" in made
+            (files if is_made and not is_hidden and not is_link else others).append(name.as_posix())
+    return files, others
+
+
+def _names_of_index(folder: Path) -> set[str] | None:
+    """Files, and folders with a slash, of the pipeline or the latents in a folder; None for a folder of neither."""
+    card = {"README.md", "samples.png"}
+    if (index := folder / "model_index.json").is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        parts = {f"{name}/" for name, entry in content.items() if isinstance(entry, list) and any(entry)}
+        return card | parts | {index.name, "pipeline.py"}
+    if (index := folder / "latents.json").is_file():
+        return card | {index.name} | {str(shard["file"]) for shard in json.loads(index.read_text())["shards"]}
+    return None
 
 
 def _try(work: Callable[[], Result], task: str, repo_id: str, *, token: str | None, max_retries: int) -> Result:

@@ -17,7 +17,7 @@ from .image_sources import ImageSource
 from .networks import FeatureExtractor
 from .pipeline_images import PipelineImages
 from .reference import PreparedReference
-from .registry import METRICS, check_metrics, named_values
+from .registry import METRICS, check_metrics, check_values, named_values
 
 
 def evaluate_images(
@@ -47,7 +47,8 @@ def evaluate_images(
         gives a mean by its own name and a standard deviation, such as `inception_score_std`.
 
     Raises:
-        ValueError: A metric cannot be computed, there are too few images, or the folder holds other features.
+        ValueError: A metric cannot be computed, there are too few images, the folder holds other features, or weights,
+            samples, features or a metric are not finite.
     """
     metrics = reference.metrics if metrics is None else metrics
     check_metrics(metrics, extractor, num_samples=len(source))
@@ -127,4 +128,5 @@ def _compute(
             stores = [samples, reference.store] if metric.needs_reference else [samples]
             inputs = [store.features(metric.output).to(device) for store in stores]
         values |= named_values(name, metric.compute(*inputs))
+    check_values(values)
     return values

@@ -61,9 +61,12 @@ class FeatureStore:
         """Writes one batch, whole or not at all.
 
         Raises:
+            ValueError: Features that are not finite or not one row per image.
             OSError: The disk is full.
         """
         features = {name: values.detach().float().cpu().contiguous() for name, values in features.items()}
+        for name, values in features.items():
+            self._check(batch, name, values)
         with whole(self._path(batch)) as temporary:
             safetensors.torch.save_file(features, temporary)
 
@@ -75,8 +78,9 @@ class FeatureStore:
         """Reads one output batch by batch, each [B, D] float32.
 
         Raises:
-            ValueError: A file is damaged; the message names it.
+            ValueError: A file is damaged, or holds something else than features of its batch; the message names it.
         """
+        num_features = None
         for batch in range(self.num_batches):
             try:
                 with safetensors.safe_open(self._path(batch), "pt") as file:
@@ -85,6 +89,8 @@ class FeatureStore:
                 raise ValueError(
                     f"Expected a whole file of features, got {self._path(batch)} ({error}). Delete it and run again."
                 ) from error
+            self._check(batch, name, features, num_features=num_features)
+            num_features = features.shape[1]
             yield features
 
     def statistics(self, name: str, *, extractor: str) -> FeatureStatistics:
@@ -113,6 +119,20 @@ class FeatureStore:
                 parts, num_rows = [], 0
         if parts:
             yield torch.cat(parts)
+
+    def _check(self, batch: int, name: str, features: torch.Tensor, *, num_features: int | None = None) -> None:
+        rows = self.rows(batch)
+        shape = [len(rows), num_features or (features.shape[-1] if features.ndim else 0)]
+        if features.dtype != torch.float32 or list(features.shape) != shape or 0 in shape:
+            raise ValueError(
+                f"Expected {name!r} in {self._path(batch)} as float32 {shape}, got {features.dtype} "
+                f"{list(features.shape)}. Delete the file and run again."
+            )
+        if wrong := [row for row, one in zip(rows, features.isfinite().all(dim=1), strict=True) if not one]:
+            raise ValueError(
+                f"Expected finite features, got NaN or infinity in {name!r} of images {wrong[:10]} for "
+                f"{self._path(batch)}. Look at these images and at the network; delete the file if it is there."
+            )
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.safetensors"

@@ -154,7 +154,7 @@ def _read_statistics(path: Path, names: set[str], extractor: FeatureExtractor) -
     """Reads the statistics of the extractor's outputs and checks whose they are."""
     statistics = {}
     with np.load(path, allow_pickle=False) as file:
-        count = int(file["count"]) if "count" in names else None
+        count = _count(file["count"]) if "count" in names else None
         recorded = str(file["extractor"]) if "extractor" in names else None
         for output in extractor.outputs:
             mean, covariance = _keys(output)
@@ -180,14 +180,28 @@ def _read_statistics(path: Path, names: set[str], extractor: FeatureExtractor) -
 def _statistics(
     mean: np.ndarray, covariance: np.ndarray, count: int | None, extractor: str | None
 ) -> FeatureStatistics:
+    for name, array in {"mean": mean, "covariance": covariance}.items():
+        if array.dtype.kind != "f":
+            raise ValueError(f"Expected a {name} in floating point, got {array.dtype}. Make the statistics again.")
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or len(mean) == 0 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"Expected a mean [D] and a covariance [D, D], got {mean.shape} and {covariance.shape}.")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("Expected finite statistics, got others. Make them again.")
+        raise ValueError("Expected finite statistics, got NaN or infinity. Make them again.")
+    variances = covariance.diagonal()
+    if variances.min() < 0 or not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6 * variances.max()):
+        raise ValueError(
+            "Expected a covariance, got a matrix that is not symmetric or has negative variances. Make it again."
+        )
     return FeatureStatistics(
         mean=torch.from_numpy(mean), covariance=torch.from_numpy(covariance), count=count, extractor=extractor
     )
+
+
+def _count(array: np.ndarray) -> int:
+    if array.ndim or array.dtype.kind not in "iu" or array < 1:
+        raise ValueError(f"Expected the count as an integer of at least 1, got {array.dtype} {array.tolist()!r:.40}.")
+    return int(array)
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..fingerprint import weights_fingerprint
+from ..finite import check_finite
 from ..seeds import derive_seed
 
 
@@ -24,7 +25,11 @@ class PipelineImages:
         guidance_scale: Scale of plain classifier-free guidance; None for the pipeline's guider, if it has one.
         seed: Seed of the noise and of random labels.
         random_labels: False for class i mod num_classes, so that all classes are equally frequent; True for
-            independent uniform draws, as in ADM's and DiT's sampling scripts.
+            independent uniform draws, as in ADM's and DiT's sampling scripts. A model without classes has one label,
+            that of the null class.
+
+    Raises:
+        ValueError: A network of the pipeline has weights with NaN or infinity.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class PipelineImages:
     ):
         self.pipeline, self.num_images, self.seed, self.random_labels = pipeline, num_images, seed, random_labels
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        for name, part in self._networks().items():
+            check_finite(part.state_dict(), what=f"weights of the {name}")
 
     def __len__(self) -> int:
         return self.num_images
@@ -46,14 +53,18 @@ class PipelineImages:
     def label(self, index: int) -> int:
         """Chooses the class of a sample."""
         choice = derive_seed(self.seed, "class", index) if self.random_labels else index
-        return choice % self.pipeline.transformer.config.num_classes
+        return choice % max(self.pipeline.transformer.config.num_classes, 1)
 
     def generator(self, index: int) -> torch.Generator:
         """Makes the generator of all of a sample's random numbers."""
         return torch.Generator().manual_seed(derive_seed(self.seed, "evaluate", index))
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Samples [B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images."""
+        """Samples [B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images.
+
+        Raises:
+            ValueError: Samples that are not finite, or images with another number of channels than 1 or 3.
+        """
         images = self.pipeline(
             class_labels=[self.label(index) for index in range(start, stop)],
             num_inference_steps=self.num_inference_steps,
@@ -77,7 +88,7 @@ class PipelineImages:
             guidance = {"kind": type(guider).__name__, **_config(guider)}
 
         # Weights, in what precision, and the rest.
-        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        modules = self._networks()
         return {
             "weights": {name: weights_fingerprint(part) for name, part in modules.items()},
             "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in modules.items()},
@@ -87,6 +98,10 @@ class PipelineImages:
             "labels": "random" if self.random_labels else "balanced",
             "seed": self.seed,
         }
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        parts = self.pipeline.components
+        return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
 
 def _config(component) -> dict[str, Any]:

@@ -5,7 +5,8 @@ A metric is added by a file with its formula and a `Metric` that describes it, a
 this package by a call of `register_metric`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
 
 from ..registry import add_entry
 from .frechet import FID, SFID
@@ -67,6 +68,13 @@ def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, *, num_sa
 def named_values(name: str, value: float | MeanStd) -> dict[str, float]:
     """Names what a metric returned, as results files do: a standard deviation gets the suffix "_std"."""
     return {name: value.mean, f"{name}_std": value.std} if isinstance(value, MeanStd) else {name: value}
+
+
+def check_values(values: Mapping[str, float]) -> None:
+    """Raises ValueError for values that are not finite numbers."""
+    wrong = {name: value for name, value in values.items() if type(value) not in (int, float) or not isfinite(value)}
+    if wrong:
+        raise ValueError(f"Expected finite numbers as values of metrics, got {wrong}. Look at the features.")
 
 
 def value_label(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from ..files import write_json
-from .registry import value_label
+from .registry import check_values, value_label
 
 
 _PACKAGES = ("diffusers-tread", "torch", "diffusers", "transformers", "clean-fid", "torch-fidelity", "timm", "numpy")
@@ -43,7 +43,7 @@ class EvaluationResults:
     """Results of one evaluation.
 
     Raises:
-        ValueError: The format version is unknown.
+        ValueError: The format version is unknown, or a value is not finite.
     """
 
     metrics: dict[str, float]
@@ -73,6 +73,7 @@ class EvaluationResults:
     def __post_init__(self):
         if self.format_version != 1:
             raise ValueError(f"Expected results of format_version 1, got {self.format_version}.")
+        check_values(self.metrics)
 
     def label(self, name: str) -> str:
         """Finds what tables and cards call one of the values, such as "FID"."""

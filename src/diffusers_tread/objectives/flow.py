@@ -37,7 +37,8 @@ class FlowMatchingObjective(Objective):
     """
 
     scheduler_advice = (
-        "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction', use_flow_sigmas=True"
+        "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction', use_flow_sigmas=True, "
+        "and num_train_timesteps=1000"
     )
 
     weighting_scheme: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -89,6 +90,8 @@ class FlowMatchingObjective(Objective):
             FlowMatchLCMScheduler,
         )
 
+        if scheduler.config.get("num_train_timesteps") != _TRAIN_TIMESTEPS:  # the network's time is 1000 t
+            return False
         kinds = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
         if isinstance(scheduler, kinds):
             return True

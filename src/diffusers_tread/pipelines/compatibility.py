@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Which components of `TREADPipeline` belong together."""
+"""Which components of `TREADPipeline` belong together, and whether they give samples."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,14 @@ from diffusers import EDMEulerScheduler, ModelMixin, SchedulerMixin
 
 from ..data.latents.codec import latent_channels
 from ..objectives import OBJECTIVES, FlowMatchingObjective, find_objective
+
+
+# Settings that ask for what a pipeline does not give. Not all schedulers fail with them: some ignore them.
+_NOT_GIVEN = {
+    "variance_type": (("learned", "learned_range"), "the network predicts no variance"),
+    "use_dynamic_shifting": ((True,), "the pipeline gives no mu"),
+    "invert_sigmas": ((True,), "sampling goes from noise to data"),
+}
 
 
 def check_scheduler(scheduler: SchedulerMixin, transformer: ModelMixin) -> None:
@@ -26,6 +35,50 @@ def check_scheduler(scheduler: SchedulerMixin, transformer: ModelMixin) -> None:
             f"Expected a scheduler for the transformer's objective {name!r}, got {type(scheduler).__name__} "
             f"(prediction_type {scheduler.config.get('prediction_type')!r}). Use {objective.scheduler_advice}."
         )
+
+
+def check_can_sample(scheduler: SchedulerMixin) -> None:
+    """Lets a copy of the scheduler take the steps of a short sampling, of which nothing is kept.
+
+    Many of diffusers' schedulers take settings with which they fail later, or give NaN: Karras' sigmas for a flow,
+    betas above 1, solvers that want more than a prediction.
+
+    Raises:
+        ValueError: A step fails or gives what is no sample, or the steps lead from the data to the noise; or a setting
+            asks for what the pipeline does not give.
+    """
+    for name, (values, reason) in _NOT_GIVEN.items():
+        if scheduler.config.get(name) in values:
+            raise ValueError(
+                f"Expected a scheduler that can sample, got {type(scheduler).__name__} with "
+                f"{name}={scheduler.config[name]!r}: {reason}. Use the default of {name}."
+            )
+
+    trial = copy.deepcopy(scheduler)
+    sample = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8)  # B C H W
+    try:
+        with torch.random.fork_rng(devices=[]):
+            trial.set_timesteps(8)
+            times = trial.timesteps.tolist()
+            if not trial.timesteps.isfinite().all() or times[-1] > times[0]:
+                raise ValueError(f"its timesteps go from {times[0]:g} to {times[-1]:g}")
+            for timestep in trial.timesteps:
+                scaled = trial.scale_model_input(sample, timestep) if hasattr(trial, "scale_model_input") else sample
+                following = trial.step(torch.zeros_like(scaled), timestep, sample, return_dict=False)[0]
+                if following.shape != sample.shape or not following.isfinite().all():
+                    raise ValueError(f"its step at {timestep:g} gives NaN, infinity or another shape")
+                sample = following
+    except Exception as error:  # schedulers fail in any way
+        defaults = inspect.signature(type(scheduler).__init__).parameters
+        changes = [
+            f"{name}={value!r:.40}"
+            for name, value in scheduler.config.items()
+            if name in defaults and repr(value) != repr(defaults[name].default)
+        ]
+        raise ValueError(
+            f"Expected a scheduler that can sample, got {type(scheduler).__name__}({', '.join(changes)}), with which "
+            f"sampling fails: {error}. Use the defaults of its settings, or another scheduler."
+        ) from error
 
 
 def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
@@ -88,3 +141,14 @@ def check_no_dropout(transformer: ModelMixin | None) -> None:
                 f"Expected a transformer without active dropout, got {name} with p={module.p} in training mode. Call "
                 "transformer.eval() before sampling."
             )
+
+
+def check_finite_samples(latents: torch.Tensor, images: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError for NaN or infinity in latents [B, C, H, W] or in the images decoded from them."""
+    finite = torch.stack([tensor.isfinite().flatten(1).all(dim=1) for tensor in (latents, images)]).all(dim=0)  # B
+    if not finite.all():
+        raise ValueError(
+            f"Expected finite samples, got NaN or infinity in {(~finite).sum()} of {len(finite)}. The weights are "
+            f"damaged, or the network's {dtype} overflows: look at the weights, use torch.bfloat16 or torch.float32, "
+            "or a smaller guidance scale."
+        )

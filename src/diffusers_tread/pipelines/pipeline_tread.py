@@ -20,7 +20,9 @@ from ..data.latents.codec import decode_latents, spatial_compression
 from ..hub import HubPipeline
 from ..models import TREADTransformer2DModel
 from .compatibility import (
+    check_can_sample,
     check_channels,
+    check_finite_samples,
     check_guidance_transformer,
     check_no_dropout,
     check_scheduler,
@@ -51,8 +53,9 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             commas, as ImageNet's do.
 
     Raises:
-        ValueError: The scheduler does not match the transformer's objective, the VAE its channels, or the guidance
-            transformer its channels, patch size, classes or objective.
+        ValueError: The scheduler does not match the transformer's objective or has settings with which it cannot
+            sample, the VAE does not match the transformer's channels, or the guidance transformer its channels, patch
+            size, classes or objective.
 
     Example:
         >>> from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
@@ -96,6 +99,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         self._interrupt = False
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            check_can_sample(value)
         super().__setattr__(name, value)
         # diffusers (seen in 0.42) does not save a component that took the place of None: its entry stays (None, None).
         if name in self._optional_components and value is not None and self.config[name][0] is None:
@@ -165,7 +170,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             `images`: B images of the output type.
 
         Raises:
-            ValueError: An argument out of range, before any work.
+            ValueError: An argument out of range, before any work; or, unless latents are asked for, samples that are
+                not finite, which an image would hide.
         """
         class_labels = self.get_label_ids(class_labels)
         image_size = self.transformer.config.sample_size * self.vae_scale_factor
@@ -229,7 +235,10 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
                 progress_bar.update()
 
         # Decoding.
-        images = latents if output_type == "latent" else self._decode(latents)
+        images = latents
+        if output_type != "latent":
+            images = self._decode(latents)
+            check_finite_samples(latents, images, self.transformer.dtype)
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

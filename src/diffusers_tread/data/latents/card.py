@@ -1,13 +1,12 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The card of a folder of latents, its README.md on the Hub."""
 
-import html
 import json
-import re
 import shlex
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ...markdown import as_text
 from .info import LatentsInfo
 
 
@@ -73,19 +72,19 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
             lines.append(f"{field} = torch.tensor({list(getattr(info, field))}).view(1, -1, 1, 1)")
     lines.append(f'latents = {formula}  # what a model is trained on, with table["label"]')
     text = _TEXT.format(
-        title=_escape(name),
+        title=as_text(name),
         repo_literal=json.dumps(repo_id),
         repo_argument=shlex.quote(repo_id),
         num_samples=info.num_samples,
         resolution=info.resolution,
-        crop=_escape(info.crop),
-        source=_escape(", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None)),
+        crop=as_text(info.crop),
+        source=as_text(", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None)),
         num_classes=len(info.id2label),
         flipped=", each also mirrored (`moments_flipped`)" if info.has_flipped else "",
-        vae=_escape(info.vae["name_or_path"]),
-        vae_class=_escape(info.vae["class_name"]),
-        vae_dtype=_escape(info.vae["dtype"]),
-        vae_revision=_escape(info.vae["revision"] or "not known"),
+        vae=as_text(info.vae["name_or_path"]),
+        vae_class=as_text(info.vae["class_name"]),
+        vae_dtype=as_text(info.vae["dtype"]),
+        vae_revision=as_text(info.vae["revision"] or "not known"),
         formula=f"`{formula}`",
         content="mean and standard deviation of the posterior" if info.kind == "moments" else "latents",
         shape="x".join(map(str, info.shape)),
@@ -103,8 +102,3 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.arrow"}]}],
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-
-
-def _escape(text: str) -> str:
-    """Text as it shall be read in a table of Markdown: a folder may have any name."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(html.escape(text, quote=False).split()))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...fingerprint import weights_fingerprint
+from ...finite import check_finite
 
 
 class FeatureExtractor:
@@ -23,9 +24,13 @@ class FeatureExtractor:
         outputs: Names of the tensors that a call returns. "features", the pooled ones, is always among them; "spatial"
             (for sFID) and "logits" (for the Inception Score) are there if the network has them.
         settings: Everything besides the weights that changes the features, as JSON.
+
+    Raises:
+        ValueError: Weights with NaN or infinity.
     """
 
     def __init__(self, network: nn.Module, *, name: str, outputs: tuple[str, ...], settings: dict[str, Any]):
+        check_finite(network.state_dict(), what=f"weights of {name}")
         self.network = network.eval().requires_grad_(False)
         self.name = name
         self.outputs = outputs
