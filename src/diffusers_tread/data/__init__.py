@@ -28,10 +28,12 @@ from .latents import (
     verify_latents,
 )
 from .loading import make_batches, open_training_data
+from .source import SOURCES, LatentsSource, TrainingSource, open_source, register_source
 from .streaming import StreamingImageDataset
 
 
 __all__ = [
+    "SOURCES",
     "ClassFolders",
     "DigitsDataset",
     "EpochBatchSampler",
@@ -39,9 +41,11 @@ __all__ = [
     "LatentCodec",
     "LatentsDataset",
     "LatentsInfo",
+    "LatentsSource",
     "LatentsWriter",
     "StreamingImageDataset",
     "StreamingLatentsDataset",
+    "TrainingSource",
     "UnreadableImage",
     "center_crop",
     "check_vae",
@@ -59,6 +63,8 @@ __all__ = [
     "make_batches",
     "open_images",
     "open_latents",
+    "open_source",
     "open_training_data",
+    "register_source",
     "verify_latents",
 ]

@@ -11,12 +11,13 @@ all of them see.
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import safetensors.torch
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from diffusers.training_utils import EMAModel
@@ -300,3 +301,20 @@ def _seal(folder: Path, *, step: int, lineage: Lineage) -> None:
         for path in paths
     }
     write_json(folder / MANIFEST, {"step": step, "lineage": lineage, "files": files})
+
+
+def settle_buckets(model: torch.nn.Module, latents_shape: Sequence[int], device: torch.device) -> None:
+    """Lets DDP regroup its gradients, as it does after a first backward, before a checkpoint is loaded.
+
+    Sums over more than two processes depend on the groups: without this a resumed run rounds its first step
+    differently.
+
+    Args:
+        model: As Accelerate prepared it; nothing happens to one that is not DDP's.
+        latents_shape: [C, S, S] that it is trained on.
+        device: Its device.
+    """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        latents, zero = torch.zeros(1, *latents_shape, device=device), torch.zeros(1, device=device)
+        model(latents, zero, class_labels=zero.long()).sample.sum().backward()
+        model.zero_grad()

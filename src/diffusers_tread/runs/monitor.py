@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
 from .ema import local_shards
 
 
+logger = get_logger(__name__)
 _REMEDY = (
     "The last checkpoint is kept; go on from it with a lower --learning_rate and --resume_from_checkpoint latest."
 )
@@ -55,6 +57,33 @@ class LossMonitor:
         self.step = step
         self.restart_clock()
         return loss, samples_per_second
+
+
+class CorruptImages:
+    """The unreadable images that one process met and replaced.
+
+    Args:
+        most: As many are replaced, then it is an error.
+        names: Those that were met before.
+    """
+
+    def __init__(self, most: int, names: Iterable[str] = ()):
+        self.most, self.names = most, set(names)
+
+    def add(self, names: Iterable[str]) -> None:
+        """Logs those that are new.
+
+        Raises:
+            ValueError: There are too many.
+        """
+        if new := sorted(set(names) - self.names):
+            self.names.update(new)
+            logger.warning(f"Replaced unreadable: {', '.join(new)}.", main_process_only=False)
+        if len(self.names) > self.most:
+            raise ValueError(
+                f"Expected at most {self.most} unreadable images, got {len(self.names)}, such as "
+                f"{sorted(self.names)[:5]}. Repair the data or raise --max_corrupt_images."
+            )
 
 
 def check_weights(accelerator: Accelerator, parameters: Iterable[torch.Tensor], *, step: int) -> None:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from diffusers_tread.training.config import config_flags, read_json
+from diffusers_tread.runs.parsing import config_flags, read_json
 
 
 def test_json_is_read_from_text_file_and_model_folder(tmp_path):

@@ -1,0 +1,108 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Dataclasses from flags over JSON configs over recipes."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+T = TypeVar("T")
+
+
+def parse_config(
+    kind: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    recipe_settings: Callable[[str], dict[str, Any]] | None = None,
+    default_recipe: str | None = None,
+) -> T:
+    """A config from the flags of a command line, over `--config FILE`, over `--recipe NAME`, over its defaults.
+
+    The flags are the fields; `--help` shows their docstrings.
+
+    Args:
+        kind: A dataclass with a docstring for each field.
+        argv: The command line; None for that of this process.
+        description: What `--help` begins with.
+        recipe_settings: What a recipe's name stands for; None if there are no recipes.
+        default_recipe: The one without --config, --recipe and --data.
+
+    Raises:
+        ValueError: What `config_flags`, `recipe_settings` or the dataclass refuse.
+        SystemExit: For an unknown flag or a value of another type, after a message; for `--help`.
+    """
+    import tyro  # a dependency of the scripts, not of the package
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--recipe")
+    given, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    if given.config is given.recipe is None and not any(word.partition("=")[0] == "--data" for word in rest):
+        given.recipe = default_recipe
+    flags, known = [], [field.name for field in dataclasses.fields(kind)]
+    if given.recipe is not None:
+        if recipe_settings is None:
+            raise ValueError("Expected no --recipe, of which this script has none.")
+        flags += config_flags(json.dumps(recipe_settings(given.recipe)), known=known)
+    if given.config is not None:
+        flags += config_flags(given.config, known=known)
+    description = f"{description} --config FILE gives values for any of these flags as JSON"
+    description += ", --recipe NAME those of a recipe." if recipe_settings else "."
+    # Without its checks: tyro would end the process at their errors.
+    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None})
+    values = tyro.cli(unchecked, args=[*flags, *rest], description=description, use_underscores=True)
+    return kind(**vars(values))
+
+
+def read_json(source: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        source: The text itself, a file with it, or a model folder with a `config.json`.
+
+    Raises:
+        ValueError: No such file, no JSON, or no object.
+    """
+    is_text = source.lstrip().startswith("{")
+    try:
+        if not is_text:
+            path = Path(source)
+            source = (path / "config.json" if path.is_dir() else path).read_text()
+        content = json.loads(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Expected a JSON object or a file with one, got {source!r} ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected a JSON object, got {type(content).__name__} in {source!r}.")
+    return content
+
+
+def config_flags(path: str, *, known: Iterable[str]) -> list[str]:
+    """A JSON config as command-line flags, to be put in front of the real ones, so that the same rules read both.
+
+    Args:
+        path: The file. Objects and lists become JSON texts, true and false `--name` and `--no-name`; null is left out.
+        known: Names that may occur.
+
+    Raises:
+        ValueError: As `read_json`; an unknown name.
+
+    Example:
+        >>> from diffusers_tread.runs.parsing import config_flags
+        >>> config_flags('{"learning_rate": 0.005, "use_ema": true}', known=["learning_rate", "use_ema"])
+        ['--learning_rate=0.005', '--use_ema']
+    """
+    values = read_json(path)
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"Expected the names of flags in {path}, got {unknown}. `--help` lists the flags.")
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
+    return flags

@@ -1,0 +1,106 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Recipes: whole runs by one name, `--recipe imagenet256_xl2`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .config import TrainConfig
+from .parsing import parse_config
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run of TREAD's paper (arXiv 2501.04765), or one like them, on eight processes."""
+
+    preset: str
+    """Size of the model."""
+    resolution: int
+    """Side of the images in pixels."""
+    on_latents: bool
+    """Whether the model sees 4-channel latents an eighth as wide, or pixels."""
+    batch_size: int
+    """Images per optimiser step, of all processes."""
+    max_train_steps: int
+    """Optimiser steps."""
+    learning_rate: float
+    """Of AdamW, constant."""
+    paper_fid_dense: float | None
+    """FID without routing as the paper gives it: 50,000 unguided samples (10,000 at 512); None if it gives none."""
+    paper_fid_tread: float | None
+    """FID with routing."""
+    was_run: bool
+    """Whether this package was seen to run it."""
+
+    def settings(self) -> dict[str, Any]:
+        """Values for the fields of `TrainConfig`."""
+        name = f"imagenet{self.resolution}"
+        data = f"latents:{name}-latents" if self.on_latents else "hub:ILSVRC/imagenet-1k"
+        common = {"num_classes": 1000, "random_flip": True, "objective": "edm", "class_dropout_prob": 0.1}
+        common |= {"dense_fraction": 0.0, "max_grad_norm": 0.0, "adam_weight_decay": 0.0, "use_ema": True}
+        common |= {"ema_decay": 0.9999, "mixed_precision": "bf16", "checkpointing_steps": 10_000}
+        common |= {"checkpoints_total_limit": 3, "validation_steps": 10_000}
+        return common | {
+            "data": data,
+            "resolution": self.resolution,
+            "preset": self.preset,
+            "train_batch_size": self.batch_size // 8,
+            "max_train_steps": self.max_train_steps,
+            "learning_rate": self.learning_rate,
+            "dataloader_num_workers": 0 if self.on_latents else 8,
+            "gradient_checkpointing": self.resolution == 512 and self.preset == "XL/2",
+        }
+
+
+# fmt: off
+RECIPES = {
+    # name                            model  pixels latents batch  steps   rate   FID: dense routed run here
+    "imagenet256_s2":       Recipe("S/2",   256,   True,   256, 400_000, 1e-4, 68.40, 47.04, False),
+    "imagenet256_b2":       Recipe("B/2",   256,   True,   256, 400_000, 1e-4, 43.47, 21.34, False),
+    "imagenet256_l2":       Recipe("L/2",   256,   True,   256, 400_000, 1e-4, 23.33, 9.10,  False),
+    "imagenet256_xl2":      Recipe("XL/2",  256,   True,   256, 400_000, 1e-4, 19.47, 7.38,  False),
+    "imagenet512_b2":       Recipe("B/2",   512,   True,   256, 400_000, 1e-4, 62.8,  40.9,  False),
+    "imagenet512_xl2":      Recipe("XL/2",  512,   True,   256, 400_000, 1e-4, None,  None,  False),
+    "imagenet64_pixels_b4": Recipe("B/4",   64,    False,  256, 400_000, 1e-4, None,  None,  False),
+}
+# fmt: on
+
+# scikit-learn's 8x8 digits as pixels, 64 tokens: minutes on a laptop.
+DIGITS = {
+    "data": "digits:",
+    "model_config_name_or_path": {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "num_layers": 12,
+        "patch_size": 1,
+    },
+    "train_batch_size": 16,
+    "max_train_steps": 2000,
+    "learning_rate": 5e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 30,
+    "adam_beta2": 0.99,
+    "use_ema": True,
+    "ema_decay": 0.99,
+    "validation_steps": 500,
+}
+
+
+def recipe_settings(name: str) -> dict[str, Any]:
+    """Values for the fields of `TrainConfig`.
+
+    Raises:
+        ValueError: There is no such recipe.
+    """
+    if name == "digits":
+        return DIGITS
+    if name not in RECIPES:
+        raise ValueError(f"Expected a recipe among {['digits', *RECIPES]}, got {name!r}.")
+    return RECIPES[name].settings()
+
+
+def parse_train_config(argv: Sequence[str] | None = None, *, description: str | None = None) -> TrainConfig:
+    """A `TrainConfig` from a command line, see `parse_config`; without --data, --config and --recipe the digits."""
+    return parse_config(
+        TrainConfig, argv, description=description, recipe_settings=recipe_settings, default_recipe="digits"
+    )

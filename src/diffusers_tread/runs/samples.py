@@ -1,0 +1,103 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What a run shows on the way: a pipeline of its weights as they are now, and a grid of samples."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator, init_empty_weights
+
+from ..models import make_denoiser
+from ..pictures import add_labels, make_grid
+from ..pipelines import TREADPipeline
+from ..seeds import derive_seed
+from .ema import whole_weights
+
+
+def snapshot_pipeline(
+    accelerator: Accelerator,
+    weights: Sequence[torch.Tensor],
+    names: Sequence[str],
+    *,
+    model_class: str,
+    model_config: dict[str, Any],
+    **components: Any,
+) -> TREADPipeline:
+    """A pipeline with a transformer of its own, eager and dense: using it leaves the training alone.
+
+    All processes call this together, because sharded weights are gathered.
+
+    Args:
+        accelerator: Of the run.
+        weights: The parameters or their averages, whole or sharded.
+        names: Their names, in the same order.
+        model_class: The denoiser's, a name of `diffusers_tread.models.DENOISERS`.
+        model_config: Its config.
+        **components: The pipeline's others: `scheduler`, `vae`, `id2label`.
+    """
+    with init_empty_weights():
+        transformer = make_denoiser(model_class, **model_config)
+    transformer.load_state_dict(whole_weights(weights, names, device=accelerator.device), assign=True)
+    transformer.requires_grad_(False).to(accelerator.device)
+    transformer.forward = accelerator.autocast()(transformer.forward)
+    pipeline = TREADPipeline(transformer=transformer, **components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_grid(
+    pipeline: TREADPipeline, *, num_images: int, seed: int, num_inference_steps: int, guidance_scale: float
+) -> PIL.Image.Image:
+    """Samples of one class after the other, with the classes' names above and a progress bar of its own.
+
+    Args:
+        pipeline: Whose scheduler and weights are used.
+        num_images: Samples.
+        seed: Of the run; the noise of an image is the same in every grid.
+        num_inference_steps: Sampling steps.
+        guidance_scale: Classifier-free guidance; 1 for none.
+    """
+    num_classes, names = max(pipeline.transformer.config.num_classes, 1), pipeline.config.id2label or {}
+    labels = [index % num_classes for index in range(num_images)]
+    seeds = [derive_seed(seed, "validation", index) for index in range(num_images)]
+    pipeline.set_progress_bar_config(desc="Samples", leave=False)
+    images = pipeline(
+        class_labels=labels,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+    pipeline.set_progress_bar_config(disable=True)
+
+    columns = min(10, num_images)
+    grid = make_grid(images, columns=columns)
+    titles = [str(names.get(str(label), label)) for label in labels]
+    if num_classes == columns:  # a class has a column
+        return add_labels(grid, columns=_short(titles[:columns], grid.width // columns))
+    rows = [titles[start : start + columns] for start in range(0, num_images, columns)]
+    texts = _short([" ".join([row[0], "to", row[-1]]) if len(row) > 1 else row[0] for row in rows], 160)
+    return add_labels(grid, rows=texts)
+
+
+def _short(texts: list[str], width: int) -> list[str]:
+    """Texts that fit into as many pixels."""
+    most = max(width // 8, 1)
+    return [text if len(text) <= most else text[: max(most - 1, 1)] + "…" for text in texts]
+
+
+def last_grid(output_dir: str | Path, *, step: int) -> PIL.Image.Image | None:
+    """The newest grid of a run up to a step: later ones are of a branch that it left."""
+    pictures = sorted(Path(output_dir, "samples").glob("step-*.png"))
+    pictures = [path for path in pictures if path.stem <= f"step-{step:07d}"]
+    return PIL.Image.open(pictures[-1]) if pictures else None
+
+
+def log_grid(accelerator: Accelerator, grid: PIL.Image.Image, *, step: int) -> None:
+    """Hands a grid to the trackers that take images."""
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):  # not all have it
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid.convert("RGB"))[None]}, step=step, **options)

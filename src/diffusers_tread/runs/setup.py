@@ -1,0 +1,261 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What a training script makes of its config before the first step."""
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from diffusers.optimization import get_scheduler
+
+from ..data import TrainingSource, open_source
+from ..flops import block_flops_saved
+from ..metrics import FeatureExtractor, load_feature_extractor
+from ..models import DENOISERS, TREADTransformer2DModel, make_denoiser
+from ..objectives import LOSS_TERMS, LossTerm, Objective, find_objective
+from ..seeds import derive_seed
+from .config import CONTROL_FIELDS, TrainConfig
+from .parsing import read_json
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate for one process, DDP or FSDP2; trackers write into the run's folder.
+
+    Raises:
+        ValueError: Another kind of parallelism; a tracker that is not installed.
+    """
+    if config.report_to not in ("none", "all") and find_spec(config.report_to) is None:
+        raise ValueError(f"Expected an installed tracker for --report_to, got {config.report_to!r}. Install it.")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        # A plugin, because the environment of `accelerate launch` overrides the plain argument.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
+    )
+    refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+    is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+    if accelerator.distributed_type in refused or is_fsdp1:
+        raise ValueError(
+            f"Expected one process, DDP or FSDP2, got {'FSDP1' if is_fsdp1 else accelerator.distributed_type.value}. "
+            "For FSDP set `fsdp_version: 2` in the accelerate config."
+        )
+    return accelerator
+
+
+def init_trackers(accelerator: Accelerator, config: TrainConfig, settings: dict[str, Any]) -> None:
+    """Starts the trackers of a run, whose files go to `logs` in its folder."""
+    if config.report_to == "none":
+        return
+    logs = Path(config.output_dir, "logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TRACKIO_DIR", str(logs / "trackio"))
+    scalars = {key: value for key, value in settings.items() if isinstance(value, (str, int, float))}
+    accelerator.init_trackers(config.tracker_project_name, scalars, init_kwargs={"wandb": {"dir": str(logs)}})
+
+
+class UnseenSource(TrainingSource):
+    """For a dry run: what data that were not opened will look like."""
+
+    def __init__(self, config: TrainConfig):
+        if None in (config.resolution, config.num_classes):
+            raise ValueError(
+                f"Expected --resolution and --num_classes for a --dry_run without the data, got "
+                f"{config.resolution} and {config.num_classes}, and no data at {config.data}."
+            )
+        is_latent = config.data.startswith("latents:") or config.pretrained_vae_name_or_path is not None
+        self.num_classes, self.resolution, self.name, self.vae = config.num_classes, config.resolution, None, None
+        self.id2label = {}
+        # As the VAEs of Stable Diffusion have it.
+        self.channels, self.latent_size = (4, config.resolution // 8) if is_latent else (3, config.resolution)
+
+    def __len__(self) -> int:
+        raise TypeError("Expected a length of data that were not opened.")
+
+
+def open_data(config: TrainConfig, accelerator: Accelerator) -> TrainingSource:
+    """The data of a run; for a dry run only what lies on this machine."""
+    kind, _, name = config.data.partition(":")
+    if config.dry_run and kind in ("folder", "hub", "latents") and (kind == "hub" or not Path(name).exists()):
+        return UnseenSource(config)
+    with accelerator.main_process_first():  # one process fills the cache of `datasets`
+        source = open_source(config.data, **config.data_options())
+    if source.vae is not None:
+        source.vae.to(accelerator.device)
+    return source
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """Raises ValueError for fields that the objective does not have."""
+    fields, kind = read_json(config.objective_config), find_objective(config.objective)
+    if unknown := sorted(set(fields) - set(inspect.signature(kind).parameters)):
+        raise ValueError(f"Expected fields of {kind.__name__} in --objective_config, got {unknown}.")
+    return kind(**fields)
+
+
+def make_terms(config: TrainConfig, model: torch.nn.Module) -> list[LossTerm]:
+    """The terms of --loss_terms for a model, which is not wrapped. Raises ValueError for unknown ones."""
+    settings = read_json(config.loss_terms)
+    if unknown := sorted(set(settings) - set(LOSS_TERMS)):
+        raise ValueError(f"Expected terms among {list(LOSS_TERMS)} in --loss_terms, got {unknown}.")
+    return [LOSS_TERMS[name].for_model(model, **values) for name, values in settings.items()]
+
+
+def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
+    """The model at its initialisation, the same in every process.
+
+    Raises:
+        ValueError: A model config of another class, with unknown settings, or at odds with the data.
+    """
+    given = {"in_channels": source.channels, "sample_size": source.latent_size, "objective": config.objective}
+    given["num_classes"] = 0 if config.num_classes == 0 else source.num_classes
+    if config.routes is not None:
+        routes = {"default": "default", "none": None}
+        given["routes"] = routes[config.routes] if config.routes in routes else json.loads(config.routes)
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    if config.preset is not None:
+        return make_denoiser(config.preset, **given)
+
+    values = read_json(config.model_config_name_or_path)
+    name = values.get("_class_name", TREADTransformer2DModel.__name__)
+    if name not in DENOISERS:
+        raise ValueError(f"Expected a model config of one of {list(DENOISERS)}, got {name!r}.")
+    values = {key: value for key, value in values.items() if key[0] != "_"}
+    if unknown := sorted(set(values) - set(inspect.signature(DENOISERS[name].__init__).parameters)):
+        raise ValueError(f"Expected settings of {name} in the model config, got {unknown}.")
+    for key in set(values) & set(given) - {"routes"}:
+        if values[key] not in (None, given[key]):
+            raise ValueError(f"Expected {key}={given[key]!r} for these data and flags, got {values[key]!r}.")
+    return make_denoiser(name, **{**values, **given})
+
+
+def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW with the config's settings, fused."""
+    return torch.optim.AdamW(model.parameters(), fused=True, **_adam(config))
+
+
+def make_lr_scheduler(config: TrainConfig, optimizer, *, step: int, max_steps: int):
+    """The learning rate of a run that goes on from a step: a function of the step, so that it needs no state."""
+    for group in optimizer.param_groups:  # a checkpoint brings those of its own run
+        group.update(_adam(config), initial_lr=config.learning_rate)
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=max_steps,
+        last_epoch=step - 1,
+    )
+
+
+def _adam(config: TrainConfig) -> dict[str, Any]:
+    betas = (config.adam_beta1, config.adam_beta2)
+    decay, epsilon = config.adam_weight_decay, config.adam_epsilon
+    return {"lr": config.learning_rate, "betas": betas, "weight_decay": decay, "eps": epsilon}
+
+
+def open_feature_extractor(config: TrainConfig, accelerator: Accelerator) -> FeatureExtractor | None:
+    """The network that samples are compared with; None without --eval_steps."""
+    if config.eval_steps is None:
+        return None
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            'Expected matplotlib, which draws the FID, got none. Install "diffusers-tread[fid]" or drop --eval_steps.'
+        )
+    with accelerator.main_process_first():  # one process downloads
+        return load_feature_extractor(
+            config.eval_feature_extractor, weights=config.eval_feature_extractor_weights, device=accelerator.device
+        )
+
+
+def describe_run(
+    config: TrainConfig, accelerator: Accelerator, source: TrainingSource, model: torch.nn.Module
+) -> dict[str, Any]:
+    """All that the run depends on, for the eye and for telling this run from others (JSON).
+
+    Args:
+        config: Of the run.
+        accelerator: Of the run.
+        source: Its data.
+        model: On the meta device.
+
+    Raises:
+        ValueError: The loss terms do not fit the model, or the length of the run is not known.
+    """
+    make_terms(config, model)  # raises for a model that they do not fit
+    total_batch_size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    try:
+        num_images = None if config.streaming else len(source)
+    except TypeError:
+        num_images = None
+    if config.max_train_steps is None and num_images is None:
+        raise ValueError("Expected --max_train_steps for data whose length is not known, got none.")
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in CONTROL_FIELDS}
+    if "latents" in (identity := source.identity()):
+        settings["data"] = "latents"  # wherever they lie
+    return (
+        settings
+        | identity
+        | {
+            "max_train_steps": config.max_train_steps
+            or math.ceil(config.num_train_epochs * num_images / total_batch_size),
+            "mixed_precision": accelerator.mixed_precision,
+            "distributed_type": accelerator.distributed_type.value,
+            "num_processes": accelerator.num_processes,
+            "total_batch_size": total_batch_size,
+            "num_images": num_images,
+            "num_classes": model.config.num_classes,
+            "steps_per_epoch": None if num_images is None else num_images / total_batch_size,
+            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "block_flops_saved": block_flops_saved(model),
+            "model_class": type(model).__name__,
+            "model": {key: value for key, value in json.loads(model.to_json_string()).items() if key[0] != "_"},
+        }
+    )
+
+
+def settings_table(config: TrainConfig, accelerator: Accelerator, settings: dict[str, Any]) -> str:
+    """A dozen lines about a run; the whole lies as JSON in its folder."""
+    model, epoch = settings["model"], settings["steps_per_epoch"]
+    side, routes = model["sample_size"], model.get("routes") or []
+    routes = [f"{route['selection_ratio']:.0%} skip blocks {route['start']} to {route['end']}" for route in routes]
+    copies = 5 if settings["use_ema"] else 4  # weights, gradients, two Adam moments, average
+    rows = {
+        "data": [config.data, f"{settings['num_images'] or 'unknown number of'} images"],
+        "sees": [f"{model['in_channels']}x{side}x{side}", f"{settings['num_classes']} classes"],
+        "model": [settings["model_class"], config.preset, f"{settings['num_parameters'] / 1e6:.1f}M parameters"],
+        "routes": [*(routes or ["none"]), f"{settings['block_flops_saved']:.0%} of the blocks' FLOPs saved"],
+        "dense": [f"the last {config.dense_fraction:.0%} of the steps"],
+        "objective": [
+            config.objective,
+            *(text for text in (config.objective_config, config.loss_terms) if text != "{}"),
+        ],
+        "steps": [
+            f"{settings['max_train_steps']} of {settings['total_batch_size']} images",
+            epoch and f"{settings['max_train_steps'] / epoch:.3g} epochs",
+        ],
+        "optimiser": [
+            f"AdamW at {config.learning_rate:g}",
+            f"{config.lr_scheduler} after {config.lr_warmup_steps} steps",
+            config.max_grad_norm and f"clipped at {config.max_grad_norm:g}",
+        ],
+        "average": [f"decay {config.ema_decay:g}" if config.use_ema else "none"],
+        "hardware": [
+            f"{settings['num_processes']} x {accelerator.device.type}",
+            settings["distributed_type"],
+            f"precision {settings['mixed_precision']}",
+        ],
+        "memory": [f"{copies * settings['num_parameters'] * 4 / 2**30:.2f} GiB of training state in all"],
+        "folder": [config.output_dir],
+    }
+    rows = {name: ", ".join(str(part) for part in parts if part) for name, parts in rows.items()}
+    return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
