@@ -7,6 +7,7 @@ While it is written, a folder also holds `unfinished/`, with a record of each sh
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..files import file_sha256, full_disk_explained, publish, write_json
+from ..files import file_sha256, full_disk_explained, publish, read_object, write_json
 from ..settings import check_settings
 from .latent_arrow import RECORD_BATCH, find_fault, regroup, to_table
 from .latents import INFO, LatentsInfo
@@ -22,6 +23,9 @@ from .latents import INFO, LatentsInfo
 
 SETTINGS, UNFINISHED = "latents_config.json", "unfinished"
 _GO_ON = "Free some space and run the same command, which goes on with the missing shards."
+
+
+logger = logging.getLogger(__name__)
 
 
 def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo:
@@ -192,10 +196,16 @@ class LatentsWriter:
         return self.folder / UNFINISHED / f"{Path(self.files[shard]).stem}.json"
 
     def _is_whole(self, shard: int) -> bool:
-        record = self._record_path(shard)
-        if not record.exists():
+        path = self._record_path(shard)
+        if not path.exists():
             return False
-        return _compare(self.folder / self.files[shard], json.loads(record.read_text()), checksums=False) is None
+        try:
+            record = read_object(path)
+            is_sound = {"file", "num_samples", "sha256"} <= set(record) and isinstance(record["unreadable"], list)
+            return is_sound and _compare(self.folder / self.files[shard], record, checksums=False) is None
+        except (KeyError, ValueError) as error:
+            logger.warning(f"Writing {self.files[shard]} again, whose record is damaged: {error}")
+            return False
 
     def _disk_full_explained(self):
         return full_disk_explained(self.folder, remedy=_GO_ON)
