@@ -398,7 +398,10 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=args.overwrite_output_dir,
         fixed_settings=("model",),
     )
-    with run_folder as run, StopRequest(argv) as stop:
+    # What a config file asks for once, a command that goes on must not ask for again.
+    overrides = ["--no-overwrite_output_dir"] if args.config and args.overwrite_output_dir else []
+    overrides += ["--resume_from_checkpoint=latest"] if args.config and args.resume_from_checkpoint else []
+    with run_folder as run, StopRequest(argv, overrides=overrides) as stop:
         if args.report_to != "none":
             scalars = {key: value for key, value in settings.items() if isinstance(value, (str, int, float))}
             accelerator.init_trackers(args.tracker_project_name, config=scalars)
