@@ -196,7 +196,11 @@ def main(argv: list[str] | None = None) -> None:
     # The run.
     options = {"resume_from_checkpoint": config.resume_from_checkpoint, "overwrite": config.overwrite_output_dir}
     options |= {"total_steps": settings["max_train_steps"], "free_settings": FREE_FIELDS, "fixed_settings": ("model",)}
-    with open_run_folder(config.output_dir, settings=settings, **options) as run, StopRequest(argv) as stop:
+    # What a config file asks for once, the command that goes on must not ask for again.
+    overrides = ["--no-overwrite_output_dir"] if config.overwrite_output_dir else []
+    overrides += ["--resume_from_checkpoint=latest"] if config.resume_from_checkpoint else []
+    stop_request = StopRequest(argv, overrides=overrides)
+    with open_run_folder(config.output_dir, settings=settings, **options) as run, stop_request as stop:
         setup.init_trackers(accelerator, config, settings)
         model = setup.make_model(config, source)
         trainer = Trainer(config, accelerator, source, model, settings, run=run, stop=stop, extractor=extractor)

@@ -227,7 +227,7 @@ def test_a_finished_run_is_measured_when_asked_later_and_forgotten_when_overwrit
     train(*argv, *evaluation)
     assert [step for step, _ in fids(tmp_path / "run")] == [2]
     train(*argv, "--overwrite_output_dir")
-    names = {"checkpoint-2", "pipeline", "train_config.json"}
+    names = {"checkpoint-2", "pipeline", "run.json", "train_config.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
 
 

@@ -118,3 +118,4 @@ def test_threads_leave_the_handlers_alone():
 )
 def test_the_command_to_go_on_is_the_same_one_and_neither_deletes_nor_goes_back(argv, expected):
     assert resume_command(argv) == f"python {shlex.quote(sys.argv[0])} {expected}"
+    assert resume_command(argv, overrides=["--no-x"]).endswith(f"{expected} --no-x")

@@ -290,7 +290,8 @@ def _write_together(accelerator: Accelerator, work: Callable[[], None], folder: 
         if accelerator.is_main_process:
             remove(folder)
         accelerator.wait_for_everyone()
-        raise problem or OSError(*problems[0])
+        number, message = problems[0]
+        raise problem or (RuntimeError(message) if number is None else OSError(number, message))
 
 
 def _seal(folder: Path, *, step: int, lineage: Lineage) -> None:

@@ -28,10 +28,11 @@ class StopRequest:
 
     Args:
         argv: The script's arguments; None for those of this process.
+        overrides: Flags that the command to go on needs besides, over those of a config file.
     """
 
-    def __init__(self, argv: Sequence[str] | None = None):
-        self.argv, self.signal = argv, None
+    def __init__(self, argv: Sequence[str] | None = None, *, overrides: Sequence[str] = ()):
+        self.argv, self.overrides, self.signal = argv, overrides, None
         self._time, self._pid = 0.0, os.getpid()
         self._group, self._vote, self._work = None, None, None
 
@@ -76,7 +77,7 @@ class StopRequest:
         Raises:
             SystemExit: With 128 plus the signal's number, as shells report it.
         """
-        _say(f"{done}. To go on: {resume_command(self.argv)}")
+        _say(f"{done}. To go on: {resume_command(self.argv, overrides=self.overrides)}")
         raise SystemExit(128 + self.signal)
 
     def _handle(self, number: int, frame) -> None:
@@ -125,11 +126,12 @@ def stopped_cleanly(argv: Sequence[str] | None, *, kept: str) -> Iterator[None]:
         _replace_handlers(before)
 
 
-def resume_command(argv: Sequence[str] | None) -> str:
+def resume_command(argv: Sequence[str] | None, *, overrides: Sequence[str] = ()) -> str:
     """The command that goes on with a stopped run: the same, without what would delete it or go back again.
 
     Args:
         argv: The script's arguments; None for those of this process.
+        overrides: Flags to add.
     """
     kept, words = [], iter(sys.argv[1:] if argv is None else argv)
     for word in words:
@@ -141,7 +143,7 @@ def resume_command(argv: Sequence[str] | None) -> str:
             kept.append(word)
     processes = PartialState().num_processes
     launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    return shlex.join([*launcher, sys.argv[0], *map(str, kept)])
+    return shlex.join([*launcher, sys.argv[0], *map(str, kept), *overrides])
 
 
 class _Stopped(BaseException):

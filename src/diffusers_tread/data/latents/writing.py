@@ -8,6 +8,7 @@ While it is written, a folder also holds `unfinished/`, with a record of each sh
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from .info import INFO, LatentsInfo
 SETTINGS, UNFINISHED = "latents_config.json", "unfinished"
 _SOURCES = "shard_sources"
 _GO_ON = "Free some space and run the same command, which goes on with the missing shards."
+
+
+logger = logging.getLogger(__name__)
 
 
 def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo:
@@ -212,12 +216,16 @@ class LatentsWriter:
 
     def _read_record(self, shard: int) -> dict[str, Any] | None:
         """What `write` noted of a shard; None if it is missing or damaged."""
+        path, fields = self._record_path(shard), {"file", "num_samples", "size", "sha256", "unreadable", "source"}
         try:
-            record = json.loads(self._record_path(shard).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if set(record := json.loads(path.read_text(encoding="utf-8"))) == fields:
+                return record
+        except FileNotFoundError:
             return None
-        fields = {"file", "num_samples", "size", "sha256", "unreadable", "source"}
-        return record if isinstance(record, dict) and set(record) == fields else None
+        except (OSError, TypeError, ValueError):
+            pass
+        logger.warning(f"Writing {self.files[shard]} again, whose record in {path} is damaged.")
+        return None
 
     def _is_whole(self, shard: int, source: str | None) -> bool:
         record = self._read_record(shard)
