@@ -25,7 +25,7 @@ def sent(monkeypatch):
                 names.append(name)
 
     monkeypatch.setattr(HfApi, "upload_folder", receive)
-    monkeypatch.setattr(upload, "open_repo", lambda repo_id, **options: RepoUrl(f"https://hf.co/{repo_id}"))
+    monkeypatch.setattr(upload, "open_repo", lambda repo_id, **options: RepoUrl(f"https://huggingface.co/{repo_id}"))
     return names
 
 

@@ -142,7 +142,8 @@ def _names_of_index(folder: Path) -> set[str] | None:
         parts = {f"{name}/" for name, entry in content.items() if isinstance(entry, list) and any(entry)}
         return card | parts | {index.name, "pipeline.py"}
     if (index := folder / "latents.json").is_file():
-        return card | {index.name} | {str(shard["file"]) for shard in json.loads(index.read_text())["shards"]}
+        settings = {path.name for path in folder.glob("latents*.json")}
+        return card | settings | {str(shard["file"]) for shard in json.loads(index.read_text())["shards"]}
     return None
 
 
