@@ -98,7 +98,7 @@ def run_loop(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One row: train_tread.py from its first step to its checkpoint, with bare steps in between."""
     steps = (args.warmup + args.repeats) * args.steps_per_turn
     flags = {
-        "latents_dir": root / "latents", "output_dir": root / "run", "preset": args.preset, "objective": "edm",
+        "data": f"latents:{root / 'latents'}", "output_dir": root / "run", "preset": args.preset, "objective": "edm",
         "train_batch_size": args.batch_size, "max_train_steps": steps, "checkpointing_steps": steps,
         "logging_steps": args.steps_per_turn, "dense_fraction": 0, "seed": args.seed,
         "mixed_precision": MIXED_PRECISION[args.dtype], "matmul_precision": args.matmul_precision,
@@ -157,24 +157,24 @@ class TimedTrainer(train_tread.Trainer):
         self.write_log(*arguments)
         self.turns["loop"].append(self.now() - self.start)
         start = self.now()
-        for _ in range(self.args.logging_steps):
+        for _ in range(self.config.logging_steps):
             self.bare_step()
         self.start = self.now()
         self.turns["bare"].append(self.start - start)
 
     def bare_step(self) -> None:
         optimizer = self.optimizer.optimizer  # torch's own
-        latents, class_labels, routing = self.batch
-        loss = self.objective.loss(self.model, latents, class_labels=class_labels, routing=routing)
+        latents, conditions, routing = self.batch
+        loss = self.objective.loss(self.model, latents, **conditions, routing=routing)
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, step: int) -> None:
         start = self.now()
-        super().save_checkpoint()
+        super().save_checkpoint(step)
         self.checkpoint_seconds = self.now() - start
-        files = Path(self.args.output_dir).glob("checkpoint-*/**/*")
+        files = Path(self.config.output_dir).glob("checkpoint-*/**/*")
         self.checkpoint_bytes = sum(path.stat().st_size for path in files if path.is_file())
 
 

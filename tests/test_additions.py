@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""A stranger adds a backbone, an objective, a term of the loss, a guider, a metric or a block by one file with one
-line that registers it: `additions/` holds one of each, and each goes through the package's own paths here."""
+"""A stranger adds a backbone, an objective, a term of the loss, a guider, a metric, a block or data by one file with
+one line that registers it: `additions/` holds one of each, and each goes through the package's own paths here."""
 
 import json
 import shutil
@@ -27,6 +27,7 @@ from diffusers_tread import (
     register_objective,
     token_routing,
 )
+from diffusers_tread.data import SOURCES, register_source
 from diffusers_tread.flops import flop_ceiling, forward_flops, guidance_flops
 from diffusers_tread.guiders.registry import GUIDERS
 from diffusers_tread.hooks.specs.blocks import BLOCK_SPECS
@@ -37,12 +38,12 @@ from diffusers_tread.objectives.registry import OBJECTIVES
 from diffusers_tread.objectives.terms.registry import LOSS_TERMS
 
 
-TABLES = (BLOCK_SPECS, DENOISERS, GUIDERS, LOSS_TERMS, METRICS, OBJECTIVES)
+TABLES = (BLOCK_SPECS, DENOISERS, GUIDERS, LOSS_TERMS, METRICS, OBJECTIVES, SOURCES)
 before = [set(table) for table in TABLES]
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
 
 import train_tread  # noqa: E402
-from additions import backbone, block_spec, guider, loss_term, metric, objective  # noqa: E402, F401
+from additions import backbone, block_spec, guider, loss_term, metric, objective, source  # noqa: E402, F401
 
 
 # Other tests see the tables as they were.
@@ -65,9 +66,9 @@ def train(tmp_path, fresh_accelerate):
     def train(*flags, model):
         path = tmp_path / "model.json"
         path.write_text(json.dumps(model))
-        argv = ["--output_dir", tmp_path / "run", "--max_train_steps", 4, "--model_config_name_or_path", path, *flags]
+        argv = ["--output_dir", tmp_path / "run", "--max_train_steps", 4, "--model_config_name_or_path", path]
         argv += ["--checkpointing_steps=2", "--validation_steps=4", "--num_validation_images=2", "--report_to=none"]
-        train_tread.main([*map(str, argv)])
+        train_tread.main([*map(str, [*argv, *flags])])
         pipe = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -229,7 +230,21 @@ def test_a_block_is_routed_with_what_belongs_to_its_tokens():
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["objective", "loss_term", "guider", "denoiser", "metric"])
+def test_a_source_of_data_trains_resumes_and_names_its_classes(train, tmp_path):
+    pipe = train("--data", "toy:40", "--recipe=digits", model=TINY)
+    assert pipe.config.id2label == {"0": "dark", "1": "light"} and pipe.transformer.config.in_channels == 3
+    settings = json.loads((tmp_path / "run" / "train_config.json").read_text())
+    assert (settings["data"], settings["num_images"], settings["num_classes"]) == ("toy:40", 40, 2)
+    for name in ("pipeline", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "run" / name)
+    again = train("--data", "toy:40", "--recipe=digits", model=TINY)
+    weights = again.transformer.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in pipe.transformer.state_dict().items())
+    with pytest.raises(ValueError, match="Expected data as digits:NAME, .*toy:NAME, got 'toys:40'"):
+        train("--data", "toys:40", model=TINY)
+
+
+@pytest.mark.parametrize("kind", ["objective", "loss_term", "guider", "denoiser", "metric", "source"])
 def test_a_name_is_not_taken_twice(kind):
     other = {
         "guider": type("TwoWeakBranches", (guider.TwoWeakBranches,), {}),
@@ -241,6 +256,7 @@ def test_a_name_is_not_taken_twice(kind):
         "guider": lambda: register_guider(other["guider"]),
         "denoiser": lambda: register_denoiser(other["denoiser"]),
         "metric": lambda: register_metric("mean_distance", METRICS["fid"]),
+        "source": lambda: register_source("toy", source.Squares),
     }
     with pytest.raises(ValueError, match="Expected a new name"):
         calls[kind]()

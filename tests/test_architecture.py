@@ -26,7 +26,7 @@ FLOORS = [
     {"hub"},
     {"pipelines"},
     {"metrics", "converters"},
-    {"training", "runs"},
+    {"runs"},
 ]
 # The cards of models tell results of evaluations.
 ALLOWED = {("hub", "metrics"), ("metrics", "pipelines")}

@@ -18,7 +18,7 @@ import diffusers_tread
 ROOT = Path(__file__).parents[1]
 CORE = {"torch", "diffusers", "safetensors", "huggingface-hub", "numpy"}
 # Import names of the optional packages, ours and those that diffusers picks up where it finds them.
-OPTIONAL = "accelerate cleanfid datasets matplotlib peft scipy sklearn tensorboard transformers".split()
+OPTIONAL = "accelerate cleanfid datasets matplotlib peft scipy sklearn tensorboard transformers tyro".split()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_importing_the_package_loads_no_package_that_only_the_examples_need():
     # Without those that diffusers itself imports where it finds them: transformers brings scikit-learn along.
     result = import_without(["accelerate", "peft", "transformers"], "print(*sys.modules)")
     assert "diffusers_tread" in result.stdout.split(), result.stderr
-    assert not {"cleanfid", "datasets", "matplotlib", "sklearn", "tensorboard"} & set(result.stdout.split())
+    assert not {"cleanfid", "datasets", "matplotlib", "sklearn", "tensorboard", "tyro"} & set(result.stdout.split())
 
 
 def test_the_pipeline_and_what_it_imports_of_diffusers_are_loaded_with_its_first_use():

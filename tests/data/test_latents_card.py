@@ -48,7 +48,7 @@ def test_the_name_of_the_folder_is_quoted_where_it_is_code():
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert ast.parse(code) and f"load_dataset({json.dumps(name)}, " in code
     (command,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert shlex.split(command)[3] == name
+    assert shlex.split(command)[3] == f"latents:{name}"
 
 
 def test_the_formula_is_that_of_the_statistics():

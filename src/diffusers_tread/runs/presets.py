@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..objectives import EDMObjective
 from .config import TrainConfig
 from .parsing import parse_config
 
@@ -36,7 +37,7 @@ class Recipe:
         """Values for the fields of `TrainConfig`."""
         name = f"imagenet{self.resolution}"
         data = f"latents:{name}-latents" if self.on_latents else "hub:ILSVRC/imagenet-1k"
-        common = {"num_classes": 1000, "random_flip": True, "objective": "edm", "class_dropout_prob": 0.1}
+        common = {"num_classes": 1000, "random_flip": True, "objective": EDMObjective.name, "class_dropout_prob": 0.1}
         common |= {"dense_fraction": 0.0, "max_grad_norm": 0.0, "adam_weight_decay": 0.0, "use_ema": True}
         common |= {"ema_decay": 0.9999, "mixed_precision": "bf16", "checkpointing_steps": 10_000}
         common |= {"checkpoints_total_limit": 3, "validation_steps": 10_000}

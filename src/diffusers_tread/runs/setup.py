@@ -20,6 +20,7 @@ from ..flops import block_flops_saved
 from ..metrics import FeatureExtractor, load_feature_extractor
 from ..models import DENOISERS, TREADTransformer2DModel, make_denoiser
 from ..objectives import LOSS_TERMS, LossTerm, Objective, find_objective
+from ..routing import TokenRoute
 from ..seeds import derive_seed
 from .config import CONTROL_FIELDS, TrainConfig
 from .parsing import read_json
@@ -227,8 +228,8 @@ def describe_run(
 def settings_table(config: TrainConfig, accelerator: Accelerator, settings: dict[str, Any]) -> str:
     """A dozen lines about a run; the whole lies as JSON in its folder."""
     model, epoch = settings["model"], settings["steps_per_epoch"]
-    side, routes = model["sample_size"], model.get("routes") or []
-    routes = [f"{route['selection_ratio']:.0%} skip blocks {route['start']} to {route['end']}" for route in routes]
+    side, routes = model["sample_size"], [TokenRoute(**route) for route in model.get("routes") or []]
+    routes = [f"{route.selection_ratio:.0%} skip blocks {route.start} to {route.end}" for route in routes]
     copies = 5 if settings["use_ema"] else 4  # weights, gradients, two Adam moments, average
     rows = {
         "data": [config.data, f"{settings['num_images'] or 'unknown number of'} images"],

@@ -60,6 +60,7 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         repo_id: The repository it is for, or a folder.
     """
     channels, size, _ = info.shape
+    repo_id = " ".join(repo_id.split())  # a line break would end the block of code
     name = repo_id.rstrip("/").split("/")[-1]
     bits = info.dtype == "bfloat16"
     lines = ["latents = values"]
