@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""From images to an FID by the examples alone: precompute_latents.py, train_tread.py, evaluate.py."""
+"""From images to an FID by the examples alone: precompute_latents.py, train_tread.py, evaluate_tread.py."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(
             {"processes": processes, "argv": [*learn, "--latents_dir", latents, "--output_dir", run]},
         ]
         argv = [*judge, "--pretrained_pipeline", run / "pipeline", "--output_dir", judged]
-        plan.append({"script": "evaluate", "processes": others, "argv": argv})
+        plan.append({"script": "evaluate_tread", "processes": others, "argv": argv})
     launch(plan)
 
     shards = [sorted((tmp_path / f"latents-{processes}" / "data").iterdir()) for processes in (1, 2)]
