@@ -70,14 +70,10 @@ def test_two_processes_and_killed_runs_give_what_one_process_gives(argv, tmp_pat
     print(f"killed at batch {batch}")
     kill = {"at": ["diffusers_tread.files.publish"], "matching": f"images/batch-{batch:06d}"}
     runs = [("one", 1, None), ("two", 2, None), ("killed", 1, kill), ("killed", 2, kill), ("killed", 1, None)]
+    argv = [*argv, "--output_dir"]
     codes, _ = launch(
-        {
-            "script": "evaluate_tread",
-            "argv": [*argv, "--output_dir", tmp_path / name],
-            "processes": count,
-            "kill": kill,
-        }
-        for name, count, kill in runs
+        {"script": "evaluate_tread", "argv": [*argv, tmp_path / name], "processes": processes, "kill": kill}
+        for name, processes, kill in runs
     )
     assert codes == [0, 0, -9, -9, 0]
     assert len(stored_features(tmp_path / "one")) == 13 + 8  # of fifty and of thirty images

@@ -27,8 +27,8 @@ def data(tmp_path):
 @pytest.mark.slow
 def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(data, tmp_path):
     """Two processes write the bytes of one; the FID that one measures while training, two find again, and back."""
-    encode = ["--train_data_dir", data / "images", "--resolution", 16, "--flip", "--shard_size", 8, "--batch_size", 4]
-    encode += ["--pretrained_vae_name_or_path", data / "vae", "--cache_dir", data / "cache"]
+    encode = ["--data", f"folder:{data / 'images'}", "--resolution", 16, "--flip", "--shard_size", 8]
+    encode += ["--batch_size", 4, "--pretrained_vae_name_or_path", data / "vae", "--cache_dir", data / "cache"]
     network = f"transformers:{data / 'network'}"
     model = json.dumps(SIZE | {"patch_size": 2})
     learn = ["--model_config_name_or_path", model, "--random_flip", "--train_batch_size", 5, "--use_ema"]
