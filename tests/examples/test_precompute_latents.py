@@ -16,6 +16,7 @@ from tiny_models import cut_off, save_noise, save_vae
 
 from diffusers_tread.data import LatentsInfo, center_crop, image_to_tensor
 from diffusers_tread.fingerprint import weights_fingerprint
+from diffusers_tread.runs import presets
 from diffusers_tread.runs.parsing import parse_config
 
 
@@ -241,6 +242,15 @@ def test_needed_flags_are_asked_for_and_a_config_gives_them(made, tmp_path):
             precompute("--config", config, "--data", data)
     args = parse_config(PrecomputeConfig, ["--config", str(config), "--no-flip", "--data", "folder:photos"])
     assert (args.resolution, args.flip, args.dtype, args.shard_size) == (8, False, "float16", 10_000)
+
+
+def test_the_recipes_make_what_the_recipes_of_training_read():
+    configs = [PrecomputeConfig(**settings) for settings in precompute_latents.RECIPES.values()]
+    made = {(f"latents:{config.output_dir}", config.resolution, config.flip) for config in configs}
+    recipes = [recipe.settings() for recipe in presets.RECIPES.values() if recipe.on_latents]
+    assert made == {(recipe["data"], recipe["resolution"], recipe["random_flip"]) for recipe in recipes}
+    with pytest.raises(ValueError, match="Expected a recipe among .*imagenet512.*got 'imagenet64'"):
+        precompute("--recipe", "imagenet64")
 
 
 def test_a_data_set_without_access_says_how_to_get_it(made, tmp_path, monkeypatch):

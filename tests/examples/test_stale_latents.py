@@ -12,23 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from diffusers_tread.data import LatentsInfo, latent_codec, latents_from_moments, open_latents
 
 
 datasets = pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import precompute_latents  # noqa: E402
 from tiny_vaes import KINDS, make_vae  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
