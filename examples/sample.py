@@ -85,15 +85,16 @@ class SampleConfig(SamplingConfig):
                 "Expected --guidance sparse with --mode grid, without --guidance_scale and --weak_ratio: "
                 "--guidance_scales and --weak_ratios take their places."
             )
-        for name in ("guidance_scales", "weak_ratios"):
-            try:
-                self.side(name)
-            except ValueError as error:
-                raise ValueError(f"Expected numbers with commas between in --{name}, got {error}.") from error
+        self.sides()
 
-    def side(self, name: str) -> list[float]:
-        """The numbers of a side of the grid, "guidance_scales" or "weak_ratios"."""
-        return sorted({float(number) for number in getattr(self, name).split(",")})
+    def sides(self) -> tuple[list[float], list[float]]:
+        """The scales and ratios of a grid."""
+        texts = {"guidance_scales": self.guidance_scales, "weak_ratios": self.weak_ratios}
+        try:
+            scales, ratios = (sorted({float(number) for number in text.split(",")}) for text in texts.values())
+        except ValueError as error:
+            raise ValueError(f"Expected numbers with commas between in {texts}, got {error}.") from error
+        return scales, ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,36 +154,30 @@ def plan_class(config: SampleConfig, images: PipelineImages, label: int) -> Shee
     name = (pipeline.config.id2label or {}).get(str(label))
     num_classes = max(pipeline.transformer.config.num_classes, 1)
     title = f"class {label}" if name is None else f"class {label}: {name}"
-    sheet = partial(Sheet, name=f"{config.mode}-{label:04d}", title=title)
+    sample, sheet = partial(Sample, label=label), partial(Sheet, name=f"{config.mode}-{label:04d}", title=title)
     indices = range(label, sys.maxsize, num_classes)  # this class's samples, where classes take turns
     if config.mode == "classes":
-        samples = [Sample(name=f"{i:06d}", label=label, index=i) for i in indices[: config.num_images_per_class]]
-        return sheet(samples=samples)
+        return sheet(samples=[sample(name=f"{i:06d}", index=i) for i in indices[: config.num_images_per_class]])
 
     if config.mode == "grid":
+        scales, ratios = config.sides()
         samples = [
-            Sample(
-                name=f"{label:04d}-weak-{ratio:g}-scale-{scale:g}", label=label, index=label, guidance=(scale, ratio)
-            )
-            for ratio in config.side("weak_ratios")
-            for scale in config.side("guidance_scales")
+            sample(name=f"{label:04d}-weak-{ratio:g}-scale-{scale:g}", index=label, guidance=(scale, ratio))
+            for ratio in ratios
+            for scale in scales
         ]
-        rows, columns = config.side("weak_ratios"), config.side("guidance_scales")
-        return sheet(
-            samples=samples, rows=[f"weak {one:g}" for one in rows], columns=[f"w {one:g}" for one in columns]
-        )
+        rows, columns = [f"weak {ratio:g}" for ratio in ratios], [f"w {scale:g}" for scale in scales]
+        return sheet(samples=samples, rows=rows, columns=columns)
 
     shares = [frame / (config.num_frames - 1) for frame in range(config.num_frames)]
     pairs = [(indices[i], indices[i + 1]) for i in range(config.num_seeds - 1)]
     samples = [
-        Sample(
-            name=f"{label:04d}-{first}-to-{last}-{share:.4f}", label=label, index=first, other_index=last, share=share
-        )
+        sample(name=f"{label:04d}-{first}-to-{last}-{share:.4f}", index=first, other_index=last, share=share)
         for first, last in pairs
         for share in shares
     ]
-    rows = [f"{first} to {last}" for first, last in pairs]
-    return sheet(samples=samples, rows=rows, columns=[f"{share:.0%}" for share in shares])
+    rows, columns = [f"{first} to {last}" for first, last in pairs], [f"{share:.0%}" for share in shares]
+    return sheet(samples=samples, rows=rows, columns=columns)
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
@@ -253,13 +248,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False  # as examples/evaluate_tread.py, whose samples these are
 
     # Everything is loaded and tried before the long work starts; one process fills the caches.
-    sides = []
-    if config.mode == "grid":
-        scales, ratios = config.side("guidance_scales"), config.side("weak_ratios")
-        sides = [{"guidance_scale": scale, "weak_ratio": ratio} for scale in scales for ratio in ratios]
+    scales, ratios = config.sides() if config.mode == "grid" else ([], [])
+    guiders = {(w, ratio): make_guider(config, guidance_scale=w, weak_ratio=ratio) for w in scales for ratio in ratios}
     with state.main_process_first():
-        images = open_pipeline_images(config, state.device, **(sides[0] if sides else {}))
-    guiders = {tuple(side.values()): make_guider(config, **side) for side in sides}
+        images = open_pipeline_images(config, state.device, guider=next(iter(guiders.values()), None))
     guiders = guiders or {None: images.pipeline.guider}
     sheets = plan_sheets(config, images)
 

@@ -69,10 +69,12 @@ class SamplingConfig:
             raise ValueError("Expected --guidance_scale with --guidance cfg, got none.")
 
 
-def open_pipeline_images(config: SamplingConfig, device: torch.device, **guidance: Any) -> PipelineImages:
+def open_pipeline_images(
+    config: SamplingConfig, device: torch.device, *, guider: SparseGuidance | None = None
+) -> PipelineImages:
     """The samples that a config asks for, see `load_pipeline`."""
     return PipelineImages(
-        load_pipeline(config, device, **guidance),
+        load_pipeline(config, device, guider=guider),
         num_images=config.num_samples,
         num_inference_steps=config.num_inference_steps,
         guidance_scale={"none": 1.0, "cfg": config.guidance_scale}.get(config.guidance),
@@ -81,13 +83,15 @@ def open_pipeline_images(config: SamplingConfig, device: torch.device, **guidanc
     )
 
 
-def load_pipeline(config: SamplingConfig, device: torch.device, **guidance: Any) -> TREADPipeline:
+def load_pipeline(
+    config: SamplingConfig, device: torch.device, *, guider: SparseGuidance | None = None
+) -> TREADPipeline:
     """The pipeline with the scheduler and the guider that a config asks for.
 
     Args:
         config: Of the samples.
         device: Of the networks.
-        **guidance: See `make_guider`.
+        guider: Instead of the one that the config asks for.
 
     Raises:
         ValueError: There is no pipeline; it, the scheduler or the guider refuses a setting.
@@ -100,7 +104,7 @@ def load_pipeline(config: SamplingConfig, device: torch.device, **guidance: Any)
         ) from error
     pipeline.scheduler = make_scheduler(pipeline.scheduler, config.scheduler, read_json(config.scheduler_config))
     if config.guidance == "sparse":
-        pipeline.guider = make_guider(config, **guidance)
+        pipeline.guider = guider or make_guider(config)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             part.to(device, torch.float32 if name == "vae" else getattr(torch, config.dtype))
