@@ -244,6 +244,15 @@ def test_needed_flags_are_asked_for_and_a_config_gives_them(made, tmp_path):
     assert (args.resolution, args.flip, args.dtype, args.shard_size) == (8, False, "float16", 10_000)
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], None), (["--hub_private"], True), (["--no-hub_private"], False), (["--hub_private", "False"], False),
+     (["--config", '{"hub_private": true}'], True), (["--config", '{"hub_private": true}', "--no-hub_private"], False)],
+)  # fmt: skip
+def test_a_switch_that_may_be_unset_is_still_a_switch(words, value):
+    assert parse_config(PrecomputeConfig, [*words, "--verify", "latents"]).hub_private is value
+
+
 def test_the_recipes_make_what_the_recipes_of_training_read():
     configs = [PrecomputeConfig(**settings) for settings in precompute_latents.RECIPES.values()]
     made = {(f"latents:{config.output_dir}", config.resolution, config.flip) for config in configs}

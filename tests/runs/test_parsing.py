@@ -1,10 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-import dataclasses
 import json
 
 import pytest
 
-from diffusers_tread.runs.parsing import config_flags, parse_config, read_json
+from diffusers_tread.runs.parsing import config_flags, read_json
 
 
 def test_json_is_read_from_text_file_and_model_folder(tmp_path):
@@ -32,20 +31,3 @@ def test_a_config_becomes_flags_and_unknown_names_are_refused():
     assert config_flags(text, known=known) == ["--rate=-0.5", "--ema", "--no-flip", '--model={"num_layers": 6}']
     with pytest.raises(ValueError, match="limit"):
         config_flags(text, known=known[:3])
-
-
-@dataclasses.dataclass(frozen=True)
-class Switch:
-    """One switch."""
-
-    private: bool | None = None
-    """None for unset."""
-
-
-@pytest.mark.parametrize(
-    ("flags", "value"),
-    [([], None), (["--private"], True), (["--no-private"], False), (["--private", "False"], False),
-     (["--config", '{"private": true}'], True), (["--config", '{"private": true}', "--no-private"], False)],
-)  # fmt: skip
-def test_a_switch_that_may_be_unset_is_still_a_switch(flags, value):
-    assert parse_config(Switch, flags) == Switch(value)
