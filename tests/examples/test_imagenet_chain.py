@@ -43,7 +43,7 @@ def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(
         latents, run, judged = (tmp_path / f"{name}-{processes}" for name in ("latents", "run", "judged"))
         plan += [
             {"script": "precompute_latents", "processes": processes, "argv": [*encode, "--output_dir", latents]},
-            {"processes": processes, "argv": [*learn, "--latents_dir", latents, "--output_dir", run]},
+            {"processes": processes, "argv": [*learn, "--data", f"latents:{latents}", "--output_dir", run]},
         ]
         argv = [*judge, "--pretrained_pipeline", run / "pipeline", "--output_dir", judged]
         plan.append({"script": "evaluate_tread", "processes": others, "argv": argv})

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from diffusers_tread.data import (
     decode_latents,
     encode_moments,
     latent_codec,
-    open_latents,
+    open_source,
 )
 from diffusers_tread.fingerprint import weights_fingerprint
 
@@ -29,7 +28,6 @@ pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import train_tread  # noqa: E402
-import train_tread_setup  # noqa: E402
 from tiny_vaes import make_vae  # noqa: E402
 
 
@@ -50,9 +48,8 @@ def make_latents(folder, vae, **codec):
     return folder / "latents"
 
 
-def load_vae(folder, name=None):
-    args = SimpleNamespace(pretrained_vae_name_or_path=name, latents_dir=str(folder), resolution=None)
-    return train_tread_setup.load_vae(args, open_latents(folder))
+def open_with(folder, name=None):
+    return open_source(f"latents:{folder}", pretrained_vae_name_or_path=name)
 
 
 @pytest.mark.parametrize(
@@ -68,21 +65,23 @@ def load_vae(folder, name=None):
 def test_a_vae_of_the_same_weights_that_normalises_otherwise_is_refused(tmp_path, kind, changes):
     vae = make_vae(kind)
     latents = make_latents(tmp_path, vae)
-    assert load_vae(latents)[1:] == (LatentsInfo.load(latents).latent_channels, LatentsInfo.load(latents).latent_size)
+    source, info = open_with(latents), LatentsInfo.load(latents)
+    assert (source.channels, source.latent_size) == (info.latent_channels, info.latent_size)
     make_vae(kind, **changes).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="Expected a VAE that normalises as the latents of .*LatentCodec"):
-        load_vae(latents, str(tmp_path / "other"))
+        open_with(latents, str(tmp_path / "other"))
 
 
 def test_latents_that_were_normalised_elsewhere_go_with_the_vae(tmp_path):
     latents = make_latents(tmp_path, make_vae("sdxl"), **dataclasses.asdict(LatentCodec()))
-    assert latent_codec(load_vae(latents)[0]) == latent_codec(make_vae("sdxl"))
+    assert latent_codec(open_with(latents).vae) == latent_codec(make_vae("sdxl"))
 
 
 def test_the_statistics_are_part_of_what_a_run_is_known_by(tmp_path):
-    info = LatentsInfo.load(make_latents(tmp_path, make_vae("sdxl")))
-    other = dataclasses.replace(info, latents_mean=(0.0,) * 4)
-    assert train_tread_setup.latents_digest(info) != train_tread_setup.latents_digest(other)
+    source = open_with(make_latents(tmp_path, make_vae("sdxl")))
+    before = source.identity()
+    source.info = dataclasses.replace(source.info, latents_mean=(0.0,) * 4)
+    assert source.identity() != before
 
 
 @pytest.mark.parametrize("kind", ["flux2", "wan"])
@@ -93,7 +92,7 @@ def test_a_run_trains_on_packed_and_video_latents_and_decodes_them(tmp_path, kin
     model = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2}
     config = {"model_config_name_or_path": model, "routes": "none", "train_batch_size": 2, "max_train_steps": 2}
     (tmp_path / "config.json").write_text(json.dumps(config | {"checkpointing_steps": 2, "use_ema": False}))
-    argv = ["--config", tmp_path / "config.json", "--latents_dir", latents, "--output_dir", tmp_path / "run"]
+    argv = ["--config", tmp_path / "config.json", "--data", f"latents:{latents}", "--output_dir", tmp_path / "run"]
     train_tread.main([str(word) for word in argv])
     pipe = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     pipe.set_progress_bar_config(disable=True)

@@ -54,7 +54,7 @@ def flags(tmp_path):
 
 def train(*argv):
     AcceleratorState._reset_state(True)
-    train_tread.main(["--config", str(ROOT / "examples/configs/digits.json"), *map(str, argv)])
+    train_tread.main([*map(str, argv)])
 
 
 def weights(run):
@@ -92,12 +92,9 @@ def test_a_training_that_is_told_to_stop_finishes_its_step_and_the_command_it_na
 
 @pytest.mark.slow
 def test_two_processes_of_which_one_is_told_stop_at_the_same_step_and_go_on(flags, tmp_path):
-    config, stop = ("--config", ROOT / "examples/configs/digits.json"), {"at": ["train_tread.Trainer.train_step"]}
-    stop |= {"count": 3, "rank": 1, "send": "SIGTERM"}
+    stop = {"at": ["train_tread.Trainer.train_step"], "count": 3, "rank": 1, "send": "SIGTERM"}
     runs = [("whole", None), ("stopped", stop), ("stopped", None)]
-    codes, output = launch(
-        {"argv": [*config, *flags, tmp_path / name], "processes": 2, "kill": kill} for name, kill in runs
-    )
+    codes, output = launch({"argv": [*flags, tmp_path / name], "processes": 2, "kill": kill} for name, kill in runs)
     assert codes[0] == codes[2] == 0 != codes[1]
     steps = {path.name for path in list_checkpoints(tmp_path / "stopped")}
     assert steps in ({"checkpoint-3", "checkpoint-8"}, {"checkpoint-4", "checkpoint-8"}), output

@@ -21,7 +21,7 @@ from diffusers_tread import TREADPipeline
 from diffusers_tread.data import EpochBatchSampler, LatentsDataset, LatentsInfo, LatentsWriter, encode_moments
 from diffusers_tread.fingerprint import weights_fingerprint
 from diffusers_tread.metrics import load_feature_extractor
-from diffusers_tread.runs import fid_curve
+from diffusers_tread.runs import fid_curve, outputs
 from diffusers_tread.runs.checkpoints import list_checkpoints
 from diffusers_tread.seeds import derive_seed
 
@@ -80,7 +80,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def argv(data, config):
-    return ["--config", config, "--latents_dir", data / "latents"]
+    return ["--config", config, "--data", f"latents:{data / 'latents'}"]
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_each_batch_is_a_new_sample_of_the_stored_posterior_shifted_and_scaled(a
     seen, next_batch = [], train_tread.Trainer.next_batch
 
     def watch(trainer, micro_step):
-        latents, labels, routing = next_batch(trainer, micro_step)
-        seen.append((trainer.step, micro_step, latents, labels))
-        return latents, labels, routing
+        latents, conditions, routing = next_batch(trainer, micro_step)
+        seen.append((trainer.step, micro_step, latents, conditions["class_labels"]))
+        return latents, conditions, routing
 
     monkeypatch.setattr(train_tread.Trainer, "next_batch", watch)
     train(*argv, "--output_dir", tmp_path / "run", "--seed", 3, "--class_dropout_prob", 0)
@@ -169,12 +169,12 @@ def test_a_run_goes_on_with_latents_that_were_moved_but_not_with_others(argv, da
     argv = [*argv, "--output_dir", tmp_path / "run", "--max_train_steps", 1]
     train(*argv)
     shutil.copytree(data / "latents", tmp_path / "moved")
-    train(*argv, "--latents_dir", tmp_path / "moved")
+    train(*argv, "--data", f"latents:{tmp_path / 'moved'}")
 
     vae = AutoencoderKL.from_pretrained(data / "vae")
     make_latents(tmp_path / "others", vae=vae, vae_folder=data / "vae", seed=1)
     with pytest.raises(ValueError, match="latents: '.* there, '.* now"):
-        train(*argv, "--latents_dir", tmp_path / "others")
+        train(*argv, "--data", f"latents:{tmp_path / 'others'}")
 
 
 def test_the_fid_is_that_of_the_averaged_weights(argv, evaluation, data, tmp_path):
@@ -208,7 +208,7 @@ def test_a_run_killed_while_it_sampled_or_measured_does_it_again(argv, evaluatio
     argv = [*argv, *evaluation, "--checkpointing_steps", 5, "--validation_steps", 5, "--num_validation_images", 3]
     argv += ["--validation_inference_steps", 1, "--output_dir"]
     train(*argv, tmp_path / "whole")
-    for place, name in ((train_tread, "make_grid"), (fid_curve, "evaluate_pipeline"), (fid_curve, "save_curve")):
+    for place, name in ((outputs, "sample_grid"), (fid_curve, "evaluate_pipeline"), (fid_curve, "save_curve")):
         with interrupting(place, name):
             train(*argv, tmp_path / "killed")
     train(*argv, tmp_path / "killed")
@@ -235,12 +235,12 @@ def test_a_finished_run_is_measured_when_asked_later_and_forgotten_when_overwrit
     ("options", "message"),
     [
         (["--resolution", "32"], "resolution 16"),
-        (["--train_data_dir", "photos"], "train_data_dir"),
+        (["--num_classes", "4"], "num_classes 3, those of"),
         (["--pretrained_vae_name_or_path", "{data}/nowhere"], "--pretrained_vae_name_or_path where it lies"),
         (["--pretrained_vae_name_or_path", "{other}"], "Expected the VAE that made the latents"),
         (["--model_config_name_or_path", '{"in_channels": 3}'], "in_channels=4"),
         (["--model_config_name_or_path", '{"sample_size": 16}'], "sample_size=8"),
-        (["--latents_dir", "{data}/reference"], "latents.json"),
+        (["--data", "latents:{data}/reference"], "latents.json"),
         (["--eval_steps", "5"], "--eval_reference"),
         (["--eval_steps", "5", "--eval_reference", "{data}/nowhere.npz"], "nowhere.npz"),
         (["--eval_steps", "5", "--eval_reference", "{data}/reference", "--eval_feature_extractor", "vgg"], "vgg"),
@@ -266,7 +266,7 @@ def test_a_missing_shard_is_named_before_anything_is_written(argv, data, tmp_pat
     shutil.copytree(data / "latents", tmp_path / "latents")
     (tmp_path / "latents" / "data" / "train-00001-of-00003.arrow").unlink()
     with pytest.raises(ValueError, match="train-00001-of-00003.arrow"):
-        train(*argv, "--latents_dir", tmp_path / "latents", "--output_dir", tmp_path / "run")
+        train(*argv, "--data", f"latents:{tmp_path / 'latents'}", "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,10 +1,14 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import ast
+import copy
+import dataclasses
 import json
 import math
 import os
 import random
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -20,7 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_tread import EDMHeunScheduler, TokenRouter, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import training_flops
 from diffusers_tread.objectives import base
+from diffusers_tread.runs import samples, setup
 from diffusers_tread.runs.checkpoints import list_checkpoints, verify_checkpoint
+from diffusers_tread.runs.config import CONTROL_FIELDS, TrainConfig
+from diffusers_tread.runs.presets import RECIPES
 
 
 datasets = pytest.importorskip("datasets")
@@ -97,7 +104,7 @@ def test_a_run_on_latents_of_damaged_images_ends_in_an_edm_pipeline_with_its_vae
     output, tracker = tmp_path / "run", "tensorboard" if find_spec("tensorboard") else "none"
     train(
         *("--config", config(objective="edm", max_train_steps=4), "--output_dir", output, "--random_flip"),
-        *("--train_data_dir", folder, "--resolution", 16, "--pretrained_vae_name_or_path", tmp_path / "vae"),
+        *("--data", f"folder:{folder}", "--resolution", 16, "--pretrained_vae_name_or_path", tmp_path / "vae"),
         *("--validation_steps", 4, "--num_validation_images", 3, "--validation_inference_steps", 2),
         *("--report_to", tracker, "--gradient_checkpointing", "--objective_config", '{"P_mean": -1.0}'),
     )
@@ -108,25 +115,28 @@ def test_a_run_on_latents_of_damaged_images_ends_in_an_edm_pipeline_with_its_vae
     assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
 
     state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
-    assert [name.split(" (")[0][-9:] for name in state["corrupt_images"]] == ["bee/3.png"]
+    assert [name.split(" (")[0][-10:] for name in state["corrupt_images"]] == ["bee/03.png"]
     assert state["samples_seen"] == 24
-    assert PIL.Image.open(output / "samples" / "step-0000004.png").size == (3 * 66, 66)
+    grid = PIL.Image.open(output / "samples" / "step-0000004.png")  # beside it the classes' names
+    assert (
+        grid.height == 66 and grid.crop((grid.width - 3 * 66 - 60, 0, grid.width - 3 * 66, 66)).getextrema()[0][0] < 99
+    )
     assert bool(list(output.rglob("events*"))) == (tracker == "tensorboard")
 
 
 def test_samples_are_drawn_in_the_precision_of_training_and_weights_stay_float32(config, tmp_path, monkeypatch):
-    seen, make_pipeline = [], train_tread.Trainer.make_pipeline
+    seen, make_denoiser = [], setup.make_denoiser
 
-    def watch(trainer):
-        pipeline = make_pipeline(trainer)
-        for model in (trainer.model, pipeline.transformer):
-            model.proj_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        return pipeline
+    def watch(*args, **kwargs):
+        model = make_denoiser(*args, **kwargs)
+        model.proj_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        return model
 
-    monkeypatch.setattr(train_tread.Trainer, "make_pipeline", watch)
+    for module in (setup, samples):
+        monkeypatch.setattr(module, "make_denoiser", watch)
     train("--config", config(max_train_steps=3), "--output_dir", tmp_path / "run", "--mixed_precision", "bf16",
           "--validation_steps", 2, "--num_validation_images", 2, "--validation_inference_steps", 1)  # fmt: skip
-    assert seen == [torch.bfloat16] * 4  # a grid, two micro-steps, a grid
+    assert seen == [torch.bfloat16] * 8  # two steps of two micro-steps, a grid, another step, a grid
     assert {weight.dtype for weights in weights_of(tmp_path / "run") for weight in weights.values()} == {torch.float32}
 
 
@@ -146,7 +156,7 @@ def test_the_pipeline_holds_the_average_and_a_clean_config(config, tmp_path):
 
 
 def test_a_streamed_run_goes_on_exactly(config, folder, tmp_path):
-    argv = ["--config", config(checkpointing_steps=4), "--train_data_dir", folder, "--resolution", 8]
+    argv = ["--config", config(checkpointing_steps=4), "--data", f"folder:{folder}", "--resolution", 8]
     argv += ["--streaming", "--shuffle_buffer", 4, "--random_flip", "--output_dir"]
     train(*argv, tmp_path / "whole")
     with interrupting(train_tread.Trainer, "next_batch", lambda trainer, micro_step: trainer.step == 6):
@@ -245,9 +255,9 @@ def test_labels_are_dropped_at_the_asked_rate(config, tmp_path, monkeypatch):
     next_batch = train_tread.Trainer.next_batch
 
     def watch(trainer, micro_step):
-        latents, class_labels, routing = next_batch(trainer, micro_step)
-        labels.extend(class_labels.tolist())
-        return latents, class_labels, routing
+        batch = next_batch(trainer, micro_step)
+        labels.extend(batch[1]["class_labels"].tolist())
+        return batch
 
     monkeypatch.setattr(train_tread.Trainer, "next_batch", watch)
     train("--config", config(train_batch_size=60, max_train_steps=5), "--output_dir", tmp_path / "run")
@@ -309,21 +319,91 @@ def test_a_folder_of_another_run_or_model_is_refused_until_it_may_be_overwritten
 
 def test_too_many_damaged_images_stop_the_run(config, folder, tmp_path):
     with pytest.raises(ValueError, match="at most 0 unreadable images, got 1"):
-        train("--config", config(), "--train_data_dir", folder, "--resolution", 8, "--max_corrupt_images", 0,
+        train("--config", config(), "--data", f"folder:{folder}", "--resolution", 8, "--max_corrupt_images", 0,
               "--output_dir", tmp_path / "run")  # fmt: skip
 
 
-def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_prints_a_table_and_writes_nothing(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     train("--dry_run", "--learning_rate", 0.004)
     assert not list(tmp_path.iterdir())
-    printed = capsys.readouterr().out
-    settings = json.loads(printed[: printed.rindex("}") + 1].rsplit("\n}", 1)[0] + "\n}")
-    assert (settings["learning_rate"], settings["adam_beta2"], settings["max_train_steps"]) == (0.004, 0.99, 2000)
-    assert settings["model"]["num_layers"] == 12 and settings["model"]["in_channels"] == 1
-    assert settings["model"]["routes"] == [{"start": 2, "end": 8, "selection_ratio": 0.5}]
-    assert settings["steps_per_epoch"] == 1797 / 16
-    assert "0.5M parameters" in printed
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) <= 14 and all(len(line) < 120 for line in table)
+    rows = dict(line.split(maxsplit=1) for line in table)
+    assert rows["data"] == "digits:, 1797 images" and rows["sees"] == "1x8x8, 10 classes"
+    assert "0.5M parameters" in rows["model"] and "50% skip blocks 2 to 8" in rows["routes"]
+    assert rows["steps"] == f"2000 of 16 images, {2000 / (1797 / 16):.3g} epochs"
+    assert rows["optimiser"] == "AdamW at 0.004, cosine after 30 steps, clipped at 1"
+
+
+def test_the_folder_holds_the_whole_of_the_settings(config, tmp_path):
+    train("--config", config(max_train_steps=1), "--output_dir", tmp_path / "run", "--adam_beta2", 0.99)
+    settings = json.loads((tmp_path / "run" / "train_config.json").read_text())
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert fields - set(settings) == set(CONTROL_FIELDS)
+    assert (settings["adam_beta2"], settings["steps_per_epoch"]) == (0.99, 1797 / 6)
+    assert settings["model"]["routes"] == ROUTES and settings["model"]["in_channels"] == 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_tried_without_its_data(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train("--recipe", name, "--dry_run")
+    recipe, rows = RECIPES[name], dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    side = f"4x{recipe.resolution // 8}x{recipe.resolution // 8}" if recipe.on_latents else "3x64x64"
+    assert rows["sees"] == f"{side}, 1000 classes" and recipe.preset in rows["model"]
+    assert rows["steps"].startswith("400000 of 32 images") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["resolution", "num_classes"])
+@pytest.mark.parametrize("data", ["hub:no/images", "latents:no/latents", "folder:nowhere"])
+def test_a_dry_run_without_the_data_asks_for_what_they_would_tell(data, missing):
+    given = {"resolution": 64, "num_classes": 3}
+    flags = [f"--{name}={value}" for name, value in given.items() if name != missing]
+    with pytest.raises(ValueError, match="Expected --resolution and --num_classes for a --dry_run without the data"):
+        train("--dry_run", "--preset", "S/4", "--max_train_steps", 1, "--data", data, *flags)
+
+
+def test_a_run_leaves_its_config_as_it_was(config, tmp_path, monkeypatch):
+    seen, parse = [], train_tread.parse_train_config
+
+    def watch(argv, **options):
+        seen.extend([config := parse(argv, **options), copy.deepcopy(config)])
+        return config
+
+    monkeypatch.setattr(train_tread, "parse_train_config", watch)
+    train("--config", config(max_train_steps=1), "--output_dir", tmp_path / "run")
+    assert seen[0] == seen[1]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        seen[0].seed = 1
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_writes_into_the_folder_of_the_run_alone(config, tmp_path, monkeypatch, tracker):
+    if find_spec(tracker) is None:  # without importing it: trackio looks for its folder as it is imported
+        pytest.skip(f"{tracker} is not installed")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", "")  # to be as it was afterwards
+    monkeypatch.delenv("TRACKIO_DIR")
+    flags = ["--validation_steps", 2, "--num_validation_images", 1, "--validation_inference_steps", 1]
+    train("--config", config(max_train_steps=2), "--output_dir", tmp_path / "run", "--report_to", tracker, *flags)
+    assert [path for path in (tmp_path / "run" / "logs").rglob("*") if path.is_file()]
+    assert not list((tmp_path / "elsewhere").iterdir())
+    train("--config", config(max_train_steps=2), "--output_dir", tmp_path / "run", "--overwrite_output_dir")
+    assert not [path for path in (tmp_path / "run" / "logs").rglob("*") if path.is_file()]
+
+
+def test_the_script_stands_alone():
+    source = Path(train_tread.__file__).read_text(encoding="utf-8")
+    names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+             for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))}  # fmt: skip
+    assert source.count("\n") <= 250
+    siblings = {path.stem for path in Path(train_tread.__file__).parent.glob("*.py")}
+    assert not siblings & {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -359,7 +439,7 @@ def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path)
         {"start": 0, "end": 0, "selection_ratio": 0.5, "rejoin": "sum"},
         {"start": 1, "end": 2, "selection_ratio": 0.5, "rejoin": "input", "magnitude_mix": -0.5},
     ]
-    argv = ["--config", config(max_train_steps=2), "--train_data_dir", folder, "--resolution", 8]
+    argv = ["--config", config(max_train_steps=2), "--data", f"folder:{folder}", "--resolution", 8]
     argv += ["--objective", "edm", "--routes", json.dumps(routes), "--gradient_checkpointing"]
     train(*argv, "--output_dir", tmp_path / "plain")
     train(*argv, *RECONSTRUCTION, "--output_dir", tmp_path / "masked")

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
         PIL.Image.fromarray(np.random.RandomState(index).randint(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    data = ["--train_data_dir", str(top / "images"), "--resolution=8", "--cache_dir", str(top / "cache")]
+    data = ["--data", f"folder:{top / 'images'}", "--resolution=8"]
     train_tread.main([*data, *TRAIN, "--output_dir", str(top / "out")])
     return top / "out" / "pipeline"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_tread.data.latents import LatentsInfo
-from diffusers_tread.data.latents_card import latents_card
+from diffusers_tread.data.latents.card import latents_card
 from diffusers_tread.hub import CardDetails, model_card
 from diffusers_tread.metrics import EvaluationResults
 

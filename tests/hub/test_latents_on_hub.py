@@ -75,7 +75,7 @@ def test_training_from_the_hub_is_training_from_the_folder(hub_server, latents, 
     def line(name, *more):
         return [*TRAIN, "--output_dir", tmp_path / name, *more]
 
-    local, there = ("--latents_dir", latents), ("--latents_dir", "ant/latents")
+    local, there = ("--data", f"latents:{latents}"), ("--data", "latents:ant/latents")
     run_example("train_tread", line("local", *local), line("hub", *there))
     assert_same(tmp_path / "local", tmp_path / "hub")
     run_example("train_tread", line("local-stream", *local, "--streaming"), line("hub-stream", *there, "--streaming"))
@@ -104,7 +104,7 @@ def test_training_from_the_hub_is_training_from_the_folder(hub_server, latents, 
 
 
 def test_images_on_the_hub_are_trained_from(sources, run_example, tmp_path):
-    images = [*TRAIN, "--dataset_name", "ant/images", "--resolution", "16"]
+    images = [*TRAIN, "--data", "hub:ant/images", "--resolution", "16"]
     run_example(
         "train_tread",
         [*images, "--output_dir", tmp_path / "pixels"],
@@ -138,10 +138,10 @@ def test_a_hub_that_refuses_or_is_away_is_named(hub_server, latents, run_example
     assert "Expected a token that may write to bee/latents, got one that may not" in push
     assert not (tmp_path / "again").exists()
 
-    train = [*TRAIN, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--latents_dir"]
+    train = [*TRAIN, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache"]
     for name, more in itertools.product(("ant/nothing", "ant/latents"), ([], ["--streaming"])):
         hub_server.fail("", times=0 if name == "ant/nothing" else 99, status=None)
-        output = run_example("train_tread", [*train, name, *more], check=False).output
+        output = run_example("train_tread", [*train, "--data", f"latents:{name}", *more], check=False).output
         assert f"ValueError: Expected a folder of latents or a data set on the Hub, got '{name}'" in output
         assert "run the same command again: what was downloaded is kept" in output
     assert not (tmp_path / "run").exists()

@@ -8,16 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_pipeline import make_pipeline, same, sample
-from train_tread_args import parse_args
-from train_tread_setup import name_data
 
 from diffusers_tread import TREADPipeline
 from diffusers_tread.hub.model_card import TRAINING_SETTINGS
+from diffusers_tread.runs.presets import parse_train_config
 
 
 HERE = Path(__file__).parent
@@ -277,17 +275,4 @@ def test_pushes_take_turns_and_do_not_wait(hub_server, hub_client, repo_id, tmp_
 )
 def test_flags_that_cannot_work_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
-        parse_args(flags)
-
-
-def test_the_card_names_the_repository_of_the_images_but_no_folder(tmp_path):
-    def name(*flags, source=None):
-        return name_data(parse_args(flags), source and SimpleNamespace(source=source))
-
-    assert name() == "scikit-learn's digits"
-    size = ("--preset", "S/2", "--resolution", "8")
-    assert name("--dataset_name", "ILSVRC/imagenet-1k", *size) == "ILSVRC/imagenet-1k"
-    assert name("--dataset_name", str(tmp_path), *size) is name("--train_data_dir", str(tmp_path), *size) is None
-    latents = ("--latents_dir", str(tmp_path), "--preset", "S/2")
-    assert name(*latents, source={"dataset_name": "ILSVRC/imagenet-1k", "split": "train"}) == "ILSVRC/imagenet-1k"
-    assert name(*latents, source={"train_data_dir": "photos"}) is None
+        parse_train_config(flags)

@@ -129,7 +129,9 @@ class RunOutputs:
         self.run.record("hub")
 
     def finish(self) -> None:
-        """Saves `output_dir/pipeline`, whole or not at all, and waits for the last push."""
+        """Saves `output_dir/pipeline`, whole or not at all, ends the trackers and waits for the last push."""
+        while self.accelerator.trackers:  # which write files as they end
+            self.accelerator.trackers.pop().finish()
         pipeline, path = self.make_pipeline(), Path(self.config.output_dir, PIPELINE)
         if self.accelerator.is_main_process:
             with whole(path) as folder:

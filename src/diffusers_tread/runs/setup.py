@@ -59,7 +59,8 @@ def init_trackers(accelerator: Accelerator, config: TrainConfig, settings: dict[
         return
     logs = Path(config.output_dir, "logs")
     logs.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TRACKIO_DIR", str(logs / "trackio"))
+    if config.report_to in ("trackio", "all"):  # which takes no folder as an argument
+        os.environ.setdefault("TRACKIO_DIR", str(logs / "trackio"))
     scalars = {key: value for key, value in settings.items() if isinstance(value, (str, int, float))}
     accelerator.init_trackers(config.tracker_project_name, scalars, init_kwargs={"wandb": {"dir": str(logs)}})
 

@@ -30,7 +30,7 @@ latent diffusion models with diffusers-tread.
 ## Use
 
 ```bash
-python examples/train_tread.py --latents_dir {repo_argument} --preset XL/2 --output_dir runs/xl2
+python examples/train_tread.py --data {data_argument} --preset XL/2 --output_dir runs/xl2
 ```
 
 With `datasets` alone:
@@ -74,7 +74,7 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
     text = _TEXT.format(
         title=as_text(name),
         repo_literal=json.dumps(repo_id),
-        repo_argument=shlex.quote(repo_id),
+        data_argument=shlex.quote(f"latents:{repo_id}"),
         num_samples=info.num_samples,
         resolution=info.resolution,
         crop=as_text(info.crop),
