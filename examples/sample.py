@@ -5,29 +5,30 @@
         --mode grid --class_labels 1,207 --guidance sparse --guidance_scales 1,1.4,1.8 --weak_ratios 0.5,0.7,0.9
 
 Runs on any number of processes with the same images. A killed run goes on with the same command.
-docs/samples-and-app.md tells more.
+The flags are the fields of `SampleConfig`; docs/samples-and-app.md.
 """
 
-import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import PIL.Image
 import torch
 from accelerate import PartialState
-from evaluate import add_sampling_flags, check_guidance, open_pipeline_images
 from tqdm.auto import tqdm
 
-from diffusers_tread import SparseGuidance, TREADPipeline
+from diffusers_tread import TREADPipeline
 from diffusers_tread.claims import claim
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.metrics import PipelineImages
 from diffusers_tread.pictures import add_labels, make_grid, save_image
+from diffusers_tread.runs.parsing import check_at_least, parse_config
+from diffusers_tread.runs.sampling import SamplingConfig, make_guider, open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
 
 
@@ -41,6 +42,62 @@ MODE_FLAGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplingConfig):
+    """What is sampled and shown.
+
+    Raises:
+        ValueError: Values out of their ranges; fields that the mode or the guidance has no use for.
+    """
+
+    output_dir: str = "samples"
+    """Images and sheets; all processes must see it."""
+    batch_size: int = 64
+    """Images per process and forward."""
+    mode: Literal["images", "classes", "grid", "interpolation"] = "images"
+    """What to make."""
+    num_samples: int = 100
+    """images: how many, of one class after the other."""
+    class_labels: str = "all"
+    """Other modes: ids or names with commas between; a sheet for each."""
+    num_images_per_class: int = 100
+    """classes: images on a sheet."""
+    guidance_scales: str = "1,1.5,2,3"
+    """grid: the columns, with commas between."""
+    weak_ratios: str = "0.5,0.7,0.9"
+    """grid: the rows, with commas between."""
+    num_seeds: int = 5
+    """interpolation: noises to pass, from each to the next in a row."""
+    num_frames: int = 9
+    """interpolation: images of a row, both ends included."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pretrained_pipeline is None:
+            raise ValueError("Expected --pretrained_pipeline, a folder or a repository on the Hub, got none.")
+        other_flags = {name for names in MODE_FLAGS.values() for name in names} - set(MODE_FLAGS[self.mode])
+        given = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        if unused := sorted(other_flags & given):
+            raise ValueError(f"Expected only flags that --mode {self.mode} uses, got {unused}.")
+        check_at_least(self, 1, "batch_size", "num_images_per_class")
+        check_at_least(self, 2, "num_seeds", "num_frames")
+        if self.mode == "grid" and (self.guidance != "sparse" or not (self.guidance_scale is self.weak_ratio is None)):
+            raise ValueError(
+                "Expected --guidance sparse with --mode grid, without --guidance_scale and --weak_ratio: "
+                "--guidance_scales and --weak_ratios take their places."
+            )
+        self.sides()
+
+    def sides(self) -> tuple[list[float], list[float]]:
+        """The scales and ratios of a grid."""
+        texts = {"guidance_scales": self.guidance_scales, "weak_ratios": self.weak_ratios}
+        try:
+            scales, ratios = (sorted({float(number) for number in text.split(",")}) for text in texts.values())
+        except ValueError as error:
+            raise ValueError(f"Expected numbers with commas between in {texts}, got {error}.") from error
+        return scales, ratios
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """One image."""
 
@@ -49,7 +106,7 @@ class Sample:
     label: int
     """Its class."""
     index: int
-    """Its random numbers are those of this sample of examples/evaluate.py."""
+    """Its random numbers are those of this sample of examples/evaluate_tread.py."""
     other_index: int | None = None
     """Whose noise its own is moved towards."""
     share: float = 0.0
@@ -71,61 +128,6 @@ class Sheet:
     """Likewise above each column; ten columns where nothing is."""
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--output_dir", default="samples", help="Images and sheets; all processes must see it.")
-    add("--batch_size", type=int, default=64, help="Images per process and forward.")
-    add_sampling_flags(parser)
-
-    add("--mode", choices=list(MODE_FLAGS), default="images", help="What to make.")
-    add("--num_samples", type=int, default=100, help="images: how many, of one class after the other.")
-    add(
-        "--random_labels",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="images: draw classes at random, as ADM and DiT do.",
-    )
-    add("--class_labels", default="all", help="Other modes: ids or names with commas between; a sheet for each.")
-    add("--num_images_per_class", type=int, default=100, help="classes: images on a sheet.")
-    add("--guidance_scales", default="1,1.5,2,3", help="grid: the columns, with commas between.")
-    add("--weak_ratios", default="0.5,0.7,0.9", help="grid: the rows, with commas between.")
-    add("--num_seeds", type=int, default=5, help="interpolation: noises to pass, from each to the next in a row.")
-    add("--num_frames", type=int, default=9, help="interpolation: images of a row, both ends included.")
-    args = parser.parse_args(argv)
-
-    if args.pretrained_pipeline is None:
-        raise ValueError("Expected --pretrained_pipeline, a folder or a repository on the Hub, got none.")
-    other_flags = {name for names in MODE_FLAGS.values() for name in names} - set(MODE_FLAGS[args.mode])
-    if unused := sorted(name for name in other_flags if getattr(args, name) != parser.get_default(name)):
-        raise ValueError(f"Expected only flags that --mode {args.mode} uses, got {unused}.")
-    counts = {"batch_size": 1, "num_samples": 1, "num_inference_steps": 1, "num_images_per_class": 1}
-    for name, fewest in (counts | {"num_seeds": 2, "num_frames": 2}).items():
-        if (value := getattr(args, name)) < fewest:
-            raise ValueError(f"Expected --{name} >= {fewest}, got {value}.")
-    check_guidance(args)
-    return check_grid(args) if args.mode == "grid" else args
-
-
-def check_grid(args: argparse.Namespace) -> argparse.Namespace:
-    """Reads the numbers of a grid's sides."""
-    if args.guidance != "sparse" or not (args.guidance_scale is args.weak_ratio is None):
-        raise ValueError(
-            "Expected --guidance sparse with --mode grid, without --guidance_scale and --weak_ratio: "
-            "--guidance_scales and --weak_ratios take their places."
-        )
-    for name in ("guidance_scales", "weak_ratios"):
-        try:
-            values = [float(number) for number in getattr(args, name).split(",")]
-        except ValueError as error:
-            raise ValueError(f"Expected numbers with commas between in --{name}, got {error}.") from error
-        setattr(args, name, sorted(set(values)))
-    args.guidance_scale, args.weak_ratio = args.guidance_scales[0], args.weak_ratios[0]
-    return args
-
-
 def read_class_labels(text: str, pipeline: TREADPipeline) -> list[int]:
     num_classes = max(pipeline.transformer.config.num_classes, 1)  # a model without classes has one label
     if text == "all":
@@ -137,51 +139,45 @@ def read_class_labels(text: str, pipeline: TREADPipeline) -> list[int]:
     return list(dict.fromkeys(labels))
 
 
-def plan_sheets(args: argparse.Namespace, images: PipelineImages) -> list[Sheet]:
+def plan_sheets(config: SampleConfig, images: PipelineImages) -> list[Sheet]:
     """All sheets with all images, before the first is made."""
-    if args.mode != "images":
-        return [plan_class(args, images, label) for label in read_class_labels(args.class_labels, images.pipeline)]
-    samples = [Sample(name=f"{i:06d}", label=images.label(i), index=i) for i in range(args.num_samples)]
+    if config.mode != "images":
+        return [plan_class(config, images, label) for label in read_class_labels(config.class_labels, images.pipeline)]
+    samples = [Sample(name=f"{i:06d}", label=images.label(i), index=i) for i in range(config.num_samples)]
     parts = [samples[start : start + 100] for start in range(0, len(samples), 100)]
     return [Sheet(name=f"images-{part[0].name}", title="", samples=part) for part in parts]
 
 
-def plan_class(args: argparse.Namespace, images: PipelineImages, label: int) -> Sheet:
+def plan_class(config: SampleConfig, images: PipelineImages, label: int) -> Sheet:
     """The sheet of one class: many images, a row per weak ratio, or a row from each noise to the next."""
     pipeline = images.pipeline
     name = (pipeline.config.id2label or {}).get(str(label))
     num_classes = max(pipeline.transformer.config.num_classes, 1)
     title = f"class {label}" if name is None else f"class {label}: {name}"
-    sheet = partial(Sheet, name=f"{args.mode}-{label:04d}", title=title)
+    sample, sheet = partial(Sample, label=label), partial(Sheet, name=f"{config.mode}-{label:04d}", title=title)
     indices = range(label, sys.maxsize, num_classes)  # this class's samples, where classes take turns
-    if args.mode == "classes":
-        samples = [Sample(name=f"{i:06d}", label=label, index=i) for i in indices[: args.num_images_per_class]]
-        return sheet(samples=samples)
+    if config.mode == "classes":
+        return sheet(samples=[sample(name=f"{i:06d}", index=i) for i in indices[: config.num_images_per_class]])
 
-    if args.mode == "grid":
+    if config.mode == "grid":
+        scales, ratios = config.sides()
         samples = [
-            Sample(
-                name=f"{label:04d}-weak-{ratio:g}-scale-{scale:g}", label=label, index=label, guidance=(scale, ratio)
-            )
-            for ratio in args.weak_ratios
-            for scale in args.guidance_scales
+            sample(name=f"{label:04d}-weak-{ratio:g}-scale-{scale:g}", index=label, guidance=(scale, ratio))
+            for ratio in ratios
+            for scale in scales
         ]
-        rows, columns = args.weak_ratios, args.guidance_scales
-        return sheet(
-            samples=samples, rows=[f"weak {one:g}" for one in rows], columns=[f"w {one:g}" for one in columns]
-        )
+        rows, columns = [f"weak {ratio:g}" for ratio in ratios], [f"w {scale:g}" for scale in scales]
+        return sheet(samples=samples, rows=rows, columns=columns)
 
-    shares = [frame / (args.num_frames - 1) for frame in range(args.num_frames)]
-    pairs = [(indices[i], indices[i + 1]) for i in range(args.num_seeds - 1)]
+    shares = [frame / (config.num_frames - 1) for frame in range(config.num_frames)]
+    pairs = [(indices[i], indices[i + 1]) for i in range(config.num_seeds - 1)]
     samples = [
-        Sample(
-            name=f"{label:04d}-{first}-to-{last}-{share:.4f}", label=label, index=first, other_index=last, share=share
-        )
+        sample(name=f"{label:04d}-{first}-to-{last}-{share:.4f}", index=first, other_index=last, share=share)
         for first, last in pairs
         for share in shares
     ]
-    rows = [f"{first} to {last}" for first, last in pairs]
-    return sheet(samples=samples, rows=rows, columns=[f"{share:.0%}" for share in shares])
+    rows, columns = [f"{first} to {last}" for first, last in pairs], [f"{share:.0%}" for share in shares]
+    return sheet(samples=samples, rows=rows, columns=columns)
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
@@ -191,18 +187,18 @@ def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
     return (torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end) / torch.sin(angle)
 
 
-def describe(images: PipelineImages, args: argparse.Namespace) -> dict[str, Any]:
+def describe(images: PipelineImages, config: SampleConfig) -> dict[str, Any]:
     """What the images depend on."""
-    settings = images.description | {"batch_size": args.batch_size}
-    if args.mode == "grid":  # these are in the images' names
+    settings = images.description | {"batch_size": config.batch_size}
+    if config.mode == "grid":  # these are in the images' names
         settings["guidance"] = settings["guidance"] | {"guidance_scale": None, "weak_ratio": None}
     return settings
 
 
 def draw_samples(images: PipelineImages, batch: list[Sample], guiders: dict) -> list[PIL.Image.Image]:
     """The images of a batch, all with the same guidance."""
-    pipeline, config = images.pipeline, images.pipeline.transformer.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
+    pipeline, model = images.pipeline, images.pipeline.transformer.config
+    shape = (model.in_channels, model.sample_size, model.sample_size)
     generators = [images.generator(sample.index) for sample in batch]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # B C H W
     for row, sample in enumerate(batch):
@@ -220,14 +216,14 @@ def draw_samples(images: PipelineImages, batch: list[Sample], guiders: dict) -> 
 
 
 def draw_missing(
-    sheets: list[Sheet], images: PipelineImages, guiders: dict, args: argparse.Namespace, *, there: set[str]
+    sheets: list[Sheet], images: PipelineImages, guiders: dict, config: SampleConfig, *, there: set[str]
 ) -> None:
     """Makes the images that the folder lacks. Batches never change, so that a resumed run rounds as any other."""
-    state, folder = PartialState(), Path(args.output_dir, "images")
+    state, folder = PartialState(), Path(config.output_dir, "images")
     batches = []
     for guidance in guiders:
         samples = [sample for sheet in sheets for sample in sheet.samples if sample.guidance == guidance]
-        batches += [samples[start : start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
+        batches += [samples[start : start + config.batch_size] for start in range(0, len(samples), config.batch_size)]
     missing = [batch for batch in batches if any(sample.name not in there for sample in batch)]
 
     label = f"Batches, {state.num_processes} processes"
@@ -238,41 +234,39 @@ def draw_missing(
                 save_image(image, folder / f"{sample.name}.png")
 
 
-def draw_sheets(sheets: list[Sheet], args: argparse.Namespace, state: PartialState) -> None:
+def draw_sheets(sheets: list[Sheet], config: SampleConfig, state: PartialState) -> None:
     for sheet in sheets[state.process_index :: state.num_processes]:
-        samples = [PIL.Image.open(Path(args.output_dir, "images", f"{sample.name}.png")) for sample in sheet.samples]
+        samples = [PIL.Image.open(Path(config.output_dir, "images", f"{sample.name}.png")) for sample in sheet.samples]
         grid = make_grid(samples, columns=len(sheet.columns) or 10)
         picture = add_labels(grid, title=sheet.title, rows=sheet.rows, columns=sheet.columns)
-        save_image(picture, Path(args.output_dir, f"{sheet.name}.png"))
+        save_image(picture, Path(config.output_dir, f"{sheet.name}.png"))
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    config = parse_config(SampleConfig, argv, description=__doc__.split("\n")[0])
     state = PartialState(cpu=not torch.accelerator.is_available())
-    torch.backends.cudnn.allow_tf32 = False  # as examples/evaluate.py, whose samples these are
+    torch.backends.cudnn.allow_tf32 = False  # as examples/evaluate_tread.py, whose samples these are
 
     # Everything is loaded and tried before the long work starts; one process fills the caches.
+    scales, ratios = config.sides() if config.mode == "grid" else ([], [])
+    guiders = {(w, ratio): make_guider(config, guidance_scale=w, weak_ratio=ratio) for w in scales for ratio in ratios}
     with state.main_process_first():
-        images = open_pipeline_images(args, state.device)
-    sheets = plan_sheets(args, images)
-    guiders = {None: images.pipeline.guider}
-    if args.mode == "grid":
-        sides = [(scale, ratio) for scale in args.guidance_scales for ratio in args.weak_ratios]
-        change = partial(SparseGuidance.from_config, images.pipeline.guider.config)
-        guiders = {(scale, ratio): change(guidance_scale=scale, weak_ratio=ratio) for scale, ratio in sides}
+        images = open_pipeline_images(config, state.device, guider=next(iter(guiders.values()), None))
+    guiders = guiders or {None: images.pipeline.guider}
+    sheets = plan_sheets(config, images)
 
-    settings = on_main_process(lambda: describe(images, args))  # which hashes the weights
+    settings = on_main_process(lambda: describe(images, config))  # which hashes the weights
     with (
-        claim(args.output_dir, settings, contents=("images/*.png",)) as folder,
+        claim(config.output_dir, settings, contents=("images/*.png",)) as folder,
         stopped_cleanly(argv, kept="finished images"),
     ):
         there = on_main_process(lambda: {file.stem for file in folder.glob("images/*.png")})
-        draw_missing(sheets, images, guiders, args, there=there)
+        draw_missing(sheets, images, guiders, config, there=there)
         state.wait_for_everyone()
-        draw_sheets(sheets, args, state)
+        draw_sheets(sheets, config, state)
         state.wait_for_everyone()
     if state.is_main_process:
-        print(f"{len(sheets)} sheets of {sum(len(sheet.samples) for sheet in sheets)} images in {args.output_dir}.")
+        print(f"{len(sheets)} sheets of {sum(len(sheet.samples) for sheet in sheets)} images in {config.output_dir}.")
     state.destroy_process_group()
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""From images to an FID by the examples alone: precompute_latents.py, train_tread.py, evaluate.py."""
+"""From images to an FID by the examples alone: precompute_latents.py, train_tread.py, evaluate_tread.py."""
 
 import json
 
@@ -27,8 +27,8 @@ def data(tmp_path):
 @pytest.mark.slow
 def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(data, tmp_path):
     """Two processes write the bytes of one; the FID that one measures while training, two find again, and back."""
-    encode = ["--train_data_dir", data / "images", "--resolution", 16, "--flip", "--shard_size", 8, "--batch_size", 4]
-    encode += ["--pretrained_vae_name_or_path", data / "vae", "--cache_dir", data / "cache"]
+    encode = ["--data", f"folder:{data / 'images'}", "--resolution", 16, "--flip", "--shard_size", 8]
+    encode += ["--batch_size", 4, "--pretrained_vae_name_or_path", data / "vae", "--cache_dir", data / "cache"]
     network = f"transformers:{data / 'network'}"
     model = json.dumps(SIZE | {"patch_size": 2})
     learn = ["--model_config_name_or_path", model, "--random_flip", "--train_batch_size", 5, "--use_ema"]
@@ -46,7 +46,7 @@ def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(
             {"processes": processes, "argv": [*learn, "--data", f"latents:{latents}", "--output_dir", run]},
         ]
         argv = [*judge, "--pretrained_pipeline", run / "pipeline", "--output_dir", judged]
-        plan.append({"script": "evaluate", "processes": others, "argv": argv})
+        plan.append({"script": "evaluate_tread", "processes": others, "argv": argv})
     launch(plan)
 
     shards = [sorted((tmp_path / f"latents-{processes}" / "data").iterdir()) for processes in (1, 2)]

@@ -20,7 +20,6 @@ from diffusers_tread.data.latents.importing import read_webdataset
 
 pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import import_latents  # noqa: E402
 from tiny_vaes import make_vae  # noqa: E402
 

@@ -16,10 +16,13 @@ from tiny_models import cut_off, save_noise, save_vae
 
 from diffusers_tread.data import LatentsInfo, center_crop, image_to_tensor
 from diffusers_tread.fingerprint import weights_fingerprint
+from diffusers_tread.runs import presets
+from diffusers_tread.runs.parsing import parse_config
 
 
 datasets = pytest.importorskip("datasets")
 import precompute_latents  # noqa: E402
+from precompute_latents import PrecomputeConfig  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -50,7 +53,7 @@ def made(tmp_path_factory):
 
 def flags(made, output_dir, *more, vae="kl"):
     return [
-        *("--train_data_dir", made / "images", "--resolution", 16, "--cache_dir", made / "cache"),
+        *("--data", f"folder:{made / 'images'}", "--resolution", 16, "--cache_dir", made / "cache"),
         *("--pretrained_vae_name_or_path", made / vae, "--output_dir", output_dir),
         *("--shard_size", 7, "--batch_size", 3, *more),
     ]
@@ -202,7 +205,7 @@ def test_other_settings_or_images_are_refused(made, tmp_path):
     shutil.copytree(made / "images", tmp_path / "images")
     shutil.copy(tmp_path / "images" / "ant" / "00.png", tmp_path / "images" / "ant" / "99.png")
     with pytest.raises(ValueError, match="labels_sha256: .*; num_images: 30 there, 31 now"):
-        precompute(*flags(made, tmp_path / "latents", "--train_data_dir", tmp_path / "images"))
+        precompute(*flags(made, tmp_path / "latents", "--data", f"folder:{tmp_path / 'images'}"))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,7 @@ def test_other_settings_or_images_are_refused(made, tmp_path):
             r"at most 0 unreadable images, got 1, the last .*image 19 \(bee/04.png\)",
         ),
         (["--resolution", 15], "multiple of the VAE's downsampling, got 15, which becomes 7"),
-        (["--shard_size", 0], "Expected --shard_size > 0, got 0"),
+        (["--shard_size", 0], "Expected --shard_size >= 1, got 0"),
         (["--max_corrupt_images", -1], "Expected --max_corrupt_images >= 0, got -1"),
         (["--push_to_hub", "--hub_dataset_id", "latents"], 'Expected --hub_dataset_id "organisation/name"'),
         (["--pretrained_vae_name_or_path", "ant/vae"], "Expected a diffusers VAE with safetensors weights at ant/vae"),
@@ -229,18 +232,39 @@ def test_what_cannot_be_encoded_is_one_clear_error_before_anything_is_finished(m
 
 def test_needed_flags_are_asked_for_and_a_config_gives_them(made, tmp_path):
     with pytest.raises(ValueError, match="Expected --resolution, got none"):
-        precompute("--train_data_dir", "photos")
+        precompute("--data", "folder:photos")
     with pytest.raises(ValueError, match="Expected --pretrained_vae_name_or_path, got none"):
-        precompute("--train_data_dir", "photos", "--resolution", "8")
+        precompute("--data", "folder:photos", "--resolution", "8")
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"resolution": 8, "pretrained_vae_name_or_path": "vae", "flip": True}))
-    args = precompute_latents.parse_args(["--config", str(config), "--no-flip", "--train_data_dir", "photos"])
+    for data in ("photos", "latents:photos", "hub:"):
+        with pytest.raises(ValueError, match=f"Expected --data folder:PATH or hub:NAME, got '{data}'"):
+            precompute("--config", config, "--data", data)
+    args = parse_config(PrecomputeConfig, ["--config", str(config), "--no-flip", "--data", "folder:photos"])
     assert (args.resolution, args.flip, args.dtype, args.shard_size) == (8, False, "float16", 10_000)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], None), (["--hub_private"], True), (["--no-hub_private"], False), (["--hub_private", "False"], False),
+     (["--config", '{"hub_private": true}'], True), (["--config={}", "--no-hub_private"], False)],
+)  # fmt: skip
+def test_a_switch_that_may_be_unset_is_still_a_switch(words, value):
+    assert parse_config(PrecomputeConfig, [*words, "--verify", "latents"]).hub_private is value
+
+
+def test_the_recipes_make_what_the_recipes_of_training_read():
+    configs = [PrecomputeConfig(**settings) for settings in precompute_latents.RECIPES.values()]
+    made = {(f"latents:{config.output_dir}", config.resolution, config.flip) for config in configs}
+    recipes = [recipe.settings() for recipe in presets.RECIPES.values() if recipe.on_latents]
+    assert made == {(recipe["data"], recipe["resolution"], recipe["random_flip"]) for recipe in recipes}
+    with pytest.raises(ValueError, match="Expected a recipe among .*imagenet512.*got 'imagenet64'"):
+        precompute("--recipe", "imagenet64")
 
 
 def test_a_data_set_without_access_says_how_to_get_it(made, tmp_path, monkeypatch):
     """Offline for real; gated with the error that `datasets` raises (tests/hub asks a server)."""
-    argv = flags(made, tmp_path / "latents")[2:] + ["--dataset_name", "ILSVRC/imagenet-1k"]
+    argv = flags(made, tmp_path / "latents") + ["--data", "hub:ILSVRC/imagenet-1k"]
     advice = "accept its terms at https://huggingface.co/datasets/ILSVRC/imagenet-1k and log in with `hf auth login`"
     with pytest.raises(ValueError, match=f"Couldn't reach 'ILSVRC/imagenet-1k' on the Hub.*{advice}"):
         precompute(*argv)

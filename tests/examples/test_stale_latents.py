@@ -12,23 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from diffusers_tread.data import LatentsInfo, latent_codec, latents_from_moments, open_latents
 
 
 datasets = pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import precompute_latents  # noqa: E402
 from tiny_vaes import KINDS, make_vae  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
@@ -47,10 +41,10 @@ def save(path, seed, side=20):
     PIL.Image.fromarray(pixels).save(path)
 
 
-def precompute(made, *flags, source=("--train_data_dir", "images")):
+def precompute(made, *flags, data="folder", name="images"):
     precompute_latents.main(
         [
-            *(source[0], str(made / source[1]), "--resolution", "16", "--cache_dir", str(made / "cache")),
+            *("--data", f"{data}:{made / name}", "--resolution", "16", "--cache_dir", str(made / "cache")),
             *("--pretrained_vae_name_or_path", str(made / "vae"), "--output_dir", str(made / "latents")),
             *("--shard_size", "2", "--batch_size", "2", *flags),
         ]
@@ -100,7 +94,7 @@ def test_a_repaired_image_is_encoded_by_the_same_command(made):
 def test_images_that_only_moved_are_the_same(made):
     precompute(made)
     shutil.move(made / "images", made / "elsewhere" / "images")
-    precompute(made, source=("--train_data_dir", "elsewhere/images"))
+    precompute(made, name="elsewhere/images")
 
 
 def test_edited_images_inside_a_repository_are_noticed(made):
@@ -118,11 +112,11 @@ def test_edited_images_inside_a_repository_are_noticed(made):
         table.to_parquet(str(made / "repository" / "train.parquet"))
 
     write(0)
-    precompute(made, source=("--dataset_name", "repository"))
-    precompute(made, source=("--dataset_name", "repository"))
+    precompute(made, data="hub", name="repository")
+    precompute(made, data="hub", name="repository")
     write(7)
     with pytest.raises(ValueError, match=r"got others under the same names.*\['data/train-00001-of-00002.arrow'\]"):
-        precompute(made, source=("--dataset_name", "repository"))
+        precompute(made, data="hub", name="repository")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,7 @@ from diffusers_tread.runs.checkpoints import list_checkpoints
 pytest.importorskip("datasets")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-import evaluate  # noqa: E402
+import evaluate_tread  # noqa: E402
 import precompute_latents  # noqa: E402
 import sample  # noqa: E402
 import train_tread  # noqa: E402
@@ -132,10 +132,10 @@ def test_a_training_in_a_folder_that_is_taken_is_refused(flags, taken):
     assert [path.name for path in taken.iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("script", [sample, evaluate])
+@pytest.mark.parametrize("script", [sample, evaluate_tread])
 def test_sampling_and_evaluation_in_a_folder_that_is_taken_are_refused(made, taken, script):
     argv = ["--pretrained_pipeline", str(made / "pipeline"), "--output_dir", str(taken), "--num_samples", "4"]
-    argv += ["--num_inference_steps", "1"] + (["--reference", str(made)] if script is evaluate else [])
+    argv += ["--num_inference_steps", "1"] + (["--reference", str(made)] if script is evaluate_tread else [])
     with pytest.raises(ValueError, match="for this run alone"):
         script.main(argv)
     assert [path.name for path in taken.iterdir()] == [".lock"]
@@ -164,10 +164,10 @@ def test_a_sampling_that_is_told_to_stop_keeps_whole_images_and_goes_on(made, tm
 
 
 def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(evaluate_tread, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     argv = ["--images", str(tmp_path), "--reference", str(tmp_path), "--output_dir", str(tmp_path / "results")]
     with pytest.raises(SystemExit) as ended:
-        evaluate.main(argv)
+        evaluate_tread.main(argv)
     assert ended.value.code == 143 and not (tmp_path / "results").exists()
     assert "Stopped by SIGTERM; finished batches are kept. To go on: python" in capfd.readouterr().err
 
@@ -180,7 +180,7 @@ def latents_flags(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.new("RGB", (16, 16), (index, 0, 0)).save(path)
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
-    argv = ["--train_data_dir", tmp_path / "images", "--resolution", 16, "--cache_dir", tmp_path / "cache"]
+    argv = ["--data", f"folder:{tmp_path / 'images'}", "--resolution", 16, "--cache_dir", tmp_path / "cache"]
     argv += ["--pretrained_vae_name_or_path", tmp_path / "vae", "--shard_size", 2, "--batch_size", 1, "--output_dir"]
     return [str(word) for word in argv]
 

@@ -27,7 +27,7 @@ PUSH_SOURCES = """
     ).push_to_hub("ant/vae")
 """
 ENCODE = [
-    *("--dataset_name", "ant/images", "--resolution", "16", "--pretrained_vae_name_or_path", "ant/vae"),
+    *("--data", "hub:ant/images", "--resolution", "16", "--pretrained_vae_name_or_path", "ant/vae"),
     *("--shard_size", "7", "--batch_size", "4"),
 ]
 TRAIN = [

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Evaluations in one process; several processes and kills: tests/examples/test_evaluate.py."""
+"""Evaluations in one process; several processes and kills: tests/examples/test_evaluate_tread.py."""
 
 import numpy as np
 import PIL.Image

@@ -163,7 +163,8 @@ def test_a_name_is_given_once(register):
 
 def test_evaluation_cards_and_the_script_name_no_metric():
     package = ROOT / "src" / "diffusers_tread"
-    files = [*(package / "metrics").rglob("*.py"), *(package / "hub").rglob("*.py"), ROOT / "examples" / "evaluate.py"]
+    script = ROOT / "examples" / "evaluate_tread.py"
+    files = [*(package / "metrics").rglob("*.py"), *(package / "hub").rglob("*.py"), script]
     found = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in sorted(files)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Which metrics there are. Evaluation, examples/evaluate.py, results and model cards know them from here alone.
+"""Which metrics there are. Evaluation, examples/evaluate_tread.py, results and model cards know them from here alone.
 
 A metric is added by a file with its formula and a `Metric` that describes it, and by a line in `METRICS`; outside of
 this package by a call of `register_metric`.

@@ -109,4 +109,4 @@ def load_results(path: str | Path) -> EvaluationResults:
     try:
         return EvaluationResults.from_dict(json.loads(Path(path).read_text()))
     except (OSError, ValueError) as error:
-        raise ValueError(f"Expected a results file of examples/evaluate.py, got {path} ({error}).") from error
+        raise ValueError(f"Expected a results file of examples/evaluate_tread.py, got {path} ({error}).") from error

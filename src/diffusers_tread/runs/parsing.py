@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +56,14 @@ def parse_config(
     description += ", --recipe NAME those of a recipe." if recipe_settings else "."
     # Without its checks: tyro would end the process at their errors.
     unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None})
-    values = tyro.cli(unchecked, args=[*flags, *rest], description=description, use_underscores=True)
+    # tyro wants a value for a switch that may also be unset.
+    unset = [field.name for field in dataclasses.fields(kind) if field.type == (bool | None)]
+    switches = {f"--{name}": f"--{name}=True" for name in unset} | {
+        f"--no-{name}": f"--{name}=False" for name in unset
+    }
+    pairs = pairwise([*flags, *rest, ""])
+    words = [switches.get(word, word) if after not in ("True", "False", "None") else word for word, after in pairs]
+    values = tyro.cli(unchecked, args=words, description=description, use_underscores=True)
     return kind(**vars(values))
 
 
@@ -106,3 +114,10 @@ def config_flags(path: str, *, known: Iterable[str]) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
     return flags
+
+
+def check_at_least(config: Any, fewest: int, *names: str) -> None:
+    """Raises ValueError for fields of a config below a number; None is none."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < fewest:
+            raise ValueError(f"Expected --{name} >= {fewest}, got {value}.")

@@ -25,7 +25,6 @@ from .codec import pack_latents
 from .info import LatentsInfo
 
 
-VALUES = ("latents", "moments", "mean_logvar")
 # What is read of a member at most, in bytes: 2C x S x S float64 is far below, and a shard may hold anything.
 _MAX_ARRAY, _MAX_LABEL = 2**28, 2**10
 

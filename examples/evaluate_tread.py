@@ -1,0 +1,243 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""FID, sFID, Inception Score, precision and recall of a pipeline's samples, or of images that are there already.
+
+    accelerate launch examples/evaluate_tread.py --pretrained_pipeline runs/xl2/pipeline \
+        --reference VIRTUAL_imagenet256_labeled.npz --num_samples 50000 --output_dir evaluations/xl2
+
+Runs on any number of processes with the same result. A killed evaluation goes on with the same command.
+The flags are the fields of `EvaluationConfig`; docs/evaluation.md.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import PIL.Image
+import torch
+from accelerate import PartialState
+
+from diffusers_tread.claims import claim
+from diffusers_tread.metrics import (
+    METRICS,
+    DatasetImages,
+    EvaluationResults,
+    FolderImages,
+    KeptImages,
+    NpzImages,
+    PreparedReference,
+    check_metrics,
+    evaluate_images,
+    load_feature_extractor,
+    possible_metrics,
+    prepare_reference,
+    save_statistics,
+)
+from diffusers_tread.pictures import make_grid, save_image
+from diffusers_tread.runs.parsing import check_at_least, parse_config
+from diffusers_tread.runs.sampling import SamplingConfig, open_pipeline_images
+from diffusers_tread.runs.signals import stopped_cleanly
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(SamplingConfig):
+    """What is judged, what it is compared with, and how.
+
+    Raises:
+        ValueError: Values out of their ranges; fields of which one needs or excludes another.
+    """
+
+    output_dir: str = "evaluation"
+    """Results, features and images; all processes must see it."""
+    batch_size: int = 64
+    """Images per process and forward."""
+    num_kept_images: int = 40
+    """First samples of a pipeline to keep as PNG files, for the grid and the eye."""
+
+    # What is judged.
+    images: str | None = None
+    """Instead of a pipeline: a folder of images, or an .npz file with arr_0."""
+    resolution: int | None = None
+    """Side in pixels to which images of folders and data sets are cropped and resized; None for as they are."""
+    background: str = "white"
+    """Colour behind transparent images, such as white or #808080."""
+
+    # What it is compared with.
+    reference: str | None = None
+    """An .npz file (ADM's, or of save_statistics) or a folder of images."""
+    reference_dataset_name: str | None = None
+    """Instead: a `datasets` repository; needs a resolution."""
+    reference_dataset_config_name: str | None = None
+    """Its configuration; None for its only one."""
+    reference_dataset_split: str = "train"
+    """Its split."""
+    reference_image_column: str = "image"
+    """Its column with images."""
+    cache_dir: str | None = None
+    """Where downloaded data are kept; None for the cache of `datasets`."""
+    reference_features_dir: str | None = None
+    """Where a reference's features are kept; None for the output folder."""
+    save_statistics: str | None = None
+    """Write the reference's statistics to this .npz file, to be a reference later."""
+
+    # How.
+    metrics: str | None = None
+    """Of `diffusers_tread.metrics.METRICS`, such as fid,recall; None for all that are possible."""
+    feature_extractor: str = "inception"
+    """inception, clean-fid:clean, transformers:NAME, timm:NAME ..."""
+    feature_extractor_weights: str | None = None
+    """A local file with its weights; None to download them."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "batch_size", "resolution")
+        check_at_least(self, 0, "num_kept_images")
+
+        # What is judged.
+        judged = [name for name in (self.pretrained_pipeline, self.images) if name is not None]
+        if len(judged) > 1 or not (judged or self.save_statistics):
+            raise ValueError(
+                f"Expected either --pretrained_pipeline or --images, or only --save_statistics, got {judged}."
+            )
+        of_pipelines = {field.name for field in dataclasses.fields(SamplingConfig)} | {"num_kept_images"}
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        unused = [name for name in given if name in of_pipelines]
+        if unused and self.pretrained_pipeline is None:
+            raise ValueError(f"Expected {unused} only with --pretrained_pipeline. Leave them out.")
+
+        # What it is compared with.
+        if (self.reference is None) == (self.reference_dataset_name is None):
+            raise ValueError("Expected either --reference or --reference_dataset_name, got both or neither.")
+        if self.reference_dataset_name is not None and self.resolution is None:
+            raise ValueError("Expected --resolution for the images of --reference_dataset_name, got none.")
+        is_cropped = self.reference_dataset_name is not None or any(
+            name is not None and Path(name).is_dir() for name in (self.images, self.reference)
+        )
+        if self.resolution is not None and not is_cropped:
+            raise ValueError("Expected --resolution only with a folder or a data set: nothing else is cropped.")
+        of_statistics = [name for name, metric in METRICS.items() if metric.takes == "statistics"]
+        if self.save_statistics and self.metrics and not set(self.metric_names) & set(of_statistics):
+            raise ValueError(
+                f"Expected any of {of_statistics} in --metrics for --save_statistics, got {self.metrics}."
+            )
+
+    @property
+    def metric_names(self) -> list[str] | None:
+        """The metrics; None for all that are possible."""
+        return self.metrics.split(",") if self.metrics else None
+
+
+def open_folder(folder: str | Path, config: EvaluationConfig) -> FolderImages:
+    return FolderImages(folder, resolution=config.resolution, background=config.background)
+
+
+def open_images(config: EvaluationConfig, device: torch.device):
+    """What is judged; None if only the reference's statistics are wanted."""
+    if config.images is not None:
+        path = Path(config.images)
+        return open_folder(path, config) if path.is_dir() else NpzImages(path)
+    return None if config.pretrained_pipeline is None else open_pipeline_images(config, device)
+
+
+def open_reference(config: EvaluationConfig):
+    """A path or a source of images."""
+    if config.reference_dataset_name is not None:
+        return DatasetImages(
+            config.reference_dataset_name,
+            resolution=config.resolution,
+            dataset_config_name=config.reference_dataset_config_name,
+            split=config.reference_dataset_split,
+            image_column=config.reference_image_column,
+            background=config.background,
+            cache_dir=config.cache_dir,
+        )
+    if Path(config.reference).is_dir():
+        return open_folder(config.reference, config)
+    return config.reference
+
+
+def report(
+    config: EvaluationConfig, images, values: dict[str, float], *, extractor, reference: PreparedReference
+) -> None:
+    """Results file, grid, and a table for the eye."""
+    output_dir = Path(config.output_dir)
+    origin = {"name_or_path": config.pretrained_pipeline, "revision": config.revision}
+    results = EvaluationResults(
+        metrics=values,
+        num_samples=len(images),
+        images=(origin if config.pretrained_pipeline is not None else {}) | images.description,
+        feature_extractor=extractor.description,
+        reference=reference.description,
+        batch_size=config.batch_size,
+    )
+    names = (reference.description["name"], extractor.name)  # of which folders and organisations are left out
+    name = re.sub(r"[^\w.-]+", "-", "-".join(one.rpartition("/")[2] for one in names))
+    path = output_dir / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results.save(path)
+    if isinstance(images, KeptImages) and images.num_kept:
+        first = [PIL.Image.open(images.path(index)) for index in range(min(images.num_kept, 40))]
+        save_image(make_grid(first), path.with_suffix(".png"))
+    print(f"{len(images)} images against {reference.description['name']}, features of {extractor.name}")
+    for name, value in values.items():
+        better = {True: "  higher is better", False: "  lower is better"}
+        print(f"  {name:20} {value:.4f}{better[METRICS[name].higher_is_better] if name in METRICS else ''}")
+    print(f"Saved {path}.")
+
+
+def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
+    # Everything is loaded and tried once before the long work starts; one process fills the caches.
+    with state.main_process_first():
+        extractor = load_feature_extractor(
+            config.feature_extractor, weights=config.feature_extractor_weights, device=state.device
+        )
+        images, source = open_images(config, state.device), open_reference(config)
+    image_size = None
+    if images is not None:
+        check_metrics(config.metric_names or possible_metrics(extractor), extractor, num_samples=len(images))
+        image_size = tuple(images.read(0, 1).shape[-2:])
+
+    # The reference.
+    reference = prepare_reference(
+        source,
+        extractor=extractor,
+        metrics=config.metric_names,
+        batch_size=config.batch_size,
+        store_dir=config.reference_features_dir or output_dir / "features",
+        image_size=image_size,
+    )
+    if config.save_statistics is not None and state.is_main_process:
+        Path(config.save_statistics).parent.mkdir(parents=True, exist_ok=True)
+        save_statistics(config.save_statistics, reference.statistics)
+        print(f"Saved {config.save_statistics}.")
+
+    # The images.
+    if images is not None:
+        if config.pretrained_pipeline is not None:
+            images = KeptImages(images, folder=output_dir / "images", num_kept=config.num_kept_images)
+        values = evaluate_images(
+            images,
+            extractor=extractor,
+            reference=reference,
+            metrics=reference.metrics,
+            batch_size=config.batch_size,
+            store_dir=output_dir / "features" / "images",
+        )
+        if state.is_main_process:
+            report(config, images, values, extractor=extractor, reference=reference)
+    state.wait_for_everyone()
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(EvaluationConfig, argv, description=__doc__.split("\n")[0])
+    # The others wait while the main process computes what may take long: distances between all pairs of features.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
+    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which moves the features
+    with claim(config.output_dir) as output_dir, stopped_cleanly(argv, kept="finished batches"):
+        evaluate(config, state, output_dir)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
