@@ -58,7 +58,11 @@ def sample(make_model):
     return model, sample
 
 
-@pytest.mark.parametrize("guider", [None, ClassifierFreeGuidance(2.0)], ids=["unguided", "CFG"])
+@pytest.mark.parametrize(
+    "guider",
+    [None, ClassifierFreeGuidance(2.0), ClassifierFreeGuidance(2.0, stop=0.5)],
+    ids=["unguided", "CFG", "CFG that ends"],
+)
 @pytest.mark.parametrize("cache", CACHES)
 def test_caches_skip_work_and_leave_no_trace(sample, cache, guider):
     model, sample = sample
@@ -69,6 +73,11 @@ def test_caches_skip_work_and_leave_no_trace(sample, cache, guider):
     cached = sample(guider)
     assert 0 < len(runs) < 8 * len(model.transformer_blocks)
     again = sample(guider)
+    handle = model.proj_out.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(guider)
+    handle.remove()
+    assert torch.equal(cached, sample(guider))  # nor from one that failed
     model.disable_cache()
     assert torch.equal(cached, again)  # nothing is left from one call for the next
     assert 0 < (cached - expected).norm() < 0.5 * expected.norm()
@@ -86,6 +95,10 @@ def test_routed_branches_with_a_cache_are_refused_before_any_work(sample, cache)
     assert calls == []
     with pytest.raises(ValueError, match="Expected a model without a cache"):
         model(torch.randn(1, 3, 8, 8), 0.5, routing=RoutingCall(enabled=True))
+    config, model._cache_config = model._cache_config, None  # as diffusers' functions `apply_...` leave the model
+    with pytest.raises(ValueError, match="Expected a model without a cache"):
+        model(torch.randn(1, 3, 8, 8), 0.5, routing=RoutingCall(enabled=True))
+    model._cache_config = config
     handle.remove()
     model.disable_cache()
     assert torch.equal(sample(SparseGuidance()), expected)
