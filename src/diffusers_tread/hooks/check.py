@@ -8,7 +8,7 @@ import torch
 
 from ..routing import token_routing
 from .apply import model_forward
-from .forward_pass import Probe
+from .state import Probe
 
 
 @torch.no_grad()

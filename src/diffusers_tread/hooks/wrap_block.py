@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..routing import put_tokens, take_tokens
-from .forward_pass import ForwardPass, RoutedModel
 from .per_sample_table import PerSampleTable
 from .specs import Axis, BlockSpec, Window
+from .state import ForwardPass, RoutedModel
 
 
 class BlockForward:
