@@ -271,11 +271,11 @@ def test_adapters_count(wrapped):
     assert forward_flops(adapted, selection_ratio=0.0).linear - plain == 12 * 2 * 256 * 2 * (384 + 3 * 384)
 
 
-def test_what_others_hooked_on_is_not_counted():
+def test_what_others_hooked_on_and_the_dtype_do_not_count():
     model = TREADTransformer2DModel(num_layers=6, sample_size=8)
     expected = forward_flops(model, selection_ratio=0.0)
     model.enable_cache(FirstBlockCacheConfig(threshold=10.0))
-    assert forward_flops(model, selection_ratio=0.0) == expected
+    assert forward_flops(model.to(torch.bfloat16), selection_ratio=0.0) == expected
 
 
 def test_a_dense_model_of_others_is_counted():

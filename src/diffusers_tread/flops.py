@@ -187,6 +187,7 @@ class _Counter:
         self.model = _without_values(model)
         if inputs is None:
             inputs = _example_inputs(model)
+            self.model.float()  # as those are
         self.inputs = {name: _to_meta(value) for name, value in inputs.items()}
         self.counter: FlopCounterMode | None = None
         self.known: dict[Any, tuple[torch.Tensor, dict[Any, int]]] = {}

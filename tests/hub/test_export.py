@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_pipeline import make_pipeline, same, sample  # noqa: E402
 
 
-_ROUTING = ["routing.route", "routing.router", "routing.subset"]
+_ROUTING = ["routing.route", "routing.refusals", "routing.router", "routing.subset"]
 _MODEL = ["models.modeling_outputs", "models.transformer_tread_2d", "routing.ops", "routing.stack", *_ROUTING]
 _OBJECTIVES = ["registry", *(f"objectives.{name}" for name in ("base", "edm", "epsilon", "flow", "registry"))]
 _PIPELINE = [
