@@ -203,6 +203,7 @@ def _takes_prefix(transformer: ModelMixin) -> bool:
     # A cache of diffusers compares what its first block gives in each forward.
     if not getattr(transformer, "_supports_prefix", False) or has_cache(transformer):
         return False
-    # Group offloading fetches the blocks in the order of the first forward: older diffusers (seen in 0.36) fails where
-    # the first ones are left out.
+    # Group offloading fetches the blocks in the order of the first forward, and diffusers 0.36 fails where the first
+    # ones are left out (`LazyPrefetchGroupOffloadingHook`):
+    # https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/hooks/group_offloading.py
     return "group_offloading" not in hook_names(transformer)

@@ -99,7 +99,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # diffusers (seen in 0.42) does not save a component that took the place of None: its entry stays (None, None).
+        # diffusers does not save a component that took the place of None: `__setattr__` leaves its entry (None, None).
+        # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/pipeline_utils.py
         if name in self._optional_components and value is not None and self.config[name][0] is None:
             self.register_modules(**{name: value})
 
