@@ -20,7 +20,15 @@ from diffusers_tread import (
     get_token_router,
     token_routing,
 )
-from diffusers_tread.flops import Flops, block_flops_saved, flop_ceiling, forward_flops, guidance_flops, training_flops
+from diffusers_tread.flops import (
+    Flops,
+    _stacks,
+    block_flops_saved,
+    flop_ceiling,
+    forward_flops,
+    guidance_flops,
+    training_flops,
+)
 from diffusers_tread.models.transformer_tread_2d import TREADTransformerBlock
 from diffusers_tread.routing import RoutedStack, num_kept_tokens
 
@@ -290,6 +298,12 @@ def test_a_dense_model_of_others_is_counted():
         forward_flops(model, inputs, selection_ratio=0.5)
     apply_token_routing(model, TokenRoute(start=1, end=2))
     assert forward_flops(model, inputs, selection_ratio=0.0) == dense
+
+
+def test_stacks_in_a_dict_of_modules_are_stacks():
+    model = torch.nn.Module()
+    model.modes = torch.nn.ModuleDict({"image": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
+    assert [*_stacks(model)] == [model.modes["image"]]
 
 
 def test_sampling_needs_a_step():
