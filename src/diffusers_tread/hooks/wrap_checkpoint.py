@@ -32,7 +32,7 @@ class CheckpointForward:
         forward = block.__dict__.get("forward") if isinstance(block, torch.nn.Module) else None
         if running is None or not isinstance(forward, BlockForward):
             return self.checkpoint(function, *args, **kwargs)
-        run = partial(self.checkpoint, partial(block, token_routing_done=True))
+        run = partial(self.checkpoint, RoutedBlock(block))
         return forward.route(running, run, args, kwargs, inside=False)
 
 
@@ -47,3 +47,13 @@ def wrap_checkpoint_function(shared: RoutedModel) -> Callable | None:
         return None
     model._gradient_checkpointing_func = CheckpointForward(function, shared)
     return function
+
+
+class RoutedBlock:
+    """Calls a block, hooks and all, whose tokens have been gathered. A `partial` is not traced in all models."""
+
+    def __init__(self, block: torch.nn.Module):
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, token_routing_done=True, **kwargs)
