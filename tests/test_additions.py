@@ -33,7 +33,7 @@ from diffusers_tread.guiders.registry import GUIDERS
 from diffusers_tread.hooks.specs.blocks import BLOCK_SPECS
 from diffusers_tread.hub import export_for_hub
 from diffusers_tread.metrics import METRICS, FeatureExtractor, evaluate_pipeline, prepare_reference, register_metric
-from diffusers_tread.models.registry import DENOISERS
+from diffusers_tread.models.registry import DENOISERS, make_denoiser
 from diffusers_tread.objectives.registry import OBJECTIVES
 from diffusers_tread.objectives.terms.registry import LOSS_TERMS
 
@@ -224,7 +224,9 @@ def test_a_block_is_routed_with_what_belongs_to_its_tokens():
     torch.manual_seed(0)
     model = block_spec.TurningModel()
     apply_token_routing(model, TokenRoute(start=1, end=-4))
-    assert check_token_routing(model, tokens=torch.randn(2, 16, 8)) < 1e-5
+    tokens, state, frozen = torch.randn(2, 16, 8), torch.get_rng_state(), model.blocks[0].eval()
+    assert check_token_routing(model, tokens=tokens) < 1e-5
+    assert model.training and not frozen.training and torch.equal(torch.get_rng_state(), state)
     model.train()
     model(torch.randn(2, 16, 8)).square().mean().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
@@ -260,3 +262,13 @@ def test_a_name_is_not_taken_twice(kind):
     }
     with pytest.raises(ValueError, match="Expected a new name"):
         calls[kind]()
+
+
+def test_a_thing_has_one_name_and_a_preset_one_model():
+    with pytest.raises(ValueError, match="Expected an objective without a name, got 'sample'"):
+        register_objective("other", objective.SampleObjective)
+    presets = {"presets": classmethod(lambda cls: ["S/2", "mine"])}
+    with pytest.raises(ValueError, match=r"got \['S/2'\], those of TREADTransformer2DModel"):
+        register_denoiser(type("Mine", (backbone.MeanDenoiser,), presets))
+    with pytest.raises(ValueError, match="Expected a preset among .*or a class among .*TREADTransformer2DModel"):
+        make_denoiser("S/3")

@@ -28,8 +28,6 @@ FLOORS = [
     {"metrics", "converters"},
     {"runs"},
 ]
-# The cards of models tell results of evaluations.
-ALLOWED = {("hub", "metrics"), ("metrics", "pipelines")}
 
 
 @cache
@@ -87,7 +85,7 @@ def test_arrows_point_down():
             continue
         for other in imports_of(name, deferred=True):
             here, there = folder(name), folder(other)
-            assert here == there or floor[there] < floor[here] or (here, there) in ALLOWED, f"{name} imports {other}"
+            assert here == there or floor[there] < floor[here], f"{name} imports {other}"
 
 
 # Private names of other libraries. A name is private if it, or a module on its way, begins with an underscore.
@@ -113,9 +111,27 @@ PRIVATE_ATTRIBUTES = {
     f"{DIFFUSERS}/pipelines/pipeline_utils.py": {
         "_optional_components", "_callback_tensor_inputs", "_execution_device"
     },
+    f"{DIFFUSERS}/models/cache_utils.py": {"_reset_stateful_cache"},
     "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html": {"_modules"},
     "https://docs.pytorch.org/docs/stable/generated/torch.compile.html": {"_orig_mod"},
 }  # fmt: skip
+# What our classes set for diffusers to read.
+PRIVATE_SETTINGS = {
+    "_attention_backend": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_available_processors": f"{DIFFUSERS}/models/attention.py",
+    "_callback_tensor_inputs": f"{DIFFUSERS}/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py",
+    "_compatibles": f"{DIFFUSERS}/schedulers/scheduling_utils.py",
+    "_cp_plan": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_default_processor_cls": f"{DIFFUSERS}/models/attention.py",
+    "_input_predictions": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_no_split_modules": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_optional_components": f"{DIFFUSERS}/pipelines/pipeline_utils.py",
+    "_parallel_config": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_repeated_blocks": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_skip_layerwise_casting_patterns": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_supports_gradient_checkpointing": f"{DIFFUSERS}/models/modeling_utils.py",
+    "_supports_qkv_fusion": f"{DIFFUSERS}/models/attention.py",
+}
 
 
 def test_private_imports_are_listed():
@@ -151,6 +167,31 @@ def test_private_attributes_of_others_are_listed():
                 used.add(node.attr)
     unlisted = used - ours - listed
     assert not unlisted, f"{sorted(unlisted)}: list them with a link, or do without"
+
+
+def test_private_settings_of_classes_are_listed():
+    found = set()
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            body = node.body if isinstance(node, ast.ClassDef) else ()
+            found |= {ast.unparse(line.targets[0]) for line in body if isinstance(line, ast.Assign)}
+    private = {name for name in found if name.startswith("_") and not name.startswith("__")}
+    assert private - {"_supports_prefix"} == set(PRIVATE_SETTINGS)
+
+
+@pytest.mark.parametrize("name", PRIVATE_SETTINGS)
+def test_private_settings_are_read_by_diffusers(name):
+    link = PRIVATE_SETTINGS[name]
+    module = "diffusers" + link.removeprefix(DIFFUSERS).removesuffix(".py").replace("/", ".")
+    assert name in inspect.getsource(importlib.import_module(module)), f"nobody reads {name} any more: see {link}"
+
+
+def test_the_lora_methods_taken_from_sana_adapt_the_transformer_alone():
+    from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
+
+    assert (SanaLoraLoaderMixin._lora_loadable_modules, SanaLoraLoaderMixin.transformer_name) == (
+        ["transformer"], "transformer"
+    )  # fmt: skip
 
 
 def test_private_attributes_are_there():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, DiTTransformer2DModel, SD3Transformer2DModel
+from diffusers import ClassifierFreeGuidance, DiTTransformer2DModel, FirstBlockCacheConfig, SD3Transformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,8 +20,17 @@ from diffusers_tread import (
     get_token_router,
     token_routing,
 )
-from diffusers_tread.flops import Flops, block_flops_saved, flop_ceiling, forward_flops, guidance_flops, training_flops
-from diffusers_tread.routing import num_kept_tokens
+from diffusers_tread.flops import (
+    Flops,
+    _stacks,
+    block_flops_saved,
+    flop_ceiling,
+    forward_flops,
+    guidance_flops,
+    training_flops,
+)
+from diffusers_tread.models.transformer_tread_2d import TREADTransformerBlock
+from diffusers_tread.routing import RoutedStack, num_kept_tokens
 
 
 def preset(name, **settings):
@@ -218,6 +227,65 @@ def test_a_guider_of_the_same_code_under_another_name_counts_likewise():
     assert not isinstance(other, SparseGuidance)
     ours = SparseGuidance.from_preset("fid", guidance_scale=1.5)
     assert guidance_flops(preset("S/2"), other) == guidance_flops(preset("S/2"), ours)
+
+
+class WithoutPrefix(TREADTransformer2DModel):
+    _supports_prefix = False
+
+    def forward(self, hidden_states, timestep, class_labels=None, *, routing=None):
+        return super().forward(hidden_states, timestep, class_labels, routing=routing)
+
+
+def test_branches_of_a_model_without_a_prefix_count_in_full():
+    with torch.device("meta"):
+        model = WithoutPrefix(num_layers=6)
+    expected = guidance_flops(TREADTransformer2DModel(num_layers=6), SparseGuidance(), shared_prefix=False)
+    assert guidance_flops(model, SparseGuidance()) == expected
+
+
+def test_arguments_of_blocks_need_not_be_tensors(monkeypatch):
+    expected, block, stack = forward_flops(preset("S/2")), TREADTransformerBlock.forward, RoutedStack.forward
+    monkeypatch.setattr(TREADTransformerBlock, "forward", lambda self, *args: block(self, *args[:2]))
+    monkeypatch.setattr(RoutedStack, "forward", lambda self, *args, **kw: stack(self, *args, None, [2], **kw))
+    assert forward_flops(preset("S/2")) == expected
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_count(wrapped):
+    peft = pytest.importorskip("peft")
+    model, config = preset("S/2"), peft.LoraConfig(r=2, target_modules=["to_qkv"])
+    plain = forward_flops(model, selection_ratio=0.0).linear
+    adapted = peft.get_peft_model(model, config) if wrapped else model
+    if not wrapped:
+        model.add_adapter(config)
+    assert forward_flops(adapted, selection_ratio=0.0).linear - plain == 12 * 2 * 256 * 2 * (384 + 3 * 384)
+
+
+def test_what_others_hooked_on_and_the_dtype_do_not_count():
+    model = TREADTransformer2DModel(num_layers=6, sample_size=8)
+    expected = forward_flops(model, selection_ratio=0.0)
+    model.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    assert forward_flops(model.to(torch.bfloat16), selection_ratio=0.0) == expected
+
+
+def test_a_dense_model_of_others_is_counted():
+    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=6)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 32, 32),
+        "timestep": torch.tensor([1]),
+        "class_labels": torch.tensor([0]),
+    }
+    dense = forward_flops(model, inputs)
+    with pytest.raises(ValueError, match="Expected a denoiser with token routing"):
+        forward_flops(model, inputs, selection_ratio=0.5)
+    apply_token_routing(model, TokenRoute(start=1, end=2))
+    assert forward_flops(model, inputs, selection_ratio=0.0) == dense
+
+
+def test_stacks_in_a_dict_of_modules_are_stacks():
+    model = torch.nn.Module()
+    model.modes = torch.nn.ModuleDict({"image": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
+    assert [*_stacks(model)] == [model.modes["image"]]
 
 
 def test_sampling_needs_a_step():

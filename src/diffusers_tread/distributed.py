@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What one process does for all."""
+"""Runs work in the main process and shares its result or error with the others."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""By what a network computes with, wherever it lies."""
+"""Hash of a module's weights that does not depend on device or storage dtype."""
 
 import hashlib
 

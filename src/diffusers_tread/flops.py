@@ -7,7 +7,7 @@ counted, and every diffusers model with `apply_token_routing` whose forward does
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .guiders import Branch, branches_of
-from .routing import RoutedStack, RoutingCall
+from .routing import RoutedStack, RoutingCall, get_token_router
 
 
 # What attention decomposes into; all other operations that are counted belong to linear layers and convolutions.
@@ -74,8 +74,8 @@ def forward_flops(
     """FLOPs of one forward on its routes.
 
     Args:
-        model: A denoiser of this package, on any device, or a diffusers model with `apply_token_routing`; not wrapped
-            in DDP. It stays as it is.
+        model: A denoiser of this package, on any device, or a diffusers model, with `apply_token_routing` unless it is
+            dense; with its adapters, but without what others hooked on it; not wrapped in DDP. It stays as it is.
         inputs: The arguments of its forward, of one sample, of which only the shapes count. None: a latent of the size
             of training and a class, for the denoisers of this package.
         selection_ratio: Share of tokens routed away, in [0, 1), on every route; 0.0 is dense. None: each route's own.
@@ -167,7 +167,7 @@ def guidance_flops(
 
     def branch_flops(branch: Branch) -> Flops:
         if branch not in counted:
-            shares = shared_prefix and branch.shares_prefix
+            shares = shared_prefix and branch.shares_prefix and getattr(model, "_supports_prefix", False)
             counted[branch] = counters[branch.denoiser].forward(branch.selection_ratio, with_prefix=shares)
         return counted[branch]
 
@@ -183,17 +183,18 @@ class _Counter:
 
     def __init__(self, model: torch.nn.Module, inputs: Mapping[str, Any] | None = None):
         model = getattr(model, "_orig_mod", model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT, adapters and all
         self.model = _without_values(model)
         if inputs is None:
             inputs = _example_inputs(model)
+            self.model.float()  # as those are
         self.inputs = {name: _to_meta(value) for name, value in inputs.items()}
         self.counter: FlopCounterMode | None = None
         self.known: dict[Any, tuple[torch.Tensor, dict[Any, int]]] = {}
         self.block_flops = 0
-        for module in self.model.children():
-            if isinstance(module, torch.nn.ModuleList):
-                for block in module:
-                    block.forward = _CountedBlock(block, self, is_ours=isinstance(module, RoutedStack))
+        for stack in _stacks(self.model):
+            for block in stack:
+                block.forward = _CountedBlock(block, self, is_ours=isinstance(stack, RoutedStack))
 
     def forward(self, selection_ratio: float | None, *, with_prefix: bool = False, backward: bool = False) -> Flops:
         """Of one forward, without the blocks of the prefix if that is given, and its backward."""
@@ -220,10 +221,12 @@ class _Counter:
         return counts
 
     def _call(self, selection_ratio: float | None, **given: Any) -> Any:
-        routing = RoutingCall(enabled=True, selection_ratio=selection_ratio)
+        if hasattr(self.model, "token_router") or selection_ratio:
+            get_token_router(self.model)
+            given["routing"] = RoutingCall(enabled=True, selection_ratio=selection_ratio)
         try:
             with sdpa_kernel(SDPBackend.MATH):
-                return self.model(**self.inputs, routing=routing, **given)
+                return self.model(**self.inputs, **given)
         except (NotImplementedError, RuntimeError) as error:
             raise ValueError(
                 f"Expected a model whose forward does not look at values, got {type(self.model).__name__} ({error}). "
@@ -245,7 +248,7 @@ class _CountedBlock:
         if self.counter.counter is None:
             return self.block_forward(*args, **kwargs)
         totals, known = self.counter.counter.flop_counts["Global"], self.counter.known
-        key = self.kind, tuple(argument.shape for argument in args) if self.is_ours else None
+        key = self.kind, str([getattr(argument, "shape", argument) for argument in args]) if self.is_ours else None
         may_reuse = self.is_ours and not torch.is_grad_enabled()
         if may_reuse and key in known:
             output, flops = known[key]
@@ -261,18 +264,34 @@ class _CountedBlock:
         return output
 
 
+def _stacks(model: torch.nn.Module) -> Iterator[torch.nn.ModuleList]:
+    """The model's lists of blocks, also those in its dicts of modules."""
+    for module in model.children():
+        if isinstance(module, torch.nn.ModuleList):
+            yield module
+        elif isinstance(module, torch.nn.ModuleDict):
+            yield from _stacks(module)
+
+
 def _without_values(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy on the meta device."""
-    if not hasattr(model, "_token_routing"):
-        with torch.device("meta"):
-            return type(model).from_config(model.config)
-    # Routed by hooks, which a config does not tell of. What the memo has is not copied.
+    """A copy on the meta device, with adapters and routing, without hooks of others."""
+    # What the memo has is not copied.
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(model, memo)
+
+    # Hooks (offloading, caches) may hold the model's weights, streams, and forwards of the model itself.
+    keeps_forward = hasattr(model, "_token_routing")
+    hooks = ("_diffusers_hook", "_hf_hook", *(() if keeps_forward else ("forward",)))
+    for module in model.modules():
+        memo |= {id(vars(module)[name]): None for name in hooks if name in vars(module)}
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name in hooks:
+            vars(module).pop(name, None)
+    return copied
 
 
 def _example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What the tables of names have in common."""
+"""Adds entries to the tables of models, objectives, loss terms, guiders and metrics."""
 
 from typing import Any
 

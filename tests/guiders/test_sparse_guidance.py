@@ -4,6 +4,7 @@
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def started(inputs):
 def test_a_branch_left_open_by_an_error_is_closed_by_the_next_step(transformer, inputs, started):
     guider, router = started, get_token_router(transformer)
     guider.prepare_models(transformer)  # and the forward failed
-    assert router.route_ratio(router.routes[0]) == 0.2
+    assert router.resolve().selection_ratio == 0.2
     prediction, _ = guided(guider, transformer, *inputs, step=1, seed=7)
     assert not router.is_routing(training=False)
     assert torch.equal(prediction, guided(SparseGuidance(), transformer, *inputs, step=1, seed=7)[0])
@@ -183,9 +184,22 @@ def test_a_branch_that_outlives_what_surrounds_it_leaves_nothing_behind(transfor
     guider, router = started, get_token_router(transformer)
     with token_routing(transformer, seed=7):
         guider.prepare_models(transformer)
-    assert router.given_seed() is None and router.is_routing(training=False)
+    assert router.resolve().seed is None and router.is_routing(training=False)
     guider.cleanup_models(transformer)
-    assert router.given_seed() is None and not router.is_routing(training=False)
+    assert router.resolve().seed is None and not router.is_routing(training=False)
+
+
+def test_threads_that_share_a_guider_take_back_what_they_set(transformer, inputs):
+    guider, router = SparseGuidance(), get_token_router(transformer)
+    guider.set_state(step=0, num_inference_steps=10, timestep=inputs[1])
+    guider.prepare_models(transformer)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(guider.cleanup_models, transformer).result()
+        pool.submit(guider.prepare_models, transformer).result()
+        assert router.resolve().selection_ratio == 0.2  # the strong branch's, in both
+        guider.cleanup_models(transformer)
+        assert pool.submit(router.resolve).result().selection_ratio == 0.2
+    assert router.resolve().selection_ratio is None
 
 
 def test_a_bare_loop_needs_no_state(transformer, inputs):
@@ -288,7 +302,7 @@ def test_a_loop_that_forgets_the_checkpoint_is_told(transformer, inputs):
     guider = SparseGuidance(weak_checkpoint=True)
     with pytest.raises(ValueError, match="Expected another denoiser for the weak branch"):
         guided(guider, transformer, *inputs, seed=7)
-    assert get_token_router(transformer).given_seed() is None
+    assert get_token_router(transformer).resolve().seed is None
 
     # Outside the interval there is no weak branch.
     guider = SparseGuidance(weak_checkpoint=True, start=0.5)

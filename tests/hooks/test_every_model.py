@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_tread import RoutingCall, TokenRoute, get_token_router, token_routing
 from diffusers_tread.flops import forward_flops
 from diffusers_tread.hooks import apply_token_routing, check_token_routing, remove_token_routing
-from diffusers_tread.hooks.block_forward import map_leaves
 from diffusers_tread.hooks.specs import BLOCK_SPECS
+from diffusers_tread.hooks.wrap_block import map_leaves
 
 
 ROUTE = TokenRoute(start=1, end=-4, selection_ratio=0.5)

@@ -41,9 +41,8 @@ def sample(pipeline, guider):
 @pytest.mark.filterwarnings("ignore")
 def test_each_step_runs_a_strong_and_a_weak_branch_and_leaves_the_router_as_it_was(pipeline):
     router, ratios = get_token_router(pipeline.transformer), []
-    (route,) = router.routes
     pipeline.transformer.register_forward_pre_hook(
-        lambda *_: ratios.append(router.route_ratio(route) if router.is_routing(training=False) else None)
+        lambda *_: ratios.append(router.resolve().selection_ratio if router.is_routing(training=False) else None)
     )
     guided = sample(pipeline, SparseGuidance(guidance_scale=1.6, strong_ratio=0.25, weak_ratio=0.75))
     assert ratios == [0.25, 0.75] * 2

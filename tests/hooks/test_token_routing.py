@@ -193,6 +193,30 @@ def test_a_shared_subset_is_the_same_for_all_samples():
     assert (first - second).abs().max() > 1e-2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [{"magnitude_mix": 0.9}, {"force_keep": torch.eye(16, dtype=torch.bool)[[0, 7]]}],
+    ids=lambda s: [*s][0],
+)
+def test_subsets_that_differ_in_spite_of_a_shared_draw_have_rotary_rows_of_their_own(settings, monkeypatch):
+    def sample(index=slice(None)):
+        inputs = {k: v[index] if len(v) == 2 else v for k, v in case.inputs.items()}
+        changed = {k: v[index] if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
+        call = RoutingCall(seed=3, shared_subset=True, **changed)
+        return case.model(**inputs, routing=call, return_dict=False)[0]
+
+    case = routed()
+    alone = torch.cat([sample(slice(0, 1)), sample(slice(1, 2))])
+    torch.testing.assert_close(sample(), alone, atol=1e-5, rtol=1e-5)
+
+    spec = dataclasses.replace(BLOCK_SPECS["FluxTransformerBlock"], needs_shared_subset=True)
+    monkeypatch.setitem(BLOCK_SPECS, "FluxTransformerBlock", spec)
+    case = routed()
+    with pytest.raises(ValueError, match="Expected one subset for all samples"):
+        sample()
+
+
 def test_routes_count_all_main_stacks_or_one_named_stack():
     def wrapped(model):
         return [
@@ -278,7 +302,12 @@ def checkpointed(block, kind=CheckpointImpl.NO_REENTRANT):
 def test_gradients_are_the_same_under_torchs_wrappers(wrapper):
     expected, case = gradients(routed()), routed()
     wrap_blocks(case.model, wrapper)
+    seen = []
+    case.model.transformer_blocks[2].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
     assert_same(gradients(case), expected)
+    assert seen and not any(vars(tensor) for tensor in seen)  # nothing is left on what may be the user's
 
 
 def test_a_foreign_reentrant_checkpoint_is_refused_in_the_forward():

@@ -20,7 +20,7 @@ from diffusers_tread.hub import export_for_hub
 from diffusers_tread.hub.bundle import bundle_module
 
 
-_ROUTING = ["routing.route", "routing.router", "routing.subset"]
+_ROUTING = ["routing.route", "routing.refusals", "routing.router", "routing.subset"]
 _MODEL = ["models.modeling_outputs", "models.transformer_tread_2d", "routing.ops", "routing.stack", *_ROUTING]
 _OBJECTIVES = ["registry", *(f"objectives.{name}" for name in ("base", "edm", "epsilon", "flow", "registry"))]
 _PIPELINE = [f"pipelines.{name}" for name in ("compatibility", "guided_prediction", "pipeline_tread")]

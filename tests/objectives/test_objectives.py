@@ -441,6 +441,13 @@ def test_a_misspelled_condition_is_refused_by_the_denoiser():
         FlowMatchingObjective().loss(tiny_model(), torch.randn(2, 3, 8, 8), class_label=torch.tensor([0, 1]))
 
 
+def test_a_denoiser_that_gives_no_hidden_states_is_told_what_a_term_asks_for():
+    with pytest.raises(ValueError, match=r"Expected the denoiser to give the tokens after blocks \[1, 4\]"):
+        FlowMatchingObjective().loss(
+            lambda latents, **_: SimpleNamespace(sample=latents), torch.randn(2, 3, 8, 8), terms=[LargestToken()]
+        )
+
+
 # Bad input.
 
 

@@ -4,31 +4,20 @@
 import diffusers
 import pytest
 import torch
-from diffusers.callbacks import PipelineCallback
+from diffusers.callbacks import SDCFGCutoffCallback
 from packaging.version import Version
 from pipeline_calls import latents_of
 
-from diffusers_tread import SparseGuidance
+from diffusers_tread import RatioSchedule, SparseGuidance
 
 
 # Callbacks.
 
 
-class Cutoff(PipelineCallback):
-    """As diffusers' `SDCFGCutoffCallback`, for class labels: ends the guidance after a step."""
-
-    tensor_inputs = ["class_labels"]
-
-    def callback_fn(self, pipeline, step, timestep, tensors):
-        if step == self.config.cutoff_step_index:
-            pipeline._guidance_scale = 0.0
-        return tensors
-
-
 def test_a_callback_that_sets_the_scale_to_zero_ends_the_guidance(make_pipeline, record_calls, generators):
     pipe = make_pipeline()
     calls, _ = record_calls(pipe.transformer)
-    callback = Cutoff(cutoff_step_ratio=None, cutoff_step_index=1)
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
     latents_of(pipe, [1, 4], generators(0, 1), guidance_scale=2.0, callback_on_step_end=callback)
     assert [len(call[2]) for call in calls] == [4, 4, 2, 2, 2]  # of 5 predictions
     assert pipe.guidance_scale == 0.0
@@ -63,10 +52,33 @@ def test_a_callback_may_end_or_replace_the_guider(make_pipeline, record_calls, g
 
 
 def test_callback_tensors_that_there_are_not_are_refused(make_pipeline):
-    callback = Cutoff(cutoff_step_ratio=None, cutoff_step_index=1)
-    callback.tensor_inputs = ["prompt_embeds"]
-    with pytest.raises(ValueError, match=r"among \['latents', 'class_labels'\], got \['prompt_embeds'\]"):
-        latents_of(make_pipeline(), [1, 4], None, callback_on_step_end=callback)
+    names = r"\['latents', 'class_labels', 'prompt_embeds'\]"
+    with pytest.raises(ValueError, match=rf"among {names}, got \['noise'\]"):
+        latents_of(
+            make_pipeline(), [1, 4], None, callback_on_step_end=print, callback_on_step_end_tensor_inputs=["noise"]
+        )
+
+
+def test_a_guider_of_a_callback_is_checked(make_pipeline):
+    def change(pipe, step, timestep, tensors):
+        pipe.guider = SparseGuidance(weak_checkpoint=True)
+
+    with pytest.raises(ValueError, match="Expected a second denoiser for the weak branch"):
+        latents_of(make_pipeline(), [1, 4], None, callback_on_step_end=change)
+
+
+def test_a_guider_is_told_nothing_of_a_sampling_and_obeyed_when_it_is_changed(make_pipeline, record_calls):
+    guider = SparseGuidance(weak_ratio=RatioSchedule(first=0.75, last=0.25))
+    pipe, before = make_pipeline(guider=guider), dict(vars(guider))
+    calls, _ = record_calls(pipe.transformer)
+
+    def change(pipe, step, timestep, tensors):
+        pipe.guider.guidance_scale = 1.0
+
+    latents_of(pipe, [1, 4], None)
+    assert vars(guider) == before and len(calls) == 10  # two branches in each of 5 predictions
+    latents_of(pipe, [1, 4], None, callback_on_step_end=change)
+    assert len(calls) == 16
 
 
 # LoRA.

@@ -246,7 +246,7 @@ def test_a_bad_setting_is_refused_and_changes_nothing(name, value, message):
         RoutingCall(**{name: value})
     with pytest.raises(ValueError, match=message), token_routing(denoiser, **{"shared_subset": True, name: value}):
         pass
-    assert not denoiser.token_router.shares_subset()
+    assert not denoiser.token_router.has_same_subsets()
 
 
 def test_settings_that_do_not_fit_the_batch_are_refused():
@@ -283,7 +283,7 @@ def test_the_call_comes_before_what_surrounds_it_and_that_before_the_defaults():
         with token_routing(denoiser, enabled=False):
             assert kept() is None and kept(RoutingCall(enabled=True)) == 6
         assert kept() == 6 and kept(RoutingCall(selection_ratio=0.0)) is None
-        assert router.given_seed() == 4 and router.given_seed(RoutingCall(seed=1)) == 1
+        assert router.resolve().seed == 4 and router.resolve(RoutingCall(seed=1)).seed == 1
     assert kept() == 15
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """What a guider combines in a step: predictions that differ in condition, routing or denoiser."""
 
+import threading
 from abc import abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,11 +32,22 @@ class Branch:
     route compute the same."""
 
 
+class _Prepared(threading.local):
+    """What `prepare_models` has done in this thread."""
+
+    def __init__(self):
+        self.count = 0
+        self.first_router: TokenRouter | None = None
+        self.routing = ExitStack()
+
+
 class BranchGuidance(BaseGuidance):
     """A guider of diffusers that says what it runs by `branches`, and combines by `forward`.
 
     `TREADPipeline` and `guidance_flops` read the branches. Other loops, diffusers' modular pipelines among them, use
     it as any guider: `prepare_models` sets the ratio of a branch for the thread, and `cleanup_models` takes it back.
+    The step that `set_state` told belongs to the guider: loops that run side by side each take a `copy.copy` of it, as
+    `TREADPipeline` does.
 
     A guider of your own is a subclass in one file with a constructor under `register_to_config`, `branches` and
     `forward`, and one line `register_guider(MyGuider)`.
@@ -45,9 +57,8 @@ class BranchGuidance(BaseGuidance):
     _input_predictions = ["pred_cond", "pred_uncond"]
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, enabled: bool = True):
+        self._prepared = _Prepared()
         super().__init__(start, stop, enabled)
-        self._routing = ExitStack()
-        self._first_router: TokenRouter | None = None
 
     @abstractmethod
     def branches(self) -> list[Branch]:
@@ -84,18 +95,20 @@ class BranchGuidance(BaseGuidance):
         branch, router = self.branches()[index], get_token_router(denoiser)
         check_routes(denoiser, branch.selection_ratio)
         if index == 0:
-            self._first_router = router
-        elif branch.denoiser == "guidance" and router is self._first_router:
+            self._prepared.first_router = router
+        elif branch.denoiser == "guidance" and router is self._prepared.first_router:
             raise ValueError(
                 "Expected another denoiser for the weak branch (weak_checkpoint=True), got the strong branch's. "
                 "Use TREADPipeline with a guidance_transformer, or weak_checkpoint=False."
             )
         self._count_prepared += 1
-        self._routing.enter_context(token_routing(denoiser, enabled=True, selection_ratio=branch.selection_ratio))
+        self._prepared.routing.enter_context(
+            token_routing(denoiser, enabled=True, selection_ratio=branch.selection_ratio)
+        )
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         """Takes the branch's ratio back."""
-        self._routing.close()
+        self._prepared.routing.close()
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """One batch per branch from `{name: (conditional, unconditional)}` or `{name: tensor}`."""
@@ -107,6 +120,20 @@ class BranchGuidance(BaseGuidance):
             self._prepare_batch_from_block_state(input_fields, data, index, prediction)
             for index, prediction in self._inputs()
         ]
+
+    @property
+    def _count_prepared(self) -> int:  # diffusers' name for it, set by its constructor and `set_state`
+        return self._prepared.count
+
+    @_count_prepared.setter
+    def _count_prepared(self, count: int) -> None:
+        self._prepared.count = count
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_prepared"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _prepared=_Prepared())
 
     @property
     def is_conditional(self) -> bool:

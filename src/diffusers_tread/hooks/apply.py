@@ -7,9 +7,6 @@ from typing import Any
 import torch
 
 from ..routing import TokenRouter
-from .block_forward import BlockForward
-from .forward_pass import RoutedModel
-from .model_forward import CheckpointForward, ModelForward, forward_of_model, wrap_checkpoint_function
 from .specs import (
     BLOCK_SPECS,
     MAIN_STACKS,
@@ -20,6 +17,10 @@ from .specs import (
     ModelSpec,
     find_by_class,
 )
+from .state import RoutedModel
+from .wrap_block import BlockForward
+from .wrap_checkpoint import CheckpointForward, wrap_checkpoint_function
+from .wrap_model import ModelForward, forward_of_model
 
 
 def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | None = None) -> TokenRouter:

@@ -136,7 +136,8 @@ def _add_code(folder: Path, kind: type[DiffusionPipeline]) -> None:
             (folder / component / f"{name}.py").write_text(bundle_module(module))
             index[component] = [name, entry[1]]
             if (config := folder / component / "config.json").exists():
-                # For `AutoModel`. The second entry keeps diffusers (seen in 0.36 and 0.42) from warning of the first.
+                # For `AutoModel`. The second entry keeps diffusers from warning of the first (`extract_init_dict`):
+                # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/configuration_utils.py
                 _update(config, auto_map={"AutoModel": f"{name}.{entry[1]}"}, _use_default_values=["auto_map"])
     _update(folder / "model_index.json", **index)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import PIL.Image
 from diffusers import DiffusionPipeline
@@ -16,9 +16,6 @@ from ..flops import forward_flops, guidance_flops
 from ..markdown import as_code, as_text, table_row
 from ..routing import get_token_router
 
-
-if TYPE_CHECKING:  # it needs Accelerate
-    from ..metrics import EvaluationResults
 
 SAMPLES = "samples.png"
 _ROUTE_TAGS = ("tread", "token-routing", "sparse-guidance")
@@ -48,6 +45,18 @@ TRAINING_SETTINGS = {
 }
 
 
+class Evaluation(Protocol):
+    """What a card tells of an evaluation: `EvaluationResults` of `diffusers_tread.metrics`, which has the details."""
+
+    metrics: dict[str, float]
+    num_samples: int
+    images: dict[str, Any]
+    feature_extractor: dict[str, str]
+    reference: dict[str, Any]
+
+    def label(self, name: str) -> str: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class CardDetails:
     """What a model card says that the pipeline does not tell."""
@@ -67,7 +76,7 @@ class CardDetails:
     training: Mapping[str, Any] | None = None
     """Settings of the run, as in train_tread.py's `train_config.json`."""
 
-    results: "Sequence[EvaluationResults]" = ()
+    results: Sequence[Evaluation] = ()
     """Evaluations of these weights, from `load_results`."""
 
 
@@ -153,7 +162,7 @@ def _training(details: CardDetails) -> str:
     return f"\n## Training\n\n| | |\n|---|---|\n{rows}\n"
 
 
-def _evaluation(results: "Sequence[EvaluationResults]") -> str:
+def _evaluation(results: Sequence[Evaluation]) -> str:
     if not results:
         return ""
     columns = ("metric", "value", "samples", "reference", "network", "sampling")
@@ -166,7 +175,7 @@ def _evaluation(results: "Sequence[EvaluationResults]") -> str:
     return "\n".join([*lines, ""])
 
 
-def _eval_results(results: "EvaluationResults", details: CardDetails) -> list[EvalResult]:
+def _eval_results(results: Evaluation, details: CardDetails) -> list[EvalResult]:
     """For the metadata `model-index`."""
     arguments = {"num_samples": results.num_samples, "feature_extractor": results.feature_extractor["name"]}
     return [
@@ -183,7 +192,7 @@ def _eval_results(results: "EvaluationResults", details: CardDetails) -> list[Ev
     ]
 
 
-def _sampling(results: "EvaluationResults") -> dict[str, Any]:
+def _sampling(results: Evaluation) -> dict[str, Any]:
     """How the samples were made; empty for images of other origin."""
     images = results.images
     found = {"scheduler": images["scheduler"]["class"]} if "scheduler" in images else {}
@@ -191,7 +200,7 @@ def _sampling(results: "EvaluationResults") -> dict[str, Any]:
     return found | {name: images[name] for name in names if name in images}
 
 
-def _check_results(pipeline: DiffusionPipeline, results: "Sequence[EvaluationResults]") -> None:
+def _check_results(pipeline: DiffusionPipeline, results: Sequence[Evaluation]) -> None:
     """Raises ValueError for results of other weights, where the evaluation's precision was that of these."""
     for one in results:
         for name, fingerprint in one.images.get("weights", {}).items():

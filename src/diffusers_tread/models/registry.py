@@ -26,8 +26,11 @@ def register_denoiser(denoiser: type[ModelMixin]) -> None:
     """Makes a denoiser of your own known to the training script, `TREADPipeline` and the Hub.
 
     Raises:
-        ValueError: Another denoiser is called so.
+        ValueError: Another denoiser is called so, or has a preset of the same name.
     """
+    others = {name: kind for name, kind in _presets().items() if kind is not denoiser}
+    if taken := sorted(others.keys() & set(getattr(denoiser, "presets", list)())):
+        raise ValueError(f"Expected new names of presets, got {taken}, those of {others[taken[0]].__name__}.")
     add_entry(DENOISERS, denoiser.__name__, denoiser)
 
 
@@ -39,10 +42,16 @@ def make_denoiser(preset_or_class: str, **config: Any) -> ModelMixin:
     """
     if preset_or_class in DENOISERS:
         return DENOISERS[preset_or_class](**config)
-    presets = {name: kind for kind in DENOISERS.values() for name in getattr(kind, "presets", list)()}
+    presets = _presets()
     if preset_or_class not in presets:
-        raise ValueError(f"Expected a preset among {list(presets)}, got {preset_or_class!r}.")
+        raise ValueError(
+            f"Expected a preset among {list(presets)}, or a class among {list(DENOISERS)}, got {preset_or_class!r}."
+        )
     return presets[preset_or_class].from_preset(preset_or_class, **config)
+
+
+def _presets() -> dict[str, type[ModelMixin]]:
+    return {name: kind for kind in DENOISERS.values() for name in getattr(kind, "presets", list)()}
 
 
 register_denoiser(TREADTransformer2DModel)

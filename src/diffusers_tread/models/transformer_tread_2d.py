@@ -116,6 +116,9 @@ def sincos_positions(
 ) -> torch.Tensor:
     """Fixed 2D sine-cosine position embeddings (arXiv 2111.06377), computed in float64 and rounded.
 
+    The scaled rows and columns themselves are float32, as in diffusers, whose bits these are: exact for the training
+    grid and its power-of-two multiples, else off by a rounding.
+
     Args:
         dim: D, divisible by 4.
         height: Rows of tokens.
@@ -170,7 +173,8 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         timestep_scale: The timestep is multiplied by it before the sinusoidal embedding, whose period is made for
             [0, 1000]. The paper feeds EDM's ln(sigma) / 4 as it is: 1.0. Flow schedulers give sigma * 1000: 1.0 too.
         objective: What the weights are trained for, a name of `diffusers_tread.objectives`: EDM's denoising as in the
-            paper, flow matching, or DDPM's noise prediction as in DiT. Losses and schedulers of another are refused.
+            paper, flow matching, or DDPM's noise prediction as in DiT. Losses and schedulers of another are refused;
+            that the name is known, they check and not the constructor.
         mlp_ratio: Width of the feed-forward layer over D.
         attention_bias: Whether query, key and value have a bias.
         norm_eps: Epsilon of the layer norms.
@@ -335,7 +339,8 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
         Args:
             hidden_states: [B, C, H, W] latents, H and W divisible by the patch size.
-            timestep: [B] or one for all, as the scheduler gives it (EDM: ln(sigma) / 4, flow: sigma * 1000).
+            timestep: [B] or one for all, as the scheduler gives it (EDM: ln(sigma) / 4, flow: sigma * 1000). Give
+                a compiled forward a tensor: each value of a Python float makes another graph.
             class_labels: [B] int64 in [0, num_classes]; None for the null class. Not checked here, which would make
                 every step wait for the device: the pipeline and the training script check.
             kept_token_ids: Per route the ids of the kept tokens, [B, K] int64 in [0, N), each at most once, or None
@@ -400,15 +405,15 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         `ff.net.2` and `modulation`.
 
         Warns:
-            UserWarning: The adapter's targets name query, key or value apart, which reach nothing here.
+            UserWarning: The adapter reaches the attention's output but not query, key and value, as one does whose
+                targets name these apart.
         """
         super().add_adapter(adapter_config, adapter_name)
-        targets = getattr(adapter_config, "target_modules", None)
-        apart = sorted({"to_q", "to_k", "to_v"} & set(targets if isinstance(targets, (list, set, tuple)) else ()))
-        if apart and "to_qkv" not in targets:
+        adapted = {name.split(f".{adapter_name}.")[0] for name in self.state_dict() if f".{adapter_name}." in name}
+        if any(".to_out.0." in name for name in adapted) and not any(".to_qkv." in name for name in adapted):
             warnings.warn(
-                f"The adapter's targets {apart} reach nothing: query, key and value are one layer here, 'to_qkv'. Use "
-                'target_modules=["to_qkv", "to_out.0"].',
+                "The adapter reaches 'to_out.0', but neither query, key nor value: they are one layer here, 'to_qkv'. "
+                'Use target_modules=["to_qkv", "to_out.0"].',
                 stacklevel=2,
             )
 

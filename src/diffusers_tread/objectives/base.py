@@ -92,7 +92,8 @@ class Objective(ABC):
                 A diffusers model, wrapped or not, or any function. If it has a config with an `objective`, it must be
                 this one.
             latents: [B, C, H, W], clean samples of the scale that the model is meant for (about unit variance, images
-                in [-1, 1]), floating-point. Looked at on the CPU alone: an accelerator would have to be waited for.
+                in [-1, 1]), floating-point. Values are looked at on the CPU alone, because each step would have to
+                wait for an accelerator: images in [0, 255] there train without a word.
             generator: As in `corrupt`.
             routing: How the forward routes, handed to the denoiser; None leaves it to what surrounds the call.
             terms: Added to the denoising loss.
@@ -103,8 +104,8 @@ class Objective(ABC):
             [B] float32.
 
         Raises:
-            ValueError: The denoiser is trained for another objective or returns another shape; the latents are not
-                [B, C, H, W] floats, or look like images in [0, 255].
+            ValueError: The denoiser is trained for another objective, returns another shape, or not the tokens that a
+                term asks for; the latents are not [B, C, H, W] floats, or look like images in [0, 255].
         """
         self.check_denoiser(denoiser)
         noised = self.corrupt(latents, generator)
@@ -118,6 +119,11 @@ class Objective(ABC):
             raise ValueError(
                 f"Expected the denoiser to return {tuple(noised.target.shape)}, the latents' shape, got "
                 f"{tuple(output.sample.shape)}. Use a model with as many output as input channels."
+            )
+        if wanted and getattr(output, "hidden_states", None) is None:
+            raise ValueError(
+                f"Expected the denoiser to give the tokens after blocks {sorted(set(wanted))} as `hidden_states`, "
+                "which a loss term asks for, got none. Take a denoiser of this package, or leave the term out."
             )
         prediction = output.sample.float()
         if not terms:

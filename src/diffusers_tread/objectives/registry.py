@@ -15,8 +15,10 @@ def register_objective(name: str, objective: type[Objective]) -> None:
     """Makes an objective known by a name: in a model's config, for the pipeline and for the training script.
 
     Raises:
-        ValueError: The name is that of another objective.
+        ValueError: The name is that of another objective, or the objective has another name.
     """
+    if vars(objective).get("name", name) != name:
+        raise ValueError(f"Expected an objective without a name, got {objective.name!r}. Register a subclass of it.")
     add_entry(OBJECTIVES, name, objective)
     objective.name = name
 

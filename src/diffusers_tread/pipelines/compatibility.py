@@ -83,7 +83,8 @@ def check_can_sample(scheduler: SchedulerMixin) -> None:
 
 def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
     """Raises ValueError if `scheduler` takes no noise levels, or these make no schedule."""
-    # diffusers' EDMEulerScheduler (seen in 0.36 and 0.42) takes `sigmas` for positions in [0, 1] of its own schedule.
+    # diffusers' EDMEulerScheduler takes `sigmas` for positions in [0, 1] of its own schedule (`set_timesteps`):
+    # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/schedulers/scheduling_edm_euler.py
     takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if not takes_sigmas or isinstance(scheduler, EDMEulerScheduler):
         raise ValueError(

@@ -4,6 +4,7 @@
 Shapes: B images, C latent channels, H and W latent size.
 """
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from diffusers import BaseGuidance, ModelMixin
 
 from ..guiders import Branch
-from ..routing import RoutingCall, draw_routing_seed, get_token_router
+from ..routing import RoutingCall, draw_routing_seed, get_token_router, has_cache, hook_names
 
 
 class GuidedPrediction:
-    """Runs the denoisers of one sampling; called at each of its steps. Changes nothing about them.
+    """Runs the denoisers of one sampling; called at each of its steps.
+
+    Changes nothing about them, nor about the guider, but what diffusers keeps in the model: a cache, and while their
+    forward runs the hooks of `SkipLayerGuidance`, `PerturbedAttentionGuidance` and others that have `prepare_models`.
 
     Args:
         transformer: The denoiser.
@@ -35,6 +39,8 @@ class GuidedPrediction:
         self.denoisers = {"main": transformer, "guidance": guidance_transformer}
         self.generator, self.num_steps = generator, num_steps
         self.takes_prefix = _takes_prefix(transformer)
+        self.batch_size: int | None = None
+        self.given: tuple[BaseGuidance | None, dict[str, Any]] = None, {}
 
     def __call__(
         self,
@@ -62,6 +68,7 @@ class GuidedPrediction:
         labels = {"given": class_labels}
         labels["null"] = torch.full_like(class_labels, self.denoisers["main"].config.num_classes)
         if guider is not None:
+            guider = self._own(guider)
             guider.set_state(step=step, num_inference_steps=self.num_steps, timestep=timestep)
             if hasattr(guider, "branches"):  # not by its class: a guider from the Hub brings code of its own
                 predictions = self._run_branches(guider.branches(), latents, timestep, labels)
@@ -73,6 +80,14 @@ class GuidedPrediction:
             conditional, unconditional = self._run_together([labels["given"], labels["null"]], latents, timestep)
             return torch.lerp(unconditional, conditional, guidance_scale)
         return self._run(self.denoisers["main"], latents, timestep, class_labels)[0]
+
+    def _own(self, guider: BaseGuidance) -> BaseGuidance:
+        """A copy that this sampling alone tells its steps; a new one where the guider was replaced or changed."""
+        if self.given[0] is not guider or self.given[1] != vars(guider):
+            if hasattr(guider, "check_denoisers"):
+                guider.check_denoisers(self.denoisers["main"], self.denoisers["guidance"])
+            self.given, self.own_guider = (guider, dict(vars(guider))), copy.copy(guider)
+        return self.own_guider
 
     def _run_branches(
         self, branches: list[Branch], latents: torch.Tensor, timestep: torch.Tensor, labels: dict[str, torch.Tensor]
@@ -155,13 +170,16 @@ class GuidedPrediction:
         """
         router, generator, seed = get_token_router(transformer), self.generator, None
         is_routing = router.is_routing(training=False, call=routing)
-        if is_routing and generator is not None and router.given_seed() is None:
+        if is_routing and generator is not None and router.resolve().seed is None:
             if isinstance(generator, list):
                 generator = generator * (len(latents) // len(generator))  # for each half of classifier-free guidance
             seed = draw_routing_seed(generator, device=latents.device)
         ratio = None if routing is None else routing.selection_ratio
         call = RoutingCall(enabled=is_routing, selection_ratio=ratio, seed=seed)
         is_caching = getattr(transformer, "is_cache_enabled", False)
+        if is_caching and self.batch_size not in (None, len(latents)):
+            transformer._reset_stateful_cache()  # guidance began or ended: what it keeps is of another batch
+        self.batch_size = len(latents)
         with transformer.cache_context(context) if is_caching else nullcontext():
             prediction, *others = transformer(
                 latents.to(_input_dtype(transformer)),
@@ -183,9 +201,9 @@ def _input_dtype(transformer: ModelMixin) -> torch.dtype:
 def _takes_prefix(transformer: ModelMixin) -> bool:
     """Whether two forwards of `transformer` can share the blocks in front of its first route."""
     # A cache of diffusers compares what its first block gives in each forward.
-    if not getattr(transformer, "_supports_prefix", False) or getattr(transformer, "is_cache_enabled", False):
+    if not getattr(transformer, "_supports_prefix", False) or has_cache(transformer):
         return False
-    # Group offloading fetches the blocks in the order of the first forward: older diffusers (seen in 0.36) fails where
-    # the first ones are left out.
-    hooks = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
-    return not any(hook.get_hook("group_offloading") is not None for hook in hooks)
+    # Group offloading fetches the blocks in the order of the first forward, and diffusers 0.36 fails where the first
+    # ones are left out (`LazyPrefetchGroupOffloadingHook`):
+    # https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/hooks/group_offloading.py
+    return "group_offloading" not in hook_names(transformer)

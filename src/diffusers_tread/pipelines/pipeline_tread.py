@@ -38,7 +38,9 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
     Args:
         transformer: The denoiser, a `TREADTransformer2DModel`, of this package or from code on the Hub, or another one
             that `register_denoiser` made known. It may be shared with other pipelines, threads and a training loop:
-            nothing about it is changed, and it is sampled as in evaluation mode whatever mode it is in.
+            nothing about it is changed, and it is sampled as in evaluation mode whatever mode it is in. But for
+            diffusers' caches, and guiders that hook the model (`SkipLayerGuidance`, `PerturbedAttentionGuidance`):
+            those keep their state in the model, so that one thread at a time may sample from it.
         scheduler: Any diffusers scheduler of the kind that the transformer was trained for: EDM (`EDMHeunScheduler`,
             `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`) or flow matching (`FlowMatchEulerDiscreteScheduler`,
             `FlowMatchHeunDiscreteScheduler`, or a solver with `prediction_type="flow_prediction"` and
@@ -68,7 +70,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
     # Without the guidance transformer: it takes turns with the transformer, and each would evict the other.
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "guider", "guidance_transformer"]
-    _callback_tensor_inputs = ["latents", "class_labels"]
+    # "prompt_embeds", the condition by its usual name, for callbacks of diffusers that ask for it.
+    _callback_tensor_inputs = ["latents", "class_labels", "prompt_embeds"]
 
     def __init__(
         self,
@@ -102,7 +105,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         if name == "scheduler":
             check_can_sample(value)
         super().__setattr__(name, value)
-        # diffusers (seen in 0.42) does not save a component that took the place of None: its entry stays (None, None).
+        # diffusers does not save a component that took the place of None: `__setattr__` leaves its entry (None, None).
+        # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/pipeline_utils.py
         if name in self._optional_components and value is not None and self.config[name][0] is None:
             self.register_modules(**{name: value})
 
@@ -164,7 +168,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each scheduler step; may
                 return changed tensors, and set `pipe._guidance_scale` or `pipe.guider` for the steps to come (a scale
                 of 0 ends all guidance).
-            callback_on_step_end_tensor_inputs: What the callback gets: "latents", "class_labels".
+            callback_on_step_end_tensor_inputs: What the callback gets: "latents", "class_labels", or the labels as
+                "prompt_embeds", under which nothing is taken back.
 
         Returns:
             `images`: B images of the output type.
@@ -208,39 +213,17 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # spares a search, and with it a wait for the device
 
-        # Denoising.
-        predict = GuidedPrediction(
-            self.transformer,
-            guidance_transformer=self.guidance_transformer,
-            generator=generator,
-            num_steps=self._num_timesteps,
-        )
-        step_generator = {"generator": generator} if _step_takes_generator(self.scheduler) else {}
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for step, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    break
-                scaled = self._scale(latents, timestep)
-                # Read at each step: a callback may change them.
-                guider, scale = (self.guider, None) if self._guidance_scale is None else (None, self._guidance_scale)
-                prediction = predict(scaled, timestep, step, class_labels, guider=guider, guidance_scale=scale)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_generator, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "class_labels": class_labels}
-                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, step, timestep, tensors) or {}
-                    latents = changed.get("latents", latents)
-                    class_labels = changed.get("class_labels", class_labels)
-                progress_bar.update()
-
-        # Decoding.
-        images = latents
-        if output_type != "latent":
-            images = self._decode(latents)
-            check_finite_samples(latents, images, self.transformer.dtype)
+        try:
+            latents = self._denoise(
+                latents, timesteps, class_labels, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
+            )
+            images = latents
+            if output_type != "latent":
+                images = self._decode(latents)
+                check_finite_samples(latents, images, self.transformer.dtype)
+        finally:
+            self.maybe_free_model_hooks()  # which also empties caches
         images = self.image_processor.postprocess(images, output_type=output_type)
-        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def get_label_ids(self, class_labels: "int | str | Sequence[int | str] | torch.Tensor") -> list[int]:
@@ -330,6 +313,42 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor,
+        generator: "torch.Generator | list[torch.Generator] | None",
+        callback: Callable[["TREADPipeline", int, torch.Tensor, dict], dict | None] | None,
+        callback_tensor_inputs: Sequence[str],
+    ) -> torch.Tensor:
+        """The latents [B, C, H, W] after all steps."""
+        predict = GuidedPrediction(
+            self.transformer,
+            guidance_transformer=self.guidance_transformer,
+            generator=generator,
+            num_steps=self._num_timesteps,
+        )
+        step_generator = {"generator": generator} if _step_takes_generator(self.scheduler) else {}
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for step, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                scaled = self._scale(latents, timestep)
+                # Read at each step: a callback may change them.
+                guider, scale = (self.guider, None) if self._guidance_scale is None else (None, self._guidance_scale)
+                prediction = predict(scaled, timestep, step, class_labels, guider=guider, guidance_scale=scale)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_generator, return_dict=False)[0]
+
+                if callback is not None:
+                    tensors = {"latents": latents, "class_labels": class_labels, "prompt_embeds": class_labels}
+                    tensors = {name: tensors[name] for name in callback_tensor_inputs}
+                    changed = callback(self, step, timestep, tensors) or {}
+                    latents = changed.get("latents", latents)
+                    class_labels = changed.get("class_labels", class_labels)
+                progress_bar.update()
+        return latents
 
     def _scale(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The latents as the scheduler feeds them to the model."""

@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .ops import put_tokens, take_tokens
+from .refusals import check_can_route, has_cache, hook_names
 from .route import TokenRoute, default_route, num_kept_tokens, resolve_routes
-from .router import RoutingCall, TokenRouter, check_can_route, draw_routing_seed, get_token_router, token_routing
+from .router import RoutingCall, TokenRouter, draw_routing_seed, get_token_router, token_routing
 from .stack import RoutedStack, StackOutput
 
 
@@ -15,6 +16,8 @@ __all__ = [
     "default_route",
     "draw_routing_seed",
     "get_token_router",
+    "has_cache",
+    "hook_names",
     "num_kept_tokens",
     "put_tokens",
     "resolve_routes",

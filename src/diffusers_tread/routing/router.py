@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, K kept tokens, D width.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,18 @@ class RoutingCall:
         if mask is not None and not is_mask:
             raise ValueError(f"Expected a bool tensor [N] or [B, N] as force_keep, got {_describe(mask)}.")
         # Counted here, so that no forward has to wait for the device.
-        object.__setattr__(self, "_num_forced", 0 if mask is None else int(mask.sum(dim=-1).max()))
+        object.__setattr__(self, "num_forced", None if mask is None else int(mask.sum(dim=-1).max()))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResolvedCall(RoutingCall):
+    """What holds for one forward: each field as the nearest layer has it that says anything. None: nobody does."""
+
+    num_forced: int | None = None
+    """The most tokens that `force_keep` has in a sample."""
+
+    def __post_init__(self):  # checked where it was said
+        pass
 
 
 class _Surroundings(threading.local):
@@ -95,6 +106,9 @@ class _Surroundings(threading.local):
 
     def __init__(self):
         self.calls: tuple[RoutingCall, ...] = ()
+
+
+_FIELDS = [field.name for field in fields(ResolvedCall)]
 
 
 class TokenRouter:
@@ -121,20 +135,22 @@ class TokenRouter:
         self.defaults: RoutingCall = RoutingCall()
         self._surroundings = _Surroundings()
 
+    def resolve(self, call: RoutingCall | None = None) -> ResolvedCall:
+        """What holds for a forward with this call: what it says itself, then `token_routing`, then `defaults`."""
+        layers = (*(() if call is None else (call,)), *self._surroundings.calls, self.defaults)
+        return ResolvedCall(**{name: _first_said([getattr(one, name) for one in layers]) for name in _FIELDS})
+
     def is_routing(self, training: bool, call: RoutingCall | None = None) -> bool:
         """Whether a forward with this mode and call takes any route."""
-        enabled = self._value("enabled", call)
-        asked = training or self._value("selection_ratio", call) is not None if enabled is None else enabled
-        return asked and any(self.route_ratio(route, call) > 0.0 for route in self.routes)
+        said = self.resolve(call)
+        asked = training or said.selection_ratio is not None if said.enabled is None else said.enabled
+        return asked and any(_ratio(route, said) > 0.0 for route in self.routes)
 
-    def route_ratio(self, route: TokenRoute, call: RoutingCall | None = None) -> float:
-        """The ratio in force for one of the routes."""
-        ratio = self._value("selection_ratio", call)
-        return route.selection_ratio if ratio is None else ratio
-
-    def shares_subset(self, call: RoutingCall | None = None) -> bool:
-        """Whether one draw serves the whole batch."""
-        return bool(self._value("shared_subset", call))
+    def has_same_subsets(self, call: RoutingCall | None = None) -> bool:
+        """Whether all samples of a batch keep the same tokens, whatever the batch."""
+        said = self.resolve(call)
+        is_mixed = any(_magnitude_mix(route, said) != 0.0 for route in self.routes)
+        return bool(said.shared_subset) and not is_mixed and (said.force_keep is None or said.force_keep.dim() == 1)
 
     def plan(
         self,
@@ -162,23 +178,30 @@ class TokenRouter:
         """
         if not self.is_routing(training, call):
             return None
+        said = self.resolve(call)
         batch_size, num_tokens = hidden_states.shape[:2]
         seed = self.forward_seed(hidden_states.device, call) if seed is None else seed
         if seed.dim() == 1 and seed.shape[0] != batch_size:
             raise ValueError(f"Expected one routing seed per sample ({batch_size}), got {seed.shape[0]}.")
-        force_keep, num_forced = self._forced_tokens(hidden_states, call)
-        shared_subset, magnitude_mix = self.shares_subset(call), self._value("magnitude_mix", call)
+        force_keep = said.force_keep
+        if force_keep is not None:
+            if force_keep.shape not in ((num_tokens,), (batch_size, num_tokens)):
+                raise ValueError(
+                    f"Expected force_keep of shape [{num_tokens}] or [{batch_size}, {num_tokens}], "
+                    f"got {list(force_keep.shape)}."
+                )
+            force_keep = force_keep.to(hidden_states.device, non_blocking=True)
 
         kept_token_ids = []
         for index, route in enumerate(self.routes):
-            num_kept = max(num_kept_tokens(num_tokens, self.route_ratio(route, call)), num_forced)
+            num_kept = max(num_kept_tokens(num_tokens, _ratio(route, said)), said.num_forced or 0)
             if num_kept == num_tokens:
                 kept_token_ids.append(None)
                 continue
             hashes = subset_hashes(seed, route_index=index, batch_size=batch_size, num_tokens=num_tokens)  # B N
-            if shared_subset:
+            if said.shared_subset:
                 hashes = hashes[:1].expand(batch_size, -1)
-            mix = route.magnitude_mix if magnitude_mix is None else magnitude_mix
+            mix = _magnitude_mix(route, said)
             if mix == 0.0:
                 priority = random_priority(hashes, force_keep=force_keep)
             else:
@@ -188,39 +211,10 @@ class TokenRouter:
 
     def forward_seed(self, device: "torch.device | str", call: RoutingCall | None = None) -> torch.Tensor:
         """The seed of one forward: the one that was given, else a fresh one. int64, [] or [B]."""
-        seed = self.given_seed(call)
-        if seed is not None:
-            return seed.to(device, non_blocking=True)
-        return draw_routing_seed(self._value("generator", call), device=device)
-
-    def given_seed(self, call: RoutingCall | None = None) -> torch.Tensor | None:
-        """The seed that was given for a forward, int64, [] or [B]; None if it is to be drawn."""
-        return self._value("seed", call)
-
-    def _forced_tokens(self, hidden_states: torch.Tensor, call: RoutingCall | None) -> tuple[torch.Tensor | None, int]:
-        """The mask of tokens that are never routed, and the most that it has in a sample."""
-        layer = next((one for one in self._layers(call) if one.force_keep is not None), None)
-        if layer is None:
-            return None, 0
-        batch_size, num_tokens = hidden_states.shape[:2]
-        if layer.force_keep.shape not in ((num_tokens,), (batch_size, num_tokens)):
-            raise ValueError(
-                f"Expected force_keep of shape [{num_tokens}] or [{batch_size}, {num_tokens}], "
-                f"got {list(layer.force_keep.shape)}."
-            )
-        return layer.force_keep.to(hidden_states.device, non_blocking=True), layer._num_forced
-
-    def _value(self, name: str, call: RoutingCall | None) -> Any:
-        """What the nearest layer says of a field; None if none does."""
-        for layer in self._layers(call):
-            value = getattr(layer, name)
-            if value is not None:
-                return value
-        return None
-
-    def _layers(self, call: RoutingCall | None) -> tuple[RoutingCall, ...]:
-        around = (*self._surroundings.calls, self.defaults)
-        return around if call is None else (call, *around)
+        said = self.resolve(call)
+        if said.seed is not None:
+            return said.seed.to(device, non_blocking=True)
+        return draw_routing_seed(said.generator, device=device)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.num_layers, self.routes, replace(self.defaults, generator=None)
@@ -253,22 +247,6 @@ def draw_routing_seed(
         return torch.randint(0, 2**62, (), device=device, dtype=torch.int64)
     seed = torch.randint(0, 2**62, (), generator=generator, device=generator.device, dtype=torch.int64)
     return seed.to(device, non_blocking=True)
-
-
-def check_can_route(denoiser: torch.nn.Module) -> None:
-    """Raises ValueError if `denoiser` is set up in a way that counts tokens by their position in the sequence."""
-    parallel = getattr(denoiser, "_parallel_config", None)
-    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
-        raise ValueError(
-            "Expected a model without context parallelism in a routed forward: it splits the sequence by position. "
-            "Disable it, or switch routing off: token_routing(model, enabled=False)."
-        )
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise ValueError(
-            "Expected a model without a cache in a routed forward: what it keeps from one step belongs to other "
-            "tokens than the next one runs. Use model.disable_cache(), or switch routing off: "
-            "token_routing(model, enabled=False)."
-        )
 
 
 def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
@@ -327,3 +305,15 @@ def token_routing(denoiser: torch.nn.Module, **settings: Any) -> Iterator[TokenR
 
 def _describe(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _first_said(values: list[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _ratio(route: TokenRoute, said: ResolvedCall) -> float:
+    return route.selection_ratio if said.selection_ratio is None else said.selection_ratio
+
+
+def _magnitude_mix(route: TokenRoute, said: ResolvedCall) -> float:
+    return route.magnitude_mix if said.magnitude_mix is None else said.magnitude_mix

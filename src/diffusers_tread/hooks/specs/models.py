@@ -77,11 +77,6 @@ def _z_image(model: torch.nn.Module, arguments: Arguments) -> Window:
     return Window(0, _only(sizes))
 
 
-def _fibo2(model: torch.nn.Module, arguments: Arguments) -> Window:
-    """The start differs with the text; the blocks' `noise_mask` tells it."""
-    return _grid_at_start(model, arguments)
-
-
 def _qwen_image(model: torch.nn.Module, arguments: Arguments) -> Window | None:
     """[latents, reference images]; of a layered model all images but the last are latents."""
     shapes = arguments.get("img_shapes")
@@ -133,7 +128,7 @@ def _only(sizes: set[int]) -> int:
 _KEY_CACHE = "cached keys stand for tokens by position"
 
 MODEL_SPECS: dict[str, ModelSpec] = {
-    "BriaFibo2Transformer2DModel": ModelSpec(window=_fibo2),
+    "BriaFibo2Transformer2DModel": ModelSpec(window=_grid_at_start),  # its blocks' `noise_mask` tells the start
     "ErnieImageTransformer2DModel": ModelSpec(window=_grid_at_start),
     "Flux2Transformer2DModel": ModelSpec(must_be_none={"kv_cache_mode": _KEY_CACHE}),
     "Flux3Transformer2DModel": ModelSpec(

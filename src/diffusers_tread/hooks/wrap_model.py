@@ -1,21 +1,22 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The wrappers around a model and its checkpoint function.
+"""The wrapper around a model, which opens and closes a forward.
 
-Each wrapper is an object set as its module's `forward`. It holds its module and finds everything else through it, so a
-deepcopy (EMA) or a pickle of the model carries routing of its own. diffusers' HookRegistry does neither.
+This and the wrappers of blocks and of the checkpoint function are objects, set in place of what they wrap. Each holds
+its module and finds everything else through it, so a deepcopy (EMA) or a pickle of the model carries routing of its
+own. diffusers' HookRegistry does neither.
 """
 
 from collections.abc import Callable
-from functools import partial
 from inspect import Signature, signature
 from typing import Any
 
 import torch
 
 from ..routing import RoutingCall, check_can_route
-from .block_forward import BlockForward
-from .forward_pass import ForwardPass, RoutedModel
 from .specs import ModelSpec
+from .state import ForwardPass, RoutedModel
+from .wrap_block import BlockForward
+from .wrap_checkpoint import wrap_checkpoint_function
 
 
 class ModelForward:
@@ -77,54 +78,6 @@ class ModelForward:
     @property
     def __signature__(self) -> Signature:  # pipelines look at it
         return signature(self.before if self.before is not None else type(self.module).forward.__get__(self.module))
-
-
-class CheckpointForward:
-    """Set as the model's checkpoint function.
-
-    Gathers and puts back outside the checkpoint and lets it run the bare block on the short input. So nothing about
-    routing has to be known again in the recomputation, and the checkpoint stores less.
-
-    Args:
-        checkpoint: The model's own.
-        shared: What the wrappers of the model share.
-    """
-
-    def __init__(self, checkpoint: Callable, shared: RoutedModel):
-        self.checkpoint = checkpoint
-        self.shared = shared
-
-    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        block, running = (
-            getattr(function, "__self__", function),
-            self.shared.thread.running,
-        )  # some pass `block.__call__`
-        forward = block.__dict__.get("forward") if isinstance(block, torch.nn.Module) else None
-        if running is None or not isinstance(forward, BlockForward):
-            return self.checkpoint(function, *args, **kwargs)
-        run = partial(self.checkpoint, RoutedBlock(block))
-        return forward.route(running, run, args, kwargs, inside=False)
-
-
-def wrap_checkpoint_function(shared: RoutedModel) -> Callable | None:
-    """Wraps the checkpoint function of a model that uses one, if that is not done; gives the bare one if it was
-    not."""
-    model = shared.model
-    function = getattr(model, "_gradient_checkpointing_func", None)
-    if function is None or not model.gradient_checkpointing or isinstance(function, CheckpointForward):
-        return None
-    model._gradient_checkpointing_func = CheckpointForward(function, shared)
-    return function
-
-
-class RoutedBlock:
-    """Calls a block, hooks and all, whose tokens have been gathered."""
-
-    def __init__(self, block: torch.nn.Module):
-        self.block = block
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.block(*args, token_routing_done=True, **kwargs)
 
 
 def forward_of_model(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..routing import RoutingCall, TokenRouter, take_tokens
 from .specs import Window
@@ -36,22 +37,27 @@ class RoutedModel:
     Args:
         model: The model.
         router: Its router.
+
+    Attributes:
+        thread: What belongs to this thread's forward.
+        passes: The forward that a block's input is from, for the recomputation in a foreign checkpoint.
     """
 
     def __init__(self, model: torch.nn.Module, router: TokenRouter):
         self.model = model
         self.router = router
         self.thread = _ThreadState()
+        self.passes = WeakTensorKeyDictionary()
 
     def is_routing(self, call: RoutingCall | None = None) -> bool:
         """Whether a forward with this call would take a route in this thread."""
         return self.thread.probe is not None or self.router.is_routing(self.model.training, call)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "thread"}
+        return {"model": self.model, "router": self.router}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, thread=_ThreadState())
+        self.__init__(**state)
 
 
 class ForwardPass:
@@ -83,7 +89,7 @@ class ForwardPass:
         self.seed = seed
         self.window = window
         self.probe = probe
-        self.shared_subset = router.shares_subset(call)
+        self.has_same_subsets = router.has_same_subsets(call)
         self.grad_enabled = torch.is_grad_enabled()
         self.num_image_tokens: int | None = None
         self.num_routable: int | None = None
@@ -107,9 +113,9 @@ class ForwardPass:
         num_routes = len(self.router.routes)
         if self.probe is not None:
             batch_size, num_tokens = tokens.shape[:2]
-            rows = 1 if self.shared_subset else batch_size
-            order = torch.rand(rows, num_tokens, device=tokens.device).argsort(dim=1).expand(batch_size, -1)  # B N
-            return [order] * num_routes
+            rows = 1 if self.has_same_subsets else batch_size
+            order = torch.rand(rows, num_tokens, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+            return [order.to(tokens.device).expand(batch_size, -1)] * num_routes  # B N
         plan = self.router.plan(tokens, training=self.training, call=self.call, seed=self.seed)
         return [None] * num_routes if plan is None else plan
 

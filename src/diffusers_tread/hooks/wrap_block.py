@@ -11,12 +11,9 @@ from typing import Any
 import torch
 
 from ..routing import put_tokens, take_tokens
-from .forward_pass import ForwardPass, RoutedModel
 from .per_sample_table import PerSampleTable
 from .specs import Axis, BlockSpec, Window
-
-
-_MARK = "_token_routing_pass"
+from .state import ForwardPass, RoutedModel
 
 
 class BlockForward:
@@ -106,11 +103,12 @@ class BlockForward:
         """The call with the kept tokens only, and their ids in the stream of `hidden_states`."""
         spec, (batch_size, stream_length) = self.spec, hidden_states.shape[:2]
         image_length = window.length if spec.joint else stream_length
-        same_rows = batch_size == 1 or running.shared_subset
+        same_rows = batch_size == 1 or running.has_same_subsets
         if spec.needs_shared_subset and not same_rows:
             raise ValueError(
                 f"Expected one subset for all samples, which {type(self.module).__name__} needs because it uses a "
-                "per-token argument without a batch axis as an index. Give shared_subset=True."
+                "per-token argument without a batch axis as an index. Give shared_subset=True, and neither a "
+                "magnitude_mix nor a force_keep per sample."
             )
 
         def ids_for(length: int) -> torch.Tensor | None:
@@ -194,16 +192,17 @@ class BlockForward:
             raise ValueError(f"Expected a {name_of_block} that can be routed, but {reason}.")
 
     def _find_pass(self, args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
-        """The running forward; in a checkpoint's recomputation the one that the block's input was marked with."""
+        """The running forward; in a checkpoint's recomputation the one that the block's input is from."""
         running = self.shared.thread.running
         if torch.compiler.is_compiling():  # a traced checkpoint replays the graph, it does not call the block again
             return running
         hidden_states = self._argument(args, kwargs, self.spec.hidden)
         if running is not None:
             if running.grad_enabled and hidden_states is not None:
-                setattr(hidden_states, _MARK, running)
+                self.shared.passes[hidden_states] = running
             return running
-        running = getattr(hidden_states, _MARK, None)
+        if hidden_states is not None and torch.is_grad_enabled():
+            running = self.shared.passes.get(hidden_states)
         if running is None and self.route_index is not None and self.shared.is_routing():
             raise RuntimeError(
                 f"{type(self.module).__name__} was called outside a forward of its model, so it is not known which "
