@@ -65,7 +65,8 @@ def make_vae():
         blocks = {"block_types": ["ResBlock"] * 2, "block_out_channels": [6, 6], "layers_per_block": [1, 1]}
         blocks |= {"qkv_multiscales": [[], []]}
         sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()}
-        return AutoencoderDC(latent_channels=latent_channels, attention_head_dim=3, scaling_factor=0.4, **sides).eval()
+        sides |= {"upsample_block_type": "interpolate", "downsample_block_type": "conv", "attention_head_dim": 3}
+        return AutoencoderDC(latent_channels=latent_channels, scaling_factor=0.4, **sides).eval()
 
     return make
 
