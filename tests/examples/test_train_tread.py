@@ -117,10 +117,7 @@ def test_a_run_on_latents_of_damaged_images_ends_in_an_edm_pipeline_with_its_vae
     state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
     assert [name.split(" (")[0][-10:] for name in state["corrupt_images"]] == ["bee/03.png"]
     assert state["samples_seen"] == 24
-    grid = PIL.Image.open(output / "samples" / "step-0000004.png")  # beside it the classes' names
-    assert (
-        grid.height == 66 and grid.crop((grid.width - 3 * 66 - 60, 0, grid.width - 3 * 66, 66)).getextrema()[0][0] < 99
-    )
+    assert PIL.Image.open(output / "samples" / "step-0000004.png").size == (3 * 66, 22 + 66)
     assert bool(list(output.rglob("events*"))) == (tracker == "tensorboard")
 
 

@@ -2,11 +2,14 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
+import math
 import re
 
 import pytest
 
+from diffusers_tread.runs import config
 from diffusers_tread.runs.config import CONTROL_FIELDS, FREE_FIELDS, TrainConfig
 from diffusers_tread.runs.parsing import config_flags, parse_config, read_json
 from diffusers_tread.runs.presets import parse_train_config
@@ -120,8 +123,23 @@ def test_every_field_of_the_training_has_a_docstring_that_help_shows(capsys):
         assert f"--{name}" in shown and re.sub(r"[^\w.:;,'\"(){}/%-]", "", text) in shown, name
 
 
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (config._POSITIVE, [0, -1]),
+        (config._NOT_NEGATIVE, [-1, math.nan]),
+        (config._SHARES, [-0.1, 1.1, math.nan]),
+        (("adam_beta1", "adam_beta2"), [-0.1, 1.0]),
+        (("objective", "lr_scheduler"), ["", "piecewise_constant"]),
+    ],
+)
+def test_a_field_out_of_its_range_is_named(names, values):
+    for name, value in itertools.product(names, values):
+        with pytest.raises(ValueError, match=f"{name}|objective"):
+            TrainConfig(preset="S/2", **{name: value})
+
+
 def test_the_tables_of_fields_name_fields_and_a_config_is_frozen():
     assert set(CONTROL_FIELDS) | set(FREE_FIELDS) <= set(FIELDS)
-    config = TrainConfig(preset="S/2")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.preset = "B/2"
+        TrainConfig(preset="S/2").preset = "B/2"

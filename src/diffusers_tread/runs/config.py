@@ -29,7 +29,10 @@ _POSITIVE = (
     *("resolution", "validation_inference_steps", "learning_rate", "eval_steps", "eval_num_samples"),
     *("eval_batch_size", "eval_inference_steps", "hub_push_steps"),
 )
-_NOT_NEGATIVE = ("num_classes", "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers", "max_corrupt_images")
+_NOT_NEGATIVE = (
+    *("num_classes", "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers", "max_corrupt_images"),
+    *("adam_weight_decay", "adam_epsilon"),
+)
 _SHARES = ("dense_fraction", "class_dropout_prob", "ema_decay")
 
 
@@ -204,6 +207,9 @@ class TrainConfig:
         for name in _SHARES:
             if not 0.0 <= (value := getattr(self, name)) <= 1.0:
                 raise ValueError(f"Expected --{name} in [0, 1], got {value}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+                raise ValueError(f"Expected --{name} in [0, 1), got {value}.")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("Expected one of --overwrite_output_dir and --resume_from_checkpoint, got both.")
         if self.eval_steps is not None and (self.eval_reference is None or not Path(self.eval_reference).exists()):

@@ -51,7 +51,9 @@ def snapshot_pipeline(
 def sample_grid(
     pipeline: TREADPipeline, *, num_images: int, seed: int, num_inference_steps: int, guidance_scale: float
 ) -> PIL.Image.Image:
-    """Samples of one class after the other, with the classes' names above and a progress bar of its own.
+    """Samples of one class after the other, with a progress bar of its own and the classes' names.
+
+    Up to ten classes have columns of their own, with the name above; of more a row says from which to which.
 
     Args:
         pipeline: Whose scheduler and weights are used.
@@ -72,14 +74,15 @@ def sample_grid(
     ).images
     pipeline.set_progress_bar_config(disable=True)
 
-    columns = min(10, num_images)
+    columns = min(10 - 10 % num_classes if num_classes <= 10 else 10, num_images)
     grid = make_grid(images, columns=columns)
+    if pipeline.transformer.config.num_classes == 0:
+        return grid
     titles = [str(names.get(str(label), label)) for label in labels]
-    if num_classes == columns:  # a class has a column
-        return add_labels(grid, columns=_short(titles[:columns], grid.width // columns))
     rows = [titles[start : start + columns] for start in range(0, num_images, columns)]
-    texts = _short([" ".join([row[0], "to", row[-1]]) if len(row) > 1 else row[0] for row in rows], 160)
-    return add_labels(grid, rows=texts)
+    if columns % num_classes == 0 or len(rows) == 1:
+        return add_labels(grid, columns=_short(rows[0], grid.width // columns))
+    return add_labels(grid, rows=[" to ".join(_short(row[:: max(len(row) - 1, 1)], 96)) for row in rows])
 
 
 def _short(texts: list[str], width: int) -> list[str]:

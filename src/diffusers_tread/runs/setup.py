@@ -88,7 +88,7 @@ class UnseenSource(TrainingSource):
 def open_data(config: TrainConfig, accelerator: Accelerator) -> TrainingSource:
     """The data of a run; for a dry run only what lies on this machine."""
     kind, _, name = config.data.partition(":")
-    if config.dry_run and kind in ("folder", "hub", "latents") and (kind == "hub" or not Path(name).exists()):
+    if config.dry_run and kind in ("folder", "hub", "latents") and not Path(name).exists():
         return UnseenSource(config)
     with accelerator.main_process_first():  # one process fills the cache of `datasets`
         source = open_source(config.data, **config.data_options())
@@ -253,8 +253,8 @@ def settings_table(config: TrainConfig, accelerator: Accelerator, settings: dict
         "average": [f"decay {config.ema_decay:g}" if config.use_ema else "none"],
         "hardware": [
             f"{settings['num_processes']} x {accelerator.device.type}",
-            settings["distributed_type"],
-            f"precision {settings['mixed_precision']}",
+            settings["num_processes"] > 1 and settings["distributed_type"],
+            {"no": "float32"}.get(settings["mixed_precision"], settings["mixed_precision"]),
         ],
         "memory": [f"{copies * settings['num_parameters'] * 4 / 2**30:.2f} GiB of training state in all"],
         "folder": [config.output_dir],
