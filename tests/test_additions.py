@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from diffusers_tread import (
     FlowMatchingObjective,
@@ -123,7 +124,8 @@ def test_routed_tokens_of_a_backbone_keep_their_bits_and_positions_move_with_the
     (ids,) = model.token_router.plan(tokens, training=True, call=RoutingCall(seed=1))
     seen = []
     model.blocks[1].register_forward_hook(lambda module, args, output: seen.append(args))
-    out = model.blocks(tokens, arguments, kept_token_ids=[ids], per_token=[model.positions], hidden_states_at=(2,))
+    plan = {"routes": model.token_router.routes, "kept_token_ids": [ids], "per_token": [model.positions]}
+    out = model.blocks(tokens, arguments, **plan, hidden_states_at=(2,))
     (kept_tokens, kept_positions, _) = seen[0]
     assert kept_tokens.shape == (2, 32, 16) and out.hidden_states[2].shape == (2, 32, 16)
     for index in range(2):
@@ -133,7 +135,7 @@ def test_routed_tokens_of_a_backbone_keep_their_bits_and_positions_move_with_the
     mask = torch.ones(2, 64, dtype=torch.bool).scatter(1, ids, False)
     rejoined = []
     model.blocks[3].register_forward_hook(lambda module, args, output: rejoined.append(args[0]))
-    model.blocks(tokens, arguments, kept_token_ids=[ids], per_token=[model.positions])
+    model.blocks(tokens, arguments, **plan)
     assert torch.equal(rejoined[0][mask], tokens[mask]) and not torch.equal(rejoined[0][~mask], tokens[~mask])
 
 
@@ -230,6 +232,20 @@ def test_a_block_is_routed_with_what_belongs_to_its_tokens():
     model.train()
     model(torch.randn(2, 16, 8)).square().mean().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_forwards_of_one_input_stay_apart_under_torchs_checkpoints():
+    found = []
+    for wrapper in (torch.nn.Identity(), checkpoint_wrapper):
+        torch.manual_seed(0)
+        model = block_spec.TurningModel()
+        apply_token_routing(model, TokenRoute(start=0, end=-4))
+        model.blocks = torch.nn.ModuleList(wrapper(block) for block in model.blocks)
+        tokens = torch.randn(2, 16, 8)  # the model's input is its first block's
+        calls = RoutingCall(seed=1), RoutingCall(seed=2), RoutingCall(enabled=False)
+        sum(model(tokens, routing=call).square().mean() for call in calls).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*found)
 
 
 def test_a_source_of_data_trains_resumes_and_names_its_classes(train, tmp_path):

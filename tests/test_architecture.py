@@ -106,7 +106,7 @@ PRIVATE_ATTRIBUTES = {
     f"{DIFFUSERS}/hooks/hooks.py": {"_diffusers_hook"},
     f"{DIFFUSERS}/guiders/guider_utils.py": {
         "_count_prepared", "_input_predictions", "_num_inference_steps", "_step", "_start", "_stop", "_enabled",
-        "_prepare_batch", "_prepare_batch_from_block_state",
+        "_prepare_batch", "_prepare_batch_from_block_state", "_identifier_key",
     },
     f"{DIFFUSERS}/pipelines/pipeline_utils.py": {
         "_optional_components", "_callback_tensor_inputs", "_execution_device"

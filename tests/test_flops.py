@@ -15,6 +15,7 @@ from diffusers_tread import (
     RatioSchedule,
     SparseGuidance,
     TokenRoute,
+    TokenRouter,
     TREADTransformer2DModel,
     apply_token_routing,
     get_token_router,
@@ -286,6 +287,36 @@ def test_stacks_in_a_dict_of_modules_are_stacks():
     model = torch.nn.Module()
     model.modes = torch.nn.ModuleDict({"image": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
     assert [*_stacks(model)] == [model.modes["image"]]
+
+
+class Repeated(torch.nn.Linear):
+    """Works as often as an attribute says."""
+
+    def __init__(self, repeats):
+        super().__init__(4, 4)
+        self.repeats = repeats
+
+    def forward(self, tokens):
+        for _ in range(self.repeats):
+            tokens = super().forward(tokens)
+        return tokens
+
+
+def test_blocks_that_work_differently_count_differently_wherever_their_stack_is():
+    class Nested(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token_router = TokenRouter(TokenRoute(start=1, end=1, selection_ratio=0.5), num_layers=4)
+            self.core = torch.nn.Module()
+            self.core.blocks = RoutedStack([Repeated(repeats) for repeats in (1, 5, 1, 1)])
+
+        def forward(self, tokens, routing):
+            plan = self.token_router.plan(tokens, training=False, call=routing)
+            return self.core.blocks(tokens, routes=self.token_router.routes, kept_token_ids=plan)
+
+    inputs = {"tokens": torch.zeros(1, 8, 4)}
+    assert forward_flops(Nested(), inputs, selection_ratio=0.0).linear == 8 * 8 * 2 * 4 * 4
+    assert block_flops_saved(Nested(), inputs) == pytest.approx(2.5 / 8)
 
 
 def test_sampling_needs_a_step():

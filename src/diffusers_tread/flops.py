@@ -242,7 +242,13 @@ class _CountedBlock:
 
     def __init__(self, block: torch.nn.Module, counter: _Counter, *, is_ours: bool):
         self.block_forward, self.counter, self.is_ours = block.forward, counter, is_ours
-        self.kind = type(block), tuple(parameter.shape for parameter in block.parameters())
+        settings = [
+            (name, value)
+            for module in block.modules()
+            for name, value in [("", type(module)), *vars(module).items()]
+            if isinstance(value, (type, bool, int, float, str))
+        ]
+        self.kind = tuple(settings), tuple(parameter.shape for parameter in block.parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.counter.counter is None:
@@ -265,12 +271,14 @@ class _CountedBlock:
 
 
 def _stacks(model: torch.nn.Module) -> Iterator[torch.nn.ModuleList]:
-    """The model's lists of blocks, also those in its dicts of modules."""
+    """The model's lists of blocks, also those in its dicts of modules, and those that route wherever they are."""
     for module in model.children():
         if isinstance(module, torch.nn.ModuleList):
             yield module
         elif isinstance(module, torch.nn.ModuleDict):
             yield from _stacks(module)
+        else:
+            yield from (part for part in module.modules() if isinstance(part, RoutedStack))
 
 
 def _without_values(model: torch.nn.Module) -> torch.nn.Module:

@@ -41,7 +41,7 @@ class MeanDenoiser(ModelMixin, ConfigMixin):
         self.embedding, self.output = nn.Linear(in_channels, dim), nn.Linear(dim, in_channels)
         self.positions = nn.Parameter(0.02 * torch.randn(1, sample_size**2, dim))
         self.time, self.classes = nn.Linear(1, dim), nn.Embedding(num_classes + 1, dim)
-        self.blocks = RoutedStack([MeanBlock(dim) for _ in range(num_layers)], self.token_router.routes)
+        self.blocks = RoutedStack([MeanBlock(dim) for _ in range(num_layers)])
 
     def forward(
         self, hidden_states, timestep, class_labels=None, return_dict=True, *, routing=None, prefix=None,
@@ -55,8 +55,8 @@ class MeanDenoiser(ModelMixin, ConfigMixin):
         tokens = self.embedding(hidden_states.flatten(2).transpose(1, 2))  # B N D
         kept = self.token_router.plan(tokens, training=self.training, call=routing)
         tokens, prefix, hidden = self.blocks(
-            tokens, conditioning, kept_token_ids=kept, per_token=[self.positions], prefix=prefix,
-            return_prefix=return_prefix, hidden_states_at=hidden_states_at,
+            tokens, conditioning, routes=self.token_router.routes, kept_token_ids=kept, per_token=[self.positions],
+            prefix=prefix, return_prefix=return_prefix, hidden_states_at=hidden_states_at,
         )  # fmt: skip
         sample = self.output(tokens).transpose(1, 2).unflatten(2, (height, width))
         output = DenoiserOutput(

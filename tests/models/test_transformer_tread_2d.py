@@ -427,9 +427,19 @@ def test_inputs_of_a_wrong_shape_are_refused(model, inputs, name, shapes, messag
             model(**inputs | {name: torch.zeros(shape, dtype=inputs[name].dtype)})
 
 
+def test_a_router_that_was_replaced_is_obeyed(make_model, inputs):
+    model, expected = make_model(), make_model(routes=TokenRoute(start=0, end=2))
+    expected.load_state_dict(model.state_dict())
+    model.token_router = expected.token_router
+    call = RoutingCall(enabled=True, seed=1)
+    assert torch.equal(model(*inputs, routing=call).sample, expected(*inputs, routing=call).sample)
+
+
 def test_kept_ids_that_do_not_fit_are_refused(make_model, inputs):
     ids = torch.arange(4).expand(3, 4)
-    for wrong in ([], [ids, ids], [ids[:2]], [ids[0]], [ids[:, :0]], [torch.arange(17).expand(3, 17)]):
+    mask, other_types = torch.ones(3, 16, dtype=torch.bool), [ids.float(), ids.tolist(), ids.numpy()]
+    shapes = ([], [ids, ids], [ids[:2]], [ids[0]], [ids[:, :0]], [torch.arange(17).expand(3, 17)])
+    for wrong in (*shapes, [mask], *([one] for one in other_types)):
         with pytest.raises(ValueError, match=r"kept_token_ids of shape \[3, K <= 16\].*1 routes"):
             make_model()(*inputs, kept_token_ids=wrong)
     with pytest.raises(ValueError, match="0 routes"):

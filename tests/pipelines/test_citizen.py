@@ -8,7 +8,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from packaging.version import Version
 from pipeline_calls import latents_of
 
-from diffusers_tread import RatioSchedule, SparseGuidance
+from diffusers_tread import Branch, BranchGuidance, RatioSchedule, SparseGuidance
 
 
 # Callbacks.
@@ -65,6 +65,33 @@ def test_a_guider_of_a_callback_is_checked(make_pipeline):
 
     with pytest.raises(ValueError, match="Expected a second denoiser for the weak branch"):
         latents_of(make_pipeline(), [1, 4], None, callback_on_step_end=change)
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [
+        (Branch(selection_ratio=0.5), "Expected a denoiser with token routes"),
+        (Branch(denoiser="guidance"), "Expected a guidance_transformer"),
+    ],
+)
+def test_a_branch_that_the_denoisers_cannot_run_is_refused(make_pipeline, make_transformer, branch, message):
+    class Guider(BranchGuidance):
+        def branches(self):
+            return [Branch(), branch]
+
+        def forward(self, *predictions):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match=message):
+        transformer = make_transformer(objective="edm", routes=None)
+        latents_of(make_pipeline(transformer=transformer, guider=Guider()), [1, 4], None)
+
+
+def test_a_call_leaves_nothing_on_the_transformer(make_pipeline):
+    pipe = make_pipeline()
+    before = vars(pipe.transformer).copy()
+    latents_of(pipe, [1, 4], None)
+    assert vars(pipe.transformer) == before
 
 
 def test_a_guider_is_told_nothing_of_a_sampling_and_obeyed_when_it_is_changed(make_pipeline, record_calls):

@@ -231,6 +231,19 @@ def test_branches_in_one_forward_equal_branches_one_by_one(make_pipeline, record
     assert torch.equal(images[2], images[3]) and (images[2] - images[0]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(
+    "settings", [{"seed": torch.tensor([1, 2])}, {"seed": 1, "force_keep": torch.arange(32).view(2, 16) % 5 == 0}]
+)
+def test_settings_per_sample_hold_in_both_halves_of_classifier_free_guidance(make_pipeline, generators, settings):
+    pipe, images = make_pipeline(), []
+    with token_routing(pipe.transformer, selection_ratio=0.5, **settings):
+        for guider in (None, OneByOne(guidance_scale=2.5)):
+            pipe.guider = guider
+            scale = {"guidance_scale": 2.5} if guider is None else {}
+            images.append(latents_of(pipe, [1, 4], generators(0, 1), **scale))
+    assert difference(*images) < rounding(5 * 6 * 160)
+
+
 # The guidance transformer.
 
 

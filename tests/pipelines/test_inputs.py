@@ -99,6 +99,7 @@ def test_the_null_class_is_a_label(make_pipeline):
         ({"width": 0}, "divisible by 2, got 8x0"),
         ({"height": -2}, "divisible by 2"),
         ({"num_inference_steps": 0}, "num_inference_steps >= 1, got 0"),
+        ({"guidance_scale": float("nan")}, "Expected a finite guidance_scale or None, got nan"),
         ({"num_inference_steps": 2.5}, "integer num_inference_steps"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"generator": [torch.Generator()]}, r"one generator per image \(2\), got 1"),

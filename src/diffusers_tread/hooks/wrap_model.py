@@ -40,6 +40,10 @@ class ModelForward:
 
     def __call__(self, *args: Any, routing: RoutingCall | None = None, **kwargs: Any) -> Any:
         model, thread = self.module, self.shared.thread
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Tensors of this forward alone: by a block's input, its recomputation in a foreign checkpoint finds it.
+            args = [_view(value) for value in args]
+            kwargs = {name: _view(value) for name, value in kwargs.items()}
         unwrapped = wrap_checkpoint_function(self.shared)
         outer, thread.running = thread.running, self._open(routing, args, kwargs)
         try:
@@ -83,6 +87,10 @@ class ModelForward:
 def forward_of_model(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`ModelForward` as a function of the model, for libraries that rebind methods."""
     return model._token_routing(*args, **kwargs)
+
+
+def _view(value: Any) -> Any:
+    return value.view_as(value) if isinstance(value, torch.Tensor) else value
 
 
 def _device_of(values: Any) -> "torch.device | None":

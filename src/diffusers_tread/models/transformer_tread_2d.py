@@ -31,7 +31,7 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_utils import ModelMixin
 
-from ..routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, check_can_route, default_route
+from ..routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, check_can_route, default_route, hook_names
 from .modeling_outputs import DenoiserOutput
 
 
@@ -271,7 +271,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             )
             for _ in range(num_layers)
         ]
-        self.transformer_blocks = RoutedStack(blocks, self.token_router.routes)
+        self.transformer_blocks = RoutedStack(blocks)
 
         # Output.
         self.norm_out = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
@@ -380,6 +380,7 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         tokens, prefix, hidden_states_after = self.transformer_blocks(
             tokens,
             conditioning,
+            routes=self.token_router.routes,
             kept_token_ids=kept_token_ids,
             prefix=prefix,
             return_prefix=return_prefix,
@@ -448,6 +449,11 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         patch_size = self.config.patch_size
         grid = patches.unflatten(2, (patch_size, patch_size, self.out_channels)).unflatten(1, (height, width))
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # B C h P w P -> B C H W
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        # diffusers' own leaves an empty registry of hooks on a model that has none.
+        if hook_names(self):
+            super()._reset_stateful_cache(recurse)
 
     def _check_inputs(
         self,

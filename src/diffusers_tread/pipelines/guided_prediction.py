@@ -12,7 +12,8 @@ import torch
 from diffusers import BaseGuidance, ModelMixin
 
 from ..guiders import Branch
-from ..routing import RoutingCall, draw_routing_seed, get_token_router, has_cache, hook_names
+from ..guiders.branches import check_routes
+from ..routing import RoutingCall, TokenRouter, draw_routing_seed, get_token_router, has_cache, hook_names
 
 
 class GuidedPrediction:
@@ -102,6 +103,8 @@ class GuidedPrediction:
         shares = self.takes_prefix and any(branch.shares_prefix for branch in branches[1:])
         predictions, prefix = [], None
         for index, branch in enumerate(branches):
+            if self.denoisers[branch.denoiser] is None:
+                raise ValueError("Expected a guidance_transformer, which a branch of the guider runs, got None.")
             asked = {"return_prefix": True} if shares and index == 0 else {}
             asked |= {"prefix": prefix} if shares and branch.shares_prefix else {}
             routing = RoutingCall(enabled=True, selection_ratio=branch.selection_ratio)
@@ -130,10 +133,12 @@ class GuidedPrediction:
             predictions = self._run_together([batch.class_labels for batch in batches], latents, timestep)
         else:
             predictions = []
-            for index, batch in enumerate(batches):
+            for batch in batches:
                 guider.prepare_models(transformer)
+                # By its name: with some guiders a step's second batch is not always the same prediction.
+                name = getattr(batch, guider._identifier_key)
                 try:
-                    output = self._run(transformer, latents, timestep, batch.class_labels, context=f"branch {index}")
+                    output = self._run(transformer, latents, timestep, batch.class_labels, context=name)
                 finally:
                     guider.cleanup_models(transformer)
                 predictions.append(output[0])
@@ -148,9 +153,13 @@ class GuidedPrediction:
         timestep: torch.Tensor,
         routing: RoutingCall | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """One forward for the same latents with several labels each; a prediction [B, C, H, W] for each of them."""
+        """A prediction [B, C, H, W] for each of several labels, in one forward unless routing has settings per
+        sample."""
+        transformer = self.denoisers["main"]
+        if _routes_per_sample(get_token_router(transformer), routing):
+            return tuple(self._run(transformer, latents, timestep, labels, routing)[0] for labels in class_labels)
         many = torch.cat([latents] * len(class_labels))
-        predictions = self._run(self.denoisers["main"], many, timestep, torch.cat(class_labels), routing)[0]
+        predictions = self._run(transformer, many, timestep, torch.cat(class_labels), routing)[0]
         return predictions.chunk(len(class_labels))
 
     def _run(
@@ -170,6 +179,8 @@ class GuidedPrediction:
         """
         router, generator, seed = get_token_router(transformer), self.generator, None
         is_routing = router.is_routing(training=False, call=routing)
+        if not is_routing and routing is not None and routing.selection_ratio:
+            check_routes(transformer, routing.selection_ratio)  # it has none
         if is_routing and generator is not None and router.resolve().seed is None:
             if isinstance(generator, list):
                 generator = generator * (len(latents) // len(generator))  # for each half of classifier-free guidance
@@ -196,6 +207,14 @@ class GuidedPrediction:
 def _input_dtype(transformer: ModelMixin) -> torch.dtype:
     """What the first layer computes in. Not `transformer.dtype`, which looks at every module."""
     return next(transformer.parameters()).dtype
+
+
+def _routes_per_sample(router: TokenRouter, routing: RoutingCall | None) -> bool:
+    """Whether a forward routes by a seed or a `force_keep` with one entry for each sample."""
+    said = router.resolve(routing)
+    has_seeds = said.seed is not None and said.seed.dim() == 1
+    has_masks = said.force_keep is not None and said.force_keep.dim() == 2
+    return (has_seeds or has_masks) and router.is_routing(training=False, call=routing)
 
 
 def _takes_prefix(transformer: ModelMixin) -> bool:

@@ -5,6 +5,7 @@ Shapes: B images (labels x images per label), C latent channels, H and W latent 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -190,6 +191,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             width=width,
             num_inference_steps=num_inference_steps,
             sigmas=sigmas,
+            guidance_scale=guidance_scale,
             guider=self.guider if guidance_scale is None else None,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
@@ -250,6 +252,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         width: int,
         num_inference_steps: int,
         sigmas: Sequence[float] | None,
+        guidance_scale: float | None,
         guider: BaseGuidance | None,
         num_images_per_prompt: int,
         generator: "torch.Generator | list[torch.Generator] | None",
@@ -285,6 +288,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             raise ValueError(f"Expected height and width divisible by {stride}, got {height}x{width}.")
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"Expected an integer num_inference_steps >= 1, got {num_inference_steps!r}.")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"Expected a finite guidance_scale or None, got {guidance_scale!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected one generator per image ({batch_size}), got {len(generator)}.")
         if not isinstance(generator, (torch.Generator, list, type(None))):

@@ -36,17 +36,13 @@ class RoutedStack(nn.ModuleList):
 
     Args:
         blocks: Called as `block(tokens, *per_token, *shared)`, [B, N, D] to [B, N, D] for any N.
-        routes: The model's routes, `TokenRouter.routes`.
     """
-
-    def __init__(self, blocks: Iterable[nn.Module] | None = None, routes: Sequence[TokenRoute] = ()):
-        super().__init__(blocks)
-        self.routes = tuple(routes)
 
     def forward(
         self,
         tokens: torch.Tensor,
         *shared: Any,
+        routes: Sequence[TokenRoute] = (),
         kept_token_ids: list[torch.Tensor | None] | None = None,
         per_token: Sequence[torch.Tensor] = (),
         prefix: torch.Tensor | None = None,
@@ -59,6 +55,7 @@ class RoutedStack(nn.ModuleList):
         Args:
             tokens: [B, N, D].
             shared: What every block gets as it is, such as the conditioning.
+            routes: The model's routes, `TokenRouter.routes`.
             kept_token_ids: The plan: per route [B, K] int64, or None for a route not taken; None for a dense forward.
             per_token: Arguments with an entry for each token, [B, N, ...] or [1, N, ...], such as rotary tables:
                 inside a route a block gets those of its kept tokens.
@@ -72,10 +69,10 @@ class RoutedStack(nn.ModuleList):
                 routes; the index of a block that there is not.
         """
         wanted = set(hidden_states_at)
-        self._check(tokens, kept_token_ids, prefix, return_prefix, wanted)
-        taken = zip(self.routes, kept_token_ids, strict=True) if kept_token_ids is not None else ()
+        self._check(tokens, routes, kept_token_ids, prefix, return_prefix, wanted)
+        taken = zip(routes, kept_token_ids, strict=True) if kept_token_ids is not None else ()
         starts = {route.start: (route, ids) for route, ids in taken if ids is not None}
-        prefix_end = self.routes[0].start if prefix is not None or return_prefix else None
+        prefix_end = routes[0].start if prefix is not None or return_prefix else None
 
         first_tokens, arguments, hidden_states, route = tokens, per_token, {}, None
         for index, block in enumerate(self):
@@ -90,7 +87,7 @@ class RoutedStack(nn.ModuleList):
                 route, ids = starts[index]
                 rejoining = _rejoining_tokens(route, first_tokens, tokens)  # B N D
                 tokens = take_tokens(tokens, ids)  # B K D
-                arguments = [take_tokens(one.expand(len(ids), *one.shape[1:]), ids) for one in per_token]
+                arguments = [take_tokens(one.expand(ids.shape[0], *one.shape[1:]), ids) for one in per_token]
 
             run = block if checkpoint is None else partial(checkpoint, block)
             tokens = run(tokens, *arguments, *shared)
@@ -105,33 +102,42 @@ class RoutedStack(nn.ModuleList):
     def _check(
         self,
         tokens: torch.Tensor,
+        routes: Sequence[TokenRoute],
         kept_token_ids: list[torch.Tensor | None] | None,
         prefix: torch.Tensor | None,
         return_prefix: bool,
         wanted: set[int],
     ) -> None:
-        """Compares shapes, nothing that waits for the device."""
+        """Compares shapes and types, nothing that waits for the device."""
         if kept_token_ids is not None:
-            shapes = [None if ids is None else list(ids.shape) for ids in kept_token_ids]
+            # Not by `len`, for which `torch.export` fixes the batch size.
+            batch_size, num_tokens = tokens.shape[:2]
             fits = [
-                ids is None or (ids.dim() == 2 and len(ids) == len(tokens) and 1 <= ids.shape[1] <= tokens.shape[1])
+                isinstance(ids, torch.Tensor)
+                and (ids.dtype == torch.int64 and ids.dim() == 2)
+                and (ids.shape[0] == batch_size and 1 <= ids.shape[1] <= num_tokens)
                 for ids in kept_token_ids
+                if ids is not None
             ]
-            if len(shapes) != len(self.routes) or not all(fits):
+            if len(kept_token_ids) != len(routes) or not all(fits):
                 raise ValueError(
-                    f"Expected kept_token_ids of shape [{len(tokens)}, K <= {tokens.shape[1]}], or None, for each of "
-                    f"the {len(self.routes)} routes, got {shapes}."
+                    f"Expected int64 kept_token_ids of shape [{batch_size}, K <= {num_tokens}], or None, for each of "
+                    f"the {len(routes)} routes, got {[_describe(ids) for ids in kept_token_ids]}."
                 )
-        if (prefix is not None or return_prefix) and not self.routes:
+        if (prefix is not None or return_prefix) and not routes:
             raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
         if prefix is not None and prefix.shape != tokens.shape:
             raise ValueError(
                 f"Expected a prefix {list(tokens.shape)}, as return_prefix=True gave it for these inputs, got "
                 f"{list(prefix.shape)}."
             )
-        first = 0 if prefix is None else self.routes[0].start
+        first = 0 if prefix is None else routes[0].start
         if wrong := sorted(wanted - set(range(first, len(self)))):
             raise ValueError(f"Expected indices of blocks that run, {first} to {len(self) - 1}, got {wrong}.")
+
+
+def _describe(ids: Any) -> str:
+    return f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
 
 
 def _rejoining_tokens(route: TokenRoute, first_tokens: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
