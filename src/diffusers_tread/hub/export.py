@@ -61,8 +61,8 @@ def export_for_hub(
         The folder.
 
     Raises:
-        ValueError: A component of another kind or with adapters, an objective of your own, a folder with something else, or
-            results of other weights.
+        ValueError: A component of another kind or with adapters, an objective of your own, a folder with
+            something else, or results of other weights.
     """
     folder = Path(folder)
     _check_components(pipeline)

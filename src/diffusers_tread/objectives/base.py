@@ -105,7 +105,8 @@ class Objective(ABC):
 
         Raises:
             ValueError: The denoiser is trained for another objective, returns another shape, or not the tokens that a
-                term asks for; two terms take the denoising loss's place; the latents are not [B, C, H, W] floats, or look like images in [0, 255].
+                term asks for; two terms take the denoising loss's place; the latents are not [B, C, H, W] floats, or
+                look like images in [0, 255].
         """
         self.check_denoiser(denoiser)
         if sum(term.replaces_denoising for term in terms) > 1:
