@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from diffusers_tread import (
@@ -114,6 +114,27 @@ def test_a_backbone_trains_resumes_samples_and_is_exported(train, tmp_path):
     loaded = TREADPipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(sample(loaded), images)
+    assert "\nfrom diffusers_tread" not in (folder / "transformer/backbone.py").read_text()
+
+
+def test_an_export_takes_the_code_of_a_guider_with_it(tmp_path):
+    transformer = TREADTransformer2DModel(**TINY, sample_size=8, in_channels=1, objective="flow")
+    pipe = TREADPipeline(transformer, FlowMatchEulerDiscreteScheduler(), guider=guider.TwoWeakBranches())
+    folder = export_for_hub(pipe, tmp_path / "hub")
+    assert "\nfrom diffusers_tread" not in (folder / "guider/guider.py").read_text()
+    loaded = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert type(loaded.guider).__module__.startswith("diffusers_modules")
+
+
+@pytest.mark.parametrize("kind", ["guider of a script", "objective"])
+def test_what_an_export_cannot_take_with_it_is_refused(monkeypatch, tmp_path, kind):
+    name = "sample" if kind == "objective" else "flow"
+    transformer = TREADTransformer2DModel(**TINY, sample_size=8, in_channels=1, objective=name)
+    pipe = TREADPipeline(transformer, OBJECTIVES[name]().scheduler(), guider=guider.TwoWeakBranches())
+    if kind != "objective":
+        monkeypatch.setattr(guider.TwoWeakBranches, "__module__", "__main__")
+    with pytest.raises(ValueError, match="Expected an objective of diffusers_tread|Expected a guider whose code"):
+        export_for_hub(pipe, tmp_path / "hub")
 
 
 def test_routed_tokens_of_a_backbone_keep_their_bits_and_positions_move_with_the_kept():

@@ -226,6 +226,7 @@ def test_a_plan_under_autocast_is_the_same(mix):
         ("selection_ratio", 1.0, r"selection ratio in \[0, 1\)"),
         ("selection_ratio", -0.1, r"selection ratio in \[0, 1\)"),
         ("seed", 1.5, "64-bit int.*got 1.5"),
+        ("enabled", "no", "enabled to be True, False or None, got 'no'"),
         ("seed", True, "64-bit int.*got True"),
         ("seed", 2**63, "64-bit int"),
         ("seed", torch.tensor(1.0), r"int64 tensor.*got torch.float32 \[\]"),

@@ -33,6 +33,7 @@ class SparseGuidance(BranchGuidance):
     Works wherever diffusers' guiders do, on `TREADTransformer2DModel` and on models prepared by `apply_token_routing`.
     `null_weak_branch` and `weak_checkpoint` make it the related kinds of guidance, and with ratios of 0.0 autoguidance
     (arXiv 2406.02507, here with the condition in both branches, as in the paper and unlike diffusers' `AutoGuidance`).
+    An attribute that is changed later counts in sampling, but what is saved are the constructor's arguments.
 
     Args:
         guidance_scale: w, at least 0. 1.0 leaves the strong branch alone (and does not run the weak one).

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 
 from ..files import replace_folder
 from ..models import DENOISERS
+from ..objectives import OBJECTIVES
 from .bundle import bundle_module
 from .loadable import package_classes
 from .model_card import SAMPLES, CardDetails, model_card
@@ -50,7 +51,7 @@ def export_for_hub(
     `AutoModel.from_pretrained(folder / "transformer", trust_remote_code=True)`.
 
     Args:
-        pipeline: With components of this package, diffusers or transformers.
+        pipeline: With components of this package or registered with it, of diffusers or transformers.
         folder: New, empty, or with a pipeline, which is replaced.
         repo_id: "organisation/name" for the card; None for the name of the folder.
         variant: Part of the weights' file names, such as "fp16".
@@ -60,8 +61,8 @@ def export_for_hub(
         The folder.
 
     Raises:
-        ValueError: A component of another kind or with adapters, a folder with something else, or results of other
-            weights.
+        ValueError: A component of another kind or with adapters, an objective of your own, a folder with
+            something else, or results of other weights.
     """
     folder = Path(folder)
     _check_components(pipeline)
@@ -113,6 +114,17 @@ def _check_components(pipeline: DiffusionPipeline) -> None:
                 f"Expected components of diffusers_tread, diffusers or transformers, got a {name} of class "
                 f"{kind.__module__}.{kind.__name__}. Load the pipeline by TREADPipeline.from_pretrained, or use "
                 "save_pretrained for classes of your own."
+            )
+        if kind.__module__ == "__main__":
+            raise ValueError(
+                f"Expected a {name} whose code can be exported, got {kind.__name__} of a script or notebook. Define "
+                "it in a module of its own."
+            )
+        objective = OBJECTIVES.get(part.config.get("objective")) if kind in DENOISERS.values() else None
+        if objective is not None and objective.__module__.partition(".")[0] != package:
+            raise ValueError(
+                f"Expected an objective of diffusers_tread, whose code lies beside the weights, got "
+                f"{objective.name!r} of {objective.__module__}. Use save_pretrained."
             )
         if kind in DENOISERS.values():
             with torch.device("meta"):

@@ -105,9 +105,12 @@ class Objective(ABC):
 
         Raises:
             ValueError: The denoiser is trained for another objective, returns another shape, or not the tokens that a
-                term asks for; the latents are not [B, C, H, W] floats, or look like images in [0, 255].
+                term asks for; two terms take the denoising loss's place; the latents are not [B, C, H, W] floats, or
+                look like images in [0, 255].
         """
         self.check_denoiser(denoiser)
+        if sum(term.replaces_denoising for term in terms) > 1:
+            raise ValueError(f"Expected one term at most in the denoising loss's place, got {list(terms)}.")
         noised = self.corrupt(latents, generator)
 
         # The network's forward, with what the terms want of it.

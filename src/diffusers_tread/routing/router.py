@@ -63,6 +63,8 @@ class RoutingCall:
     """Overrides `TokenRoute.magnitude_mix` of every route, in [-1, 1]."""
 
     def __post_init__(self):
+        if self.enabled is not None and not isinstance(self.enabled, bool):
+            raise ValueError(f"Expected enabled to be True, False or None, got {self.enabled!r}.")
         if self.selection_ratio is not None:
             check_selection_ratio(self.selection_ratio)
         if self.magnitude_mix is not None:

@@ -122,7 +122,7 @@ class RoutedStack(nn.ModuleList):
             if len(kept_token_ids) != len(routes) or not all(fits):
                 raise ValueError(
                     f"Expected int64 kept_token_ids of shape [{batch_size}, K <= {num_tokens}], or None, for each of "
-                    f"the {len(routes)} routes, got {[_describe(ids) for ids in kept_token_ids]}."
+                    f"the {len(routes)} routes, got {[_describe_ids(ids) for ids in kept_token_ids]}."
                 )
         if (prefix is not None or return_prefix) and not routes:
             raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
@@ -136,7 +136,7 @@ class RoutedStack(nn.ModuleList):
             raise ValueError(f"Expected indices of blocks that run, {first} to {len(self) - 1}, got {wrong}.")
 
 
-def _describe(ids: Any) -> str:
+def _describe_ids(ids: Any) -> str:
     return f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
 
 

@@ -126,6 +126,13 @@ def test_a_dense_forward_has_the_plain_loss(objective):
     assert torch.equal(loss_of(model, objective, 0.5, enabled=False), plain)
 
 
+def test_two_terms_in_place_of_the_denoising_loss_are_refused():
+    model, (latents, labels) = make_model(), batch()
+    terms = [ReconstructionLoss.for_model(model)] * 2
+    with pytest.raises(ValueError, match="Expected one term at most in the denoising loss's place"):
+        EDMObjective().loss(model, latents, class_labels=labels, terms=terms)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_routed_tokens_have_a_gradient_only_with_a_reconstruction(objective):
     model = make_model(objective, routes=ROUTES[1:])
