@@ -8,6 +8,7 @@ The same command goes on with a run that was killed. The flags are the fields of
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -29,6 +30,9 @@ from diffusers_tread.runs.outputs import RunOutputs
 from diffusers_tread.runs.presets import parse_train_config
 from diffusers_tread.runs.signals import StopRequest
 from diffusers_tread.seeds import derive_seed
+
+
+DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.json"  # without any data named
 
 
 class Trainer:
@@ -178,7 +182,7 @@ class Trainer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_train_config(argv, description=__doc__.split("\n")[0])
+    config = parse_train_config(argv, description=__doc__.split("\n")[0], default_config=DIGITS_CONFIG)
     accelerator = setup.make_accelerator(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
 

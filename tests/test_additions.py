@@ -270,13 +270,13 @@ def test_forwards_of_one_input_stay_apart_under_torchs_checkpoints():
 
 
 def test_a_source_of_data_trains_resumes_and_names_its_classes(train, tmp_path):
-    pipe = train("--data", "toy:40", "--recipe=digits", model=TINY)
+    pipe = train("--data", "toy:40", model=TINY)
     assert pipe.config.id2label == {"0": "dark", "1": "light"} and pipe.transformer.config.in_channels == 3
     settings = json.loads((tmp_path / "run" / "train_config.json").read_text())
     assert (settings["data"], settings["num_images"], settings["num_classes"]) == ("toy:40", 40, 2)
     for name in ("pipeline", "checkpoint-4"):
         shutil.rmtree(tmp_path / "run" / name)
-    again = train("--data", "toy:40", "--recipe=digits", model=TINY)
+    again = train("--data", "toy:40", model=TINY)
     weights = again.transformer.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in pipe.transformer.state_dict().items())
     with pytest.raises(ValueError, match="Expected data as digits:NAME, .*toy:NAME, got 'toys:40'"):

@@ -2,6 +2,7 @@
 """The recipes: as docs/imagenet.md describes them, and below what the command line says."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,13 @@ def test_the_guide_states_a_recipe_s_size_flops_and_figures(row):
     assert was_run == ("yes" if recipe.was_run else "no")
 
 
-def test_without_data_config_and_recipe_the_digits_are_trained_on():
-    assert parse_train_config([]) == parse_train_config(["--recipe", "digits"])
-    assert parse_train_config([]).adam_beta2 == 0.99
-    other = parse_train_config(["--data", "folder:photos", "--resolution", "8", "--preset", "S/4"])
+def test_the_default_config_holds_where_no_data_config_or_recipe_is_named():
+    parse = partial(parse_train_config, default_config=ROOT / "examples" / "configs" / "digits.json")
+    assert (parse([]).data, parse([]).adam_beta2) == ("digits:", 0.99)
+    other = parse(["--data", "folder:photos", "--resolution", "8", "--preset", "S/4"])
     assert (other.data, other.adam_beta2, other.validation_steps) == ("folder:photos", 0.999, None)
-    with pytest.raises(ValueError, match="Expected a recipe among .'digits', 'imagenet256_s2'.*got 'imagenet'"):
-        parse_train_config(["--recipe", "imagenet"])
+    with pytest.raises(ValueError, match="Expected a recipe among .'imagenet256_s2'.*got 'imagenet'"):
+        parse(["--recipe", "imagenet"])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def parse_config(
     *,
     description: str | None = None,
     recipe_settings: Callable[[str], dict[str, Any]] | None = None,
-    default_recipe: str | None = None,
+    default_config: str | Path | None = None,
 ) -> T:
     """A config from the flags of a command line, over `--config FILE`, over `--recipe NAME`, over its defaults.
 
@@ -31,7 +31,7 @@ def parse_config(
         argv: The command line; None for that of this process.
         description: What `--help` begins with.
         recipe_settings: What a recipe's name stands for; None if there are no recipes.
-        default_recipe: The one without --config, --recipe and --data.
+        default_config: The one without --config, --recipe and --data.
 
     Raises:
         ValueError: What `config_flags`, `recipe_settings` or the dataclass refuse.
@@ -44,7 +44,7 @@ def parse_config(
     first.add_argument("--recipe")
     given, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     if given.config is given.recipe is None and not any(word.partition("=")[0] == "--data" for word in rest):
-        given.recipe = default_recipe
+        given.config = default_config and str(default_config)
     flags, known = [], [field.name for field in dataclasses.fields(kind)]
     if given.recipe is not None:
         if recipe_settings is None:

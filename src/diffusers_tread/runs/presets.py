@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..objectives import EDMObjective
@@ -66,26 +67,6 @@ RECIPES = {
 }
 # fmt: on
 
-# scikit-learn's 8x8 digits as pixels, 64 tokens: minutes on a laptop.
-DIGITS = {
-    "data": "digits:",
-    "model_config_name_or_path": {
-        "num_attention_heads": 3,
-        "attention_head_dim": 16,
-        "num_layers": 12,
-        "patch_size": 1,
-    },
-    "train_batch_size": 16,
-    "max_train_steps": 2000,
-    "learning_rate": 5e-3,
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 30,
-    "adam_beta2": 0.99,
-    "use_ema": True,
-    "ema_decay": 0.99,
-    "validation_steps": 500,
-}
-
 
 def recipe_settings(name: str) -> dict[str, Any]:
     """Values for the fields of `TrainConfig`.
@@ -93,15 +74,15 @@ def recipe_settings(name: str) -> dict[str, Any]:
     Raises:
         ValueError: There is no such recipe.
     """
-    if name == "digits":
-        return DIGITS
     if name not in RECIPES:
-        raise ValueError(f"Expected a recipe among {['digits', *RECIPES]}, got {name!r}.")
+        raise ValueError(f"Expected a recipe among {list(RECIPES)}, got {name!r}.")
     return RECIPES[name].settings()
 
 
-def parse_train_config(argv: Sequence[str] | None = None, *, description: str | None = None) -> TrainConfig:
-    """A `TrainConfig` from a command line, see `parse_config`; without --data, --config and --recipe the digits."""
+def parse_train_config(
+    argv: Sequence[str] | None = None, *, description: str | None = None, default_config: str | Path | None = None
+) -> TrainConfig:
+    """A `TrainConfig` from a command line, see `parse_config`."""
     return parse_config(
-        TrainConfig, argv, description=description, recipe_settings=recipe_settings, default_recipe="digits"
+        TrainConfig, argv, description=description, recipe_settings=recipe_settings, default_config=default_config
     )
