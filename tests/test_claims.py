@@ -102,7 +102,11 @@ def test_workers_that_outlive_a_killed_owner_do_not_keep_its_lock(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"text"', owner(), owner(host="other"), owner(pid=1)])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", "null", '"text"', owner(), owner(host="other"), owner(pid=1)],
+    ids=["empty", "cut", "list", "null", "text", "this process", "another host", "process 1"],
+)
 def test_what_a_file_says_that_nobody_locks_binds_nobody(tmp_path, content):
     """Whoever wrote it is dead, and a living process may have got its number."""
     (tmp_path / LOCK).write_text(content)
@@ -120,6 +124,7 @@ def test_what_a_file_says_that_nobody_locks_binds_nobody(tmp_path, content):
         (owner(), False),
         (owner(host="elsewhere"), False),  # who knows
     ],
+    ids=["nobody", "reused number", "no such process", "this process", "another host"],
 )
 def test_without_locks_the_written_owner_decides_unless_it_is_dead(tmp_path, monkeypatch, number, content, is_free):
     def refuse(*args):
