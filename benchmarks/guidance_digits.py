@@ -41,7 +41,7 @@ import demo  # noqa: E402
 import train_tread  # noqa: E402
 
 from diffusers_tread import RatioSchedule, SparseGuidance, TREADPipeline, TREADTransformer2DModel  # noqa: E402
-from diffusers_tread.data import TrainingSource, register_source  # noqa: E402
+from diffusers_tread.data import SOURCES, TrainingSource, register_source  # noqa: E402
 from diffusers_tread.data.images import DigitsDataset  # noqa: E402
 from diffusers_tread.flops import guidance_flops  # noqa: E402
 from diffusers_tread.metrics import FeatureStatistics, frechet_distance  # noqa: E402
@@ -168,21 +168,16 @@ class SeenDigits(DigitsDataset):
         self.images, self.labels = self.images[seen], self.labels[seen]
 
 
-register_source("seen_digits", lambda name, **options: TrainingSource(SeenDigits(), name="scikit-learn's digits"))
+def open_seen_digits(name: str, **options: Any) -> TrainingSource:
+    return TrainingSource(SeenDigits(), name="scikit-learn's digits")
 
 
 def train(args: argparse.Namespace) -> None:
     """The training script's digits recipe on a part of the digits, a source of data of its own."""
-    flags = [
-        "--recipe",
-        "digits",
-        "--data",
-        "seen_digits:three quarters",
-        "--output_dir",
-        args.output_dir,
-        "--max_train_steps",
-        args.max_train_steps,
-    ]
+    if "seen_digits" not in SOURCES:  # of an earlier call
+        register_source("seen_digits", open_seen_digits)
+    flags = ["--config", train_tread.DIGITS_CONFIG, "--data", "seen_digits:three quarters"]
+    flags += ["--output_dir", args.output_dir, "--max_train_steps", args.max_train_steps]
     flags += ["--checkpointing_steps", args.weak_steps, "--validation_steps", args.max_train_steps]
     train_tread.main([str(flag) for flag in flags])
 

@@ -112,7 +112,9 @@ PRIVATE_ATTRIBUTES = {
         "_optional_components", "_callback_tensor_inputs", "_execution_device"
     },
     f"{DIFFUSERS}/models/cache_utils.py": {"_reset_stateful_cache"},
-    "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html": {"_modules"},
+    "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html": {
+        "_modules", "_forward_hooks", "_forward_pre_hooks"
+    },
     "https://docs.pytorch.org/docs/stable/generated/torch.compile.html": {"_orig_mod"},
 }  # fmt: skip
 # What our classes set for diffusers to read.
@@ -215,6 +217,7 @@ def test_private_attributes_are_there():
     assert (guider._step, guider._num_inference_steps, guider._count_prepared) == (1, 4, 0)
     for name in ("_prepare_batch", "_prepare_batch_from_block_state", "_input_predictions"):
         assert hasattr(guider, name)
+    assert {"_modules", "_forward_hooks", "_forward_pre_hooks"} <= set(vars(torch.nn.Module()))
     assert torch.compile(torch.nn.Linear(1, 1), backend="eager")._orig_mod is not None
 
 

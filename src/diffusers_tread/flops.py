@@ -7,6 +7,7 @@ counted, and every diffusers model with `apply_token_routing` whose forward does
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -290,11 +291,12 @@ def _without_values(model: torch.nn.Module) -> torch.nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
 
-    # Hooks (offloading, caches) may hold the model's weights, streams, and forwards of the model itself.
+    # Hooks (offloading, caches, a user's) may hold the model's weights, streams, and forwards of the model itself.
     keeps_forward = hasattr(model, "_token_routing")
     hooks = ("_diffusers_hook", "_hf_hook", *(() if keeps_forward else ("forward",)))
     for module in model.modules():
         memo |= {id(vars(module)[name]): None for name in hooks if name in vars(module)}
+        memo |= {id(held): OrderedDict() for held in (module._forward_hooks, module._forward_pre_hooks)}
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         for name in hooks:

@@ -121,17 +121,18 @@ def test_the_guide_s_table_and_what_it_says_of_it_are_those_of_the_committed_res
     for row in guided:
         accuracy, pixels, features = changes(row["kind"], row["guidance_scale"])
         if row["kind"].startswith("SG"):
-            assert abs(accuracy).max() < 0.005 and abs(pixels).max() < 0.003 and abs(features).max() < 0.05
+            assert ((accuracy >= 0.002) & (accuracy < 0.0101)).all()
+            assert abs(pixels).max() < 0.003 and abs(features).max() < 0.05
         elif (row["kind"], row["guidance_scale"]) == ("AG", 1.1):
             assert (pixels < 0).all() and abs(pixels.mean() / np.mean(unguided["pixel_distance"]) + 0.02) < 0.005
-            assert abs(features).max() < 0.05
+            assert abs(features.mean() / np.mean(unguided["feature_distance"]) - 0.02) < 0.01
         else:
             assert (accuracy > 0).all() and (pixels > 0).all() and (features > 0).all()
 
     accuracy = {row["kind"]: row["accuracy"] for row in guided}  # of several scales the largest
     middle = accuracy["CFG, middle half of the steps"]
     assert all(np.less(accuracy[kind], accuracy["CFG"]).all() for kind in accuracy if "CFG" not in kind)
-    assert np.less(middle, accuracy["CFG"]).all() and np.greater(middle, unguided["accuracy"]).all()
+    assert np.mean(middle) < np.mean(accuracy["CFG"]) and np.greater(middle, unguided["accuracy"]).all()
     for kind, to in (
         ("CFG + SG, ratios 0.2/0.8", "CFG"),
         ("AG + SG, ratios 0/0.75", "AG"),
