@@ -82,6 +82,7 @@ def prepared_images(made, *, mirrored=False):
     return torch.stack([image_to_tensor(image) for image in images])
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_and_kills_give_the_same_bytes(made, tmp_path):
     """Killed several times in a row, by one and by two processes in turn; stopped by a limit on the size of files."""
     chance = random.Random(seed := int.from_bytes(os.urandom(4), "little"))

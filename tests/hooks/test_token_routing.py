@@ -391,6 +391,7 @@ def test_one_full_graph_trains_with_eager_gradients_and_a_fresh_subset_each_step
             assert not torch.equal(run(compiled), run(compiled))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_blocks_train_with_eager_gradients():
     torch.compiler.reset()

@@ -71,6 +71,7 @@ def test_latents_arrive_with_all_that_tells_where_they_are_from(hub_server, late
     assert info.source["revision"] == hub_server.repo("ant/images", "dataset").at("main").sha
 
 
+@pytest.mark.slow
 def test_training_from_the_hub_is_training_from_the_folder(hub_server, latents, run_example, tmp_path):
     def line(name, *more):
         return [*TRAIN, "--output_dir", tmp_path / name, *more]

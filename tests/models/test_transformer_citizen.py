@@ -169,14 +169,14 @@ def test_targets_that_reach_nothing_are_said(make_model):
 # Graphs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sizes", "graphs"),
+    ("routed", "sizes", "graphs"),
     [
-        ([(8, 12), (8, 8), (12, 8), (16, 16), (4, 20)], 1),  # 8 x 8 is that of training
-        ([(12, 12), (8, 8), (8, 12), (4, 20)], 2),  # a first square image makes a graph for square ones
+        (True, [(8, 12), (8, 8), (12, 8), (16, 16), (4, 20)], 1),  # 8 x 8 is that of training
+        (False, [(12, 12), (8, 8), (8, 12), (4, 20)], 2),  # a first square image makes a graph for square ones
     ],
 )
-@pytest.mark.parametrize("routed", [False, True])
 def test_few_graphs_serve_all_image_sizes(make_model, routed, sizes, graphs):
     torch._dynamo.reset()
     counters.clear()
@@ -205,7 +205,8 @@ def test_a_routed_forward_is_exported_for_any_batch_size(make_model, strict):
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_an_unseeded_routed_forward_can_be_packaged(make_model, tmp_path):
-    model = make_model(num_layers=3, attention_head_dim=4, mlp_ratio=1.0, routes=[{"start": 0, "end": 0}]).train()
+    sizes = {"num_layers": 3, "num_attention_heads": 1, "attention_head_dim": 4, "mlp_ratio": 1.0}
+    model = make_model(**sizes, routes=[{"start": 0, "end": 0}]).train()
     inputs = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 1])
     with torch.no_grad():
         exported = torch.export.export(model, inputs, strict=True)
