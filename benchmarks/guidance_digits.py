@@ -41,8 +41,12 @@ import demo  # noqa: E402
 import train_tread  # noqa: E402
 
 from diffusers_tread import RatioSchedule, SparseGuidance, TREADPipeline, TREADTransformer2DModel  # noqa: E402
-from diffusers_tread.data import SOURCES, TrainingSource, register_source  # noqa: E402
-from diffusers_tread.data.images import DigitsDataset  # noqa: E402
+from diffusers_tread.data import (  # noqa: E402
+    SOURCES,
+    DigitsDataset,  # noqa: E402
+    TrainingSource,
+    register_source,
+)
 from diffusers_tread.flops import guidance_flops  # noqa: E402
 from diffusers_tread.metrics import FeatureStatistics, frechet_distance  # noqa: E402
 from diffusers_tread.runs.checkpoints import EMA_WEIGHTS  # noqa: E402

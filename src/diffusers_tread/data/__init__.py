@@ -1,17 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .batch_sampler import EpochBatchSampler
 from .folders import ClassFolders, list_class_folders, list_images
-from .images import (
-    DigitsDataset,
-    ImageDataset,
-    UnreadableImage,
-    center_crop,
-    collate_images,
-    image_to_tensor,
-    load_image,
-    load_record,
-    open_images,
-)
+from .images import UnreadableImage, center_crop, image_to_tensor, load_image, load_record
+from .labelled_images import DigitsDataset, ImageDataset, collate_images, open_images
 from .latents import (
     LatentCodec,
     LatentsDataset,

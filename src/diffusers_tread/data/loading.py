@@ -10,7 +10,7 @@ import PIL.ImageColor
 from torch.utils.data import DataLoader
 
 from .batch_sampler import EpochBatchSampler
-from .images import DigitsDataset, ImageDataset, collate_images, open_images
+from .labelled_images import DigitsDataset, ImageDataset, collate_images, open_images
 from .latents import LatentsDataset, StreamingLatentsDataset, open_latents
 from .streaming import StreamingDataset, StreamingImageDataset
 

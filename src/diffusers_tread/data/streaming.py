@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import IterableDataset
 
 from ..seeds import derive_seed
-from .images import UnreadableImage, collate_images, load_record
+from .images import UnreadableImage, load_record
+from .labelled_images import collate_images
 
 
 # Errors of files and connections. Those of HTTP depend on the version of huggingface_hub.

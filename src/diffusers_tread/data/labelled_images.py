@@ -1,0 +1,242 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Labelled images from scikit-learn's digits, a folder or any `datasets` repository, as tensors in [-1, 1].
+
+Shapes: B batch, C channels, R resolution. A batch is {"pixel_values": [B, C, R, R] float32, "class_labels": [B] int64,
+"corrupt": ids of the unreadable images that were met and replaced while it was made}.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..seeds import derive_seed
+from .folders import ClassFolders, list_class_folders
+from .images import UnreadableImage, load_record
+
+
+def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Items of one of the data sets below as a batch."""
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64),
+        "corrupt": [image for item in items for image in item["corrupt"]],
+    }
+
+
+class DigitsDataset(Dataset):
+    """The 1,797 handwritten digits of scikit-learn: 8x8 pixels, one channel, ten classes, nothing to download.
+
+    Indexed like `ImageDataset`. Raises ImportError without scikit-learn.
+    """
+
+    num_classes, channels, resolution = 10, 1, 8
+
+    def __init__(self):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1  # 0..16 to [-1, 1]
+        self.labels = torch.from_numpy(digits.target).long()
+        self.id2label = {label: str(name) for label, name in enumerate(digits.target_names)}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        _, index = key
+        return {"pixel_values": self.images[index], "class_labels": int(self.labels[index]), "corrupt": []}
+
+
+class ImageDataset(Dataset):
+    """The images and labels of a map-style `datasets.Dataset`.
+
+    Items are asked for by (epoch, index), because the flip depends on both. An unreadable image is replaced by the
+    next readable one and reported in the item's `corrupt`.
+
+    Args:
+        source: A data set as `open_images` returns it, images undecoded.
+        image_column: Its column with images.
+        label_column: Its column with class labels, as integers.
+        id2label: Names of the classes.
+        resolution: R; images are cropped and resized to R x R.
+        seed: The run's seed.
+        random_flip: Whether to flip images at random.
+        background: Colour behind transparent images, see `load_image`.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        source,
+        *,
+        image_column: str,
+        label_column: str,
+        id2label: dict[int, str],
+        resolution: int,
+        seed: int,
+        random_flip: bool = False,
+        background: str = "white",
+    ):
+        self.source, self.image_column, self.label_column = source, image_column, label_column
+        self.id2label, self.num_classes = id2label, len(id2label)
+        self.resolution, self.seed, self.random_flip = resolution, seed, random_flip
+        self.background = background
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        corrupt = []
+        for offset in range(len(self)):
+            place = (index + offset) % len(self)
+            record = self.source[place]
+            flip = self.random_flip and derive_seed(self.seed, "flip", epoch, place) % 2 == 1
+            try:
+                pixels = load_record(
+                    record[self.image_column],
+                    name=record.get("__key__", f"image {place}"),
+                    resolution=self.resolution,
+                    flip=flip,
+                    background=self.background,
+                )
+            except UnreadableImage as error:
+                corrupt.append(str(error))
+            else:
+                return {"pixel_values": pixels, "class_labels": record[self.label_column], "corrupt": corrupt}
+        raise ValueError(
+            f"Expected at least one readable image, got {len(self)} unreadable ones, such as {corrupt[0]}."
+        )
+
+
+def open_images(
+    dataset_name: str | None = None,
+    *,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    split: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    num_classes: int | None = None,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> tuple[Any, dict[int, str]]:
+    """Opens a `datasets` repository or a folder of images and checks it before any work starts.
+
+    Args:
+        dataset_name: A repository on the Hub, or a local folder that `datasets.load_dataset` understands.
+        dataset_config_name: Its configuration.
+        train_data_dir: A folder with one folder of images per class, see `list_class_folders`. Exactly one of the two
+            is given.
+        split: The split to read, of a folder the sub-folder with the class folders; None for "train" of a repository
+            and for the folder itself.
+        image_column: Column with images.
+        label_column: Column with class labels.
+        num_classes: Number of classes; None for the number that the label column names or, without names, the highest
+            label plus one.
+        streaming: Whether to read without downloading and indexing first.
+        cache_dir: Where `datasets` keeps its cache.
+
+    Returns:
+        The `datasets` data set with its images undecoded, and the names of the classes.
+
+    Raises:
+        ValueError: What `list_class_folders` refuses; a missing column; labels that are no integers in
+            [0, num_classes); an empty set.
+    """
+    import datasets
+
+    # Open.
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError(
+            f"Expected either dataset_name or train_data_dir, got {dataset_name!r} and {train_data_dir!r}."
+        )
+    if train_data_dir is not None:
+        source = _open_folder(list_class_folders(train_data_dir, split), streaming=streaming)
+    else:
+        options = {"split": split or "train", "streaming": streaming, "cache_dir": cache_dir}
+        source = datasets.load_dataset(dataset_name, dataset_config_name, **options)
+        _refuse_guessed_classes(dataset_name, source)
+
+    # Columns.
+    features = source.features or {}
+    for column in (image_column, label_column):
+        if column not in features:
+            raise ValueError(
+                f"Expected a column {column!r} in {dataset_name or train_data_dir}, got {sorted(features)}. "
+                "Name the columns with image_column and label_column."
+            )
+    if not isinstance(features[image_column], datasets.Image):
+        raise ValueError(f"Expected images in column {image_column!r}, got {features[image_column]}.")
+    columns = [image_column, label_column, *({"__key__"} & set(features))]  # the key names images of tar files
+    source = source.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
+
+    # Classes.
+    names = getattr(features[label_column], "names", None)
+    labels = None if streaming else _read_labels(source, label_column)
+    num_classes = _count_classes(names, labels, num_classes, label_column)
+    names = names or []
+    return source, {label: names[label] if label < len(names) else str(label) for label in range(num_classes)}
+
+
+def _open_folder(images: ClassFolders, *, streaming: bool):
+    """The images of class folders as a data set with columns "image", undecoded, and "label"."""
+    import datasets
+    import pyarrow
+
+    names, size = datasets.ClassLabel(names=images.names), len(images.paths)
+    files = pyarrow.StructArray.from_arrays(
+        [pyarrow.nulls(size, pyarrow.binary()), pyarrow.array(images.paths)], names=["bytes", "path"]
+    )
+    source = datasets.Dataset.from_dict(
+        {"image": files, "label": pyarrow.array(images.labels)},
+        features=datasets.Features({"image": datasets.Image(decode=False), "label": names}),
+    )
+    # Of many shards, because a stream mixes its classes by the order of these.
+    return source.to_iterable_dataset(num_shards=min(size, 1024)) if streaming else source
+
+
+def _refuse_guessed_classes(dataset_name: str, source) -> None:
+    """Of a local folder without a card `datasets` guesses classes and splits from the words in its paths."""
+    folder = Path(dataset_name)
+    described = [*folder.glob("README.md"), *folder.rglob("metadata.*")] if folder.is_dir() else [dataset_name]
+    if not described and source.info.builder_name == "imagefolder":
+        raise ValueError(
+            f"Expected a data set with a card or metadata at {dataset_name}, got a folder of images. "
+            "Name it with train_data_dir."
+        )
+
+
+def _read_labels(source, label_column: str) -> np.ndarray:
+    """All labels of a map-style data set, checked to be integers."""
+    labels = np.asarray(source.select_columns([label_column]).with_format("numpy")[:][label_column])
+    if len(labels) == 0:
+        raise ValueError("Expected at least one image, got an empty data set.")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise ValueError(
+            f"Expected one integer class label per image in column {label_column!r}, got {labels.dtype} values. "
+            "Convert the column with datasets' class_encode_column."
+        )
+    return labels
+
+
+def _count_classes(
+    names: list[str] | None, labels: np.ndarray | None, num_classes: int | None, label_column: str
+) -> int:
+    if num_classes is None:
+        if names is None and labels is None:
+            raise ValueError(
+                f"Expected num_classes for a stream whose column {label_column!r} does not name its classes."
+            )
+        num_classes = len(names) if names is not None else int(labels.max()) + 1
+    if names is not None and len(names) > num_classes:
+        raise ValueError(f"Expected num_classes >= {len(names)}, the classes that the data name, got {num_classes}.")
+    if labels is not None and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(
+            f"Expected labels in [0, {num_classes}), got [{labels.min()}, {labels.max()}] in column {label_column!r}."
+        )
+    return num_classes
