@@ -60,8 +60,8 @@ test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
 test-plain: .venv/.installed ## run the tests without the processor's newer instructions
 	$(TEST_ENVIRONMENT) $(PLAIN) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
-test-oldest: .venv-oldest/.installed ## run all but the slow tests with the oldest supported diffusers, in .venv-oldest
-	$(TEST_ENVIRONMENT) .venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+test-oldest: .venv-oldest/.installed ## likewise with the oldest supported diffusers, without slow tests and benchmarks
+	$(TEST_ENVIRONMENT) .venv-oldest/bin/python -m pytest -n 2 -m "not slow" --ignore tests/benchmarks $(PYTEST_ARGS)
 
 style: .venv/.installed ## format the code and repair what ruff can repair
 	.venv/bin/ruff check --fix $(wildcard $(SOURCES))
