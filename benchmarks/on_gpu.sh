@@ -50,7 +50,7 @@ fi
 for what in "$@"; do
     case $what in
     checks)
-        part 150 tests_gpu $python -m pytest tests/gpu tests/models/test_transformer_features.py -m gpu -q $many --durations 5
+        part 150 tests_gpu $python -m pytest tests/gpu tests/models/test_transformer_{features,citizen}.py -m gpu -q $many --durations 5
         ;;
     speed)
         bench 150 train_step_$suffix train_step.py $large --tokens $short --batch_size "${batches[0]}" --modes eager,blocks \
