@@ -8,7 +8,8 @@
 All variants of a seed have the same first weights, order of images, times and noise: only their routes differ. Flow
 matching in pixel space; the averaged weights are judged, dense, by their loss on held-out images and by the Fréchet
 distance of samples to held-out images in the features of a small classifier. Seconds are those of training steps
-alone. The output is written after each evaluation, and with --resume the finished runs in it are not repeated.
+alone, with `--threads 1` on the CPU those of the processor. The output is written after each evaluation, and with
+--resume the finished runs in it are not repeated.
 """
 
 import argparse
