@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_tread.models import transformer_tread_2d
+from diffusers_tread import TREADTransformer2DModel
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -16,5 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 def small_s():
     """Makes the preset S a third as wide, with its twelve blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(transformer_tread_2d.PRESETS, "S", (128, 12, 2))
+        for name, config in TREADTransformer2DModel._presets.items():
+            if name.startswith("S/"):
+                patch.setitem(config, "num_attention_heads", 2)
         yield

@@ -21,7 +21,14 @@ from diffusers_tread.hub.bundle import bundle_module
 
 
 _ROUTING = ["routing.route", "routing.refusals", "routing.router", "routing.subset"]
-_MODEL = ["models.modeling_outputs", "models.transformer_tread_2d", "routing.ops", "routing.stack", *_ROUTING]
+_MODEL = [
+    "models.latent_denoiser",
+    "models.modeling_outputs",
+    "models.transformer_tread_2d",
+    "routing.ops",
+    "routing.stack",
+    *_ROUTING,
+]
 _OBJECTIVES = ["registry", *(f"objectives.{name}" for name in ("base", "edm", "epsilon", "flow", "registry"))]
 _PIPELINE = [f"pipelines.{name}" for name in ("compatibility", "guided_prediction", "pipeline_tread")]
 _PIPELINE += ["guiders.branches", "objectives.terms.base"]

@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_tread import RoutingCall, TokenRoute, TREADTransformer2DModel, get_token_router, token_routing
-from diffusers_tread.models.transformer_tread_2d import sincos_positions
+from diffusers_tread.models.latent_denoiser import sincos_positions
 
 
 # The forward in numpy, float64, from arXiv 2212.09748 (DiT) and 2501.04765 (TREAD).

@@ -10,7 +10,8 @@ import torch
 from diffusers import ModelMixin
 
 from ..models import TREADTransformer2DModel
-from ..models.transformer_tread_2d import PRESETS, sincos_positions
+from ..models.latent_denoiser import sincos_positions
+from ..models.transformer_tread_2d import PRESETS
 from ..objectives import EDMObjective, EpsilonObjective, FlowMatchingObjective, Objective
 from ..pipelines import TREADPipeline
 from .layouts import check_tensors, dit_names, drop_learned_variance, drop_training_heads, rename, reverse_time

@@ -1,0 +1,317 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What the class-conditional denoisers of this package have in common: everything but their blocks.
+
+As in DiT (arXiv 2212.09748), latents become patches with positions, time and class modulate the blocks and the output.
+Shapes: B batch, C latent channels, H and W latent size, P patch size, N = (H / P) * (W / P) tokens, K kept tokens,
+D width.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    TimestepEmbedding,
+    get_1d_sincos_pos_embed_from_grid,
+    get_timestep_embedding,
+)
+from diffusers.models.modeling_utils import ModelMixin
+
+from ..routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, check_can_route, default_route, hook_names
+from .modeling_outputs import DenoiserOutput
+
+
+Routes = Literal["default"] | Iterable[TokenRoute | Mapping[str, Any]] | None
+
+
+class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """A denoiser of latents whose blocks a subclass makes.
+
+    The constructor of a subclass calls `_make_input`, sets `transformer_blocks`, a `RoutedStack` of blocks that each
+    have a linear layer `modulation` of the conditioning, and calls `_make_output`. Its config has at least
+    `num_layers`, `in_channels`, `out_channels`, `sample_size`, `patch_size`, `num_classes`, `routes`,
+    `timestep_scale`, `objective`, `norm_eps` and `freq_shift`.
+    """
+
+    _presets: Mapping[str, Mapping[str, Any]] = {}
+    """By name, what of the config makes a size."""
+
+    transformer_blocks: RoutedStack
+
+    _supports_gradient_checkpointing = True
+    _supports_prefix = True
+    _skip_layerwise_casting_patterns = [
+        "patch_embedding",
+        "timestep_embedding",
+        "class_embedding",
+        "norm",
+        "^proj_out",
+    ]
+
+    @classmethod
+    def presets(cls) -> list[str]:
+        """The names that `from_preset` knows."""
+        return list(cls._presets)
+
+    @classmethod
+    def from_preset(cls, preset: str, **config: Any) -> "LatentDenoiser":
+        """A model of one of the published sizes.
+
+        Args:
+            preset: One of `presets()`, such as "XL/2": size and patch size.
+            **config: Arguments of the constructor, such as `sample_size`, `in_channels`, `num_classes`, `routes` and
+                `objective`.
+
+        Raises:
+            ValueError: Unknown preset; the others as the constructor.
+            TypeError: An argument that the constructor does not have.
+        """
+        if preset not in cls._presets:
+            raise ValueError(f"Expected a preset among {cls.presets()}, got {preset!r}.")
+        return cls(**cls._presets[preset] | config)
+
+    def _make_input(self, dim: int) -> None:
+        """Routes, patches, positions, time and class.
+
+        Raises:
+            ValueError: A value of the config out of range.
+        """
+        config = self.config
+        if dim % 4:
+            raise ValueError(f"Expected a width divisible by 4 for the 2D positions, got {dim}.")
+        if config.patch_size < 1 or config.sample_size < 1 or config.sample_size % config.patch_size:
+            raise ValueError(
+                f"Expected sample_size divisible by patch_size {config.patch_size}, got {config.sample_size}."
+            )
+        if config.num_classes < 0:
+            raise ValueError(f"Expected num_classes >= 0 (0: unconditional), got {config.num_classes}.")
+        if config.freq_shift not in (0, 1):
+            raise ValueError(f"Expected freq_shift 0 or 1, got {config.freq_shift!r}.")
+
+        routes = default_route(config.num_layers) if config.routes == "default" else config.routes
+        self.token_router = TokenRouter(routes, num_layers=config.num_layers)
+        self.register_to_config(routes=[route.to_dict() for route in self.token_router.routes] or None)
+
+        self.out_channels = config.in_channels if config.out_channels is None else config.out_channels
+        patch_size = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.timestep_embedding = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)
+        base = config.sample_size // patch_size
+        self.register_buffer("positions", sincos_positions(dim, base, base, base=base), persistent=False)  # N D
+
+    def _make_output(self, dim: int) -> None:
+        """The last norm, its modulation and the projection to patches; then the weights of all."""
+        self.norm_out = nn.LayerNorm(dim, eps=self.config.norm_eps, elementwise_affine=False)
+        self.modulation_out = nn.Linear(dim, 2 * dim)
+        self.proj_out = nn.Linear(dim, self.config.patch_size**2 * self.out_channels)
+
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: "torch.Tensor | float",
+        class_labels: torch.Tensor | None = None,
+        kept_token_ids: list[torch.Tensor | None] | None = None,
+        return_dict: bool = True,
+        *,
+        routing: RoutingCall | None = None,
+        prefix: torch.Tensor | None = None,
+        return_prefix: bool = False,
+        hidden_states_at: Iterable[int] = (),
+    ) -> "DenoiserOutput | tuple[Any, ...]":
+        """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data).
+
+        Args:
+            hidden_states: [B, C, H, W] latents, H and W divisible by the patch size.
+            timestep: [B] or one for all, as the scheduler gives it (EDM: ln(sigma) / 4, flow: sigma * 1000). Give
+                a compiled forward a tensor: each value of a Python float makes another graph.
+            class_labels: [B] int64 in [0, num_classes]; None for the null class. Not checked here, which would make
+                every step wait for the device: the pipeline and the training script check.
+            kept_token_ids: Per route the ids of the kept tokens, [B, K] int64 in [0, N), each at most once, or None
+                for a route not taken, as `TokenRouter.plan` gives them. None: the token router decides.
+            return_dict: Whether to return a `DenoiserOutput` or a tuple.
+            routing: How this forward routes; what it leaves open, `token_routing` and the router's defaults decide.
+            prefix: [B, N, D], the tokens in front of the first route's first block, as another forward with the same
+                `hidden_states`, `timestep` and `class_labels` gave them; the blocks before are not run then. They do
+                not depend on what is routed away, so the branches of Sparse Guidance share them.
+            return_prefix: Whether to give `prefix`.
+            hidden_states_at: Indices of blocks, 0-based, after which to give the tokens, for losses on them.
+
+        Returns:
+            `sample`: [B, out_channels, H, W] in the dtype of `hidden_states`; `kept_token_ids`, those that were used,
+            `prefix` and `hidden_states`, which a tuple has only where they are not None.
+
+        Raises:
+            ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size, both
+                `kept_token_ids` and `routing`, a routed forward with a cache or context parallelism; else as
+                `RoutedStack.forward`.
+        """
+        height, width = self._check_inputs(hidden_states, class_labels, kept_token_ids, routing)
+        # Made contiguous once: the residual stream keeps its layout, and layer norms and products would copy it each.
+        tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # B N D
+        # In the input's dtype, whichever way the weights came to theirs: under autocast the residual stream stays in
+        # fp32, and bfloat16 positions are the same after `to` and after `from_pretrained`.
+        positions = self._positions_for(height, width).to(hidden_states.dtype)  # N D
+        tokens = (tokens + positions).to(hidden_states.dtype)
+        conditioning = self._embed_conditioning(timestep, class_labels, hidden_states)  # B D
+
+        # Blocks.
+        if kept_token_ids is None:
+            kept_token_ids = self.token_router.plan(tokens, training=self.training, call=routing)
+        if kept_token_ids is not None:
+            check_can_route(self)
+        per_token, shared = self._block_arguments(tokens, conditioning, height, width)
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        tokens, prefix, hidden_states_after = self.transformer_blocks(
+            tokens,
+            *shared,
+            per_token=per_token,
+            routes=self.token_router.routes,
+            kept_token_ids=kept_token_ids,
+            prefix=prefix,
+            return_prefix=return_prefix,
+            hidden_states_at=hidden_states_at,
+            checkpoint=self._gradient_checkpointing_func if checkpointing else None,
+        )
+
+        # Output.
+        shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)  # B 1 D
+        patches = self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale))  # B N P*P*C
+        output = DenoiserOutput(
+            sample=self._unpatchify(patches, height, width).to(hidden_states.dtype),  # B C H W
+            kept_token_ids=kept_token_ids,
+            prefix=prefix if return_prefix else None,
+            hidden_states=hidden_states_after or None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _block_arguments(
+        self, tokens: torch.Tensor, conditioning: torch.Tensor, height: int, width: int
+    ) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+        """What a block gets after its tokens: first what there is for each token, then what is the same for all.
+
+        Args:
+            tokens: [B, N, D], in front of the first block.
+            conditioning: [B, D].
+            height: Rows of tokens.
+            width: Columns of tokens.
+
+        Returns:
+            `per_token` and `shared` of `RoutedStack.forward`.
+        """
+        return [], (conditioning,)
+
+    def _embed_conditioning(
+        self, timestep: "torch.Tensor | float", class_labels: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, D]: SiLU of the sum of the time and class embeddings, which every block and the output use."""
+        batch_size = hidden_states.shape[0]
+        timestep = torch.as_tensor(timestep, device=hidden_states.device, dtype=torch.float32)
+        if timestep.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(f"Expected one timestep or {batch_size}, got shape {list(timestep.shape)}.")
+        timestep = timestep.expand(batch_size) * self.config.timestep_scale
+        frequencies = get_timestep_embedding(
+            timestep, 256, flip_sin_to_cos=True, downscale_freq_shift=self.config.freq_shift
+        )  # B 256
+        if class_labels is None:
+            class_labels = torch.full((batch_size,), self.config.num_classes, device=hidden_states.device)
+
+        embedding = self.timestep_embedding(frequencies.to(hidden_states.dtype)) + self.class_embedding(class_labels)
+        return F.silu(embedding).to(hidden_states.dtype)
+
+    def _positions_for(self, height: int, width: int) -> torch.Tensor:
+        """[N, D] for height x width tokens, scaled to the range of the training's; for that size the stored table."""
+        base = self.config.sample_size // self.config.patch_size
+        # A graph has no branch for one size, which would make it another graph for each kind of size.
+        if not torch.compiler.is_compiling() and height == width == base:
+            return self.positions
+        return sincos_positions(self.positions.shape[1], height, width, base=base, device=self.positions.device)
+
+    def _unpatchify(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """[B, N, P*P*C] to [B, C, H, W], N = height * width tokens."""
+        patch_size = self.config.patch_size
+        grid = patches.unflatten(2, (patch_size, patch_size, self.out_channels)).unflatten(1, (height, width))
+        return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # B C h P w P -> B C H W
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        # diffusers' own leaves an empty registry of hooks on a model that has none.
+        if hook_names(self):
+            super()._reset_stateful_cache(recurse)
+
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        kept_token_ids: list[torch.Tensor | None] | None,
+        routing: RoutingCall | None,
+    ) -> tuple[int, int]:
+        """Compares shapes, nothing that waits for the device; gives the grid's height and width in tokens."""
+        patch_size, in_channels = self.config.patch_size, self.config.in_channels
+        if hidden_states.dim() != 4 or hidden_states.shape[1] != in_channels:
+            raise ValueError(f"Expected latents [B, {in_channels}, H, W], got {list(hidden_states.shape)}.")
+        batch_size, _, height, width = hidden_states.shape
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"Expected height and width divisible by the patch size {patch_size}, got {height}x{width}."
+            )
+        if class_labels is not None and class_labels.shape != (batch_size,):
+            raise ValueError(f"Expected {batch_size} class labels, got shape {list(class_labels.shape)}.")
+        if kept_token_ids is not None and routing is not None:
+            raise ValueError("Expected kept_token_ids or routing, got both. Leave one out.")
+        return height // patch_size, width // patch_size
+
+    def _init_weights(self) -> None:
+        """DiT's initialisation (arXiv 2212.09748, section 3.2 and appendix A); the zeros come last."""
+        # Query, key and value are drawn as the one matrix that they are, as in DiT, SiT and TREAD's reference.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        nn.init.normal_(self.timestep_embedding.linear_1.weight, std=0.02)
+        nn.init.normal_(self.timestep_embedding.linear_2.weight, std=0.02)
+
+        # adaLN-Zero: every block is the identity, the output 0.
+        for module in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def sincos_positions(
+    dim: int, height: int, width: int, *, base: int, device: "torch.device | str | None" = None
+) -> torch.Tensor:
+    """Fixed 2D sine-cosine position embeddings (arXiv 2111.06377), computed in float64 and rounded.
+
+    The scaled rows and columns themselves are float32, as in diffusers, whose bits these are: exact for the training
+    grid and its power-of-two multiples, else off by a rounding.
+
+    Args:
+        dim: D, divisible by 4.
+        height: Rows of tokens.
+        width: Columns of tokens.
+        base: Rows and columns are scaled to [0, base), the range of the training grid.
+        device: Where to make them.
+
+    Returns:
+        [height * width, D] float32, tokens in row-major order; the first half of the channels is for the column.
+    """
+    # Not by diffusers' function for two dimensions, which makes a graph for square and one for other images.
+    rows, columns = (
+        get_1d_sincos_pos_embed_from_grid(
+            dim // 2, torch.arange(size, device=device, dtype=torch.float32) / (size / base), output_type="pt"
+        )
+        for size in (height, width)
+    )  # h D/2, w D/2
+    rows, columns = rows.unsqueeze(1).expand(-1, width, -1), columns.unsqueeze(0).expand(height, -1, -1)  # h w D/2
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
