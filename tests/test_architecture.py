@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
+from diffusers_tread.models import DENOISERS
+
 
 PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
 
@@ -178,7 +180,7 @@ def test_private_settings_of_classes_are_listed():
             body = node.body if isinstance(node, ast.ClassDef) else ()
             found |= {ast.unparse(line.targets[0]) for line in body if isinstance(line, ast.Assign)}
     private = {name for name in found if name.startswith("_") and not name.startswith("__")}
-    assert private - {"_supports_prefix"} == set(PRIVATE_SETTINGS)
+    assert private - {"_supports_prefix", "_presets"} == set(PRIVATE_SETTINGS)
 
 
 @pytest.mark.parametrize("name", PRIVATE_SETTINGS)
@@ -225,7 +227,7 @@ def test_private_attributes_are_there():
 
 
 def test_the_names_of_objectives_are_spelled_in_the_registry_alone():
-    """But for the default of the model's constructor, which is one of them."""
+    """But for the defaults of the models' constructors, which are one of them."""
     spelled = {}
     for name, tree in modules().items():
         docstrings = {
@@ -236,5 +238,5 @@ def test_the_names_of_objectives_are_spelled_in_the_registry_alone():
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and node.value in ("edm", "flow") and id(node) not in docstrings:
                 spelled.setdefault(name, []).append(node.value)
-    model = "diffusers_tread.models.transformer_tread_2d"
-    assert spelled == {"diffusers_tread.objectives.registry": ["edm", "flow"], model: ["edm", "edm"]}
+    defaults = {denoiser.__module__: ["edm"] for denoiser in DENOISERS.values()}
+    assert spelled == {"diffusers_tread.objectives.registry": ["edm", "flow"]} | defaults
