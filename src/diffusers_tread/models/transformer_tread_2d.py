@@ -373,7 +373,8 @@ class TREADTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
         # Blocks.
         if kept_token_ids is None:
-            kept_token_ids = self.token_router.plan(tokens, training=self.training, call=routing)
+            grid_size = (height, width)
+            kept_token_ids = self.token_router.plan(tokens, training=self.training, call=routing, grid_size=grid_size)
         if kept_token_ids is not None:
             check_can_route(self)
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
