@@ -165,7 +165,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
         # Blocks.
         if kept_token_ids is None:
-            kept_token_ids = self.token_router.plan(tokens, training=self.training, call=routing)
+            kept_token_ids = self.token_router.plan(
+                tokens, training=self.training, call=routing, grid_size=(height, width)
+            )
         if kept_token_ids is not None:
             check_can_route(self)
         per_token, shared = self._block_arguments(tokens, conditioning, height, width)
