@@ -26,8 +26,8 @@ from common import DTYPES, finish_report, latent_size, make_parser, set_up, star
 from diffusers import DiTTransformer2DModel
 
 from diffusers_tread import EDMObjective, RoutingCall, TREADTransformer2DModel
-from diffusers_tread.models import make_denoiser
 from diffusers_tread.flops import flop_ceiling, training_flops
+from diffusers_tread.models import make_denoiser
 
 
 MODES = ("eager", "compiled", "blocks")
