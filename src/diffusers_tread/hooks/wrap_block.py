@@ -135,6 +135,9 @@ class BlockForward:
                     sequence_first=spec.sequence_first,
                 )
                 self._replace(args, kwargs, name, map_leaves(value, path, gather))
+        if spec.num_rows is not None:
+            num_rows = self._argument(args, kwargs, spec.num_rows)
+            self._replace(args, kwargs, spec.num_rows, num_rows * kept.shape[1] // window.length)
         ids = ids_for(stream_length)
         short = take_tokens(hidden_states, ids)
         self._replace(args, kwargs, spec.hidden, short.transpose(0, 1) if spec.sequence_first else short)

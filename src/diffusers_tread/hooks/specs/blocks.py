@@ -123,6 +123,9 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         joint=True,
         needs_shared_subset=True,
     ),
+    # Convolutions over the grid, so that rows alone can be routed.
+    "SanaTransformerBlock": BlockSpec(num_rows="height"),
+    "SanaVideoTransformerBlock": BlockSpec(tokens={"rotary_emb": 1, "timestep": 1}, num_rows="height"),
     # Video.
     "AllegroTransformerBlock": BlockSpec(tokens={"image_rotary_emb.1": 1, "attention_mask": 2}),
     "AnyFlowTransformerBlock": BlockSpec(
