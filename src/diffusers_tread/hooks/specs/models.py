@@ -204,6 +204,7 @@ MODEL_SPECS: dict[str, ModelSpec] = {
             "SD3Transformer2DModel",
             "SanaTransformer2DModel",
             "SanaVideoTransformer3DModel",
+            "SanaWMTransformer3DModel",
             "SkyReelsV2Transformer3DModel",
             "WanAnimateTransformer3DModel",
             "WanTransformer3DModel",

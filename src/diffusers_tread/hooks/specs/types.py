@@ -62,8 +62,8 @@ class BlockSpec:
     """An argument [B, L] that is 1 on the routable tokens, which are contiguous."""
 
     num_rows: str | None = None
-    """An integer argument: the rows of the token grid, over which the block convolves, shifts or scans. Only whole
-    rows of its tokens can be routed; it gets the number of kept ones."""
+    """An integer argument, or "name.1" in a tuple: the rows of the token grid, over which the block convolves, shifts
+    or scans. Only whole rows of its tokens can be routed; it gets the number of kept ones."""
 
     must_be_none: tuple[str, ...] = ()
     """Arguments that address tokens by position. The block cannot be routed when they are given."""
@@ -85,7 +85,8 @@ class BlockSpec:
     @property
     def argument_names(self) -> set[str]:
         """The arguments that the block must have."""
-        optional = [name for name in (self.keep_first, self.window_mask, self.num_rows) if name is not None]
+        rows = None if self.num_rows is None else self.num_rows.split(".")[0]
+        optional = [name for name in (self.keep_first, self.window_mask, rows) if name is not None]
         named = {self.hidden, *optional, *self.must_be_none, *(name for name, _, _ in self.gathers)}
         return named - set(self.newer)
 
