@@ -16,7 +16,7 @@ import tiny_transformers  # noqa: E402
 from diffusers.models import transformers as diffusers_transformers  # noqa: E402
 
 from diffusers_tread import TokenRoute, apply_token_routing  # noqa: E402
-from diffusers_tread.hooks.specs import REFUSED_BLOCKS, REFUSED_MODELS  # noqa: E402
+from diffusers_tread.hooks.specs import MODEL_SPECS, REFUSED_BLOCKS, REFUSED_MODELS, find_by_class  # noqa: E402
 
 
 GUIDE = Path(__file__).parents[2] / "docs" / "routing-any-model.md"
@@ -42,12 +42,15 @@ def reason_to_refuse(name: str) -> str | None:
 
 
 def support_table() -> str:
-    lines = ["| model | blocks that can be routed |", "|---|---|"]
+    lines = ["| model | blocks that can be routed | units |", "|---|---|---|"]
     for name in sorted(tiny_transformers.classes()):
-        model = tiny_transformers.build(name).model
-        apply_token_routing(model, TokenRoute(start=0, end=-4))
-        blocks = [block.module for block in model._token_routing.blocks]
-        lines.append(f"| {name} | {', '.join(dict.fromkeys(type(block).__name__ for block in blocks))} |")
+        case = tiny_transformers.build(name)
+        apply_token_routing(case.model, TokenRoute(start=0, end=-4, unit=case.unit))
+        blocks = [block.module for block in case.model._token_routing.blocks]
+        spec = find_by_class(MODEL_SPECS, case.model)
+        units = dict.fromkeys([case.unit, *(["row"] if spec is not None and spec.grid is not None else [])])
+        names = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks))
+        lines.append(f"| {name} | {names} | {', '.join(units)} |")
     lines += ["", "| refused | because |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name in all_transformers() if (reason := reason_to_refuse(name))]
     return "\n".join(lines) + "\n"

@@ -56,16 +56,9 @@ def test_every_block_of_the_table_is_tested_if_this_diffusers_has_it():
     assert {name for name in known if f"class {name}(" in source} <= built
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "reason"),
-    [
-        ("SanaTransformer2DModel", {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8}, ".*convolves"),
-        ("PriorTransformer", {"embedding_dim": 8, "num_embeddings": 3}, "its stream holds conditions"),
-    ],
-)
-def test_refused_models_and_blocks_name_the_reason(name, config, reason):
-    model = tiny_transformers.make(name, **config)
-    with pytest.raises(ValueError, match=f"{name} cannot be routed: {reason}"):
+def test_refused_models_name_the_reason():
+    model = tiny_transformers.make("PriorTransformer", embedding_dim=8, num_embeddings=3)
+    with pytest.raises(ValueError, match="PriorTransformer cannot be routed: its stream holds conditions"):
         apply_token_routing(model, ROUTE)
     assert "forward" not in model.__dict__
 

@@ -27,6 +27,8 @@ class Case:
     """By the length of a block's stream, where the image tokens start in it (per sample, if a list). Not given: 0."""
     num_tokens: int = 16
     """Number of routable tokens."""
+    unit: str = "token"
+    """What can be routed: "row" where the blocks convolve over the grid."""
     shared: bool = False
     """Whether the model needs one subset for all samples."""
     batch_axes: dict[str, int | None] = field(default_factory=dict)
@@ -196,7 +198,6 @@ IDS_OF_4_AXES = {
 
 
 # ---------------------------------------------------------------------------------------------------------- images
-
 
 row(
     "DiTTransformer2DModel",
@@ -427,6 +428,14 @@ row(
         "shape_list": [[(1, 4, 4), (1, 2, 4)], [(1, 4, 4), (1, 2, 2)]],
     },
 )  # fmt: skip
+SANA = TEXT | AT_STEP | MASK
+row(
+    "SanaTransformer2DModel",
+    {"hidden_states": normal(2, 4, 6, 4)} | SANA,
+    dict(num_cross_attention_heads=2, cross_attention_head_dim=8, patch_size=1),
+    num_tokens=24,
+    unit="row",
+)
 
 
 # ----------------------------------------------------------------------------------------------------------- video
@@ -548,6 +557,33 @@ row(
     ),
 )  # fmt: skip
 row("CosmosTransformer3DModel-per_frame_time", {"timestep": lambda: torch.rand(2, 1, 4, 1, 1)})
+row(
+    "SanaVideoTransformer3DModel",
+    {"hidden_states": normal(2, 4, 2, 6, 2)} | SANA,
+    dict(
+        attention_head_dim=12, cross_attention_dim=24, num_cross_attention_heads=2, cross_attention_head_dim=12,
+        patch_size=(1, 1, 1),
+    ),
+    num_tokens=24,
+    unit="row",
+)  # fmt: skip
+row("SanaVideoTransformer3DModel-per_token_time", {"timestep": steps(2, 24)})
+row(
+    "SanaWMTransformer3DModel",
+    {
+        "hidden_states": normal(2, 4, 2, 6, 2),
+        "encoder_hidden_states": normal(2, 1, 5, 12),
+        "timestep": steps(2, 1, 2),
+        "camera_conditions": lambda: torch.cat(  # poses, and focal lengths and centres
+            [torch.eye(4).flatten() + 0.1 * torch.randn(2, 2, 16), torch.tensor([5.0, 5.0, 2.0, 3.0]).expand(2, 2, 4)],
+            dim=2,
+        ),
+        "chunk_plucker": normal(2, 6, 2, 6, 2),
+    } | MASK,
+    dict(hidden_size=32, linear_head_dim=16, chunk_plucker_channels=6),
+    num_tokens=24,
+    unit="row",
+)  # fmt: skip
 row("LTXVideoTransformer3DModel", TOKENS | TEXT | AT_STEP | MASK | VIDEO_SIZE)
 row("LTXVideoTransformer3DModel-per_token_time", {"timestep": steps(2, 16)})
 row(

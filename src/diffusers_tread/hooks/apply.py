@@ -40,7 +40,8 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
 
     Raises:
         ValueError: The model has routing already; it or one of its blocks cannot be routed, with the reason; a block
-            class is unknown; a route does not fit the model, see `TokenRoute.resolve`, or has another `rejoin`.
+            class is unknown; a route does not fit the model, see `TokenRoute.resolve`, or has another `rejoin`, or a
+            `unit` that does not go with it.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -63,6 +64,8 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
             f"Expected rejoin='state' in the routes of {type(model).__name__}, got {list(router.routes)}. Leave "
             "`rejoin` out: its other values are for TREADTransformer2DModel."
         )
+
+    _check_units(model, router, spec, blocks, specs)
 
     shared = RoutedModel(model, router)
     forward = ModelForward(shared, spec=spec, argument_names=_argument_names(model))
@@ -150,6 +153,24 @@ def _check_routable(model: torch.nn.Module) -> None:
     reason = find_by_class(REFUSED_MODELS, model)
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be routed: {reason}.")
+
+
+def _check_units(
+    model: torch.nn.Module, router: TokenRouter, spec: ModelSpec, blocks: list[torch.nn.Module], specs: list[BlockSpec]
+) -> None:
+    """Raises ValueError for a route of rows without a grid, or one of tokens over blocks that need rows."""
+    for route in router.routes:
+        if route.unit == "row" and spec.grid is None:
+            raise ValueError(
+                f"Expected unit='token' in the routes of {type(model).__name__}, got 'row': nothing in its arguments "
+                "tells the grid of its tokens. If they do, say so: register_model_spec(name, ModelSpec(grid=...))."
+            )
+        for block, block_spec in list(zip(blocks, specs, strict=True))[route.start : route.end + 1]:
+            if route.unit == "token" and block_spec.num_rows is not None:
+                raise ValueError(
+                    f"Expected unit='row' in the routes of {type(model).__name__}, got 'token': "
+                    f"{type(block).__name__} works on the grid of its tokens. Use TokenRoute(..., unit='row')."
+                )
 
 
 def _stack_names(model: torch.nn.Module, spec: ModelSpec, stack: str | None) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from ..routing import token_routing
 from .apply import model_forward
 from .state import Probe
+from .wrap_block import BlockForward
 
 
 @torch.no_grad()
@@ -19,16 +20,20 @@ def check_token_routing(model: torch.nn.Module, *, tolerance: float = 1e-4, **in
     once for a model of your own or a spec you registered. It does not see text that is routed by mistake, and no
     mistake at all through weights that are zero, such as the gates of a freshly initialised model.
 
+    Blocks that convolve over the grid (`BlockSpec.num_rows`) get the lower half of the rows before the upper one, each
+    block by itself, and only the row in the middle of each half is compared: its neighbours are the same.
+
     Args:
         model: A model with `apply_token_routing`.
         tolerance: Largest difference allowed, relative to the largest value of the dense output.
-        inputs: The arguments of the model's forward. At least two samples.
+        inputs: The arguments of the model's forward. At least two samples. For blocks that convolve, six rows of
+            tokens, more for kernels of more than three.
 
     Returns:
         The largest relative difference found.
 
     Raises:
-        ValueError: The outputs differ by more; names the block classes at fault.
+        ValueError: The outputs differ by more; names the block classes at fault. Fewer than six rows.
 
     Example:
         >>> import torch
@@ -41,19 +46,21 @@ def check_token_routing(model: torch.nn.Module, *, tolerance: float = 1e-4, **in
         ...     transformer, hidden_states=latents, timestep=timestep, class_labels=labels
         ... )
     """
-    forward, modes = model_forward(model), {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
+    blocks = [block for block in model_forward(model).blocks if block.route_index is not None]
     model.eval()
     try:
-        with token_routing(model, enabled=False):
-            dense = _first_output(model(**inputs))
-        error = _permuted_error(model, inputs, dense)
+        if any(block.spec.num_rows is not None for block in blocks):
+            errors = _rolled_errors(model, inputs, blocks)
+            error = max(errors.values())
+        else:
+            with token_routing(model, enabled=False):
+                dense = _first_output(model(**inputs))
+            error, errors = _permuted_error(model, inputs, dense), {}
+            if error > tolerance:
+                errors = {block: _permuted_error(model, inputs, dense, only=block.module) for block in blocks}
         if error > tolerance:
-            guilty = {
-                type(block.module).__name__
-                for block in forward.blocks
-                if block.route_index is not None
-                and _permuted_error(model, inputs, dense, only=block.module) > tolerance
-            }
+            guilty = {type(block.module).__name__ for block in blocks if errors[block] > tolerance}
             raise ValueError(
                 f"Expected the same output for permuted tokens, got a relative difference of {error:.1e}. Something "
                 f"that belongs to a token was not gathered in {sorted(guilty)}: correct the spec with "
@@ -69,13 +76,50 @@ def _permuted_error(
     model: torch.nn.Module, inputs: Mapping[str, Any], dense: torch.Tensor, *, only: torch.nn.Module | None = None
 ) -> float:
     """Largest difference to `dense`, relative to its largest value, with the kept tokens being all, permuted."""
+    return _relative_error(_first_output(_probed(model, inputs, Probe(only))), dense)
+
+
+def _rolled_errors(
+    model: torch.nn.Module, inputs: Mapping[str, Any], blocks: list[BlockForward]
+) -> dict[BlockForward, float]:
+    """Of each block: largest difference in the middle rows of both halves, with the lower half of the rows first."""
+    frames, height, width = (1, *model_forward(model).spec.grid(model, inputs))[-3:]
+    upper, lower = height - height // 2, height // 2
+    if lower < 3:
+        raise ValueError(f"Expected at least six rows of tokens to check blocks that convolve, got {height}.")
+    middle = [(upper - 1) // 2, upper + (lower - 1) // 2]
+    seen: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+        tokens = output[module.forward.spec.output] if isinstance(output, (tuple, list)) else output
+        seen[module] = tokens.unflatten(1, (frames, height, width))[:, :, middle]
+
+    handles = [block.module.register_forward_hook(keep) for block in blocks]
+    try:
+        with token_routing(model, enabled=False):
+            model(**inputs)
+        dense, errors = dict(seen), {}
+        for block in blocks:
+            _probed(model, inputs, Probe(block.module, rolled=True))
+            errors[block] = _relative_error(seen[block.module], dense[block.module])
+        return errors
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _probed(model: torch.nn.Module, inputs: Mapping[str, Any], probe: Probe) -> Any:
+    """What the model returns with all tokens in another order."""
     thread = model_forward(model).shared.thread
-    thread.probe = Probe(only)
+    thread.probe = probe
     try:
         with token_routing(model, seed=0):  # of no account here, and else drawn
-            output = _first_output(model(**inputs))
+            return model(**inputs)
     finally:
         thread.probe = None
+
+
+def _relative_error(output: torch.Tensor, dense: torch.Tensor) -> float:
     return ((output - dense).abs().max() / dense.abs().max().clamp_min(1e-30)).item()
 
 

@@ -12,15 +12,19 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..routing import RoutingCall, TokenRouter, take_tokens
+from ..routing.rows import check_grid, tokens_of_rows
 from .specs import Window
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Asks for all tokens in a random order instead of a subset: what `check_token_routing` does."""
+    """Asks for all tokens in another order instead of a subset: what `check_token_routing` does."""
 
     only: torch.nn.Module | None = None
     """The one block that gets them so; None for all routed blocks."""
+
+    rolled: bool = False
+    """Whether every other sample has the lower half of its rows first, instead of a random order of tokens in each."""
 
 
 class _ThreadState(threading.local):
@@ -70,6 +74,7 @@ class ForwardPass:
         seed: From `TokenRouter.forward_seed`, or None for a dense forward. Drawn here and not in a block, because the
             recomputation of a checkpointed block must not draw again.
         window: Where the routable tokens lie in the stream, if the model's arguments tell.
+        grid: (h, w) or (F, h, w) of the routable tokens, for routes of rows.
         probe: Keep all tokens, in random order.
     """
 
@@ -81,6 +86,7 @@ class ForwardPass:
         call: RoutingCall | None,
         seed: torch.Tensor | None,
         window: Window | None,
+        grid: tuple[int, ...] | None = None,
         probe: Probe | None = None,
     ):
         self.router = router
@@ -88,6 +94,7 @@ class ForwardPass:
         self.call = call
         self.seed = seed
         self.window = window
+        self.grid = grid
         self.probe = probe
         self.has_same_subsets = router.has_same_subsets(call)
         self.grad_enabled = torch.is_grad_enabled()
@@ -112,12 +119,25 @@ class ForwardPass:
     def _plan(self, tokens: torch.Tensor) -> list[torch.Tensor | None]:
         num_routes = len(self.router.routes)
         if self.probe is not None:
-            batch_size, num_tokens = tokens.shape[:2]
-            rows = 1 if self.has_same_subsets else batch_size
-            order = torch.rand(rows, num_tokens, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
-            return [order.to(tokens.device).expand(batch_size, -1)] * num_routes  # B N
-        plan = self.router.plan(tokens, training=self.training, call=self.call, seed=self.seed)
+            order = self._rolled_rows(tokens) if self.probe.rolled else self._random_order(tokens)
+            return [order] * num_routes
+        plan = self.router.plan(tokens, training=self.training, call=self.call, seed=self.seed, grid_size=self.grid)
         return [None] * num_routes if plan is None else plan
+
+    def _random_order(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N] ids."""
+        batch_size, num_tokens = tokens.shape[:2]
+        rows = 1 if self.has_same_subsets else batch_size
+        order = torch.rand(rows, num_tokens, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+        return order.to(tokens.device).expand(batch_size, -1)
+
+    def _rolled_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N] ids."""
+        grid = check_grid(self.grid, tokens.shape[1])
+        rows = torch.arange(grid[1], device=tokens.device).repeat(tokens.shape[0], 1)
+        step = 1 if self.has_same_subsets else 2
+        rows[::step] = rows[::step].roll(grid[1] // 2, dims=1)
+        return tokens_of_rows(rows, grid)
 
     def ids_in_stream(self, kept: torch.Tensor, window: Window, length: int, route_index: int) -> torch.Tensor:
         """[B, L - N + K]: positions that a stream of `length` tokens keeps, all outside the window among them."""

@@ -135,6 +135,11 @@ class BlockForward:
                     sequence_first=spec.sequence_first,
                 )
                 self._replace(args, kwargs, name, map_leaves(value, path, gather))
+        if spec.num_rows is not None:
+            name, *path = spec.num_rows.split(".")
+            num_rows = self._argument(args, kwargs, name)
+            num_kept = map_leaves(num_rows, tuple(path), lambda rows: rows * kept.shape[1] // window.length)
+            self._replace(args, kwargs, name, num_kept)
         ids = ids_for(stream_length)
         short = take_tokens(hidden_states, ids)
         self._replace(args, kwargs, spec.hidden, short.transpose(0, 1) if spec.sequence_first else short)

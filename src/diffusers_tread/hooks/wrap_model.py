@@ -70,8 +70,10 @@ class ModelForward:
                     f"{self.spec.must_be_none[name]}. Leave it out, or switch routing off for this call."
                 )
         window = None if self.spec.window is None else self.spec.window(self.module, arguments)
+        has_rows = any(route.unit == "row" for route in router.routes)
+        grid = self.spec.grid(self.module, arguments) if has_rows and self.spec.grid is not None else None
         seed = router.forward_seed(_device_of(arguments.values()) or "cpu", routing)
-        return ForwardPass(router, training=training, call=routing, seed=seed, window=window, probe=probe)
+        return ForwardPass(router, training=training, call=routing, seed=seed, window=window, grid=grid, probe=probe)
 
     @property
     def __func__(self) -> Callable:

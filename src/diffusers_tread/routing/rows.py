@@ -15,13 +15,13 @@ def check_grid(grid_size: tuple[int, ...] | None, num_tokens: int) -> tuple[int,
     Raises:
         ValueError: There is no grid, or one of another number of tokens.
     """
-    frames, height, width = (1, 0, 0) if grid_size is None else (1, *grid_size)[-3:]
-    if frames * height * width != num_tokens:
+    grid = (1, *grid_size)[-3:] if grid_size is not None else ()
+    if len(grid) != 3 or math.prod(grid) != num_tokens:
         raise ValueError(
             f"Expected the grid of the {num_tokens} tokens for a route of rows, got grid_size={grid_size}. Give "
             "(rows, columns), or use TokenRoute(unit='token')."
         )
-    return frames, height, width
+    return grid
 
 
 def rows_as_tokens(tokens: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:

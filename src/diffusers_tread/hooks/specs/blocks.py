@@ -123,6 +123,21 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         joint=True,
         needs_shared_subset=True,
     ),
+    # Convolutions over the grid, so that rows alone can be routed.
+    "SanaTransformerBlock": BlockSpec(num_rows="height"),
+    "SanaVideoTransformerBlock": BlockSpec(tokens={"rotary_emb": 1, "timestep": 1}, num_rows="height"),
+    "SanaVideoMSCamCtrlBlock": BlockSpec(
+        hidden="x",
+        tokens={
+            "rotary_emb": 2,
+            "ucpe_ray_transforms.0": 1,
+            "ucpe_ray_transforms.1": 1,
+            "ucpe_ray_transforms.2": 1,
+            "ucpe_ray_transforms.3": 2,
+            "plucker_emb": 1,
+        },
+        num_rows="THW.1",
+    ),
     # Video.
     "AllegroTransformerBlock": BlockSpec(tokens={"image_rotary_emb.1": 1, "attention_mask": 2}),
     "AnyFlowTransformerBlock": BlockSpec(

@@ -32,9 +32,36 @@ Arguments = Mapping[str, Any]
 
 def _patched_size(model: torch.nn.Module, size: torch.Size) -> int:
     """Number of tokens of a grid [..., H, W] or [..., F, H, W] of latents."""
-    patch_size, patch_size_t = model.config.patch_size, model.config.get("patch_size_t") or 1
-    patch = (patch_size_t, patch_size, patch_size)[-len(size) :]
-    return math.prod(length // p for length, p in zip(size, patch, strict=True))
+    return math.prod(_patched(model, size))
+
+
+def _patched(model: torch.nn.Module, size: tuple[int, ...]) -> tuple[int, ...]:
+    """The grid of tokens of latents [H, W] or [F, H, W]."""
+    patch_size, patch_size_t = model.config.get("patch_size", 1), model.config.get("patch_size_t") or 1
+    patch = (patch_size_t, patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return tuple(length // p for length, p in zip(size, patch[-len(size) :], strict=True))
+
+
+def _latent_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...]:
+    """Of latents [B, C, H, W] or [B, C, F, H, W]."""
+    return _patched(model, arguments["hidden_states"].shape[2:])
+
+
+def _frames_first_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...]:
+    """Of latents [B, F, C, H, W]."""
+    frames, _, height, width = arguments["hidden_states"].shape[1:]
+    return _patched(model, (frames, height, width))
+
+
+def _named_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...] | None:
+    """Of latents that come as tokens, with their size beside them."""
+    size = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+    return None if None in size else size
+
+
+def _qwen_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...]:
+    """Of the first image of each sample; a layered model has several to denoise, and so no grid."""
+    return _only({tuple(shapes[0]) for shapes in arguments["img_shapes"]})
 
 
 def _grid_at_end(model: torch.nn.Module, arguments: Arguments) -> Window:
@@ -117,7 +144,7 @@ def _minimax_h3(model: torch.nn.Module, arguments: Arguments) -> Window:
     return Window(first, last - first + 1)
 
 
-def _only(sizes: set[int]) -> int:
+def _only(sizes: set) -> Any:
     if len(sizes) != 1:
         raise ValueError(
             f"Expected samples with the same number of image tokens, got {sorted(sizes)}. Sort the batches by size."
@@ -129,25 +156,62 @@ _KEY_CACHE = "cached keys stand for tokens by position"
 
 MODEL_SPECS: dict[str, ModelSpec] = {
     "BriaFibo2Transformer2DModel": ModelSpec(window=_grid_at_start),  # its blocks' `noise_mask` tells the start
-    "ErnieImageTransformer2DModel": ModelSpec(window=_grid_at_start),
+    "CogVideoXTransformer3DModel": ModelSpec(grid=_frames_first_grid),
+    "ConsisIDTransformer3DModel": ModelSpec(grid=_frames_first_grid),
+    "ErnieImageTransformer2DModel": ModelSpec(window=_grid_at_start, grid=_latent_grid),
     "Flux2Transformer2DModel": ModelSpec(must_be_none={"kv_cache_mode": _KEY_CACHE}),
     "Flux3Transformer2DModel": ModelSpec(
         stacks=("mode_blocks.image", "single_transformer_blocks"), window=_sequence_at_start
     ),
-    "HunyuanVideoFramepackTransformer3DModel": ModelSpec(window=_grid_at_end),
+    "HunyuanVideoFramepackTransformer3DModel": ModelSpec(window=_grid_at_end, grid=_latent_grid),
     "Ideogram4Transformer2DModel": ModelSpec(window=_ideogram4),
     "JoyImageEditPlusTransformer3DModel": ModelSpec(window=_joy_image_plus),
     "JoyImageEditTransformer3DModel": ModelSpec(window=_joy_image),
     "Krea2Transformer2DModel": ModelSpec(window=_sequence_at_end),
+    "LTXVideoTransformer3DModel": ModelSpec(grid=_named_grid),
     "Lumina2Transformer2DModel": ModelSpec(window=_after_caption),
     "MiniMaxH3Transformer3DModel": ModelSpec(window=_minimax_h3),
     "MiniMaxMusic3Transformer1DModel": ModelSpec(window=_audio_at_end),
-    "OmniGenTransformer2DModel": ModelSpec(window=_grid_at_end),
+    "OmniGenTransformer2DModel": ModelSpec(window=_grid_at_end, grid=_latent_grid),
     "QwenImage21Transformer2DModel": ModelSpec(window=_qwen_image21, must_be_none={"kv_cache": _KEY_CACHE}),
-    "QwenImageTransformer2DModel": ModelSpec(window=_qwen_image),
+    "QwenImageTransformer2DModel": ModelSpec(window=_qwen_image, grid=_qwen_grid),
     "StableAudio3DiTModel": ModelSpec(window=_audio_at_end),
     "StableAudioDiTModel": ModelSpec(window=_audio_at_end),
     "ZImageTransformer2DModel": ModelSpec(window=_z_image),
+    # Their blocks tell which tokens are denoised, and the latents in which grid.
+    **dict.fromkeys(
+        (
+            "AllegroTransformer3DModel",
+            "AnyFlowTransformer3DModel",
+            "AuraFlowTransformer2DModel",
+            "ChronoEditTransformer3DModel",
+            "CogView3PlusTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "CosmosTransformer3DModel",
+            "DiTTransformer2DModel",
+            "EasyAnimateTransformer3DModel",
+            "GlmImageTransformer2DModel",
+            "HiDreamImageTransformer2DModel",
+            "HunyuanDiT2DModel",
+            "HunyuanImageTransformer2DModel",
+            "HunyuanVideo15Transformer3DModel",
+            "HunyuanVideoTransformer3DModel",
+            "LuminaNextDiT2DModel",
+            "MochiTransformer3DModel",
+            "MotifVideoTransformer3DModel",
+            "PRXTransformer2DModel",
+            "PixArtTransformer2DModel",
+            "SD3Transformer2DModel",
+            "SanaTransformer2DModel",
+            "SanaVideoTransformer3DModel",
+            "SanaWMTransformer3DModel",
+            "SkyReelsV2Transformer3DModel",
+            "WanAnimateTransformer3DModel",
+            "WanTransformer3DModel",
+            "WanVACETransformer3DModel",
+        ),
+        ModelSpec(grid=_latent_grid),
+    ),
 }
 
 

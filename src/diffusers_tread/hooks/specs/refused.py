@@ -3,9 +3,6 @@
 
 REFUSED_BLOCKS: dict[str, str] = {
     "TREADTransformerBlock": "routes by itself: give TREADTransformer2DModel its `routes`",
-    "SanaTransformerBlock": "convolves over the grid of all tokens in its feed-forward layer",
-    "SanaVideoTransformerBlock": "convolves over the grid of all tokens in its feed-forward layer",
-    "SanaVideoMSCamCtrlBlock": "convolves over the grid of all tokens",
     "HeliosTransformerBlock": "splits the sequence at a position given as a number",
     "Kandinsky6SRTransformerBlock": "uses block-sparse attention, laid out by position",
     "WanAnimate2TransformerBlock": "uses key caches and attention masks laid out by position",

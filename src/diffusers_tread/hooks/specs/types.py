@@ -61,6 +61,10 @@ class BlockSpec:
     window_mask: str | None = None
     """An argument [B, L] that is 1 on the routable tokens, which are contiguous."""
 
+    num_rows: str | None = None
+    """An integer argument, or "name.1" in a tuple: the rows of the token grid, over which the block convolves, shifts
+    or scans. Only whole rows of its tokens can be routed; it gets the number of kept ones."""
+
     must_be_none: tuple[str, ...] = ()
     """Arguments that address tokens by position. The block cannot be routed when they are given."""
 
@@ -81,7 +85,8 @@ class BlockSpec:
     @property
     def argument_names(self) -> set[str]:
         """The arguments that the block must have."""
-        optional = [name for name in (self.keep_first, self.window_mask) if name is not None]
+        rows = None if self.num_rows is None else self.num_rows.split(".")[0]
+        optional = [name for name in (self.keep_first, self.window_mask, rows) if name is not None]
         named = {self.hidden, *optional, *self.must_be_none, *(name for name, _, _ in self.gathers)}
         return named - set(self.newer)
 
@@ -95,6 +100,10 @@ class ModelSpec:
 
     window: Callable[[torch.nn.Module, Mapping[str, Any]], Window | None] | None = None
     """From the model and the arguments of its forward, where the routable tokens lie in the stream of its blocks."""
+
+    grid: Callable[[torch.nn.Module, Mapping[str, Any]], tuple[int, ...]] | None = None
+    """From the model and the arguments of its forward, the grid of the routable tokens in raster order, for routes of
+    rows: (rows, columns) or (frames, rows, columns). None: nothing tells it."""
 
     must_be_none: Mapping[str, str] = field(default_factory=dict)
     """Arguments of the model's forward that routing does not go with, and why."""
