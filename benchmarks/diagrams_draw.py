@@ -9,14 +9,14 @@ import torch
 from diagrams_forwards import GuidedStep, RoutedForward
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 
 WIDTH, DPI = 8.3, 200
 INK, GREY, PALE, LANE = "#1f2328", "#6e7781", "#eef1f4", "#e8590c"
-SHADES = colormaps["Blues"]
+SHADES = LinearSegmentedColormap.from_list("shades", colormaps["Blues"](np.linspace(0.2, 1, 64)))
 
 
 # ------------------------------------------------------------------------------------------------------------- routing
@@ -26,7 +26,8 @@ def draw_routing(forward: RoutedForward) -> Figure:
     """One row of an image's tokens on their way through the blocks: a cell per token and block that it passed, in the
     shade of the change; its `gid` is "token/block". What skips the route has a line instead."""
     figure, axes = canvas(3.75)
-    rows = math.isqrt(len(forward.changes))
+    num_tokens = len(forward.changes)
+    rows = math.isqrt(num_tokens)
     ids = most_even_row(forward.kept, rows)
     num_blocks, side, pitch = forward.changes.shape[1], 1.8, 0.27
     left, bottom = 2.72, 0.92  # of the cells
@@ -34,13 +35,13 @@ def draw_routing(forward: RoutedForward) -> Figure:
 
     # The image in tokens, and the row of it that is followed.
     y = bottom + (rows * pitch - side) / 2
-    draw_tokens(axes, forward.noisy, forward.kept, x=0.2, y=y, side=side)
+    draw_tokens(axes, forward.noisy, forward.kept, num_tokens=num_tokens, x=0.2, y=y, side=side)
     row, height = int(ids[0]) // rows, side / rows
     low = y + side - (row + 1) * height
     axes.add_patch(Rectangle((0.2, low), side, height, fill=False, edgecolor=INK, linewidth=1.6, zorder=3))
     for start, end in ((low, bottom), (low + height, top)):
         axes.plot([0.2 + side, left - pitch - 0.08], [start, end - 0.02], color=GREY, linewidth=0.8)
-    write(axes, 0.2 + side / 2, top + 0.42, f"{len(forward.changes)} tokens", weight="bold")
+    write(axes, 0.2 + side / 2, top + 0.42, f"{num_tokens} tokens", weight="bold")
     write(axes, 0.2 + side / 2, top + 0.2, f"{len(forward.kept)} kept, the pale ones routed", size=9)
 
     # The route.
@@ -51,7 +52,7 @@ def draw_routing(forward: RoutedForward) -> Figure:
     write(axes, x + width / 2, top + 0.2, "run on the kept tokens alone", size=9)
 
     # Cells and lanes.
-    norm = Normalize(0, float(np.nanmax(forward.changes[ids])))
+    norm = LogNorm(float(np.nanmin(forward.changes[ids])), float(np.nanmax(forward.changes[ids])))
     for index, token in enumerate(ids.tolist()):
         y = top - (index + 1) * pitch
         draw_image(axes, token_pixels(forward.noisy, token, rows), x=left - pitch - 0.06, y=y, side=pitch - 0.04)
@@ -79,18 +80,18 @@ def draw_routing(forward: RoutedForward) -> Figure:
 
 
 def most_even_row(kept: torch.Tensor, rows: int) -> torch.Tensor:
-    """The ids of the tokens of the image's row that has the most even share of kept ones, near the middle."""
-    counts = torch.bincount(kept // rows, minlength=rows)
-    row = min(range(rows), key=lambda row: (abs(2 * int(counts[row]) - rows), abs(2 * row + 1 - rows)))
+    """The ids of the tokens of the row nearest to the middle of which about half is kept."""
+    off = (2 * torch.bincount(kept // rows, minlength=rows) - rows).abs()  # twice how far from half
+    row = min(range(rows), key=lambda row: (max(2, int(off[row])), abs(2 * row + 1 - rows)))
     return torch.arange(row * rows, (row + 1) * rows)
 
 
-def draw_legend(axes: Axes, norm: Normalize, *, x: float, y: float) -> None:
+def draw_legend(axes: Axes, norm: LogNorm, *, x: float, y: float) -> None:
     """What the shades and the lanes mean."""
     gradient = SHADES(np.linspace(0, 1, 64))[None]
     axes.imshow(gradient, extent=(x + 0.14, x + 0.94, y - 0.06, y + 0.06), aspect="auto")
-    write(axes, x + 0.07, y, "0", size=9, align="right")
-    write(axes, x + 1.0, y, f"{norm.vmax:.0f}  what a block adds to a token, norm", size=9, align="left")
+    write(axes, x + 0.07, y, f"{norm.vmin:.1g}", size=9, align="right")
+    write(axes, x + 1.0, y, f"{norm.vmax:.1g}  norm of what a block adds (log)", size=9, align="left")
     draw_arrow(axes, (x + 3.72, y), (x + 4.22, y), color=LANE)
     write(axes, x + 4.3, y, "skips and rejoins", size=9, align="left")
 
@@ -100,10 +101,10 @@ def draw_legend(axes: Axes, norm: Normalize, *, x: float, y: float) -> None:
 
 def draw_guidance(step: GuidedStep) -> Figure:
     """The branches of a step one above the other, from the noisy image to the guided prediction."""
-    figure, axes = canvas(4.3)
+    figure, axes = canvas(4.5)
     side, gap = 1.3, 0.35
     x = [0.2 + column * (side + gap) for column in range(5)]
-    high, low = 2.35, 0.45
+    high, low = 2.5, 0.5
     middle = (high + low) / 2
 
     # What both share.
@@ -114,20 +115,22 @@ def draw_guidance(step: GuidedStep) -> Figure:
         write(axes, x[0] + side / 2, middle - 0.36, "run once for both", size=9)
 
     # The branches.
-    num_tokens = 64
     for name, y, kept, clean in zip(("strong", "weak"), (high, low), step.kept, step.clean, strict=True):
-        draw_tokens(axes, step.noisy, kept, x=x[1], y=y, side=side)
+        draw_tokens(axes, step.noisy, kept, num_tokens=step.num_tokens, x=x[1], y=y, side=side)
         draw_image(axes, pixels(clean), x=x[2], y=y, side=side)
-        caption(axes, x[1], y, side, f"{name} branch", f"{len(kept)} of {num_tokens} tokens")
+        caption(axes, x[1], y, side, f"{name} branch", f"{len(kept)} of {step.num_tokens} tokens")
         caption(axes, x[2], y, side, name, "predicted image")
         draw_arrow(axes, (x[0] + side + 0.05, middle + side / 2), (x[1] - 0.05, y + side / 2))
         draw_arrow(axes, (x[1] + side + 0.05, y + side / 2), (x[2] - 0.05, y + side / 2))
         draw_arrow(axes, (x[2] + side + 0.05, y + side / 2), (x[3] - 0.05, middle + side / 2))
 
+    inside = f"blocks {step.route.start} to {step.route.end} run on these tokens"
+    write(axes, x[1] + side / 2, low - 0.2, inside, size=9)
+
     # Their difference and the guided prediction.
-    gain = 4
-    difference = gain * (step.clean[0] - step.clean[1])
-    draw_image(axes, pixels(difference), x=x[3], y=middle, side=side)
+    difference = step.clean[0] - step.clean[1]
+    gain = 2 ** max(0, int(-difference.abs().quantile(0.99).log2()))  # what nearly all pixels bear
+    draw_image(axes, pixels(gain * difference), x=x[3], y=middle, side=side)
     caption(axes, x[3], middle, side, "strong − weak", f"{gain} times, grey is 0")
     draw_arrow(axes, (x[3] + side + 0.05, middle + side / 2), (x[4] - 0.05, middle + side / 2))
     draw_image(axes, pixels(step.guided), x=x[4], y=middle, side=side)
@@ -175,11 +178,13 @@ def draw_image(axes: Axes, image: np.ndarray, *, x: float, y: float, side: float
     axes.imshow(image, extent=(x, x + side, y, y + side), aspect="auto", interpolation="nearest", zorder=2)
 
 
-def draw_tokens(axes: Axes, image: torch.Tensor, kept: torch.Tensor, *, x: float, y: float, side: float) -> None:
-    """An image cut into tokens, of which the kept ones are as they are and the others pale."""
-    rows = 8
+def draw_tokens(
+    axes: Axes, image: torch.Tensor, kept: torch.Tensor, *, num_tokens: int, x: float, y: float, side: float
+) -> None:
+    """A square image cut into tokens, of which the kept ones are as they are and the others pale."""
+    rows = math.isqrt(num_tokens)
     pitch, known = side / rows, set(kept.tolist())
-    for token in range(rows * rows):
+    for token in range(num_tokens):
         row, column = divmod(token, rows)
         patch = token_pixels(image, token, rows)
         patch = patch if token in known else 0.85 + 0.15 * patch

@@ -38,8 +38,11 @@ class GuidedStep:
     """[3, H, W], the image that a branch predicts."""
     guided: torch.Tensor
     """[3, H, W], the image that the guided prediction stands for."""
+    num_tokens: int
+    """N."""
     guidance_scale: float
     step: int
+    """Which one of `num_steps`, 0-based."""
     num_steps: int
     route: TokenRoute
     shares_prefix: bool
@@ -111,6 +114,7 @@ def guided_step(
         kept=[call[2][1][0][0] for call in (strong, weak)],
         clean=[strong_image, weak_image],
         guided=guided_image,
+        num_tokens=(latents.shape[-1] // pipeline.transformer.config.patch_size) ** 2,
         guidance_scale=guidance_scale,
         step=step,
         num_steps=num_steps,
