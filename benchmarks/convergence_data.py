@@ -6,7 +6,7 @@ Shapes: N images, H and W their sides.
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import count, islice
@@ -105,8 +105,8 @@ def read_digits(*, num_heldout: int = 600) -> Images:
     )
 
 
-def draw_avatars(*, num_train: int, num_heldout: int, size: int) -> Images:
-    """As many avatars of each of `STYLES`, the same ones in every call; needs dicebear-core, -styles and resvg-py."""
+def draw_avatars(*, num_train: int, num_heldout: int, size: int, styles: Sequence[str] = STYLES) -> Images:
+    """As many avatars of each style, the same ones in every call; needs dicebear-core, -styles and resvg-py."""
     import resvg_py
     from dicebear import Avatar, Style
 
@@ -115,12 +115,12 @@ def draw_avatars(*, num_train: int, num_heldout: int, size: int) -> Images:
         return np.asarray(shrink(PIL.Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))), size))
 
     train, heldout = [], []
-    for name in STYLES:
+    for name in styles:
         style = Style(json.loads(files("dicebear_styles").joinpath(f"{name}.json").read_text("utf-8")))
-        train.append([draw(style, f"train-{index}") for index in range(num_train // len(STYLES))])
+        train.append([draw(style, f"train-{index}") for index in range(num_train // len(styles))])
         others = unseen((draw(style, f"heldout-{index}") for index in count()), train[-1])
-        heldout.append(list(islice(others, num_heldout // len(STYLES))))
-    return stack(train, heldout, class_names=STYLES)
+        heldout.append(list(islice(others, num_heldout // len(styles))))
+    return stack(train, heldout, class_names=styles)
 
 
 def shrink(image: PIL.Image.Image, size: int) -> PIL.Image.Image:

@@ -34,7 +34,7 @@ from diffusers_tread.metrics import (
     prepare_reference,
     save_statistics,
 )
-from diffusers_tread.pictures import make_grid, save_image
+from diffusers_tread.pictures import add_labels, make_grid, name_classes, save_image
 from diffusers_tread.runs.parsing import check_at_least, parse_config
 from diffusers_tread.runs.sampling import SamplingConfig, open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
@@ -177,13 +177,21 @@ def report(
     path.parent.mkdir(parents=True, exist_ok=True)
     results.save(path)
     if isinstance(images, KeptImages) and images.num_kept:
-        first = [PIL.Image.open(images.path(index)) for index in range(min(images.num_kept, 40))]
-        save_image(make_grid(first), path.with_suffix(".png"))
+        save_image(draw_grid(images), path.with_suffix(".png"))
     print(f"{len(images)} images against {reference.description['name']}, features of {extractor.name}")
     for name, value in values.items():
         better = {True: "  higher is better", False: "  lower is better"}
         print(f"  {name:20} {value:.4f}{better[METRICS[name].higher_is_better] if name in METRICS else ''}")
     print(f"Saved {path}.")
+
+
+def draw_grid(images: KeptImages) -> PIL.Image.Image:
+    """The first kept images, with the names of classes that take turns."""
+    first, pipeline = range(min(images.num_kept, 40)), images.source.pipeline
+    labels, num_classes = [images.source.label(index) for index in first], pipeline.transformer.config.num_classes
+    columns, texts = name_classes(labels, num_classes=num_classes, id2label=pipeline.config.id2label)
+    grid = make_grid([PIL.Image.open(images.path(index)) for index in first], columns=columns)
+    return add_labels(grid, **texts) if texts else grid
 
 
 def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:

@@ -26,7 +26,7 @@ from diffusers_tread import TREADPipeline
 from diffusers_tread.claims import claim
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.metrics import PipelineImages
-from diffusers_tread.pictures import add_labels, make_grid, save_image
+from diffusers_tread.pictures import add_labels, make_grid, name_classes, save_image
 from diffusers_tread.runs.parsing import check_at_least, parse_config
 from diffusers_tread.runs.sampling import SamplingConfig, make_guider, open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
@@ -145,7 +145,14 @@ def plan_sheets(config: SampleConfig, images: PipelineImages) -> list[Sheet]:
         return [plan_class(config, images, label) for label in read_class_labels(config.class_labels, images.pipeline)]
     samples = [Sample(name=f"{i:06d}", label=images.label(i), index=i) for i in range(config.num_samples)]
     parts = [samples[start : start + 100] for start in range(0, len(samples), 100)]
-    return [Sheet(name=f"images-{part[0].name}", title="", samples=part) for part in parts]
+    return [plan_part(part, images.pipeline) for part in parts]
+
+
+def plan_part(samples: list[Sample], pipeline: TREADPipeline) -> Sheet:
+    """A sheet of consecutive samples, with the names of classes that take turns."""
+    labels, num_classes = [sample.label for sample in samples], pipeline.transformer.config.num_classes
+    _, texts = name_classes(labels, num_classes=num_classes, id2label=pipeline.config.id2label)
+    return Sheet(name=f"images-{samples[0].name}", title="", samples=samples, **texts)
 
 
 def plan_class(config: SampleConfig, images: PipelineImages, label: int) -> Sheet:

@@ -3,7 +3,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diffusers_tread.pictures import make_grid, save_curve, save_image
+from diffusers_tread.pictures import add_labels, make_grid, name_classes, save_curve, save_image
 
 
 def test_a_grid_keeps_the_order_enlarges_small_images_and_fills_the_last_row():
@@ -16,6 +16,23 @@ def test_a_grid_keeps_the_order_enlarges_small_images_and_fills_the_last_row():
     cells = cells.copy()
     cells[:, 1:-1, 1:-1] = 128
     assert (cells == 128).all()
+
+
+def test_classes_without_a_name_have_their_number():
+    names = {"columns": ["ant", "1"] * 2}
+    assert name_classes([0, 1, 0, 1], num_classes=2, id2label={"0": "ant"}) == (4, names)
+    assert name_classes([11, 0, 1], num_classes=12) == (3, {"columns": ["11", "0", "1"]})
+
+
+@pytest.mark.parametrize(("labels", "num_classes"), [([0, 0, 1], 2), ([0] * 3, 0)])
+def test_random_or_no_classes_have_no_names(labels, num_classes):
+    assert name_classes(labels, num_classes=num_classes, id2label={"0": "ant"}) == (3, {})
+
+
+def test_long_names_are_cut_to_their_columns():
+    grid = PIL.Image.new("L", (100, 20), "white")
+    cut = np.asarray(add_labels(grid, columns=["W" * 40, ""]).convert("L"))
+    assert (cut[:22, :50] < 128).any() and (cut[:, 51:] == 255).all()
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -2,7 +2,7 @@
 """Pictures that a run leaves."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def add_labels(
         grid: Cells of one size.
         title: Above everything.
         rows: Beside each row, from the top.
-        columns: Above each column, from the left.
+        columns: Above each column, from the left, cut where they are wider.
     """
     font, line = PIL.ImageFont.load_default(14), 22
     left = max([8 + round(font.getlength(text)) for text in rows], default=0)
@@ -54,10 +54,44 @@ def add_labels(
     write = partial(PIL.ImageDraw.Draw(picture).text, fill="black", font=font)
     write((left + 4, line / 2), title, anchor="lm")
     for column, text in enumerate(columns):
+        text = _cut(text, font, grid.width // len(columns))
         write((left + (column + 0.5) * grid.width / len(columns), top - line / 2), text, anchor="mm")
     for row, text in enumerate(rows):
         write((left - 4, top + (row + 0.5) * grid.height / len(rows)), text, anchor="rm")
     return picture
+
+
+def name_classes(
+    labels: Sequence[int], *, num_classes: int, id2label: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, list[str]]]:
+    """How many images of a grid go in a row, and the texts with which `add_labels` says what they show.
+
+    Up to ten classes have columns of their own, with the name above; of more a row says from which to which. There are
+    no texts without classes, or where these do not take turns.
+
+    Args:
+        labels: Of at least one image.
+        num_classes: Of the model; 0 for one without classes.
+        id2label: Class id, as a string, to name; classes without a name have their number.
+    """
+    if num_classes == 0 or any(label != (labels[0] + index) % num_classes for index, label in enumerate(labels)):
+        return min(10, len(labels)), {}
+    columns = min(10 - 10 % num_classes if num_classes <= 10 else 10, len(labels))
+    names = [str((id2label or {}).get(str(label), label)) for label in labels]
+    rows = [names[start : start + columns] for start in range(0, len(names), columns)]
+    if columns % num_classes == 0 or len(rows) == 1:
+        return columns, {"columns": rows[0]}
+    ends = [[name if len(name) <= 12 else f"{name[:11]}…" for name in row[:: max(len(row) - 1, 1)]] for row in rows]
+    return columns, {"rows": [" to ".join(row) for row in ends]}
+
+
+def _cut(text: str, font: PIL.ImageFont.FreeTypeFont, width: int) -> str:
+    """As much of a text as fits into so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while len(text) > 1 and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def save_image(image: PIL.Image.Image, path: Path) -> None:

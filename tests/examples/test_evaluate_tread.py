@@ -122,6 +122,8 @@ def test_a_metric_that_is_registered_is_known_to_the_flag_the_results_and_the_ta
     printed = " ".join(capsys.readouterr().out.split())
     assert f"feature_mean_distance {values['feature_mean_distance']:.4f} lower is better" in printed
     assert f"recall {values['recall']:.4f} higher is better" in printed
+    (grid,) = (tmp_path / "results").glob("*.png")
+    assert PIL.Image.open(grid).size == (8 * 66, 22 + 2 * 66)  # the classes, which take turns, above their columns
 
 
 def test_a_pipeline_of_latents_runs_in_bfloat16_with_a_float32_vae(argv, tmp_path):

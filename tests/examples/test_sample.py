@@ -67,7 +67,12 @@ def test_images_are_the_samples_that_are_evaluated(argv, folder, tmp_path, label
         for index, image in enumerate(evaluated.read(start, min(start + 4, 10)), start=start):
             np.testing.assert_array_equal(pixels(tmp_path / f"samples/images/{index:06d}.png"), image[0].numpy())
     assert [path.name for path in sorted((tmp_path / "samples").glob("*.png"))] == ["images-000000.png"]
-    assert pixels(tmp_path / "samples/images-000000.png").shape == (CELL, 10 * CELL, 3)
+    sheet = pixels(tmp_path / "samples/images-000000.png")
+    if labels == "--random_labels":
+        assert sheet.shape == (CELL, 10 * CELL, 3)
+    else:  # a column per class and turn, with its name above
+        assert sheet.shape == (22 + 2 * CELL, 8 * CELL, 3)
+        assert all((sheet[:22, column * CELL :][:, :CELL] < 128).any() for column in range(8))
 
 
 def test_latents_are_decoded(argv, folder, tmp_path):

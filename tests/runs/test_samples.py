@@ -28,7 +28,3 @@ def test_a_grid_says_the_classes_of_its_columns_or_rows(monkeypatch, num_classes
     assert seen == expected
     assert grid.height == 66 * size[1] + 22 * ("columns" in expected)
     assert grid.width == 66 * size[0] if "rows" not in expected else grid.width > 66 * size[0]
-
-
-def test_long_names_are_cut_to_their_column():
-    assert samples._short(["a", "abcdefghij"], 66) == ["a", "abcdefg…"]

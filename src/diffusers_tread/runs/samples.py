@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 
 from ..models import make_denoiser
-from ..pictures import add_labels, make_grid
+from ..pictures import add_labels, make_grid, name_classes
 from ..pipelines import TREADPipeline
 from ..seeds import derive_seed
 from .ema import whole_weights
@@ -53,8 +53,6 @@ def sample_grid(
 ) -> PIL.Image.Image:
     """Samples of one class after the other, with a progress bar of its own and the classes' names.
 
-    Up to ten classes have columns of their own, with the name above; of more a row says from which to which.
-
     Args:
         pipeline: Whose scheduler and weights are used.
         num_images: Samples.
@@ -62,8 +60,8 @@ def sample_grid(
         num_inference_steps: Sampling steps.
         guidance_scale: Classifier-free guidance; 1 for none.
     """
-    num_classes, names = max(pipeline.transformer.config.num_classes, 1), pipeline.config.id2label or {}
-    labels = [index % num_classes for index in range(num_images)]
+    num_classes = pipeline.transformer.config.num_classes
+    labels = [index % max(num_classes, 1) for index in range(num_images)]
     seeds = [derive_seed(seed, "validation", index) for index in range(num_images)]
     pipeline.set_progress_bar_config(desc="Samples", leave=False)
     images = pipeline(
@@ -74,21 +72,9 @@ def sample_grid(
     ).images
     pipeline.set_progress_bar_config(disable=True)
 
-    columns = min(10 - 10 % num_classes if num_classes <= 10 else 10, num_images)
+    columns, texts = name_classes(labels, num_classes=num_classes, id2label=pipeline.config.id2label)
     grid = make_grid(images, columns=columns)
-    if pipeline.transformer.config.num_classes == 0:
-        return grid
-    titles = [str(names.get(str(label), label)) for label in labels]
-    rows = [titles[start : start + columns] for start in range(0, num_images, columns)]
-    if columns % num_classes == 0 or len(rows) == 1:
-        return add_labels(grid, columns=_short(rows[0], grid.width // columns))
-    return add_labels(grid, rows=[" to ".join(_short(row[:: max(len(row) - 1, 1)], 96)) for row in rows])
-
-
-def _short(texts: list[str], width: int) -> list[str]:
-    """Texts that fit into as many pixels."""
-    most = max(width // 8, 1)
-    return [text if len(text) <= most else text[: max(most - 1, 1)] + "…" for text in texts]
+    return add_labels(grid, **texts) if texts else grid
 
 
 def last_grid(output_dir: str | Path, *, step: int) -> PIL.Image.Image | None:
