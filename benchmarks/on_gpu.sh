@@ -4,7 +4,7 @@
 #     bash benchmarks/on_gpu.sh checks speed       # about six minutes on an H200: the tests marked gpu, then the timings
 #     bash benchmarks/on_gpu.sh rest               # the script's loop, memory
 #     bash benchmarks/on_gpu.sh evidence           # dense against routed on avatars (DATA=FILE.npz), five minutes
-#     DEVICE=cpu SMOKE=1 bash benchmarks/on_gpu.sh checks speed    # does it start? tiny models
+#     DEVICE=cpu SMOKE=1 bash benchmarks/on_gpu.sh checks speed    # does it start? tiny models, nothing compiled
 #
 # Where diffusers is missing, its wheel and those that it needs are to lie in .whl. Results go to $OUT, by default
 # benchmarks/results; each part has a time limit and is written as it ends, so that a run that is cut keeps what was
@@ -19,7 +19,7 @@ if ! $python -c 'import diffusers' 2>/dev/null; then
     $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site .whl/*.whl || exit
 fi
 
-device=${DEVICE:-cuda} failed=0 started=$SECONDS
+device=${DEVICE:-cuda} failed=0 started=$SECONDS commands=
 part() { # seconds, name, command ...
     local limit=$1 name=$2
     shift 2
@@ -31,17 +31,24 @@ part() { # seconds, name, command ...
 bench() { # seconds, name, script, flags ...
     local limit=$1 name=$2 script=$3
     shift 3
-    part "$limit" "$name" $python "benchmarks/$script" --device "$device" "$@" --output "$OUT/$name.json"
+    set -- --device "$device" "$@" --output "$OUT/$name.json"
+    if [ -n "${SMOKE:-}" ]; then
+        commands+="$name $script $(printf '%q ' "$@")"$'\n'  # run at the end, in one process
+    else
+        part "$limit" "$name" $python "benchmarks/$script" "$@"
+    fi
 }
 
 if [ -n "${SMOKE:-}" ]; then
     large="--presets S/8" base="--presets S/8" preset=S/8 short=16 long=64 suffix=smoke
-    speed="--repeats 2 --warmup 1" batches=(2 2 2 2) dtype=float32 runs=1 many="-n 0 -k checkpoint"
+    speed="--repeats 2 --warmup 1" few=$speed batches=(2 2 2 2) dtype=float32 runs=1 turn=2
+    many="-n 0 -k checkpoint"
     evidence="--seeds 0 --width 32 --heads 1 --depth 6 --steps 10 --evaluations 2 --samples_at 1 --num_samples 20"
     evidence+=" --judge_steps 10 --heldout_per_level 4 --sampling_steps 2 --batch_size 4"
 else
     large="--presets XL/2" base="--presets B/2,S/2" preset=XL/2 short=256 long=1024 suffix=gpu
-    speed="--repeats 15 --warmup 3" batches=(128 256 32 64) dtype=bfloat16 runs=10 many="-n 6"
+    speed="--repeats 15 --warmup 3" few="--repeats 5 --warmup 1" batches=(128 256 32 64) dtype=bfloat16 runs=10 turn=10
+    many="-n 6"
     evidence="--dtype bfloat16 --compile --seeds 0,1,2 --width 384 --heads 6 --steps 900 --batch_size 256 --lr 1e-3"
     evidence+=" --samples_at 2 --num_samples 2000 --eval_batch_size 1000 --heldout_per_level 200 --judge_steps 600"
     evidence+=" --warmup 3 --time_limit 330"
@@ -60,7 +67,7 @@ for what in "$@"; do
         bench 40 routing_overhead_$suffix routing_overhead.py --preset $preset --dtype $dtype $speed \
             --shapes "${batches[0]}x$short,${batches[2]}x$long"
         bench 80 sampling_$suffix sampling.py --preset $preset --tokens $short --batch_size "${batches[3]}" --compile \
-            --num_inference_steps $runs --dtype $dtype --repeats 5 --warmup 1
+            --num_inference_steps $runs --dtype $dtype $few
         bench 70 train_step_base_$suffix train_step.py $base --tokens $short --batch_size "${batches[1]}" --modes blocks \
             --no-peer --dtype $dtype $speed
         bench 70 train_step_long_$suffix train_step.py $large --tokens $long --batch_size "${batches[2]}" --modes blocks \
@@ -70,7 +77,7 @@ for what in "$@"; do
         ;;
     rest)
         bench 90 training_loop_$suffix training_loop.py --preset $preset --tokens $short --batch_size "${batches[0]}" \
-            --steps_per_turn 10 --compile --dtype $dtype --repeats 5 --warmup 1
+            --steps_per_turn $turn --compile --dtype $dtype $few
         [ -n "${SMOKE:-}" ] || bench 300 memory_gpu memory.py --dtype $dtype --preset $preset --batch_sizes 8,32 \
             --check_batch_size 64 --search
         ;;
@@ -84,4 +91,5 @@ for what in "$@"; do
         ;;
     esac
 done
+[ -z "$commands" ] || part 600 benchmarks_smoke $python benchmarks/smoke.py <<<"${commands%$'\n'}"
 exit $failed

@@ -27,7 +27,7 @@ from diffusers_tread.flops import flop_ceiling
 KINDS = {
     "fused kernels": r"^(triton|cpp)_",
     "linear layers": r"aten::(mm|addmm|bmm|convolution|mkldnn|cudnn_conv)|nvjet|gemm|cutlass|splitK",
-    "attention": r"aten::_(scaled_dot_product|flash|cudnn_attention|efficient)|sdpa|flash|fmha",
+    "attention": r"aten::_(scaled_dot_product|flash|cudnn_attention|efficient)|sdpa|flash|fmha|cudnn::fusion",
     "optimiser": r"aten::_fused_adamw|multi_tensor_apply",
     "moving tokens": r"aten::(index|sort|topk)|index|[sS]ort|gatherTopK|radix",
     "activation": r"aten::(gelu|silu)|[gG]elu|[sS]ilu",

@@ -25,6 +25,10 @@ REFUSED = {
     "read_latents": {
         "--formats arrow,hdf5": "--formats", "--repeats 1": "repeats", "--num_samples 64 --batch_size 128": "128"
     },
+    "roofline": {
+        "--tokens 5": "--tokens", "--batch_size 0": "--batch_size", "--selection_ratio 1": "--selection_ratio",
+        "--matmul_tflops 0": "--matmul_tflops", "--bandwidth_tbs -1": "--bandwidth_tbs",
+    },
     "routing_overhead": {
         "--shapes 8": "--shapes", "--shapes 0x256": "--shapes", "--shapes 8xmany": "--shapes",
         "--selection_ratio 0": "--selection_ratio",

@@ -35,6 +35,7 @@ def test_the_operations_are_found_where_they_run(report):
     assert profile_step.kind_of("triton_poi_fused_add_0") == "fused kernels"
     assert profile_step.kind_of("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN") == "linear layers"
     assert profile_step.kind_of("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26") == "attention"
+    assert profile_step.kind_of("void cudnn::fusion::compute_dot_do_o<true>(void const*, int)") == "attention"
     assert profile_step.kind_of("void at::native::indexFuncLargeIndex<float, long>") == "moving tokens"
 
 

@@ -1,0 +1,40 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Runs benchmarks one after the other in one process, narrow and without compiling: do they start with their flags?
+
+    echo 'first train_step.py --presets S/8 --tokens 16 --repeats 2' | python benchmarks/smoke.py
+
+Each line has a name, a script of this folder and its flags; on_gpu.sh writes them where SMOKE is set. Exits with 1 if
+a script failed, after the others.
+"""
+
+import importlib
+import shlex
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from diffusers_tread.models import transformer_tread_2d
+
+
+def main(lines: Iterable[str]) -> int:
+    """Gives the exit status."""
+    torch.compiler.set_stance("force_eager")
+    transformer_tread_2d.PRESETS["S"] = (64, 12, 2)  # a sixth of its width
+    failed = []
+    for line in lines:
+        name, script, *flags = shlex.split(line)
+        print(f"== {name}", flush=True)
+        try:
+            importlib.import_module(Path(script).stem).main(flags)
+        except (Exception, SystemExit):  # argparse exits
+            traceback.print_exc()
+            failed.append(name)
+    print(f"== failed: {', '.join(failed) or 'none'}", flush=True)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.stdin))
