@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import latent_size, summary
+from common import keep_freed_memory, latent_size, summary
 from scaling_model import ADAMW_BYTES, KINDS, Cluster, Model, Plan, step
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -52,6 +52,7 @@ def make_model(args: argparse.Namespace) -> TREADTransformer2DModel:
 def work(rank: int, folder: str, args: argparse.Namespace) -> None:
     """Writes the seconds of one of the two processes, by what was timed."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(args.seed)
     model, sharded = make_model(args), make_model(args)
