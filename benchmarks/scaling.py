@@ -261,7 +261,7 @@ def table(report: dict[str, Any]) -> str:
     columns["scheme"] = lambda row: row["scheme"].upper()
     if settings["study"] == "smallest":
         for count in settings["gpus"]:
-            columns[f"{count:,} GPUs"] = lambda row, count=str(count): " / ".join(
+            columns[f"{count:,} GPU{'s' * (count > 1)}"] = lambda row, count=str(count): " / ".join(
                 "-" if value is None else str(value) for value in row["smallest"][count].values()
             )
     else:
