@@ -36,7 +36,8 @@ REFUSED = {
     },
     "scaling": {
         "--schemes ddp,zero": "--schemes", "--overlap 1.5": "--overlap", "--keep 0": "--keep",
-        "--tokens 5": "--tokens", "--routed_ms 10": "--dense_ms", "--storage_gbps 0": "--storage_gbps", "--inter_node_gbps 0": "--inter_node",
+        "--tokens 5": "--tokens", "--routed_ms 10": "--dense_ms", "--storage_gbps 0": "--storage_gbps",
+        "--inter_node_gbps 0": "--inter_node",
         "--dense_ms 10 --routed_ms 10": "fixed part", "--gpus 12": "whole nodes",
     },
     "startup": {"--first_steps 1": "--first_steps", "--repeats 1": "--repeats"},
