@@ -38,6 +38,12 @@ REFUSED = {
         "--batch_size 0": "--batch_size", "--num_inference_steps 0": "--num_inference_steps",
         "--compile": "--warmup >= 1", "--preset M/2": "Expected a preset",
     },
+    "scaling": {
+        "--schemes ddp,zero": "--schemes", "--overlap 1.5": "--overlap", "--keep 0": "--keep",
+        "--tokens 5": "--tokens", "--routed_ms 10": "--dense_ms", "--storage_gbps 0": "--storage_gbps",
+        "--inter_node_gbps 0": "--inter_node",
+        "--dense_ms 10 --routed_ms 10": "fixed part", "--gpus 12": "whole nodes",
+    },
     "startup": {"--first_steps 1": "--first_steps", "--repeats 1": "--repeats"},
     "train_step": {
         "--tokens 200": "--tokens", "--modes fast": "--modes", "--repeats 1": "--repeats",
