@@ -41,9 +41,6 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     _presets: Mapping[str, Mapping[str, Any]] = {}
     """By name, what of the config makes a size."""
 
-    _route_unit: Literal["token", "row"] = "token"
-    """What the default route keeps or routes as a whole."""
-
     transformer_blocks: RoutedStack
 
     _supports_gradient_checkpointing = True
@@ -96,9 +93,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         if config.freq_shift not in (0, 1):
             raise ValueError(f"Expected freq_shift 0 or 1, got {config.freq_shift!r}.")
 
-        routes = config.routes
-        if routes == "default":
-            routes = default_route(config.num_layers, unit=self._route_unit)
+        routes = default_route(config.num_layers) if config.routes == "default" else config.routes
         self.token_router = TokenRouter(routes, num_layers=config.num_layers)
         self.register_to_config(routes=[route.to_dict() for route in self.token_router.routes] or None)
 
