@@ -1,4 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .latent_denoiser import LatentDenoiser
 from .mamba_tread_2d import TREADMamba2DModel
 from .modeling_outputs import DenoiserOutput
 from .registry import DENOISERS, make_denoiser, register_denoiser
@@ -8,6 +9,7 @@ from .transformer_tread_2d import TREADTransformer2DModel
 __all__ = [
     "DENOISERS",
     "DenoiserOutput",
+    "LatentDenoiser",
     "TREADMamba2DModel",
     "TREADTransformer2DModel",
     "make_denoiser",

@@ -317,8 +317,8 @@ class TREADMamba2DModel(LatentDenoiser):
         >>> import torch
         >>> from diffusers_tread import TREADMamba2DModel
         >>> model = TREADMamba2DModel.from_preset("Mamba-S/2", sample_size=32, in_channels=4, num_classes=1000)
-        >>> model(torch.randn(2, 4, 32, 32), torch.tensor([0.1, -0.5]), torch.tensor([207, 1000])).sample.shape
-        torch.Size([2, 4, 32, 32])
+        >>> model(torch.randn(1, 4, 32, 32), torch.tensor([0.1]), torch.tensor([207])).sample.shape
+        torch.Size([1, 4, 32, 32])
     """
 
     _presets = {
