@@ -26,7 +26,7 @@ from .latent_denoiser import LatentDenoiser, Routes
 
 
 # Width, blocks: DiT's of the same letter with twice the blocks, each of half the weights. Heads have 64 channels.
-# Parameters at patch 2, 4 channels, 1000 classes: S 33M, B 132M, L 459M.
+# Parameters at patch 2, 4 channels, 1000 classes: S 36M, B 136M, L 474M.
 MAMBA_PRESETS = {
     "S": ( 384, 24),
     "B": ( 768, 24),
@@ -86,7 +86,7 @@ def bidirectional_scan(
 
     # Within chunks. Log decays from the chunk's start, `ahead` with the token itself, `behind` without it.
     sums = log_decay.cumsum(dim=-1)
-    ahead, behind = sums[0], sums[1] - log_decay[1]  # M B H Q
+    ahead, behind = sums[0], F.pad(sums[1, ..., :-1], (1, 0))  # M B H Q
     lower = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril(-1)
     log_weights = torch.where(
         lower,
@@ -134,7 +134,7 @@ def _pass_on(states: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
     """
     num_chunks = states.shape[0]
     after = totals.cumsum(dim=1).movedim(1, -1)  # 2 B H M, log decay from the first chunk, with the chunk itself
-    before = after - totals.movedim(1, -1)  # without it
+    before = F.pad(after[..., :-1], (1, 0))  # without it
     log_decays = torch.stack(
         [
             before[0].unsqueeze(-1) - after[0].unsqueeze(-2),  # to chunk i from j < i
