@@ -34,6 +34,7 @@ REFUSED = {
         "--batch_size 0": "--batch_size", "--num_inference_steps 0": "--num_inference_steps",
         "--compile": "--warmup >= 1", "--preset M/2": "Expected a preset",
     },
+    "scan_cost": {"--repeats 1": "--repeats >= 2"},
     "startup": {"--first_steps 1": "--first_steps", "--repeats 1": "--repeats"},
     "train_step": {
         "--tokens 200": "--tokens", "--modes fast": "--modes", "--repeats 1": "--repeats",

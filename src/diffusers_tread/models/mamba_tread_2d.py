@@ -213,7 +213,7 @@ class TREADMamba2Mixer(nn.Module):
         """[B, L, D] in the order of the scan to [B, L, D]."""
         gate, mixed, time_step = self.in_proj(hidden_states).split(self.splits, dim=-1)
         mixed = F.silu(self.conv(mixed.transpose(1, 2).unsqueeze(2))).squeeze(2).transpose(1, 2)  # B L channels
-        y = self._scan(mixed, time_step).to(gate.dtype)  # B L inner
+        y = self._scan(mixed, time_step).to(self.norm.weight.dtype)  # B L inner
         return self.out_proj(self.norm(y) * F.silu(gate))
 
     def _scan(self, mixed: torch.Tensor, time_step: torch.Tensor) -> torch.Tensor:
