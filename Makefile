@@ -46,6 +46,7 @@ bench: .venv/.installed ## measure everything on the CPU in under ten minutes; w
 	$(BENCH)/training_loop.py --repeats 4 --output $(RESULTS)/training_loop_cpu.json
 	$(BENCH)/sampling.py --output $(RESULTS)/sampling_cpu.json
 	$(BENCH)/routing_overhead.py --output $(RESULTS)/routing_overhead_cpu.json
+	$(BENCH)/scan_cost.py --threads 1 --output $(RESULTS)/scan_cost_cpu.json
 	$(BENCH)/hooks_overhead.py --repeats 3 --warmup 1 --batch_size 1 --output $(RESULTS)/hooks_overhead_cpu.json
 	$(BENCH)/startup.py --output $(RESULTS)/startup_cpu.json
 	$(BENCH)/report.py

@@ -13,7 +13,7 @@ from .hooks import (
     register_model_spec,
     remove_token_routing,
 )
-from .models import TREADTransformer2DModel, register_denoiser
+from .models import TREADMamba2DModel, TREADTransformer2DModel, register_denoiser
 from .objectives import (
     EDMObjective,
     EpsilonObjective,
@@ -51,6 +51,7 @@ __all__ = [
     "RoutedStack",
     "RoutingCall",
     "SparseGuidance",
+    "TREADMamba2DModel",
     "TREADPipeline",
     "TREADTransformer2DModel",
     "TokenRoute",

@@ -44,6 +44,7 @@ REFUSED = {
         "--inter_node_gbps 0": "--inter_node",
         "--dense_ms 10 --routed_ms 10": "fixed part", "--gpus 12": "whole nodes",
     },
+    "scan_cost": {"--repeats 1": "--repeats >= 2"},
     "startup": {"--first_steps 1": "--first_steps", "--repeats 1": "--repeats"},
     "train_step": {
         "--tokens 200": "--tokens", "--modes fast": "--modes", "--repeats 1": "--repeats",

@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .latent_denoiser import LatentDenoiser
+from .mamba_tread_2d import TREADMamba2DModel
 from .modeling_outputs import DenoiserOutput
 from .registry import DENOISERS, make_denoiser, register_denoiser
 from .transformer_tread_2d import TREADTransformer2DModel
@@ -9,6 +10,7 @@ __all__ = [
     "DENOISERS",
     "DenoiserOutput",
     "LatentDenoiser",
+    "TREADMamba2DModel",
     "TREADTransformer2DModel",
     "make_denoiser",
     "register_denoiser",
