@@ -105,10 +105,15 @@ def read_digits(*, num_heldout: int = 600) -> Images:
     )
 
 
-def draw_avatars(*, num_train: int, num_heldout: int, size: int, styles: Sequence[str] = STYLES) -> Images:
-    """As many avatars of each style, the same ones in every call; needs dicebear-core, -styles and resvg-py."""
+def draw_avatars(*, num_train: int, num_heldout: int, size: int, styles: Sequence[str] | None = None) -> Images:
+    """As many avatars of each style, by default `STYLES`; the same ones in every call.
+
+    Needs dicebear-core, dicebear-styles and resvg-py.
+    """
     import resvg_py
     from dicebear import Avatar, Style
+
+    styles = STYLES if styles is None else styles
 
     def draw(style: Style, seed: str) -> np.ndarray:
         svg = Avatar(style, {"seed": seed, "size": 2 * size}).to_string()
