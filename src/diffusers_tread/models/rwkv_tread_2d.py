@@ -1,0 +1,228 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""A class-conditional diffusion model of RWKV blocks (Vision-RWKV, arXiv 2403.02308) with token routes (TREAD).
+
+Shapes: B batch, h x w token grid, N = h * w tokens or those of the kept rows, D width, C tokens of a chunk,
+n = N / C chunks.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+from ..routing import RoutedStack, default_route
+from .latent_denoiser import LatentDenoiser, Routes
+
+
+# Vision-RWKV's S and B: width, blocks. Parameters at patch 2, 4 channels, 1000 classes: S 34M, B 136M.
+PRESETS = {
+    "RWKV-S":  (384,     12),
+    "RWKV-B":  (768,     12),
+}  # fmt: skip
+
+CHUNK_SIZE = 32
+
+
+def bidirectional_wkv(
+    key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, bonus: torch.Tensor
+) -> torch.Tensor:
+    """Vision-RWKV's average of all values, weighted by keys and distances (arXiv 2403.02308, equations 4-6).
+
+    out_t = sum_i a_ti v_i / sum_i a_ti with a_ti = exp(k_i - decay * (|t - i| - 1) / N) for i != t and
+    a_tt = exp(k_t + bonus), for each channel. The decay is divided by the number of tokens, so it rescales itself: of
+    half the tokens, the farthest two are as far apart as before.
+
+    Linear in N: exact sums inside chunks of 32 tokens, one matrix per channel, and between chunks what each sums up
+    to. Each chunk subtracts the largest exponent that reaches it, so float32 serves for keys of any size as long as
+    a chunk decays by less than exp(-30), decay < 240 at 256 tokens; beyond that, as long as the keys of a channel
+    differ by less than 60. Computed in at least float32, also under autocast; TF32, where allowed, rounds the sums.
+
+    Args:
+        key: [B, N, D].
+        value: [B, N, D].
+        decay: [D], >= 0.
+        bonus: [D], what a token's own key is raised by; a few units.
+
+    Returns:
+        [B, N, D] in the dtype of `value`.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    batch_size, num_tokens, dim = key.shape
+    chunk_size = min(CHUNK_SIZE, num_tokens)
+    padding = -num_tokens % chunk_size
+
+    with torch.autocast(key.device.type, enabled=False):
+        # Channels first, so that sums over a chunk are products of one matrix per channel.
+        key, value = (tensor.to(dtype).flatten(0, 1).t().contiguous() for tensor in (key, value))  # D B*N
+        key, value = (tensor.unflatten(1, (batch_size, num_tokens)) for tensor in (key, value))  # D B N
+        if padding:
+            key, value = F.pad(key, (0, padding), value=-torch.inf), F.pad(value, (0, padding))
+        key, value = (tensor.unflatten(2, (-1, chunk_size)) for tensor in (key, value))  # D B n C
+
+        # Weights relative to the largest that reaches the chunk.
+        decay = decay.to(dtype) / num_tokens
+        between, largest = _decay_between_chunks(key, decay)  # D B n n, D B n
+        weight = torch.exp(key - largest.unsqueeze(-1))  # D B n C
+        matrices = _decay_inside_chunk(decay, bonus.to(dtype), chunk_size)
+        numerator = _sum_over_tokens(weight * value, between, *matrices)
+        denominator = _sum_over_tokens(weight, between, *matrices)
+        # Below exp(-69) nothing is left in float32, neither of the sums nor of their gradients.
+        out = (numerator / denominator.clamp_min(1e-30)).flatten(2)[:, :, :num_tokens]  # D B N
+        return out.flatten(1).t().unflatten(0, (batch_size, num_tokens)).to(value.dtype)
+
+
+def _decay_between_chunks(key: torch.Tensor, decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What reaches a chunk of the sums of another, and the exponent that each chunk's weights are relative to.
+
+    Args:
+        key: [D, B, n, C].
+        decay: [D], per token.
+
+    Returns:
+        [D, B, n, n], from the end of the last chunk that faces the first, the weights' references included; [D, B, n]
+        the largest exponent of a chunk or of what reaches it from others.
+    """
+    chunks = torch.arange(key.shape[2], device=key.device)
+    skipped = ((chunks.unsqueeze(1) - chunks).abs() - 1).clamp_min(0) * key.shape[3]  # n n, tokens in between
+    lost = (decay.view(-1, 1, 1) * skipped).unsqueeze(1)  # D 1 n n
+    with torch.no_grad():  # it cancels
+        largest = (key.amax(dim=-1).unsqueeze(-2) - lost).amax(dim=-1)  # D B n
+    exponent = largest.unsqueeze(-2) - largest.unsqueeze(-1) - lost  # at most what a chunk decays by
+    return torch.exp(exponent.clamp_max(60)), largest
+
+
+def _decay_inside_chunk(
+    decay: torch.Tensor, bonus: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[D, C, C] from each token of a chunk to each, and [D, C, 2] to the first token after and the last before it."""
+    tokens = torch.arange(chunk_size, device=decay.device)
+    skipped = (tokens.unsqueeze(1) - tokens).abs() - 1  # C C, -1 for the token itself
+    decay = decay.view(-1, 1, 1)
+    inside = torch.where(skipped < 0, bonus.view(-1, 1, 1), -decay * skipped.clamp_min(0))
+    outside = -decay * torch.stack([tokens.flip(0), tokens], dim=1)
+    return torch.exp(inside), torch.exp(outside)
+
+
+def _sum_over_tokens(
+    weighted: torch.Tensor, between: torch.Tensor, inside: torch.Tensor, outside: torch.Tensor
+) -> torch.Tensor:
+    """[D, B, n, C] to the same, what reaches each token: of its own chunk, of those before and of those after."""
+    chunks = weighted.flatten(1, 2)  # D B*n C
+    sums = (chunks @ outside).view(*weighted.shape[:3], 2)  # D B n 2
+    before, after = between.tril(-1) @ sums[..., :1], between.triu(1) @ sums[..., 1:]  # D B n 1
+    others = torch.cat([before, after], dim=-1).flatten(1, 2)  # D B*n 2
+    return torch.baddbmm(chunks @ inside, others, outside.flip(2).mT).view_as(weighted)
+
+
+def q_shift(tokens: torch.Tensor, width: int) -> torch.Tensor:
+    """Each quarter of the channels from one neighbour on the grid: above, below, left, right; 0 beyond the border.
+
+    Vision-RWKV's shift by one token in four directions (arXiv 2403.02308, section 3.2).
+
+    Args:
+        tokens: [B, N, D], rows of `width` tokens in raster order; D divisible by 4.
+        width: Columns of the grid.
+
+    Raises:
+        ValueError: The tokens are no whole rows.
+    """
+    if tokens.shape[1] % width:
+        raise ValueError(
+            f"Expected whole rows of {width} tokens, got {tokens.shape[1]} tokens. Keep rows: TokenRoute(unit='row')."
+        )
+    above, below, left, right = tokens.unflatten(1, (-1, width)).chunk(4, dim=-1)  # B h w D/4
+    shifted = [
+        F.pad(above[:, :-1], (0, 0, 0, 0, 1, 0)),
+        F.pad(below[:, 1:], (0, 0, 0, 0, 0, 1)),
+        F.pad(left[:, :, :-1], (0, 0, 1, 0)),
+        F.pad(right[:, :, 1:], (0, 0, 0, 1)),
+    ]
+    return torch.cat(shifted, dim=-1).flatten(1, 2)
+
+
+class TREADRWKVSpatialMix(nn.Module):
+    """RWKV's replacement of attention: each channel averages over all tokens (arXiv 2403.02308, section 3.2)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+        # Of the neighbours in what the three see: 1 - mu in the papers.
+        self.shift = nn.Parameter(torch.full((3, dim), 0.5))
+        # Over the grid a channel decays by exp(-1) to exp(-64): it sees all of the image, or a few tokens.
+        self.log_decay = nn.Parameter(torch.linspace(0, math.log(64), dim))
+        self.bonus = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, hidden_states: torch.Tensor, width: int) -> torch.Tensor:
+        neighbours = q_shift(hidden_states, width) - hidden_states
+        for_receptance, for_key, for_value = (
+            torch.addcmul(hidden_states, neighbours, share) for share in self.shift
+        )
+        key, value = self.key(for_key), self.value(for_value)
+        average = bidirectional_wkv(key, value, self.log_decay.float().exp(), self.bonus)
+        return self.output(torch.sigmoid(self.receptance(for_receptance)) * average)
+
+
+class TREADRWKVChannelMix(nn.Module):
+    """RWKV's feed-forward layer, with squared ReLU and a gate (arXiv 2403.02308, section 3.2)."""
+
+    def __init__(self, dim: int, *, mlp_ratio: float):
+        super().__init__()
+        hidden_dim = int(dim * mlp_ratio)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, hidden_dim, bias=False)
+        self.value = nn.Linear(hidden_dim, dim, bias=False)
+        self.shift = nn.Parameter(torch.full((2, dim), 0.5))
+
+    def forward(self, hidden_states: torch.Tensor, width: int) -> torch.Tensor:
+        neighbours = q_shift(hidden_states, width) - hidden_states
+        for_receptance, for_key = (torch.addcmul(hidden_states, neighbours, share) for share in self.shift)
+        value = self.value(F.relu(self.key(for_key)).square())
+        return torch.sigmoid(self.receptance(for_receptance)) * value
+
+
+class TREADRWKV2DBlock(nn.Module):
+    """Spatial mix and channel mix with adaLN-Zero (arXiv 2212.09748, figure 3)."""
+
+    def __init__(self, dim: int, *, mlp_ratio: float, norm_eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.spatial_mix = TREADRWKVSpatialMix(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.channel_mix = TREADRWKVChannelMix(dim, mlp_ratio=mlp_ratio)
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, width: int) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: [B, N, D], all rows of the grid or the kept ones.
+            conditioning: [B, D], SiLU of the embedded time and class.
+            width: Columns of the grid.
+
+        Returns:
+            The shape of `hidden_states`.
+
+        Raises:
+            ValueError: The tokens are no whole rows.
+        """
+        modulation = self.modulation(conditioning).unsqueeze(1)  # B 1 6D
+        shift_spatial, scale_spatial, gate_spatial, shift_channel, scale_channel, gate_channel = modulation.chunk(
+            6, dim=-1
+        )
+
+        spatial_input = torch.addcmul(shift_spatial, self.norm1(hidden_states), 1 + scale_spatial)
+        hidden_states = torch.addcmul(hidden_states, gate_spatial, self.spatial_mix(spatial_input, width))
+
+        channel_input = torch.addcmul(shift_channel, self.norm2(hidden_states), 1 + scale_channel)
+        return torch.addcmul(hidden_states, gate_channel, self.channel_mix(channel_input, width))
+
+
+# For diffusers' caches and layer skipping, as that of TREADTransformerBlock.
+TransformerBlockRegistry._registry[TREADRWKV2DBlock] = TransformerBlockMetadata(
+    return_hidden_states_index=0, _cls=TREADRWKV2DBlock
+)
