@@ -36,9 +36,10 @@ def bidirectional_wkv(
     half the tokens, the farthest two are as far apart as before.
 
     Linear in N: exact sums inside chunks of 32 tokens, one matrix per channel, and between chunks what each sums up
-    to. Each chunk subtracts the largest exponent that reaches it, so float32 serves for keys of any size as long as
-    a chunk decays by less than exp(-30), decay < 240 at 256 tokens; beyond that, as long as the keys of a channel
-    differ by less than 60. Computed in at least float32, also under autocast; TF32, where allowed, rounds the sums.
+    to, relative to the largest exponent that reaches a chunk. So float32 is as exact as it can be for keys of any
+    size while a chunk decays by less than exp(-60), decay < 480 at 256 tokens, and for any decay while the keys of a
+    channel differ by less than 60. Beyond both, weights may vanish, and the average is 0 where all do. Computed in at
+    least float32, also under autocast; TF32, where allowed, rounds the sums.
 
     Args:
         key: [B, N, D].
@@ -62,36 +63,19 @@ def bidirectional_wkv(
             key, value = F.pad(key, (0, padding), value=-torch.inf), F.pad(value, (0, padding))
         key, value = (tensor.unflatten(2, (-1, chunk_size)) for tensor in (key, value))  # D B n C
 
-        # Weights relative to the largest that reaches the chunk.
+        # Weights relative to the chunk's largest, so that none is above 1.
         decay = decay.to(dtype) / num_tokens
-        between, largest = _decay_between_chunks(key, decay)  # D B n n, D B n
-        weight = torch.exp(key - largest.unsqueeze(-1))  # D B n C
-        matrices = _decay_inside_chunk(decay, bonus.to(dtype), chunk_size)
-        numerator = _sum_over_tokens(weight * value, between, *matrices)
-        denominator = _sum_over_tokens(weight, between, *matrices)
-        # Below exp(-69) nothing is left in float32, neither of the sums nor of their gradients.
+        largest = key.detach().amax(dim=-1, keepdim=True)  # D B n 1, it cancels
+        weight = torch.exp(key - largest)  # D B n C
+        decays = (
+            *_decay_inside_chunk(decay, bonus.to(dtype), chunk_size),
+            *_decay_between_chunks(largest, decay, chunk_size),
+        )
+        numerator = _sum_over_tokens(weight * value, *decays)
+        denominator = _sum_over_tokens(weight, *decays)
+        # Smaller sums have no gradients in float32.
         out = (numerator / denominator.clamp_min(1e-30)).flatten(2)[:, :, :num_tokens]  # D B N
         return out.flatten(1).t().unflatten(0, (batch_size, num_tokens)).to(value.dtype)
-
-
-def _decay_between_chunks(key: torch.Tensor, decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What reaches a chunk of the sums of another, and the exponent that each chunk's weights are relative to.
-
-    Args:
-        key: [D, B, n, C].
-        decay: [D], per token.
-
-    Returns:
-        [D, B, n, n], from the end of the last chunk that faces the first, the weights' references included; [D, B, n]
-        the largest exponent of a chunk or of what reaches it from others.
-    """
-    chunks = torch.arange(key.shape[2], device=key.device)
-    skipped = ((chunks.unsqueeze(1) - chunks).abs() - 1).clamp_min(0) * key.shape[3]  # n n, tokens in between
-    lost = (decay.view(-1, 1, 1) * skipped).unsqueeze(1)  # D 1 n n
-    with torch.no_grad():  # it cancels
-        largest = (key.amax(dim=-1).unsqueeze(-2) - lost).amax(dim=-1)  # D B n
-    exponent = largest.unsqueeze(-2) - largest.unsqueeze(-1) - lost  # at most what a chunk decays by
-    return torch.exp(exponent.clamp_max(60)), largest
 
 
 def _decay_inside_chunk(
@@ -106,15 +90,36 @@ def _decay_inside_chunk(
     return torch.exp(inside), torch.exp(outside)
 
 
+def _decay_between_chunks(
+    largest: torch.Tensor, decay: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes what sums are relative to, from the largest key of a chunk to the largest exponent that reaches one.
+
+    Args:
+        largest: [D, B, n, 1].
+        decay: [D], per token.
+        chunk_size: C.
+
+    Returns:
+        [D, B, n, 1] for sums of the chunk itself, and [D, B, n, n] to each chunk for those of each, with the decay
+        over the chunks in between. Nothing above 1.
+    """
+    chunks = torch.arange(largest.shape[2], device=decay.device)
+    skipped = ((chunks.unsqueeze(1) - chunks).abs() - 1).clamp_min(0) * chunk_size  # n n, tokens in between
+    exponent = largest.mT - (decay.view(-1, 1, 1) * skipped).unsqueeze(1)  # D B n n
+    reaching = exponent.detach().amax(dim=-1, keepdim=True)  # D B n 1, it cancels
+    return torch.exp(largest - reaching), torch.exp(exponent - reaching)
+
+
 def _sum_over_tokens(
-    weighted: torch.Tensor, between: torch.Tensor, inside: torch.Tensor, outside: torch.Tensor
+    weighted: torch.Tensor, inside: torch.Tensor, outside: torch.Tensor, own: torch.Tensor, between: torch.Tensor
 ) -> torch.Tensor:
     """[D, B, n, C] to the same, what reaches each token: of its own chunk, of those before and of those after."""
     chunks = weighted.flatten(1, 2)  # D B*n C
     sums = (chunks @ outside).view(*weighted.shape[:3], 2)  # D B n 2
     before, after = between.tril(-1) @ sums[..., :1], between.triu(1) @ sums[..., 1:]  # D B n 1
-    others = torch.cat([before, after], dim=-1).flatten(1, 2)  # D B*n 2
-    return torch.baddbmm(chunks @ inside, others, outside.flip(2).mT).view_as(weighted)
+    others = torch.cat([before, after], dim=-1).flatten(1, 2) @ outside.flip(2).mT  # D B*n C
+    return torch.addcmul(others.view_as(weighted), (chunks @ inside).view_as(weighted), own)
 
 
 def q_shift(tokens: torch.Tensor, width: int) -> torch.Tensor:
