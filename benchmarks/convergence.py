@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Trains dense and routed models on avatars and compares what they learn per step, per second and per FLOP.
+"""Trains dense and routed models on avatars or digits and compares what they learn per step, per second and per FLOP.
 
     python benchmarks/convergence.py --make_data outputs/avatars32.npz
     python benchmarks/convergence.py --data outputs/avatars32.npz --variants dense,routed,ratio=0.75,start=0 \\
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import DTYPES, finish_report, hardware, keep_freed_memory, start_report, write_whole
-from convergence_data import Images, draw_avatars, read_folders
+from convergence_data import Images, draw_avatars, read_digits, read_folders
 from convergence_judge import HeldOutLoss, Judge, level_weights
 from convergence_report import SampleSheet, plot, summarise, table
 from convergence_train import Draws, Run, Variant, to_device
@@ -35,8 +35,8 @@ from diffusers_tread import FlowMatchingObjective
 
 
 # Flags that change no run's result: what else is in "settings" must be the same to go on with a report.
-FREE = ("make_data", "train_folder", "heldout_folder", "num_train", "num_heldout", "size", "data", "output", "plot")
-FREE += ("plot_against", "samples", "from_json", "resume", "time_limit")
+FREE = ("make_data", "train_folder", "heldout_folder", "digits", "num_train", "num_heldout", "size", "data", "output")
+FREE += ("plot", "plot_against", "samples", "from_json", "resume", "time_limit")
 LISTS = ("variants", "seeds")
 
 
@@ -49,17 +49,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group("--make_data", type=Path, metavar="FILE", help="Make that file instead of training.")
     group("--train_folder", type=Path, help="To make it of FOLDER/CLASS/*.png; by default dicebear draws.")
     group("--heldout_folder", type=Path, help="As --train_folder, of other images.")
+    group("--digits", action="store_true", help="To make it of scikit-learn's handwritten digits, 8 x 8 pixels.")
     group("--num_train", type=int, default=20000, help="Images to draw for training.")
     group("--num_heldout", type=int, default=6000, help="And for judging.")
     group("--size", type=int, default=32, help="Their side in pixels.")
 
     group = parser.add_argument_group("what is compared").add_argument
     group("--variants", default="dense,routed", help="By commas; changes of the default route such as ratio=0.75, "
-          "start=0, end=6, dense_end=0.15, steps=1.4 are joined by +.")  # fmt: skip
+          "start=0, end=6, unit=row, dense_end=0.15, steps=1.4 are joined by +.")  # fmt: skip
     group("--seeds", default="0", help="Of weights and draws, by commas.")
     group("--time_limit", type=float, help="Seconds after which nothing starts that would not be done by then.")
 
     group = parser.add_argument_group("model and training").add_argument
+    group("--model", help="Class name and arguments of another denoiser as JSON, such as "
+          '{"_class_name": "TREADMamba2DModel", ...}; --width and --heads are then not used.')  # fmt: skip
     group("--width", type=int, default=96, help="Channels of a token.")
     group("--depth", type=int, default=12, help="Blocks.")
     group("--heads", type=int, default=3, help="Of attention.")
@@ -147,7 +150,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def make_data(args: argparse.Namespace) -> None:
-    if args.train_folder is not None:
+    if args.digits:
+        images = read_digits()
+    elif args.train_folder is not None:
         images = read_folders(args.train_folder, args.heldout_folder, size=args.size)
     else:
         images = draw_avatars(num_train=args.num_train, num_heldout=args.num_heldout, size=args.size)

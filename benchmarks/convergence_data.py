@@ -86,6 +86,25 @@ def read_folders(train: Path, heldout: Path, *, size: int) -> Images:
     return stack(*sets, class_names=names[0])
 
 
+def read_digits(*, num_heldout: int = 600) -> Images:
+    """scikit-learn's handwritten digits in grey, 8 x 8 pixels, held-out ones by a fixed draw; needs scikit-learn."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=3)  # N 8 8 3
+    train, heldout, train_labels, heldout_labels = train_test_split(
+        pixels, digits.target, test_size=num_heldout, stratify=digits.target, random_state=0
+    )
+    return Images(
+        train_images=train,
+        train_labels=train_labels,
+        heldout_images=heldout,
+        heldout_labels=heldout_labels,
+        class_names=tuple(map(str, digits.target_names)),
+    )
+
+
 def draw_avatars(*, num_train: int, num_heldout: int, size: int) -> Images:
     """As many avatars of each of `STYLES`, the same ones in every call; needs dicebear-core, -styles and resvg-py."""
     import resvg_py

@@ -8,12 +8,13 @@ Shapes: B images of a batch, H and W their sides.
 
 import argparse
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import DTYPES
@@ -22,12 +23,13 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_tread import FlowMatchingObjective, RoutingCall, TokenRoute, TREADTransformer2DModel, default_route
 from diffusers_tread.flops import training_flops
+from diffusers_tread.models import DENOISERS
 from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.seeds import derive_seed
 
 
 BASELINE = "dense"
-OPTIONS = {"ratio": float, "start": int, "end": int, "dense_end": float, "steps": float}
+OPTIONS = {"ratio": float, "start": int, "end": int, "unit": str, "dense_end": float, "steps": float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class Variant:
     name: str
     """As it was asked for."""
     route: TokenRoute | None
-    """None: dense."""
+    """None: dense. Its unit is that of the model's own default unless `unit` says otherwise."""
+    unit: Literal["token", "row"] | None = None
     dense_end: float = 0.0
     """Share of the steps, the last ones, that are dense, in [0, 1)."""
     steps: float = 1.0
@@ -64,7 +67,7 @@ class Variant:
                     f"Expected {BASELINE}, routed or changes of the route joined by +, such as ratio=0.25+start=0, "
                     f"got {text!r}. What can follow {kind} as NAME=NUMBER: {', '.join(known)}."
                 ) from None
-        others = {name: values.pop(name) for name in ("dense_end", "steps") if name in values}
+        others = {name: values.pop(name) for name in ("dense_end", "steps", "unit") if name in values}
         if not 0 <= others.get("dense_end", 0) < 1 or others.get("steps", 1) <= 0:
             raise ValueError(f"Expected dense_end in [0, 1) and steps > 0, got {text!r}.")
 
@@ -85,18 +88,23 @@ class Variant:
 
 def make_model(args: argparse.Namespace, variant: Variant, seed: int, *, size: int, num_classes: int):
     """On the CPU; its weights depend on the seed, not on the variant."""
+    if args.model is None:
+        config = {"num_attention_heads": args.heads, "attention_head_dim": args.width // args.heads}
+    else:
+        config = json.loads(args.model)
+    kind = DENOISERS[config.pop("_class_name", TREADTransformer2DModel.__name__)]
+    routes = None if variant.route is None else [replace(variant.route, unit=variant.unit or kind._route_unit)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
-        return TREADTransformer2DModel(
-            num_attention_heads=args.heads,
-            attention_head_dim=args.width // args.heads,
+        return kind(
             num_layers=args.depth,
             in_channels=3,
             sample_size=size,
             patch_size=args.patch_size,
             num_classes=num_classes,
-            routes=None if variant.route is None else [variant.route],
+            routes=routes,
             objective="flow",
+            **config,
         )
 
 

@@ -27,6 +27,7 @@ from diffusers import DiTTransformer2DModel
 
 from diffusers_tread import EDMObjective, RoutingCall, TREADTransformer2DModel
 from diffusers_tread.flops import flop_ceiling, training_flops
+from diffusers_tread.models import make_denoiser
 
 
 MODES = ("eager", "compiled", "blocks")
@@ -157,7 +158,7 @@ def measure(
 def make_steps(preset: str, num_tokens: int, batch_size: int, mode: str, args: argparse.Namespace):
     """The model, and functions "dense" and "routed" that take one training step of it."""
     with torch.device(args.device):
-        model = TREADTransformer2DModel.from_preset(preset, sample_size=latent_size(preset, num_tokens))
+        model = make_denoiser(preset, sample_size=latent_size(preset, num_tokens))
     step, seeds = make_step(model, batch_size, mode, args), itertools.count(args.seed)
 
     def with_routing(enabled: bool) -> None:

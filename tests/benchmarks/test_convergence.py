@@ -13,7 +13,7 @@ import pytest
 import torch
 from convergence_data import Images, draw_avatars, read_folders
 from convergence_judge import NUM_LEVELS, Judge, level_weights
-from convergence_train import Draws, Run, Variant, to_device
+from convergence_train import Draws, Run, Variant, make_model, to_device
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,6 +74,21 @@ def losses(report: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------- report
+
+
+def test_another_denoiser_learns_digits_and_routes_what_it_is_told_to(tmp_path):
+    convergence.main(["--make_data", str(tmp_path / "digits.npz"), "--digits"])
+    images = Images.load(tmp_path / "digits.npz")
+    assert images.train_images.shape == (1197, 8, 8, 3) and len(images.heldout_images) == 600
+    assert not {image.tobytes() for image in images.train_images} & {one.tobytes() for one in images.heldout_images}
+
+    model = '{"_class_name": "TREADTransformer2DModel", "num_attention_heads": 3, "attention_head_dim": 8}'
+    flags = ["--data", str(tmp_path / "digits.npz"), *SMOKE.split(), "--model", model, "--num_samples", "10"]
+    convergence.main([*flags, "--variants", "unit=row", "--steps", "4"])
+    args = convergence.parse_args(flags)
+    variant = Variant.parse("unit=row", depth=args.depth)
+    made = make_model(args, variant, 0, size=8, num_classes=10)
+    assert made.config.num_attention_heads == 3 and made.token_router.routes[0].unit == "row"
 
 
 def test_the_report_holds_all_that_was_measured(finished):

@@ -330,7 +330,7 @@ def test_without_data_flags_the_digits_recipe_applies_and_a_dry_run_prints_a_tab
     assert len(table) <= 14 and all(len(line) < 120 for line in table)
     rows = dict(line.split(maxsplit=1) for line in table)
     assert rows["data"] == "digits:, 1797 images" and rows["sees"] == "1x8x8, 10 classes"
-    assert "0.5M parameters" in rows["model"] and "50% skip blocks 2 to 8" in rows["routes"]
+    assert "0.5M parameters" in rows["model"] and "50% of the tokens skip blocks 2 to 8" in rows["routes"]
     assert rows["steps"] == f"2000 of 16 images, {2000 / (1797 / 16):.3g} epochs"
     assert rows["optimiser"] == "AdamW at 0.004, cosine after 30 steps, clipped at 1"
 

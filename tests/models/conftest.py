@@ -1,10 +1,16 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """A model small enough for a test, with weights that make every part of it count."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from diffusers_tread import TREADTransformer2DModel
+
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

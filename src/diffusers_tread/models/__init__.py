@@ -1,7 +1,15 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+from .latent_denoiser import LatentDenoiser
 from .modeling_outputs import DenoiserOutput
 from .registry import DENOISERS, make_denoiser, register_denoiser
 from .transformer_tread_2d import TREADTransformer2DModel
 
 
-__all__ = ["DENOISERS", "DenoiserOutput", "TREADTransformer2DModel", "make_denoiser", "register_denoiser"]
+__all__ = [
+    "DENOISERS",
+    "DenoiserOutput",
+    "LatentDenoiser",
+    "TREADTransformer2DModel",
+    "make_denoiser",
+    "register_denoiser",
+]

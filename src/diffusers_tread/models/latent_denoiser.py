@@ -40,6 +40,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
     _presets: Mapping[str, Mapping[str, Any]] = {}
     """By name, what of the config makes a size."""
+    _route_unit: Literal["token", "row"] = "token"
+    """What the default route keeps as a whole."""
 
     transformer_blocks: RoutedStack
 
@@ -93,7 +95,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         if config.freq_shift not in (0, 1):
             raise ValueError(f"Expected freq_shift 0 or 1, got {config.freq_shift!r}.")
 
-        routes = default_route(config.num_layers) if config.routes == "default" else config.routes
+        routes = default_route(config.num_layers, self._route_unit) if config.routes == "default" else config.routes
         self.token_router = TokenRouter(routes, num_layers=config.num_layers)
         self.register_to_config(routes=[route.to_dict() for route in self.token_router.routes] or None)
 
@@ -165,7 +167,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
         # Blocks.
         if kept_token_ids is None:
-            kept_token_ids = self.token_router.plan(tokens, training=self.training, call=routing)
+            kept_token_ids = self.token_router.plan(
+                tokens, training=self.training, call=routing, grid_size=(height, width)
+            )
         if kept_token_ids is not None:
             check_can_route(self)
         per_token, shared = self._block_arguments(tokens, conditioning, height, width)

@@ -38,6 +38,10 @@ class TokenRoute:
     m the L1 norm of a token scaled to [0, 1] within its sample, or 1 - m where l is negative. v1's code keeps the
     smallest: its `l1_reg` is -l, with its `inverse` +l. The final paper has 0.0, uniform subsets."""
 
+    unit: Literal["token", "row"] = "token"
+    """What is kept or routed as a whole: single tokens, or rows of the token grid. The kept rows are again a grid,
+    which blocks that convolve, shift or scan over it need. The papers route tokens."""
+
     def __post_init__(self):
         for name in ("start", "end"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
@@ -46,6 +50,8 @@ class TokenRoute:
         if self.rejoin not in ("state", "input", "sum"):
             raise ValueError(f"Expected rejoin 'state', 'input' or 'sum', got {self.rejoin!r}. The paper has 'state'.")
         check_magnitude_mix(self.magnitude_mix)
+        if self.unit not in ("token", "row"):
+            raise ValueError(f"Expected unit 'token' or 'row', got {self.unit!r}. The papers route tokens.")
 
     def resolve(self, num_layers: int) -> "TokenRoute":
         """The same route with absolute indices, checked against a model of `num_layers` blocks.
@@ -96,6 +102,8 @@ class TokenRoute:
             del values["rejoin"]
         if self.magnitude_mix == 0.0:
             del values["magnitude_mix"]
+        if self.unit == "token":
+            del values["unit"]
         return values
 
     def __repr__(self) -> str:
@@ -119,7 +127,7 @@ def check_magnitude_mix(magnitude_mix: float) -> None:
         raise ValueError(f"Expected magnitude_mix in [-1, 1], got {magnitude_mix!r}. 0.0 chooses uniformly.")
 
 
-def default_route(num_layers: int) -> TokenRoute:
+def default_route(num_layers: int, unit: Literal["token", "row"] = "token") -> TokenRoute:
     """The paper's route for a model of `num_layers` blocks: start 2, end num_layers - 4 (inclusive), ratio 0.5.
 
     Placement is absolute, not relative to the depth: S/2 and B/2 2 -> 8, L/2 2 -> 20, XL/2 2 -> 24.
@@ -132,7 +140,7 @@ def default_route(num_layers: int) -> TokenRoute:
             f"Expected at least 6 blocks for the default route (start 2, end num_layers - 4), got {num_layers}. "
             "Use a deeper model, give a TokenRoute of your own, or routes=None for a model without routing."
         )
-    return TokenRoute(start=2, end=num_layers - 4, selection_ratio=0.5)
+    return TokenRoute(start=2, end=num_layers - 4, selection_ratio=0.5, unit=unit)
 
 
 def resolve_routes(
@@ -165,10 +173,10 @@ def resolve_routes(
 
 
 def num_kept_tokens(num_tokens: int, selection_ratio: float) -> int:
-    """N - floor(N * ratio): how many of `num_tokens` tokens go through the routed blocks.
+    """N - floor(N * ratio): how many of `num_tokens` tokens, or rows of them, go through the routed blocks.
 
     The tiny constant undoes the rounding of products such as 100 * 0.29 = 28.999…; as the ratio is below 1, at least
-    one token is kept.
+    one is kept.
     """
     num_routed = math.floor(num_tokens * selection_ratio + 1e-9)
     return max(num_tokens - num_routed, 1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .route import TokenRoute, check_magnitude_mix, check_selection_ratio, num_kept_tokens, resolve_routes
+from .rows import check_grid, count_forced, rows_as_tokens, tokens_of_rows
 from .subset import magnitude_priority, random_priority, select_kept_tokens, subset_hashes
 
 
@@ -56,8 +57,8 @@ class RoutingCall:
 
     force_keep: torch.Tensor | None = None
     """[N] or [B, N] bool, tokens that are never routed (text, padding, masked losses). If a sample forces more tokens
-    than the ratio keeps, all samples keep that many. Each new largest count per sample recompiles a compiled forward:
-    there, give `kept_token_ids`."""
+    than the ratio keeps, all samples keep that many. Of rows, those with such a token are kept. Each new largest count
+    per sample recompiles a compiled forward: there, give `kept_token_ids`."""
 
     magnitude_mix: float | None = None
     """Overrides `TokenRoute.magnitude_mix` of every route, in [-1, 1]."""
@@ -89,15 +90,15 @@ class RoutingCall:
         if mask is not None and not is_mask:
             raise ValueError(f"Expected a bool tensor [N] or [B, N] as force_keep, got {_describe(mask)}.")
         # Counted here, so that no forward has to wait for the device.
-        object.__setattr__(self, "num_forced", None if mask is None else int(mask.sum(dim=-1).max()))
+        object.__setattr__(self, "num_forced", None if mask is None else count_forced(mask))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResolvedCall(RoutingCall):
     """What holds for one forward: each field as the nearest layer has it that says anything. None: nobody does."""
 
-    num_forced: int | None = None
-    """The most tokens that `force_keep` has in a sample."""
+    num_forced: dict[int, int] | None = None
+    """The most rows with tokens of `force_keep` in a sample, by the width that rows may have (1: tokens)."""
 
     def __post_init__(self):  # checked where it was said
         pass
@@ -161,6 +162,7 @@ class TokenRouter:
         training: bool,
         call: RoutingCall | None = None,
         seed: torch.Tensor | None = None,
+        grid_size: tuple[int, ...] | None = None,
     ) -> list[torch.Tensor | None] | None:
         """Chooses the kept tokens of one forward. Call it once per forward, outside any checkpointed block.
 
@@ -170,13 +172,15 @@ class TokenRouter:
             training: The denoiser's mode.
             call: The forward's `routing`.
             seed: What `forward_seed` gave for this forward; None (default) asks it now.
+            grid_size: (rows, columns) of the tokens in raster order, which routes of rows need. Of a video (frames,
+                rows, columns): all its frames keep the same rows.
 
         Returns:
             None for a dense forward; else per route the ids of the kept tokens, [B, K] int64 sorted ascending, or None
-            for a route that keeps all.
+            for a route that keeps all. Of h rows of w columns K is w * `num_kept_tokens(h, ratio)`.
 
         Raises:
-            ValueError: `seed` or `force_keep` does not fit the batch.
+            ValueError: `seed` or `force_keep` does not fit the batch, or a route of rows has no grid of N tokens.
         """
         if not self.is_routing(training, call):
             return None
@@ -196,19 +200,14 @@ class TokenRouter:
 
         kept_token_ids = []
         for index, route in enumerate(self.routes):
-            num_kept = max(num_kept_tokens(num_tokens, _ratio(route, said)), said.num_forced or 0)
-            if num_kept == num_tokens:
-                kept_token_ids.append(None)
+            if route.unit == "token":
+                kept_token_ids.append(_choose(route, index, said, seed, hidden_states, force_keep))
                 continue
-            hashes = subset_hashes(seed, route_index=index, batch_size=batch_size, num_tokens=num_tokens)  # B N
-            if said.shared_subset:
-                hashes = hashes[:1].expand(batch_size, -1)
-            mix = _magnitude_mix(route, said)
-            if mix == 0.0:
-                priority = random_priority(hashes, force_keep=force_keep)
-            else:
-                priority = magnitude_priority(hashes, hidden_states, magnitude_mix=mix, force_keep=force_keep)
-            kept_token_ids.append(select_kept_tokens(priority, num_kept))
+            grid = check_grid(grid_size, num_tokens)
+            rows = rows_as_tokens(hidden_states, grid)  # B h D
+            forced = None if force_keep is None else rows_as_tokens(force_keep.unsqueeze(-1), grid).any(dim=-1)
+            row_ids = _choose(route, index, said, seed, rows, forced, row_width=grid[-1])
+            kept_token_ids.append(None if row_ids is None else tokens_of_rows(row_ids, grid))
         return kept_token_ids if any(ids is not None for ids in kept_token_ids) else None
 
     def forward_seed(self, device: "torch.device | str", call: RoutingCall | None = None) -> torch.Tensor:
@@ -311,6 +310,33 @@ def _describe(value: Any) -> str:
 
 def _first_said(values: list[Any]) -> Any:
     return next((value for value in values if value is not None), None)
+
+
+def _choose(
+    route: TokenRoute,
+    route_index: int,
+    said: ResolvedCall,
+    seed: torch.Tensor,
+    tokens: torch.Tensor,
+    force_keep: torch.Tensor | None,
+    *,
+    row_width: int = 1,
+) -> torch.Tensor | None:
+    """[B, K] ids of those kept of [B, N, D] tokens, or rows as tokens; None for all."""
+    batch_size, num_tokens = tokens.shape[:2]
+    num_forced = 0 if said.num_forced is None else min(said.num_forced[row_width], num_tokens)
+    num_kept = max(num_kept_tokens(num_tokens, _ratio(route, said)), num_forced)
+    if num_kept == num_tokens:
+        return None
+    hashes = subset_hashes(seed, route_index=route_index, batch_size=batch_size, num_tokens=num_tokens)  # B N
+    if said.shared_subset:
+        hashes = hashes[:1].expand(batch_size, -1)
+    mix = _magnitude_mix(route, said)
+    if mix == 0.0:
+        priority = random_priority(hashes, force_keep=force_keep)
+    else:
+        priority = magnitude_priority(hashes, tokens, magnitude_mix=mix, force_keep=force_keep)
+    return select_kept_tokens(priority, num_kept)
 
 
 def _ratio(route: TokenRoute, said: ResolvedCall) -> float:

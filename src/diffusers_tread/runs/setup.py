@@ -229,7 +229,7 @@ def settings_table(config: TrainConfig, accelerator: Accelerator, settings: dict
     """A dozen lines about a run; the whole lies as JSON in its folder."""
     model, epoch = settings["model"], settings["steps_per_epoch"]
     side, routes = model["sample_size"], [TokenRoute(**route) for route in model.get("routes") or []]
-    routes = [f"{route.selection_ratio:.0%} skip blocks {route.start} to {route.end}" for route in routes]
+    routes = [f"{one.selection_ratio:.0%} of the {one.unit}s skip blocks {one.start} to {one.end}" for one in routes]
     copies = 5 if settings["use_ema"] else 4  # weights, gradients, two Adam moments, average
     rows = {
         "data": [config.data, f"{settings['num_images'] or 'unknown number of'} images"],
