@@ -128,6 +128,7 @@ PRIVATE_SETTINGS = {
     "_cp_plan": f"{DIFFUSERS}/models/modeling_utils.py",
     "_default_processor_cls": f"{DIFFUSERS}/models/attention.py",
     "_input_predictions": f"{DIFFUSERS}/guiders/guider_utils.py",
+    "_keep_in_fp32_modules": f"{DIFFUSERS}/models/modeling_utils.py",
     "_no_split_modules": f"{DIFFUSERS}/models/modeling_utils.py",
     "_optional_components": f"{DIFFUSERS}/pipelines/pipeline_utils.py",
     "_parallel_config": f"{DIFFUSERS}/models/modeling_utils.py",

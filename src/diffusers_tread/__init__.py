@@ -13,7 +13,7 @@ from .hooks import (
     register_model_spec,
     remove_token_routing,
 )
-from .models import TREADTransformer2DModel, register_denoiser
+from .models import TREADRWKV2DModel, TREADTransformer2DModel, register_denoiser
 from .objectives import (
     EDMObjective,
     EpsilonObjective,
@@ -52,6 +52,7 @@ __all__ = [
     "RoutingCall",
     "SparseGuidance",
     "TREADPipeline",
+    "TREADRWKV2DModel",
     "TREADTransformer2DModel",
     "TokenRoute",
     "TokenRouter",

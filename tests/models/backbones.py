@@ -10,6 +10,7 @@ SHARED = {"num_layers": 6, "in_channels": 3, "sample_size": 8, "patch_size": 2, 
 ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 8}
 BACKBONES = {
     "transformer": ("TREADTransformer2DModel", ATTENTION),
+    "rwkv": ("TREADRWKV2DModel", {"hidden_size": 16}),
 }
 
 

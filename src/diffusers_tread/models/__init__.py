@@ -2,6 +2,7 @@
 from .latent_denoiser import LatentDenoiser
 from .modeling_outputs import DenoiserOutput
 from .registry import DENOISERS, make_denoiser, register_denoiser
+from .rwkv_tread_2d import TREADRWKV2DModel
 from .transformer_tread_2d import TREADTransformer2DModel
 
 
@@ -9,6 +10,7 @@ __all__ = [
     "DENOISERS",
     "DenoiserOutput",
     "LatentDenoiser",
+    "TREADRWKV2DModel",
     "TREADTransformer2DModel",
     "make_denoiser",
     "register_denoiser",

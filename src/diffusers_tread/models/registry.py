@@ -16,6 +16,7 @@ from typing import Any
 from diffusers import ModelMixin
 
 from ..registry import add_entry
+from .rwkv_tread_2d import TREADRWKV2DModel
 from .transformer_tread_2d import TREADTransformer2DModel
 
 
@@ -55,3 +56,4 @@ def _presets() -> dict[str, type[ModelMixin]]:
 
 
 register_denoiser(TREADTransformer2DModel)
+register_denoiser(TREADRWKV2DModel)

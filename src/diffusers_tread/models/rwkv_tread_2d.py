@@ -6,6 +6,7 @@ n = N / C chunks.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
-from ..routing import RoutedStack, default_route
+from ..routing import RoutedStack
 from .latent_denoiser import LatentDenoiser, Routes
 
 
@@ -165,9 +166,7 @@ class TREADRWKVSpatialMix(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, width: int) -> torch.Tensor:
         neighbours = q_shift(hidden_states, width) - hidden_states
-        for_receptance, for_key, for_value = (
-            torch.addcmul(hidden_states, neighbours, share) for share in self.shift
-        )
+        for_receptance, for_key, for_value = (torch.addcmul(hidden_states, neighbours, share) for share in self.shift)
         key, value = self.key(for_key), self.value(for_value)
         average = bidirectional_wkv(key, value, self.log_decay.float().exp(), self.bonus)
         return self.output(torch.sigmoid(self.receptance(for_receptance)) * average)
@@ -231,3 +230,88 @@ class TREADRWKV2DBlock(nn.Module):
 TransformerBlockRegistry._registry[TREADRWKV2DBlock] = TransformerBlockMetadata(
     return_hidden_states_index=0, _cls=TREADRWKV2DBlock
 )
+
+
+class TREADRWKV2DModel(LatentDenoiser):
+    r"""A denoiser of RWKV blocks, linear in the number of tokens, whose middle blocks can be skipped by rows of them.
+
+    Blocks as in Vision-RWKV (arXiv 2403.02308), for diffusion as Diffusion-RWKV (arXiv 2404.04478) proposed, with
+    DiT's conditioning, positions and output; without skips between blocks, which would pair kept with all tokens.
+    The shift to neighbours needs a grid, so routes keep whole rows: the next kept row is the neighbour then. In
+    training mode the tokens take the routes; in evaluation mode the model is dense, unless `token_routing` asks for
+    a ratio. At initialisation the output is exactly 0.
+
+    TREAD's row for RWKV (210M parameters) has no published settings: neither the sizes nor the route here are known
+    to be those.
+
+    Args:
+        hidden_size: Width D, divisible by 4.
+        num_layers: Number of blocks.
+        in_channels: Channels of the latents.
+        out_channels: Channels of the prediction; None for `in_channels`.
+        sample_size: Height and width of the training latents; any other size divisible by `patch_size` works too.
+        patch_size: Latent pixels on a token's side.
+        num_classes: Number of classes. Index `num_classes` is the null class of classifier-free guidance; 0 makes an
+            unconditional model.
+        routes: The token routes, all of unit "row": "default" for `default_route(num_layers, "row")`, a list of
+            `TokenRoute` or of their mappings, None for a model without routing.
+        timestep_scale: The timestep is multiplied by it before the sinusoidal embedding.
+        objective: What the weights are trained for, a name of `diffusers_tread.objectives`.
+        mlp_ratio: Width of the channel mix over D.
+        norm_eps: Epsilon of the layer norms.
+        freq_shift: The timestep's frequencies are 10000^(-i / (128 - freq_shift)).
+
+    Raises:
+        ValueError: An argument out of range; a route of another unit; else as `resolve_routes`. In a forward, kept
+            tokens that are no whole rows; that they are in fact rows is not checked.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_tread import TREADRWKV2DModel
+        >>> model = TREADRWKV2DModel.from_preset("RWKV-S/2", sample_size=32, in_channels=4, num_classes=1000)
+        >>> model(torch.randn(2, 4, 32, 32), torch.tensor([0.1, -0.5]), torch.tensor([207, 1000])).sample.shape
+        torch.Size([2, 4, 32, 32])
+    """
+
+    _presets = {
+        f"{size}/{patch}": {"hidden_size": dim, "num_layers": num_layers, "patch_size": patch}
+        for size, (dim, num_layers) in PRESETS.items()
+        for patch in (2, 4, 8)
+    }
+    _route_unit = "row"
+    _no_split_modules = ["TREADRWKV2DBlock"]
+    _repeated_blocks = ["TREADRWKV2DBlock"]
+    _keep_in_fp32_modules = ["log_decay", "bonus"]
+
+    @register_to_config
+    def __init__(
+        self,
+        hidden_size: int = 384,
+        num_layers: int = 12,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        num_classes: int = 1000,
+        routes: Routes = "default",
+        timestep_scale: float = 1.0,
+        objective: str = "edm",
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        freq_shift: int = 0,
+    ):
+        super().__init__()
+        self._make_input(hidden_size)
+        if units := {route.unit for route in self.token_router.routes} - {"row"}:
+            raise ValueError(
+                f"Expected routes of unit 'row', whose kept tokens have neighbours on a grid, got {sorted(units)}. Use "
+                "TokenRoute(..., unit='row')."
+            )
+        blocks = [TREADRWKV2DBlock(hidden_size, mlp_ratio=mlp_ratio, norm_eps=norm_eps) for _ in range(num_layers)]
+        self.transformer_blocks = RoutedStack(blocks)
+        self._make_output(hidden_size)
+
+    def _block_arguments(
+        self, tokens: torch.Tensor, conditioning: torch.Tensor, height: int, width: int
+    ) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+        return [], (conditioning, width)
