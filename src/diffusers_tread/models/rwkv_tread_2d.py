@@ -6,6 +6,7 @@ n = N / C chunks.
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def bidirectional_wkv(
     chunk_size = min(CHUNK_SIZE, num_tokens)
     padding = -num_tokens % chunk_size
 
-    with torch.autocast(key.device.type, enabled=False):
+    device = key.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         # Channels first, so that sums over a chunk are products of one matrix per channel.
         key, value = (tensor.to(dtype).flatten(0, 1).t().contiguous() for tensor in (key, value))  # D B*N
         key, value = (tensor.unflatten(1, (batch_size, num_tokens)) for tensor in (key, value))  # D B N
@@ -64,18 +66,17 @@ def bidirectional_wkv(
             key, value = F.pad(key, (0, padding), value=-torch.inf), F.pad(value, (0, padding))
         key, value = (tensor.unflatten(2, (-1, chunk_size)) for tensor in (key, value))  # D B n C
 
-        # Weights relative to the chunk's largest, so that none is above 1.
+        # Weights relative to the chunk's largest.
         decay = decay.to(dtype) / num_tokens
         largest = key.detach().amax(dim=-1, keepdim=True)  # D B n 1, it cancels
         weight = torch.exp(key - largest)  # D B n C
-        decays = (
+        sums = _sum_over_tokens(
+            torch.stack([weight * value, weight], dim=1),  # D 2 B n C
             *_decay_inside_chunk(decay, bonus.to(dtype), chunk_size),
             *_decay_between_chunks(largest, decay, chunk_size),
         )
-        numerator = _sum_over_tokens(weight * value, *decays)
-        denominator = _sum_over_tokens(weight, *decays)
-        # Smaller sums have no gradients in float32.
-        out = (numerator / denominator.clamp_min(1e-30)).flatten(2)[:, :, :num_tokens]  # D B N
+        numerator, denominator = sums.unbind(1)
+        out = (numerator / (denominator + 1e-35)).flatten(2)[:, :, :num_tokens]  # D B N
         return out.flatten(1).t().unflatten(0, (batch_size, num_tokens)).to(value.dtype)
 
 
@@ -115,12 +116,13 @@ def _decay_between_chunks(
 def _sum_over_tokens(
     weighted: torch.Tensor, inside: torch.Tensor, outside: torch.Tensor, own: torch.Tensor, between: torch.Tensor
 ) -> torch.Tensor:
-    """[D, B, n, C] to the same, what reaches each token: of its own chunk, of those before and of those after."""
-    chunks = weighted.flatten(1, 2)  # D B*n C
-    sums = (chunks @ outside).view(*weighted.shape[:3], 2)  # D B n 2
-    before, after = between.tril(-1) @ sums[..., :1], between.triu(1) @ sums[..., 1:]  # D B n 1
-    others = torch.cat([before, after], dim=-1).flatten(1, 2) @ outside.flip(2).mT  # D B*n C
-    return torch.addcmul(others.view_as(weighted), (chunks @ inside).view_as(weighted), own)
+    """[D, 2, B, n, C] to the same, what reaches each token: of its own chunk, of those before and of those after."""
+    chunks = weighted.flatten(1, 3)  # D 2*B*n C
+    sums = (chunks @ outside).view(*weighted.shape[:4], 2).movedim(1, 3)  # D B n 2 2
+    before, after = between.tril(-1) @ sums[..., 0], between.triu(1) @ sums[..., 1]  # D B n 2
+    others = torch.stack([before, after], dim=-1).movedim(3, 1).flatten(1, 3)  # D 2*B*n 2
+    others = (others @ outside.flip(2).mT).view_as(weighted)
+    return torch.addcmul(others, (chunks @ inside).view_as(weighted), own.unsqueeze(1))
 
 
 def q_shift(tokens: torch.Tensor, width: int) -> torch.Tensor:
@@ -304,8 +306,8 @@ class TREADRWKV2DModel(LatentDenoiser):
         self._make_input(hidden_size)
         if units := {route.unit for route in self.token_router.routes} - {"row"}:
             raise ValueError(
-                f"Expected routes of unit 'row', whose kept tokens have neighbours on a grid, got {sorted(units)}. Use "
-                "TokenRoute(..., unit='row')."
+                f"Expected routes of unit 'row', whose kept tokens have neighbours on a grid, got {sorted(units)}. "
+                "Use TokenRoute(..., unit='row')."
             )
         blocks = [TREADRWKV2DBlock(hidden_size, mlp_ratio=mlp_ratio, norm_eps=norm_eps) for _ in range(num_layers)]
         self.transformer_blocks = RoutedStack(blocks)
