@@ -51,7 +51,8 @@ def test_wkv_is_stable_in_float32(draw, key_size, decay):
     inputs = [tensor.float().requires_grad_() for tensor in inputs]
     found = bidirectional_wkv(*inputs)
     expected = plain_wkv(*(tensor.detach().double() for tensor in inputs))
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    # Exponents of 1000 are rounded to 6e-5.
+    assert (found - expected).abs().max() < max(1e-5, 5e-7 * key_size) * expected.abs().max()
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(found.sum(), inputs))
 
 
@@ -110,7 +111,7 @@ def test_q_shift_equals_a_loop():
 def test_of_kept_rows_the_shift_is_the_dense_one_where_the_neighbours_are_kept():
     height, width, dim = 8, 4, 8
     tokens = torch.randn(1, height * width, dim)
-    router = TokenRouter(TokenRoute(start=0, end=0, selection_ratio=0.5, unit="row"), num_layers=1)
+    router = TokenRouter(TokenRoute(start=0, end=0, selection_ratio=0.5, unit="row"), num_layers=4)
     (ids,) = router.plan(tokens, training=True, seed=torch.tensor(4), grid_size=(height, width))
     rows = (ids[0, ::width] // width).tolist()
     dense = q_shift(tokens, width).view(height, width, dim)[rows]
@@ -126,10 +127,9 @@ def test_of_kept_rows_the_shift_is_the_dense_one_where_the_neighbours_are_kept()
         assert torch.equal(kept[index, :, above], dense[index, :, above]) == (rows[index] == rows[index - 1] + 1)
 
 
-def test_a_block_sees_all_tokens_and_the_kept_ones_alone():
-    """A token that was routed away changes no kept one; every kept one changes every other."""
-    model = make_backbone("rwkv").double()
-    tokens, conditioning = torch.randn(1, 16, 16).double(), torch.randn(1, 16).double()
-    output = model.transformer_blocks[0](tokens, conditioning, 4)
-    tokens[0, 9] += 1
-    assert (model.transformer_blocks[0](tokens, conditioning, 4) != output).any(dim=-1).all()
+def test_every_token_of_a_block_sees_every_other():
+    block = make_backbone("rwkv", routes=None).double().transformer_blocks[0]
+    tokens, conditioning = torch.randn(2, 16, 16).double(), torch.randn(2, 16).double()
+    tokens[1, :9], tokens[1, 10:], conditioning[1] = tokens[0, :9], tokens[0, 10:], conditioning[0]
+    one, other = block(tokens, conditioning, 4)
+    assert (one != other).any(dim=-1).all()

@@ -19,7 +19,7 @@ from ..routing import RoutedStack
 from .latent_denoiser import LatentDenoiser, Routes
 
 
-# Vision-RWKV's S and B: width, blocks. Parameters at patch 2, 4 channels, 1000 classes: S 34M, B 136M.
+# Vision-RWKV's S and B: width, blocks. Parameters at patch 2, 4 channels, 1000 classes: S 35M, B 137M.
 PRESETS = {
     "RWKV-S":  (384,     12),
     "RWKV-B":  (768,     12),
@@ -38,10 +38,10 @@ def bidirectional_wkv(
     half the tokens, the farthest two are as far apart as before.
 
     Linear in N: exact sums inside chunks of 32 tokens, one matrix per channel, and between chunks what each sums up
-    to, relative to the largest exponent that reaches a chunk. So float32 is as exact as it can be for keys of any
-    size while a chunk decays by less than exp(-60), decay < 480 at 256 tokens, and for any decay while the keys of a
-    channel differ by less than 60. Beyond both, weights may vanish, and the average is 0 where all do. Computed in at
-    least float32, also under autocast; TF32, where allowed, rounds the sums.
+    to, relative to the largest exponent that reaches a chunk. So float32 is enough for keys of any size while a chunk
+    decays by at most exp(-60), decay <= 480 at 256 tokens, and for any decay while the keys of a channel differ by at
+    most 60. Beyond both, weights may vanish, and the average is 0 where all do. Computed in at least float32, also
+    under autocast; TF32, where allowed, rounds the sums.
 
     Args:
         key: [B, N, D].
@@ -52,8 +52,8 @@ def bidirectional_wkv(
     Returns:
         [B, N, D] in the dtype of `value`.
     """
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    batch_size, num_tokens, dim = key.shape
+    value_dtype, dtype = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    batch_size, num_tokens, _ = key.shape
     chunk_size = min(CHUNK_SIZE, num_tokens)
     padding = -num_tokens % chunk_size
 
@@ -77,7 +77,7 @@ def bidirectional_wkv(
         )
         numerator, denominator = sums.unbind(1)
         out = (numerator / (denominator + 1e-35)).flatten(2)[:, :, :num_tokens]  # D B N
-        return out.flatten(1).t().unflatten(0, (batch_size, num_tokens)).to(value.dtype)
+        return out.flatten(1).t().unflatten(0, (batch_size, num_tokens)).to(value_dtype)
 
 
 def _decay_inside_chunk(
