@@ -13,7 +13,7 @@ from .hooks import (
     register_model_spec,
     remove_token_routing,
 )
-from .models import TREADMamba2DModel, TREADTransformer2DModel, register_denoiser
+from .models import TREADMamba2DModel, TREADRWKV2DModel, TREADTransformer2DModel, register_denoiser
 from .objectives import (
     EDMObjective,
     EpsilonObjective,
@@ -53,6 +53,7 @@ __all__ = [
     "SparseGuidance",
     "TREADMamba2DModel",
     "TREADPipeline",
+    "TREADRWKV2DModel",
     "TREADTransformer2DModel",
     "TokenRoute",
     "TokenRouter",

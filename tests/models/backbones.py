@@ -11,6 +11,7 @@ ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 8}
 BACKBONES = {
     "transformer": ("TREADTransformer2DModel", ATTENTION),
     "mamba": ("TREADMamba2DModel", {"hidden_size": 16, "head_dim": 8, "state_size": 8}),
+    "rwkv": ("TREADRWKV2DModel", {"hidden_size": 16}),
 }
 
 

@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 
 from ..registry import add_entry
 from .mamba_tread_2d import TREADMamba2DModel
+from .rwkv_tread_2d import TREADRWKV2DModel
 from .transformer_tread_2d import TREADTransformer2DModel
 
 
@@ -57,3 +58,4 @@ def _presets() -> dict[str, type[ModelMixin]]:
 
 register_denoiser(TREADTransformer2DModel)
 register_denoiser(TREADMamba2DModel)
+register_denoiser(TREADRWKV2DModel)
