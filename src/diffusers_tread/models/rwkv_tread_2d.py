@@ -35,11 +35,12 @@ def bidirectional_wkv(
     a_tt = exp(k_t + bonus), for each channel. The decay is divided by the number of tokens, so it rescales itself: of
     half the tokens, the farthest two are as far apart as before.
 
-    Linear in N: exact sums inside chunks of tokens, one matrix per channel, and between chunks what each sums up
-    to, relative to the largest exponent that reaches a chunk. So float32 is enough for keys of any size while a chunk
-    decays by at most exp(-60), decay <= 480 at 256 tokens, and for any decay while the keys of a channel differ by at
-    most 60. Beyond both, weights may vanish, and the average is 0 where all do. Computed in at least float32, also
-    under autocast; TF32, where allowed, rounds the sums.
+    Exact sums inside chunks of tokens, one matrix per channel, and between chunks what each sums up to: N * C + n^2
+    products per channel, next to linear in N up to a few thousand tokens. All is relative to the largest exponent that
+    reaches a chunk. So float32 is enough for keys of any size while a chunk decays by at most exp(-60), decay <= 480
+    at 256 tokens, and for any decay while the keys of a channel differ by at most 60. Beyond both, weights may vanish,
+    and the average is 0 where all do. Computed in at least float32, also under autocast; TF32, where allowed, rounds
+    the sums.
 
     Args:
         key: [B, N, D].
@@ -234,7 +235,7 @@ TransformerBlockRegistry._registry[TREADRWKV2DBlock] = TransformerBlockMetadata(
 
 
 class TREADRWKV2DModel(LatentDenoiser):
-    r"""A denoiser of RWKV blocks, linear in the number of tokens, whose middle blocks can be skipped by rows of them.
+    r"""A denoiser of RWKV blocks, without attention, whose middle blocks can be skipped by rows of tokens.
 
     Blocks as in Vision-RWKV (arXiv 2403.02308), for diffusion as Diffusion-RWKV (arXiv 2404.04478) proposed, with
     DiT's conditioning, positions and output; without skips between blocks, which would pair kept with all tokens.
