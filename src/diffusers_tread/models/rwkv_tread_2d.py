@@ -20,16 +20,14 @@ from .latent_denoiser import LatentDenoiser, Routes
 
 
 # Vision-RWKV's S and B: width, blocks. Parameters at patch 2, 4 channels, 1000 classes: S 35M, B 137M.
-PRESETS = {
+RWKV_PRESETS = {
     "RWKV-S":  (384,     12),
     "RWKV-B":  (768,     12),
 }  # fmt: skip
 
-CHUNK_SIZE = 32
-
 
 def bidirectional_wkv(
-    key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, bonus: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, bonus: torch.Tensor, *, chunk_size: int = 32
 ) -> torch.Tensor:
     """Vision-RWKV's average of all values, weighted by keys and distances (arXiv 2403.02308, equations 4-6).
 
@@ -37,24 +35,26 @@ def bidirectional_wkv(
     a_tt = exp(k_t + bonus), for each channel. The decay is divided by the number of tokens, so it rescales itself: of
     half the tokens, the farthest two are as far apart as before.
 
-    Linear in N: exact sums inside chunks of 32 tokens, one matrix per channel, and between chunks what each sums up
-    to, relative to the largest exponent that reaches a chunk. So float32 is enough for keys of any size while a chunk
-    decays by at most exp(-60), decay <= 480 at 256 tokens, and for any decay while the keys of a channel differ by at
-    most 60. Beyond both, weights may vanish, and the average is 0 where all do. Computed in at least float32, also
-    under autocast; TF32, where allowed, rounds the sums.
+    Exact sums inside chunks of tokens, one matrix per channel, and between chunks what each sums up to: N * C + n^2
+    products per channel, next to linear in N up to a few thousand tokens. All is relative to the largest exponent that
+    reaches a chunk. So float32 is enough for keys of any size while a chunk decays by at most exp(-60), decay <= 480
+    at 256 tokens, and for any decay while the keys of a channel differ by at most 60. Beyond both, weights may vanish,
+    and the average is 0 where all do. Computed in at least float32, also under autocast; TF32, where allowed, rounds
+    the sums.
 
     Args:
         key: [B, N, D].
         value: [B, N, D].
         decay: [D], >= 0.
         bonus: [D], what a token's own key is raised by; a few units.
+        chunk_size: C, which changes only the cost. On CPUs 32 was best for 256 and for 1,024 tokens.
 
     Returns:
         [B, N, D] in the dtype of `value`.
     """
     value_dtype, dtype = value.dtype, torch.promote_types(value.dtype, torch.float32)
     batch_size, num_tokens, _ = key.shape
-    chunk_size = min(CHUNK_SIZE, num_tokens)
+    chunk_size = min(chunk_size, num_tokens)
     padding = -num_tokens % chunk_size
 
     device = key.device.type
@@ -235,7 +235,7 @@ TransformerBlockRegistry._registry[TREADRWKV2DBlock] = TransformerBlockMetadata(
 
 
 class TREADRWKV2DModel(LatentDenoiser):
-    r"""A denoiser of RWKV blocks, linear in the number of tokens, whose middle blocks can be skipped by rows of them.
+    r"""A denoiser of RWKV blocks, without attention, whose middle blocks can be skipped by rows of tokens.
 
     Blocks as in Vision-RWKV (arXiv 2403.02308), for diffusion as Diffusion-RWKV (arXiv 2404.04478) proposed, with
     DiT's conditioning, positions and output; without skips between blocks, which would pair kept with all tokens.
@@ -277,7 +277,7 @@ class TREADRWKV2DModel(LatentDenoiser):
 
     _presets = {
         f"{size}/{patch}": {"hidden_size": dim, "num_layers": num_layers, "patch_size": patch}
-        for size, (dim, num_layers) in PRESETS.items()
+        for size, (dim, num_layers) in RWKV_PRESETS.items()
         for patch in (2, 4, 8)
     }
     _route_unit = "row"
