@@ -10,6 +10,9 @@ from closeness import difference
 from diffusers_tread import RoutingCall, TREADMamba2DModel
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The route ends at block")
+
+
 def normalised(x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
