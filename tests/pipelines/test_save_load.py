@@ -154,8 +154,9 @@ def test_weights_load_in_the_asked_dtype(saved, sampled):
     assert abs(sampled(loaded).astype(int) - images.astype(int)).mean() < 5
 
 
-def test_from_pipe_shares_the_components(make_pipeline):
-    pipe = make_pipeline(guider=SparseGuidance(), id2label=NAMES)
+def test_from_pipe_shares_the_components(make_pipeline, make_vae):
+    pipe = make_pipeline(vae=make_vae("kl"), guider=SparseGuidance(), id2label=NAMES)
     other = TREADPipeline.from_pipe(pipe)
-    assert other.transformer is pipe.transformer and other.guider is pipe.guider
+    assert all(component is pipe.components[name] for name, component in other.components.items())
+    assert other.components.keys() == pipe.components.keys() and other.transformer is not None
     assert other.get_label_ids("crane") == [3]

@@ -29,11 +29,8 @@ from .model_card import SAMPLES, CardDetails, model_card
 from .upload import upload_folder
 
 
-# In the code beside the weights. A transformer is then any model: its class comes from a file of its own.
-_STAND_INS = {
-    "HubPipeline": "diffusers.DiffusionPipeline",
-    "TREADTransformer2DModel": "diffusers.ModelMixin",
-}
+# In the code beside the weights.
+_STAND_INS = {"HubPipeline": "diffusers.DiffusionPipeline"}
 
 
 def export_for_hub(

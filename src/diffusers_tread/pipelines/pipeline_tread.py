@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from diffusers import BaseGuidance, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import BaseGuidance, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
@@ -19,7 +19,6 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..data.latents.codec import decode_latents, spatial_compression
 from ..hub import HubPipeline
-from ..models import TREADTransformer2DModel
 from .compatibility import (
     check_can_sample,
     check_channels,
@@ -34,10 +33,10 @@ from .guided_prediction import GuidedPrediction
 
 # The LoRA methods of diffusers' pipelines that adapt the transformer alone; none of them is about Sana.
 class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
-    r"""Samples images of given classes from a `TREADTransformer2DModel`.
+    r"""Samples images of given classes from a denoiser.
 
     Args:
-        transformer: The denoiser, a `TREADTransformer2DModel`, of this package or from code on the Hub, or another one
+        transformer: The denoiser, such as a `TREADTransformer2DModel`, of this package, from code on the Hub, or one
             that `register_denoiser` made known. It may be shared with other pipelines, threads and a training loop:
             nothing about it is changed, and it is sampled as in evaluation mode whatever mode it is in. But for
             diffusers' caches, and guiders that hook the model (`SkipLayerGuidance`, `PerturbedAttentionGuidance`):
@@ -76,11 +75,11 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
 
     def __init__(
         self,
-        transformer: TREADTransformer2DModel,
+        transformer: ModelMixin,
         scheduler: SchedulerMixin,
         vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers 0.36 does not read `X | None`
         guider: Optional[BaseGuidance] = None,  # noqa: UP045
-        guidance_transformer: Optional[TREADTransformer2DModel] = None,  # noqa: UP045
+        guidance_transformer: Optional[ModelMixin] = None,  # noqa: UP045
         id2label: Optional[dict[str, str]] = None,  # noqa: UP045
     ):
         super().__init__()
@@ -101,6 +100,13 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         self._guidance_scale = None
         self._num_timesteps = 0
         self._interrupt = False
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "TREADPipeline":
+        """As diffusers' method, which would leave out models whose class no annotation names, such as VAEs."""
+        names = inspect.signature(cls.__init__).parameters
+        models = {name: one for name, one in pipeline.components.items() if isinstance(one, ModelMixin)}
+        return super().from_pipe(pipeline, **{name: models[name] for name in models if name in names} | kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scheduler":
