@@ -19,4 +19,4 @@ def export_dit(transformer: TREADTransformer2DModel) -> dict[str, torch.Tensor]:
     if others:
         raise ValueError(f"Expected a model with DiT's settings {plain}, got {others}.")
     tensors = rename_back(transformer.state_dict(), dit_names(config.num_layers))
-    return tensors | {"pos_embed": transformer.positions[None].clone()}
+    return tensors | {"pos_embed": transformer.position_table[None].clone()}
