@@ -76,9 +76,11 @@ class TREADAttnProcessor:
         query, key, value = qkv.unbind(2)
         own_values = value
 
-        # Normalised, then rotated, as in LightningDiT; what that makes float32 goes back to the values' dtype.
+        # Normalised, then rotated, as in LightningDiT. Under autocast the norms' weights are float32 and the fused norm
+        # wants its input so.
         if attn.norm_q is not None:
-            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+            dtype = attn.norm_q.weight.dtype
+            query, key = attn.norm_q(query.to(dtype)).to(value.dtype), attn.norm_k(key.to(dtype)).to(value.dtype)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
 
