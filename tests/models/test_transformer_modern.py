@@ -11,7 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from diffusers_tread import RoutingCall, TREADTransformer2DModel
-from diffusers_tread.models.transformer_tread_2d import rotary_positions
+from diffusers_tread.flops import forward_flops
+from diffusers_tread.models.transformer_tread_2d import rotary_positions, rotate
 
 
 ALL = {
@@ -164,8 +165,6 @@ def test_other_sizes_are_scaled_to_the_range_of_the_training_grid(modern, size):
 
 def test_only_the_difference_of_places_counts_for_rotated_queries_and_keys(make_model):
     """Known solution: q . k of equal vectors is the sum of the pairs' lengths times the cosines of the distances."""
-    from diffusers_tread.models.transformer_tread_2d import rotate
-
     table, x = rotary_positions(8, 4, 4, base=4), torch.ones(1, 16, 1, 8)
     scores = torch.einsum("qd,kd->qk", *(rotate(x, table)[0, :, 0].double(),) * 2)
     for q in range(16):
@@ -324,6 +323,14 @@ def test_presets_have_lightningdits_sizes(preset, dim, depth, heads, hidden):
     attention = 4 * (dim * dim + dim)
     block = attention + 3 * dim * hidden + 2 * hidden + dim + 2 * dim + 6 * (dim * dim + dim)
     assert sum(p.numel() for p in model.parameters()) == depth * block + ends
+
+
+def test_a_lightningdit_has_the_flops_of_the_dit_of_its_size():
+    """Three matrices of two thirds of the width: norms, rotations and products of elements do not count."""
+    plain = {"norm": "layer_norm", "ffn": "gelu-approximate", "positions": "sincos"}
+    with torch.device("meta"):
+        models = [TREADTransformer2DModel.from_preset("LightningDiT-S/1", **changes) for changes in ({}, plain)]
+    assert forward_flops(models[0]) == forward_flops(models[1])
 
 
 # What diffusers offers.

@@ -76,8 +76,8 @@ class TREADAttnProcessor:
         query, key, value = qkv.unbind(2)
         own_values = value
 
-        # Normalised, then rotated, as in LightningDiT. Under autocast the norms' weights are float32 and the fused norm
-        # wants its input so.
+        # Normalised, then rotated, as in LightningDiT. Under autocast the norms' weights are float32, and the fused
+        # norm wants its input so.
         if attn.norm_q is not None:
             dtype = attn.norm_q.weight.dtype
             query, key = attn.norm_q(query.to(dtype)).to(value.dtype), attn.norm_k(key.to(dtype)).to(value.dtype)
