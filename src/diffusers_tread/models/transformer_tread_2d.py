@@ -327,18 +327,16 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
         "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
     _presets = {
-        name: {
+        f"{family}{size}/{patch}": {
             "num_attention_heads": heads,
             "attention_head_dim": dim // heads,
             "num_layers": num_layers,
             "patch_size": patch,
             **options,
         }
+        for family, patches, options in (("", (2, 4, 8), {}), ("LightningDiT-", (1,), LIGHTNING))
         for size, (dim, num_layers, heads) in PRESETS.items()
-        for name, patch, options in (
-            *((f"{size}/{patch}", patch, {}) for patch in (2, 4, 8)),
-            (f"LightningDiT-{size}/1", 1, LIGHTNING),
-        )
+        for patch in patches
     }
     _no_split_modules = ["TREADTransformerBlock", "TREADValueResidualBlock"]
     _repeated_blocks = ["TREADTransformerBlock", "TREADValueResidualBlock"]
