@@ -72,7 +72,7 @@ def measure(
     return {
         "batch_size": batch_size,
         "num_tokens": num_tokens,
-        "width": model.positions.shape[1],
+        "width": model.position_table.shape[1],
         **{f"{name}_microseconds": summary(values) for name, values in times.items()},
         "routing_microseconds": routing,
         "share_of_block": routing / medians["block"],
@@ -84,7 +84,7 @@ def make_steps(
     model: TREADTransformer2DModel, batch_size: int, num_tokens: int, args: argparse.Namespace
 ) -> dict[str, Callable[[], Any]]:
     """What is timed, by name: the parts of routing, and a block's forward and backward over all or kept tokens."""
-    router, block, width = get_token_router(model), model.transformer_blocks[0], model.positions.shape[1]
+    router, block, width = get_token_router(model), model.transformer_blocks[0], model.position_table.shape[1]
     call = RoutingCall(selection_ratio=args.selection_ratio, seed=args.seed)
 
     def random(*shape: int) -> torch.Tensor:

@@ -147,7 +147,7 @@ def test_routed_tokens_of_a_backbone_keep_their_bits_and_positions_move_with_the
     model.blocks[1].register_forward_hook(lambda module, args, output: seen.append(args))
     plan = {"routes": model.token_router.routes, "kept_token_ids": [ids], "per_token": [model.positions]}
     out = model.blocks(tokens, arguments, **plan, hidden_states_at=(2,))
-    (kept_tokens, kept_positions, _) = seen[0]
+    (kept_tokens, _, kept_positions) = seen[0]
     assert kept_tokens.shape == (2, 32, 16) and out.hidden_states[2].shape == (2, 32, 16)
     for index in range(2):
         assert torch.equal(kept_positions[index], model.positions[0, ids[index]])

@@ -15,7 +15,7 @@ class MeanBlock(nn.Module):
         super().__init__()
         self.norm, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, conditioning: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         mean = tokens.mean(dim=1, keepdim=True)  # B 1 D
         return tokens + self.mlp(self.norm(tokens + mean + positions + conditioning.unsqueeze(1)))
 

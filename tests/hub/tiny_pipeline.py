@@ -12,7 +12,8 @@ def make_pipeline() -> TREADPipeline:
     """Weights that make the output depend on everything: at initialisation it would be 0."""
     torch.manual_seed(0)
     config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "sample_size": 8, "num_classes": 5}
-    transformer, earlier = [TREADTransformer2DModel(**config, objective="edm") for _ in range(2)]
+    modern = {"norm": "rms_norm", "qk_norm": "rms_norm", "ffn": "swiglu", "positions": "rope", "value_residual": True}
+    transformer, earlier = [TREADTransformer2DModel(**config, **options, objective="edm") for options in ({}, modern)]
     for parameter in [*transformer.parameters(), *earlier.parameters()]:
         torch.nn.init.normal_(parameter, std=0.2)
     vae = AutoencoderKL(

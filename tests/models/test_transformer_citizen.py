@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """What diffusers offers its own transformers: caches, guiders that hook blocks, LoRA names, parallelism, export."""
 
+import copy
 import os
 import shutil
 import warnings
@@ -19,6 +20,7 @@ from diffusers import (
     SkipLayerGuidance,
 )
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import fully_shard
 
 from diffusers_tread import RoutingCall, SparseGuidance, TREADPipeline, TREADTransformer2DModel
 
@@ -228,28 +230,41 @@ def test_an_unseeded_routed_forward_can_be_packaged(make_model, tmp_path):
 
 
 def run_in_parallel(rank, file):
-    """One of two processes that share the tokens of a dense forward (Ulysses)."""
+    """One of two processes that share the tokens of a dense forward (Ulysses), and the weights (FSDP)."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.accelerator.device_count = lambda: 2  # diffusers counts accelerators; these are CPUs
     torch.manual_seed(0)
-    model = TREADTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, num_layers=6, sample_size=8, num_classes=5
-    ).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    inputs = torch.randn(2, 4, 8, 8), torch.randn(2), torch.tensor([1, 2])
-    with torch.no_grad():
-        expected = model(*inputs).sample
-        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
-        torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-6, rtol=1e-5)
-        with pytest.raises(ValueError, match="Expected a model without context parallelism in a routed forward"):
-            model(*inputs, routing=RoutingCall(enabled=True, seed=1))
+    for options in ({}, {"positions": "rope", "value_residual": True}):
+        model = TREADTransformer2DModel(
+            num_attention_heads=4, attention_head_dim=8, num_layers=6, sample_size=8, num_classes=5, **options
+        ).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        inputs = torch.randn(2, 4, 8, 8), torch.randn(2), torch.tensor([1, 2])
+        with torch.no_grad():
+            expected, unparallel = model(*inputs).sample, copy.deepcopy(model)
+            model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
+            torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-6, rtol=1e-5)
+            with pytest.raises(ValueError, match="Expected a model without context parallelism in a routed forward"):
+                model(*inputs, routing=RoutingCall(enabled=True, seed=1))
+
+    # FSDP: a block's weights are whole in its forward alone, also where it makes the first values of all.
+    gradients = []
+    for shards in (False, True):
+        model = copy.deepcopy(unparallel).train()
+        for module in [*model.transformer_blocks, model] if shards else []:
+            fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+        if shards:
+            model.enable_gradient_checkpointing()
+        model(*inputs, routing=RoutingCall(seed=1)).sample.square().mean().backward()
+        gradients.append([p.grad.full_tensor() if shards else p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_share_the_tokens_of_a_dense_forward_and_refuse_a_routed_one(tmp_path):
+def test_two_processes_share_the_tokens_of_a_dense_forward_or_the_weights_of_a_routed_one(tmp_path):
     torch.multiprocessing.start_processes(run_in_parallel, (tmp_path / "init",), nprocs=2, start_method="fork")
 
 

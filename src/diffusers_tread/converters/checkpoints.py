@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoint files of TREAD's reference, DiT and SiT as `TREADPipeline`s."""
+"""Checkpoint files of TREAD's reference, DiT, SiT and LightningDiT as `TREADPipeline`s."""
 
 import re
 from dataclasses import dataclass
@@ -11,10 +11,19 @@ from diffusers import ModelMixin
 
 from ..models import TREADTransformer2DModel
 from ..models.latent_denoiser import sincos_positions
-from ..models.transformer_tread_2d import PRESETS
+from ..models.transformer_tread_2d import PRESETS, feed_forward_width, rotary_positions
 from ..objectives import EDMObjective, EpsilonObjective, FlowMatchingObjective, Objective
 from ..pipelines import TREADPipeline
-from .layouts import check_tensors, dit_names, drop_learned_variance, drop_training_heads, rename, reverse_time
+from .layouts import (
+    check_tensors,
+    dit_names,
+    dit_options,
+    drop_learned_variance,
+    drop_training_heads,
+    rename,
+    reverse_time,
+    swap_gates,
+)
 from .read import DiTWeights, read_dit_weights
 
 
@@ -36,7 +45,10 @@ SOURCES = {
     "dit": _Source(objective=EpsilonObjective()),
     "sit": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3, reversed_time=True),
     "repa": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3),
+    "lightningdit": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3, reversed_time=True),
 }
+# What a model computes and a checkpoint holds: DiT's positions, and the cosines and sines of LightningDiT's.
+_TABLES = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
 # Of CIFAR-10, CIFAR-100 and ImageNet: with one more row than that, a table has a null class.
 _CLASSES_OF_KNOWN_DATA = (10, 100, 1000)
 
@@ -44,7 +56,7 @@ _CLASSES_OF_KNOWN_DATA = (10, 100, 1000)
 def convert_checkpoint(
     checkpoint: str | Path,
     *,
-    source: Literal["tread", "tread_flow", "dit", "sit", "repa"],
+    source: Literal["tread", "tread_flow", "dit", "sit", "repa", "lightningdit"],
     vae: ModelMixin | None = None,
     num_attention_heads: int | None = None,
     sample_size: int | None = None,
@@ -59,9 +71,12 @@ def convert_checkpoint(
         source: How the network was trained. "tread": the reference code of TREAD, with EDM's preconditioning
             (sigma_data 0.5). "tread_flow": the same with rectified flow, time in [0, 1] with noise at 1. "dit": DiT's
             noise prediction. "sit": SiT's velocity on the linear path, time in [0, 1] with noise at 0. "repa": REPA's
-            SiT and what was made of it, whose time and velocity run the other way: noise at 1.
+            SiT and what was made of it, whose time and velocity run the other way: noise at 1. "lightningdit":
+            LightningDiT's velocity, as SiT's. RMSNorm, SwiGLU, normalised queries and keys and rotary positions are
+            recognised by their names, whichever the source.
         vae: Decodes the latents; None for a pipeline without, which gives latents.
-        num_attention_heads: Of the model; None for those of DiT's model of this width and depth.
+        num_attention_heads: Of the model; None for what rotary positions say, or those of DiT's model of this width
+            and depth.
         sample_size: Side of the training latents, square; None for what the checkpoint's `pos_embed` says.
         num_classes: Classes without the null class, the table's last row; None for what the checkpoint's own settings
             say or, without these, for CIFAR's and ImageNet's numbers, if the table has one row more. A table does not
@@ -87,15 +102,18 @@ def convert_checkpoint(
 
     # Names, numbers, then sizes.
     tensors = drop_training_heads(read.tensors)
-    positions = tensors.pop("pos_embed", None)
-    state_dict = rename(tensors, dit_names(_num_layers(tensors)))
-    check_tensors(state_dict if positions is None else state_dict | {"pos_embed": positions})
-    config = _config(state_dict, positions, num_attention_heads=num_attention_heads, sample_size=sample_size)
+    options = dit_options(tensors)
+    tables = {name: tensors.pop(name) for name in _TABLES if name in tensors}
+    state_dict = rename(tensors, dit_names(_num_layers(tensors), options))
+    check_tensors(state_dict | tables)
+    config = _config(state_dict, tables, options, num_attention_heads=num_attention_heads, sample_size=sample_size)
     config["num_classes"] = _num_classes(
         len(state_dict["class_embedding.weight"]), num_classes, read.settings.get("num_classes")
     )
 
     # What the source does otherwise.
+    if config.get("ffn") == "swiglu":
+        state_dict = swap_gates(state_dict)
     state_dict = drop_learned_variance(
         state_dict, in_channels=config["in_channels"], num_pixels=config["patch_size"] ** 2
     )
@@ -115,7 +133,9 @@ def _check_source(source: str, read: DiTWeights) -> None:
             "'repa'."
         )
     path, prediction = (str(read.settings.get(name, "")).lower() for name in ("path_type", "prediction"))
-    if source in ("sit", "repa") and (path not in ("", "linear") or prediction not in ("", "v", "velocity")):
+    if source in ("sit", "repa", "lightningdit") and (
+        path not in ("", "linear") or prediction not in ("", "v", "velocity")
+    ):
         raise ValueError(
             f"Expected a velocity on the linear path, got a checkpoint of prediction {prediction!r} on the path "
             f"{path!r}. These are not supported."
@@ -156,7 +176,8 @@ def _num_classes(rows: int, given: int | None, saved: Any) -> int:
 
 def _config(
     state_dict: dict[str, torch.Tensor],
-    positions: torch.Tensor | None,
+    tables: dict[str, torch.Tensor],
+    options: dict[str, str],
     *,
     num_attention_heads: int | None,
     sample_size: int | None,
@@ -169,7 +190,9 @@ def _config(
     num_layers = sum(name.endswith(".modulation.weight") for name in state_dict)
 
     # Heads.
-    if num_attention_heads is None:
+    if num_attention_heads is None and "feat_rope.freqs_cos" in tables:
+        num_attention_heads = dim // tables["feat_rope.freqs_cos"].shape[-1]
+    elif num_attention_heads is None:
         known = {(width, depth): heads for width, depth, heads in PRESETS.values()}
         num_attention_heads = known.get((dim, num_layers), 0)
     if num_attention_heads < 1 or dim % num_attention_heads:
@@ -180,6 +203,7 @@ def _config(
         )
 
     # Positions.
+    positions = tables.get("pos_embed")
     if positions is not None and positions.ndim != 3:
         raise ValueError(f"Expected pos_embed of shape [1, N, D], got {list(positions.shape)}.")
     told = None if positions is None else patch_size * round(positions.shape[1] ** 0.5)
@@ -189,9 +213,11 @@ def _config(
             f"Expected the side of the training latents, got {sample_size}, and {told} from the checkpoint's "
             "pos_embed. Give sample_size (--sample_size) if there is no pos_embed, and only then."
         )
+    base = sample_size // patch_size
     if positions is not None:
-        base = sample_size // patch_size
-        _check_positions(positions, sincos_positions(dim, base, base, base=base))
+        _check_table("pos_embed", positions[0], sincos_positions(dim, base, base, base=base))
+    if "feat_rope.freqs_cos" in tables:
+        _check_rotary(tables, dim // num_attention_heads, base)
 
     return {
         "num_attention_heads": num_attention_heads,
@@ -200,16 +226,34 @@ def _config(
         "in_channels": in_channels,
         "sample_size": sample_size,
         "patch_size": patch_size,
-        "mlp_ratio": len(state_dict["transformer_blocks.0.ff.net.0.proj.weight"]) / dim,
+        "mlp_ratio": _mlp_ratio(state_dict["transformer_blocks.0.ff.net.2.weight"].shape[1], dim, options),
+        **options,
     }
 
 
-def _check_positions(positions: torch.Tensor, expected: torch.Tensor) -> None:
+def _mlp_ratio(hidden: int, dim: int, options: dict[str, str]) -> float:
+    """The ratio that makes a feed-forward layer `hidden` channels wide: DiT's 4 if it does."""
+    ffn = options.get("ffn", "gelu-approximate")
+    if feed_forward_width(dim, 4.0, ffn) == hidden:
+        return 4.0
+    return (-(-3 * hidden // 2) if ffn == "swiglu" else hidden) / dim
+
+
+def _check_rotary(tables: dict[str, torch.Tensor], head_dim: int, base: int) -> None:
+    """LightningDiT writes an angle for both channels of its pair."""
+    if head_dim % 4:
+        raise ValueError(f"Expected heads of a width divisible by 4 for rotary positions, got {head_dim}.")
+    expected = rotary_positions(head_dim, base, base, base=base)[0].repeat_interleave(2, dim=1).chunk(2, dim=1)
+    for name, table in zip(("feat_rope.freqs_cos", "feat_rope.freqs_sin"), expected, strict=True):
+        _check_table(name, tables[name], table)
+
+
+def _check_table(name: str, table: torch.Tensor, expected: torch.Tensor) -> None:
     # Averaged over a training the frozen table drifts by rounding, as DiT's code remarks; a learned one is far off.
-    if positions.shape[1:] != expected.shape or not torch.allclose(positions[0].float(), expected, atol=1e-2):
+    if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-2):
         raise ValueError(
-            f"Expected pos_embed to be the sine-cosine table of {len(expected)} tokens, got another of shape "
-            f"{list(positions.shape)}. Learned or scaled positions cannot be converted."
+            f"Expected {name} to be the sine-cosine table of {len(expected)} tokens, got another of shape "
+            f"{list(table.shape)}. Learned or scaled positions cannot be converted."
         )
 
 

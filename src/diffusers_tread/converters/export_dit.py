@@ -15,8 +15,10 @@ def export_dit(transformer: TREADTransformer2DModel) -> dict[str, torch.Tensor]:
     """
     config = transformer.config
     plain = {"timestep_scale": 1.0, "attention_bias": True, "norm_eps": 1e-6, "ff_norm_eps": None, "freq_shift": 0}
+    plain |= {"norm": "layer_norm", "qk_norm": None, "ffn": "gelu-approximate"}
+    plain |= {"positions": "sincos", "value_residual": False}
     others = {name: config[name] for name, value in plain.items() if config[name] != value}
     if others:
         raise ValueError(f"Expected a model with DiT's settings {plain}, got {others}.")
     tensors = rename_back(transformer.state_dict(), dit_names(config.num_layers))
-    return tensors | {"pos_embed": transformer.positions[None].clone()}
+    return tensors | {"pos_embed": transformer.position_table[None].clone()}

@@ -1,12 +1,15 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """What DiT (arXiv 2212.09748), diffusers' DiT and our transformer call the same weights.
 
-The public implementations of TREAD (arXiv 2501.04765) and SiT (arXiv 2401.08740) use DiT's names. A table maps a
-source's name to ours. Query, key and value are one matrix here and in DiT, rows after rows.
+The public implementations of TREAD (arXiv 2501.04765), SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423) use
+DiT's names, the last with more of them for its options. A table maps a source's name to ours. Query, key and value are
+one matrix here and in DiT, rows after rows.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -20,8 +23,25 @@ _TRAINING_HEADS = ("projectors", "projector", "proj_head", "projection_head", "r
 logger = logging.getLogger(__name__)
 
 
-def dit_names(num_layers: int) -> Names:
-    """DiT's names to ours, without the fixed `pos_embed`, which our model computes."""
+def dit_options(names: Iterable[str]) -> dict[str, str]:
+    """What of `TREADTransformer2DModel`'s options the names of a LightningDiT tell; none of a DiT."""
+    signs = {
+        "blocks.0.norm1.weight": ("norm", "rms_norm"),
+        "blocks.0.attn.q_norm.weight": ("qk_norm", "rms_norm"),
+        "blocks.0.mlp.w12.weight": ("ffn", "swiglu"),
+        "feat_rope.freqs_cos": ("positions", "sincos+rope"),
+    }
+    return dict(option for sign, option in signs.items() if sign in set(names))
+
+
+def dit_names(num_layers: int, options: Mapping[str, str] = MappingProxyType({})) -> Names:
+    """DiT's and LightningDiT's names to ours, without the fixed tables of positions, which our model computes.
+
+    Args:
+        num_layers: Number of blocks.
+        options: As `dit_options` gives them.
+    """
+    first, second = ("w12", "w3") if options.get("ffn") == "swiglu" else ("fc1", "fc2")
     modules = {
         "x_embedder.proj": "patch_embedding",
         "t_embedder.mlp.0": "timestep_embedding.linear_1",
@@ -34,11 +54,21 @@ def dit_names(num_layers: int) -> Names:
         modules |= {
             f"blocks.{i}.attn.qkv": f"{ours}.attn.to_qkv",
             f"blocks.{i}.attn.proj": f"{ours}.attn.to_out.0",
-            f"blocks.{i}.mlp.fc1": f"{ours}.ff.net.0.proj",
-            f"blocks.{i}.mlp.fc2": f"{ours}.ff.net.2",
+            f"blocks.{i}.mlp.{first}": f"{ours}.ff.net.0.proj",
+            f"blocks.{i}.mlp.{second}": f"{ours}.ff.net.2",
             f"blocks.{i}.adaLN_modulation.1": f"{ours}.modulation",
         }
-    return _parameters(modules) | {"y_embedder.embedding_table.weight": "class_embedding.weight"}
+    scales = {"final_layer.norm_final": "norm_out"} if "norm" in options else {}
+    for i in range(num_layers):
+        for theirs, name, option in (
+            ("norm1", "norm1", "norm"),
+            ("norm2", "norm2", "norm"),
+            ("attn.q_norm", "attn.norm_q", "qk_norm"),
+            ("attn.k_norm", "attn.norm_k", "qk_norm"),
+        ):
+            scales |= {f"blocks.{i}.{theirs}": f"transformer_blocks.{i}.{name}"} if option in options else {}
+    names = _parameters(modules) | _parameters(scales, ("weight",))
+    return names | {"y_embedder.embedding_table.weight": "class_embedding.weight"}
 
 
 def diffusers_dit_names(num_layers: int, *, attention_bias: bool) -> Names:
@@ -110,7 +140,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
         if not tensor.dtype.is_floating_point
         or tensor.layout != torch.strided
         or tensor.numel() == 0
-        or (tensor.ndim != 1 if name.endswith(".bias") else tensor.ndim < 2)
+        or (tensor.ndim != 1 if re.search(r"\.bias$|\bnorm\w*\.weight$", name) else tensor.ndim < 2)
     ]
     if wrong:
         raise ValueError(
@@ -170,6 +200,18 @@ def reverse_time(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         "timestep_embedding.linear_1.weight": reflected.to(weight.dtype),
         "proj_out.weight": -state_dict["proj_out.weight"],
         "proj_out.bias": -state_dict["proj_out.bias"],
+    }
+
+
+def swap_gates(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with SwiGLU's two first matrices in diffusers' order.
+
+    LightningDiT packs gate and value, rows after rows, into `w12` and calls the matrix after them `w3`: the output is
+    w3 (silu(w1 x) * w2 x). diffusers packs value and gate.
+    """
+    return {
+        name: torch.cat(tensor.chunk(2)[::-1]) if ".ff.net.0.proj." in name else tensor
+        for name, tensor in state_dict.items()
     }
 
 

@@ -27,7 +27,8 @@ class DiTWeights:
     tensors: dict[str, torch.Tensor]
     """One set of weights, under the names that DiT gives them, on the CPU."""
     settings: dict[str, Any]
-    """The command line of the training, which DiT's, SiT's and REPA's scripts save as `args`; empty without."""
+    """What a training was told: DiT's, SiT's and REPA's scripts save it as `args`, LightningDiT's as `config`, in
+    sections. Empty without."""
 
 
 def read_dit_weights(
@@ -51,9 +52,19 @@ def read_dit_weights(
     prefixes = [name.removesuffix(_ANCHOR) for name in tensors if name.endswith(_ANCHOR)]
     prefix = _choose(prefixes, weights, tensors)
     chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    settings = content.get("args", {}) if isinstance(content, Mapping) else {}
+    return DiTWeights(tensors=chosen, settings=_settings(content))
+
+
+def _settings(content: Any) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        return {}
+    settings, sections = content.get("args", {}), content.get("config", {})
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    return DiTWeights(tensors=chosen, settings=dict(settings) if isinstance(settings, Mapping) else {})
+    settings = dict(settings) if isinstance(settings, Mapping) else {}
+    for section in ("data", "transport"):
+        values = sections.get(section, {}) if isinstance(sections, Mapping) else {}
+        settings |= values if isinstance(values, Mapping) else {}
+    return settings
 
 
 def _load(path: Path, *, allow_unsafe_pickle: bool) -> Any:

@@ -77,8 +77,12 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             raise ValueError(f"Expected a preset among {cls.presets()}, got {preset!r}.")
         return cls(**cls._presets[preset] | config)
 
-    def _make_input(self, dim: int) -> None:
+    def _make_input(self, dim: int, *, positions: bool = True) -> None:
         """Routes, patches, positions, time and class.
+
+        Args:
+            dim: D, the width.
+            positions: Whether sine-cosine positions are added to the patches.
 
         Raises:
             ValueError: A value of the config out of range.
@@ -105,11 +109,12 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         self.timestep_embedding = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)
         base = config.sample_size // patch_size
-        self.register_buffer("positions", sincos_positions(dim, base, base, base=base), persistent=False)  # N D
+        table = sincos_positions(dim, base, base, base=base) if positions else None  # N D
+        self.register_buffer("position_table", table, persistent=False)
 
-    def _make_output(self, dim: int) -> None:
-        """The last norm, its modulation and the projection to patches; then the weights of all."""
-        self.norm_out = nn.LayerNorm(dim, eps=self.config.norm_eps, elementwise_affine=False)
+    def _make_output(self, dim: int, *, norm: nn.Module | None = None) -> None:
+        """The last norm (None: DiT's), its modulation and the projection to patches; then the weights of all."""
+        self.norm_out = nn.LayerNorm(dim, eps=self.config.norm_eps, elementwise_affine=False) if norm is None else norm
         self.modulation_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, self.config.patch_size**2 * self.out_channels)
 
@@ -143,7 +148,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             routing: How this forward routes; what it leaves open, `token_routing` and the router's defaults decide.
             prefix: [B, N, D], the tokens in front of the first route's first block, as another forward with the same
                 `hidden_states`, `timestep` and `class_labels` gave them; the blocks before are not run then. They do
-                not depend on what is routed away, so the branches of Sparse Guidance share them.
+                not depend on what is routed away, so the branches of Sparse Guidance share them. [B, N, 2 D] where
+                blocks hand more on than tokens.
             return_prefix: Whether to give `prefix`.
             hidden_states_at: Indices of blocks, 0-based, after which to give the tokens, for losses on them.
 
@@ -161,8 +167,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # B N D
         # In the input's dtype, whichever way the weights came to theirs: under autocast the residual stream stays in
         # fp32, and bfloat16 positions are the same after `to` and after `from_pretrained`.
-        positions = self._positions_for(height, width).to(hidden_states.dtype)  # N D
-        tokens = (tokens + positions).to(hidden_states.dtype)
+        if self.position_table is not None:
+            tokens = tokens + self._positions_for(height, width).to(hidden_states.dtype)  # N D
+        tokens = tokens.to(hidden_states.dtype)
         conditioning = self._embed_conditioning(timestep, class_labels, hidden_states)  # B D
 
         # Blocks.
@@ -199,8 +206,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
     def _block_arguments(
         self, tokens: torch.Tensor, conditioning: torch.Tensor, height: int, width: int
-    ) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
-        """What a block gets after its tokens: first what there is for each token, then what is the same for all.
+    ) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
+        """What a block gets after its tokens: what there is for each token, and, before it, what is the same for all.
 
         Args:
             tokens: [B, N, D], in front of the first block.
@@ -236,8 +243,10 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         base = self.config.sample_size // self.config.patch_size
         # A graph has no branch for one size, which would make it another graph for each kind of size.
         if not torch.compiler.is_compiling() and height == width == base:
-            return self.positions
-        return sincos_positions(self.positions.shape[1], height, width, base=base, device=self.positions.device)
+            return self.position_table
+        return sincos_positions(
+            self.position_table.shape[1], height, width, base=base, device=self.position_table.device
+        )
 
     def _unpatchify(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """[B, N, P*P*C] to [B, C, H, W], N = height * width tokens."""

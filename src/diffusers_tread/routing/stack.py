@@ -22,7 +22,8 @@ class StackOutput(NamedTuple):
     """[B, N, D] after the last block."""
 
     prefix: torch.Tensor | None
-    """[B, N, D], the tokens in front of the first route's first block, if they were given or asked for."""
+    """The tokens in front of the first route's first block, [B, N, D], or [B, N, 2 D] with what the first block made,
+    if they were given or asked for."""
 
     hidden_states: dict[int, torch.Tensor]
     """After each block asked for: [B, N, D], or [B, K, D] of the kept tokens for a block in a route that was taken."""
@@ -35,7 +36,7 @@ class RoutedStack(nn.ModuleList):
     nothing of routing and run on a shorter sequence.
 
     Args:
-        blocks: Called as `block(tokens, *per_token, *shared)`, [B, N, D] to [B, N, D] for any N.
+        blocks: Called as `block(tokens, *shared, *per_token)`, [B, N, D] to [B, N, D] for any N.
     """
 
     def forward(
@@ -44,11 +45,11 @@ class RoutedStack(nn.ModuleList):
         *shared: Any,
         routes: Sequence[TokenRoute] = (),
         kept_token_ids: list[torch.Tensor | None] | None = None,
-        per_token: Sequence[torch.Tensor] = (),
+        per_token: Sequence[torch.Tensor | None] = (),
         prefix: torch.Tensor | None = None,
         return_prefix: bool = False,
         hidden_states_at: Iterable[int] = (),
-        checkpoint: Callable[..., torch.Tensor] | None = None,
+        checkpoint: Callable[..., Any] | None = None,
     ) -> StackOutput:
         """Runs the blocks.
 
@@ -58,7 +59,9 @@ class RoutedStack(nn.ModuleList):
             routes: The model's routes, `TokenRouter.routes`.
             kept_token_ids: The plan: per route [B, K] int64, or None for a route not taken; None for a dense forward.
             per_token: Arguments with an entry for each token, [B, N, ...] or [1, N, ...], such as rotary tables:
-                inside a route a block gets those of its kept tokens.
+                inside a route a block gets those of its kept tokens. None stays None, but for the last: then the
+                blocks give `(tokens, made)`, and what the first made, [B, N, D], is the last argument of the others.
+                No route may begin at the first block then.
             prefix: The prefix that another forward with the same inputs gave: the blocks before it are not run again.
             return_prefix: Whether to give the prefix.
             hidden_states_at: Indices of blocks, 0-based, whose output to give as well.
@@ -68,8 +71,9 @@ class RoutedStack(nn.ModuleList):
             ValueError: `kept_token_ids` or `prefix` that does not fit the routes and the tokens; a prefix without
                 routes; the index of a block that there is not.
         """
-        wanted = set(hidden_states_at)
-        self._check(tokens, routes, kept_token_ids, prefix, return_prefix, wanted)
+        wanted, per_token = set(hidden_states_at), list(per_token)
+        makes = bool(per_token) and per_token[-1] is None
+        self._check(tokens, routes, kept_token_ids, prefix, return_prefix, wanted, makes)
         taken = zip(routes, kept_token_ids, strict=True) if kept_token_ids is not None else ()
         starts = {route.start: (route, ids) for route, ids in taken if ids is not None}
         prefix_end = routes[0].start if prefix is not None or return_prefix else None
@@ -79,18 +83,25 @@ class RoutedStack(nn.ModuleList):
             # The prefix.
             if prefix is not None and index < prefix_end:
                 continue
-            if index == prefix_end:
-                tokens = prefix = tokens if prefix is None else prefix
+            if index == prefix_end and prefix is None:
+                prefix = torch.cat([tokens, per_token[-1]], dim=2) if makes else tokens
+            elif index == prefix_end and makes:
+                tokens, per_token[-1] = (part.contiguous() for part in prefix.chunk(2, dim=2))
+            elif index == prefix_end:
+                tokens = prefix
 
             # A route begins: the kept tokens go on alone.
             if index in starts:
                 route, ids = starts[index]
                 rejoining = _rejoining_tokens(route, first_tokens, tokens)  # B N D
                 tokens = take_tokens(tokens, ids)  # B K D
-                arguments = [take_tokens(one.expand(ids.shape[0], *one.shape[1:]), ids) for one in per_token]
+                arguments = [_take_each(one, ids) for one in per_token]
 
             run = block if checkpoint is None else partial(checkpoint, block)
-            tokens = run(tokens, *arguments, *shared)
+            tokens = run(tokens, *shared, *arguments)
+            if isinstance(tokens, tuple):
+                tokens, made = tokens
+                per_token[-1] = made if per_token[-1] is None else per_token[-1]
             if index in wanted:
                 hidden_states[index] = tokens
 
@@ -107,6 +118,7 @@ class RoutedStack(nn.ModuleList):
         prefix: torch.Tensor | None,
         return_prefix: bool,
         wanted: set[int],
+        makes: bool,
     ) -> None:
         """Compares shapes and types, nothing that waits for the device."""
         if kept_token_ids is not None:
@@ -126,9 +138,10 @@ class RoutedStack(nn.ModuleList):
                 )
         if (prefix is not None or return_prefix) and not routes:
             raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
-        if prefix is not None and prefix.shape != tokens.shape:
+        shape = (*tokens.shape[:2], tokens.shape[2] * (2 if makes else 1))
+        if prefix is not None and prefix.shape != shape:
             raise ValueError(
-                f"Expected a prefix {list(tokens.shape)}, as return_prefix=True gave it for these inputs, got "
+                f"Expected a prefix {list(shape)}, as return_prefix=True gave it for these inputs, got "
                 f"{list(prefix.shape)}."
             )
         first = 0 if prefix is None else routes[0].start
@@ -138,6 +151,11 @@ class RoutedStack(nn.ModuleList):
 
 def _describe_ids(ids: Any) -> str:
     return f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+
+
+def _take_each(argument: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor | None:
+    """Of an argument [B or 1, N, ...] what belongs to the kept tokens of each sample: [B, K, ...]."""
+    return None if argument is None else take_tokens(argument.expand(ids.shape[0], *argument.shape[1:]), ids)
 
 
 def _rejoining_tokens(route: TokenRoute, first_tokens: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
