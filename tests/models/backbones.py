@@ -8,8 +8,16 @@ from diffusers_tread.models import DENOISERS, LatentDenoiser
 
 SHARED = {"num_layers": 6, "in_channels": 3, "sample_size": 8, "patch_size": 2, "num_classes": 5, "objective": "flow"}
 ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 8}
+MODERN = {
+    "norm": "rms_norm",
+    "qk_norm": "rms_norm",
+    "ffn": "swiglu",
+    "positions": "sincos+rope",
+    "value_residual": True,
+}
 BACKBONES = {
     "transformer": ("TREADTransformer2DModel", ATTENTION),
+    "modern transformer": ("TREADTransformer2DModel", ATTENTION | MODERN),
     "mamba": ("TREADMamba2DModel", {"hidden_size": 16, "head_dim": 8, "state_size": 8}),
     "rwkv": ("TREADRWKV2DModel", {"hidden_size": 16}),
 }

@@ -71,8 +71,9 @@ def test_routed_tokens_keep_their_bits(name, inputs):
     (kept,) = output.kept_token_ids
     assert kept.shape == (3, 8) and seen[1].shape[1] == 8
     is_kept = torch.zeros(3, 16, dtype=torch.bool).scatter_(1, kept, True)
-    assert torch.equal(seen[4][~is_kept], output.prefix[~is_kept])
-    assert (seen[4] != output.prefix).any(dim=-1)[is_kept].all()
+    before = output.prefix[..., : seen[4].shape[-1]]  # beside it, what the first block made
+    assert torch.equal(seen[4][~is_kept], before[~is_kept])
+    assert (seen[4] != before).any(dim=-1)[is_kept].all()
 
 
 def test_a_sample_does_not_depend_on_the_batch_around_it(name, inputs):
@@ -118,7 +119,7 @@ def test_checkpointing_gives_the_same_gradients(name, inputs):
 
 def test_a_compiled_step_equals_an_eager_one_for_every_seed(name, inputs):
     torch._dynamo.reset()
-    model = make_backbone(name, num_layers=3, routes=[route_of(name, 0, 0)]).train()
+    model = make_backbone(name, num_layers=4, routes=[route_of(name, 1, 1)]).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for seed in (1, 2):
         routing = RoutingCall(seed=seed)
@@ -166,8 +167,8 @@ def test_an_adapter_on_all_linear_layers_trains_alone(name, inputs):
 
 def test_blocks_are_not_split_and_are_repeated(name):
     model = make_backbone(name)
-    kind = type(model.transformer_blocks[0]).__name__
-    assert model._no_split_modules == model._repeated_blocks == [kind]
+    kinds = {type(block).__name__ for block in model.transformer_blocks}
+    assert kinds <= set(model._no_split_modules) & set(model._repeated_blocks)
 
 
 def test_presets_are_known_by_name(name):

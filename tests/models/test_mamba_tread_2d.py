@@ -73,7 +73,7 @@ def test_blocks_scan_rows_and_columns_in_turn(model):
     for index, order in enumerate([list(range(12)), by_columns, list(range(12)), by_columns]):
         block = model.transformer_blocks[index]
         expected = block_formula(block, tokens.double(), conditioning.double(), [order, order])
-        assert difference(block(tokens, ranks, conditioning), expected) < 1e-5
+        assert difference(block(tokens, conditioning, ranks), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kept", [[[0, 1, 2, 3, 8, 9, 10, 11]] * 2, [[0, 1, 5, 6, 7, 10], [1, 2, 3, 4, 8, 11]]])
@@ -84,7 +84,7 @@ def test_kept_tokens_are_scanned_in_the_order_of_their_columns(model, kept):
     tokens = torch.stack([tokens[sample, ids[sample]] for sample in range(2)])
     order = [sorted(range(len(one)), key=lambda i, one=one: (one[i] % 4, one[i] // 4)) for one in kept]
     expected = block_formula(model.transformer_blocks[1], tokens.double(), conditioning.double(), order)
-    found = model.transformer_blocks[1](tokens, ranks.expand(2, -1).gather(1, ids), conditioning)
+    found = model.transformer_blocks[1](tokens, conditioning, ranks.expand(2, -1).gather(1, ids))
     assert difference(found, expected) < 1e-5
 
 

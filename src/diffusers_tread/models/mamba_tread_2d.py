@@ -251,13 +251,13 @@ class TREADMamba2DBlock(nn.Module):
         self.modulation = nn.Linear(dim, 3 * dim)
 
     def forward(
-        self, hidden_states: torch.Tensor, column_ranks: torch.Tensor, conditioning: torch.Tensor
+        self, hidden_states: torch.Tensor, conditioning: torch.Tensor, column_ranks: torch.Tensor
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: [B, N, D] in raster order, or the kept tokens [B, K, D].
-            column_ranks: [B or 1, N] or [B, K] int64, where the tokens are if columns are read one after the other.
             conditioning: [B, D], SiLU of the embedded time and class.
+            column_ranks: [B or 1, N] or [B, K] int64, where the tokens are if columns are read one after the other.
 
         Returns:
             The shape of `hidden_states`.
