@@ -34,7 +34,7 @@ install: .venv/.installed ## build .venv with the package (editable) and all tha
 demo: .venv/.installed ## train, sample and save a small TREAD model on real images, in a few minutes
 	.venv/bin/python examples/demo.py
 
-demo-avatars: .venv/.installed ## likewise on avatars of twenty classes at 16 x 16 pixels, in less than twenty minutes
+demo-avatars: .venv/.installed ## likewise on avatars of twenty classes, in about a quarter of an hour
 	.venv/bin/python examples/demo_avatars.py
 
 bench: .venv/.installed ## measure everything on the CPU in under ten minutes; wants a quiet machine

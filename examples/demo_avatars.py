@@ -4,7 +4,7 @@
 It runs examples/make_avatars.py, train_tread.py and sample.py as they are, and ends with a table, a picture of the
 samples and one of the training's course in the output folder. The judge is a small network that learns the classes
 from avatars of other seeds. Fréchet distances are measured in its features, to as many avatars that neither it nor the
-model has seen. The exit code is 1 if it recognises fewer than 90 % of the samples, unguided or with Sparse Guidance.
+model has seen. The exit code is 1 if it recognises fewer than 85 % of the samples, unguided or with Sparse Guidance.
 A run that was interrupted goes on where it stopped.
 
 Shapes: B images, S their side, K classes.
@@ -33,7 +33,7 @@ from diffusers_tread.pictures import add_labels, make_grid, save_image
 
 SIZE, ZOOM = 16, 5  # pixels of an avatar's side; how often each is repeated in the pictures
 NUM_CLASSES, COLUMNS = 20, 10  # of the pictures, as of the training's grids
-REQUIRED_ACCURACY = 0.9
+REQUIRED_ACCURACY = 0.85
 MODEL = {"num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 12, "patch_size": 2}
 TRAINING = {
     "resolution": SIZE,
