@@ -39,7 +39,26 @@ def test_the_operations_are_found_where_they_run(report):
     assert profile_step.kind_of("void at::native::indexFuncLargeIndex<float, long>") == "moving tokens"
 
 
-def test_the_table_ends_with_the_ratio_of_all(report):
+def test_operations_in_which_no_token_takes_part_are_told_by_their_shapes(report):
+    args = profile_step.parse_args([*TINY, "--batch_size", "4"])  # 4 images of 16 or 8 tokens
+    for shapes in ([[64, 32], [32, 96]], [[4, 8, 32]], [[4, 2, 16, 16]], [[96, 32], [32]], []):
+        assert profile_step.has_tokens(shapes, 8, args) == (shapes != [[96, 32], [32]])
+    assert not profile_step.has_tokens([[4, 32], [192, 32]], 8, args)  # the modulation: a row per image
+    rows = {row["kind"]: row for row in report["rows"]}
+    assert rows["without tokens"]["dense_seconds"] > 0
+
+
+def test_the_ceiling_that_counts_weights_lies_between_none_and_that_of_the_flops(report):
+    assert 1 < report["ceiling_with_weights"] < report["flop_ceiling"]
+    rows = [{"kind": "optimiser", "dense_seconds": 1.0}, {"kind": "attention", "dense_seconds": 3.0}]
+    assert profile_step.ceiling_with_weights(rows, 1.5) == pytest.approx(4 / 3)
+    assert profile_step.ceiling_with_weights(rows[1:], 1.5) == pytest.approx(1.5)
+
+
+def test_the_table_ends_with_the_ratio_of_all_and_that_of_steps_without_the_profiler(report):
     lines = profile_step.table(report).splitlines()
-    assert len(lines) == 3 + len(report["rows"]) and lines[-1].startswith("| all |")
-    assert f"FLOPs: {report['flop_ceiling']:.2f}" in lines[-1]
+    assert len(lines) == 4 + len(report["rows"]) and lines[-2].startswith("| all |")
+    assert f"FLOPs: {report['flop_ceiling']:.2f}" in lines[-2]
+    assert f"of the {report['ceiling_with_weights']:.2f} that weights and FLOPs allow" in lines[-1]
+    before = {name: value for name, value in report.items() if name != "ceiling_with_weights"}
+    assert profile_step.table(before).splitlines() == lines[:-1]  # a GPU's, whose kernels have no shapes
