@@ -133,7 +133,7 @@ def is_gpu(args: argparse.Namespace) -> bool:
 def has_tokens(shapes: list[list[int]], num_kept: int, args: argparse.Namespace) -> bool:
     """Whether an argument has a row per token: of all images [B * N, D], or [B, N, D], [B, heads, N, D].
 
-    Taken for such are operations without known shapes, of lists of tensors or of none.
+    Taken for such are operations without known shapes, of lists of tensors or of none, and widths that equal B * N.
     """
     counts, known = (args.tokens, num_kept), [shape for shape in shapes if shape]
     return not known or any(

@@ -41,9 +41,9 @@ def test_the_operations_are_found_where_they_run(report):
 
 def test_operations_in_which_no_token_takes_part_are_told_by_their_shapes(report):
     args = profile_step.parse_args([*TINY, "--batch_size", "4"])  # 4 images of 16 or 8 tokens
-    for shapes in ([[64, 32], [32, 96]], [[4, 8, 32]], [[4, 2, 16, 16]], [[96, 32], [32]], []):
-        assert profile_step.has_tokens(shapes, 8, args) == (shapes != [[96, 32], [32]])
-    assert not profile_step.has_tokens([[4, 32], [192, 32]], 8, args)  # the modulation: a row per image
+    for shapes in ([[64, 48], [48, 96]], [[4, 8, 48]], [[4, 2, 16, 16]], [[96, 48], [48]], []):
+        assert profile_step.has_tokens(shapes, 8, args) == (shapes != [[96, 48], [48]])
+    assert not profile_step.has_tokens([[4, 48], [288, 48]], 8, args)  # the modulation: a row per image
     rows = {row["kind"]: row for row in report["rows"]}
     assert rows["without tokens"]["dense_seconds"] > 0
 

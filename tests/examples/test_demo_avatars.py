@@ -21,6 +21,11 @@ from runs import call
 pytestmark = pytest.mark.slow
 FLAGS = "--num_train_images 40 --num_judge_images 80 --max_train_steps 8 --num_images 40 --num_inference_steps 2"
 
+QUICK = {
+    "model_config_name_or_path": json.dumps(demo_avatars.MODEL | {"num_attention_heads": 1}),
+    "validation_inference_steps": 2,
+}
+
 
 def squares(count, seed):
     """Images of which each of twenty classes has a square of its own place and colour, and their labels."""
@@ -64,7 +69,7 @@ def run(tmp_path_factory):
         )
         patch.setattr(demo_avatars.subprocess, "run", run_here)
         patch.setattr(demo_avatars, "ThreadPoolExecutor", lambda max_workers: nullcontext(SimpleNamespace(map=map)))
-        patch.setattr(demo_avatars, "MODEL", demo_avatars.MODEL | {"attention_head_dim": 16})
+        patch.setattr(demo_avatars, "TRAINING", demo_avatars.TRAINING | QUICK)
         code = demo_avatars.main(["--output_dir", str(folder), "--judge_steps", "2", *FLAGS.split()])
     assert code == 1  # nothing is recognised after so few steps
     return folder, "\n".join(lines)
