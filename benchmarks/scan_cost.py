@@ -93,5 +93,18 @@ def time_steps(
     return {name: summary(values) for name, values in times.items()}
 
 
+def table(report: dict[str, Any]) -> str:
+    """The report's rows as Markdown, medians."""
+    names = list(report["rows"][0]["milliseconds_per_image"])
+    scans = [name for name in names if name != "attention"]
+    lines = [["images x tokens", *names, *(f"{name} over attention" for name in scans)]]
+    lines.append(["---"] * len(lines[0]))
+    for row in report["rows"]:
+        times = {name: values["median"] for name, values in row["milliseconds_per_image"].items()}
+        lines.append([f"{row['batch_size']} x {row['num_tokens']:,}", *(f"{times[name]:.3g}" for name in names)])
+        lines[-1] += [f"{times[name] / times['attention']:.2f}" for name in scans]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("scan_default", "scan")
+
+
 if __name__ == "__main__":
     main()

@@ -15,6 +15,8 @@ def test_a_row_has_attention_and_each_scan_per_image(tmp_path):
     finally:
         torch.set_num_threads(threads)
     (row,) = json.loads(path.read_text())["rows"]
+    lines = scan_cost.table({"rows": [row]}).splitlines()
+    assert lines[2].startswith("| 2 x 16 | ") and {line.count("|") for line in lines} == {7}
     assert (row["batch_size"], row["num_tokens"]) == (2, 16)
     assert row["milliseconds_per_image"].keys() == {"attention", "scan_default", "scan_8"}
     assert all(times["min"] > 0 for times in row["milliseconds_per_image"].values())
