@@ -5,6 +5,7 @@ A run is a dict with its `points`; a point has "step", "seconds", "flops" and "h
 """
 
 import io
+import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -187,9 +188,13 @@ def table(report: dict[str, Any]) -> str:
 def conditions(report: dict[str, Any]) -> str:
     """Sentences on what the table's numbers are of."""
     data, judge, settings = report["data"], report["judge"], report["settings"]
+    model = f"width {settings['width']}"
+    if settings.get("model") is not None:
+        config = json.loads(settings["model"])
+        model = ", ".join([config.pop("_class_name"), *(f"{name} {value}" for name, value in config.items())])
     return (
-        f"{data['train_images']:,} images of {data['size']} pixels in {data['classes']} classes, width "
-        f"{settings['width']}, {settings['depth']} blocks, batch {settings['batch_size']}, {settings['steps']:,} "
+        f"{data['train_images']:,} images of {data['size']} pixels in {data['classes']} classes, {model}, "
+        f"{settings['depth']} blocks, batch {settings['batch_size']}, {settings['steps']:,} "
         f"steps. Means over seeds, in brackets least and most; the ways to equal loss are medians over seeds and "
         f"{NUM_LEVELS} losses. Distances are of {judge['samples']:,} samples in a small classifier's features (real "
         f"images: {judge['distance_of_real_images']:.2f}), which recognises {judge['heldout_accuracy']:.1%} of "
