@@ -73,6 +73,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"Expected --{name} >= 40, two of each class, got {getattr(args, name)}.")
     if args.num_judge_images < 80:
         raise ValueError(f"Expected --num_judge_images >= 80, twice two of each class, got {args.num_judge_images}.")
+    if args.num_train_images < args.num_images:
+        raise ValueError(
+            f"Expected --num_train_images >= --num_images, for as many real ones, got {args.num_train_images} and "
+            f"{args.num_images}."
+        )
     return args
 
 

@@ -12,7 +12,7 @@ from backbones import BACKBONES, SHARED, make_backbone, route_of
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 
-from diffusers_tread import RoutingCall, SparseGuidance, TREADPipeline
+from diffusers_tread import RoutingCall, SparseGuidance, TokenRoute, TREADPipeline, apply_token_routing
 from diffusers_tread.flops import flop_ceiling, guidance_flops, training_flops
 from diffusers_tread.hub import export_for_hub
 from diffusers_tread.models import make_denoiser
@@ -169,6 +169,19 @@ def test_blocks_are_not_split_and_are_repeated(name):
     model = make_backbone(name)
     kinds = {type(block).__name__ for block in model.transformer_blocks}
     assert kinds <= set(model._no_split_modules) & set(model._repeated_blocks)
+
+
+def test_sizes_without_anything_are_refused(name):
+    width = "hidden_size" if "hidden_size" in make_backbone(name).config else "num_attention_heads"
+    with pytest.raises(ValueError, match="Expected a width >= 4"):
+        make_backbone(name, **{width: 0})
+    with pytest.raises(ValueError, match="Expected num_layers >= 1"):
+        make_backbone(name, num_layers=0, routes=None)
+
+
+def test_routing_by_hooks_is_refused(name):
+    with pytest.raises(ValueError, match="routes by itself"):
+        apply_token_routing(make_backbone(name), TokenRoute(start=1, end=2))
 
 
 def test_presets_are_known_by_name(name):

@@ -120,7 +120,12 @@ def test_presets_have_about_the_size_of_dits(preset, dim, depth, millions):
 
 
 @pytest.mark.parametrize(
-    "changes, message", [({"head_dim": 7}, "Expected head_dim to divide"), ({"conv_kernel": 4}, "odd conv_kernel")]
+    "changes, message",
+    [
+        ({"head_dim": 7}, "Expected head_dim to divide"),
+        ({"conv_kernel": 4}, "odd conv_kernel"),
+        *(({name: 0}, f"Expected {name} to be an int >= 1, got 0") for name in ("head_dim", "expand", "state_size")),
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

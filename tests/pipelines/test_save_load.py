@@ -159,4 +159,6 @@ def test_from_pipe_shares_the_components(make_pipeline, make_vae):
     other = TREADPipeline.from_pipe(pipe)
     assert all(component is pipe.components[name] for name, component in other.components.items())
     assert other.components.keys() == pipe.components.keys() and other.transformer is not None
+    pipe.transformer.to(torch.bfloat16)
+    assert TREADPipeline.from_pipe(pipe, guider=None).transformer.dtype == torch.bfloat16
     assert other.get_label_ids("crane") == [3]

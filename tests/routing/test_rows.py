@@ -93,6 +93,10 @@ def test_all_frames_of_a_video_keep_the_same_rows():
     mask[[3 * WIDTH, (HEIGHT + 8) * WIDTH + 1]] = True
     kept = rows_of(plan(video, (2, *GRID), force_keep=mask, selection_ratio=0.8).chunk(2, dim=1)[0])
     assert kept.tolist() == [[3, 8]] * 3
+    mask = torch.zeros(2, *GRID, dtype=torch.bool)
+    mask[:, 4:7] = True  # three rows in both frames are three, not six
+    kept = rows_of(plan(video, (2, *GRID), force_keep=mask.flatten(), selection_ratio=0.8).chunk(2, dim=1)[0])
+    assert kept.tolist() == [[4, 5, 6]] * 3
     size = video.abs().sum(-1).unflatten(1, (2, *GRID)).mean((1, 3))
     expected = size.topk(5).indices.sort(1).values
     assert torch.equal(rows_of(plan(video, (2, *GRID), magnitude_mix=1.0).chunk(2, dim=1)[0]), expected)

@@ -88,8 +88,10 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             ValueError: A value of the config out of range.
         """
         config = self.config
-        if dim % 4:
-            raise ValueError(f"Expected a width divisible by 4 for the 2D positions, got {dim}.")
+        if dim < 4 or dim % 4:
+            raise ValueError(f"Expected a width >= 4 divisible by 4 for the 2D positions, got {dim}.")
+        if config.num_layers < 1:
+            raise ValueError(f"Expected num_layers >= 1, got {config.num_layers}.")
         if config.patch_size < 1 or config.sample_size < 1 or config.sample_size % config.patch_size:
             raise ValueError(
                 f"Expected sample_size divisible by patch_size {config.patch_size}, got {config.sample_size}."
@@ -142,8 +144,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 a compiled forward a tensor: each value of a Python float makes another graph.
             class_labels: [B] int64 in [0, num_classes]; None for the null class. Not checked here, which would make
                 every step wait for the device: the pipeline and the training script check.
-            kept_token_ids: Per route the ids of the kept tokens, [B, K] int64 in [0, N), each at most once, or None
-                for a route not taken, as `TokenRouter.plan` gives them. None: the token router decides.
+            kept_token_ids: Per route the ids of the kept tokens, [B, K] int64 in [0, N), sorted ascending, each once,
+                or None for a route not taken, as `TokenRouter.plan` gives them; whole rows for RWKV. Scans and shifts
+                take the tokens in this order. None: the token router decides.
             return_dict: Whether to return a `DenoiserOutput` or a tuple.
             routing: How this forward routes; what it leaves open, `token_routing` and the router's defaults decide.
             prefix: [B, N, D], the tokens in front of the first route's first block, as another forward with the same

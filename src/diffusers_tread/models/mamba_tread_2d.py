@@ -352,6 +352,9 @@ class TREADMamba2DModel(LatentDenoiser):
         freq_shift: int = 0,
     ):
         super().__init__()
+        for name in ("expand", "head_dim", "state_size", "conv_kernel"):
+            if not isinstance(value := self.config[name], int) or value < 1:
+                raise ValueError(f"Expected {name} to be an int >= 1, got {value!r}.")
         if expand * hidden_size % head_dim:
             raise ValueError(
                 f"Expected head_dim to divide expand * hidden_size = {expand * hidden_size}, got {head_dim}."

@@ -179,7 +179,9 @@ class TREADRWKVChannelMix(nn.Module):
 
     def __init__(self, dim: int, *, mlp_ratio: float):
         super().__init__()
-        hidden_dim = int(dim * mlp_ratio)
+        hidden_dim = int(dim * mlp_ratio + 1e-6)
+        if hidden_dim < 1:
+            raise ValueError(f"Expected an mlp_ratio that leaves at least one hidden channel, got {mlp_ratio}.")
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, hidden_dim, bias=False)
         self.value = nn.Linear(hidden_dim, dim, bias=False)

@@ -215,8 +215,11 @@ def make_norm(norm: str, dim: int, eps: float) -> nn.Module:
 
 def feed_forward_width(dim: int, mlp_ratio: float, ffn: str) -> int:
     """Hidden channels; of SwiGLU, which has a third matrix, two thirds as many, rounded down as in LightningDiT."""
-    width = int(dim * mlp_ratio)
-    return 2 * width // 3 if ffn == "swiglu" else width
+    width = int(dim * mlp_ratio + 1e-6)  # of 960 / 704, say, which float numbers cannot hold
+    width = 2 * width // 3 if ffn == "swiglu" else width
+    if width < 1:
+        raise ValueError(f"Expected an mlp_ratio that leaves at least one hidden channel, got {mlp_ratio}.")
+    return width
 
 
 def rotary_positions(
@@ -295,7 +298,7 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
             that the name is known, they check and not the constructor.
         mlp_ratio: Width of the feed-forward layer over D.
         attention_bias: Whether query, key and value have a bias.
-        norm_eps: Epsilon of the layer norms.
+        norm_eps: Epsilon of the norms.
         ff_norm_eps: Epsilon of the norm before the feed-forward layer; None for `norm_eps`. diffusers' own DiT has
             1e-5 here and 1e-6 elsewhere.
         freq_shift: The timestep's frequencies are 10000^(-i / (128 - freq_shift)): 0 as in the papers, 1 as in

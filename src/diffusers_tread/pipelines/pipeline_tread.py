@@ -103,10 +103,13 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "TREADPipeline":
-        """As diffusers' method, which would leave out models whose class no annotation names, such as VAEs."""
+        """Another pipeline over the components of `pipeline`, or over those in `kwargs` in their place.
+
+        Nothing is cast and no model left out; diffusers' own method makes all float32.
+        """
+        parts = pipeline.components | {"id2label": pipeline.config.get("id2label")}
         names = inspect.signature(cls.__init__).parameters
-        models = {name: one for name, one in pipeline.components.items() if isinstance(one, ModelMixin)}
-        return super().from_pipe(pipeline, **{name: models[name] for name in models if name in names} | kwargs)
+        return cls(**{name: part for name, part in parts.items() if name in names} | kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scheduler":

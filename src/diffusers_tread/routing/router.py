@@ -97,8 +97,9 @@ class RoutingCall:
 class ResolvedCall(RoutingCall):
     """What holds for one forward: each field as the nearest layer has it that says anything. None: nobody does."""
 
-    num_forced: dict[int, int] | None = None
-    """The most rows with tokens of `force_keep` in a sample, by the width that rows may have (1: tokens)."""
+    num_forced: dict[tuple[int, int], int] | None = None
+    """The most rows with tokens of `force_keep` in a sample, by the frames and width that its grid may have; of (1, 1)
+    tokens."""
 
     def __post_init__(self):  # checked where it was said
         pass
@@ -206,7 +207,7 @@ class TokenRouter:
             grid = check_grid(grid_size, num_tokens)
             rows = rows_as_tokens(hidden_states, grid)  # B h D
             forced = None if force_keep is None else rows_as_tokens(force_keep.unsqueeze(-1), grid).any(dim=-1)
-            row_ids = _choose(route, index, said, seed, rows, forced, row_width=grid[-1])
+            row_ids = _choose(route, index, said, seed, rows, forced, frames=grid[0], row_width=grid[-1])
             kept_token_ids.append(None if row_ids is None else tokens_of_rows(row_ids, grid))
         return kept_token_ids if any(ids is not None for ids in kept_token_ids) else None
 
@@ -251,7 +252,7 @@ def draw_routing_seed(
 
 
 def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
-    """The router of a `TREADTransformer2DModel` or of a model prepared by `apply_token_routing`.
+    """The router of a denoiser of this package or of a model prepared by `apply_token_routing`.
 
     Looks through the wrappers of `torch.compile`, DDP, FSDP and PEFT.
 
@@ -267,7 +268,7 @@ def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
         module = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
     raise ValueError(
         f"Expected a denoiser with token routing, got {type(denoiser).__name__}, which has no `token_router`. "
-        "Use TREADTransformer2DModel."
+        "Use a denoiser of this package, or apply_token_routing."
     )
 
 
@@ -320,11 +321,12 @@ def _choose(
     tokens: torch.Tensor,
     force_keep: torch.Tensor | None,
     *,
+    frames: int = 1,
     row_width: int = 1,
 ) -> torch.Tensor | None:
     """[B, K] ids of those kept of [B, N, D] tokens, or rows as tokens; None for all."""
     batch_size, num_tokens = tokens.shape[:2]
-    num_forced = 0 if said.num_forced is None else min(said.num_forced[row_width], num_tokens)
+    num_forced = 0 if said.num_forced is None else said.num_forced[frames, row_width]
     num_kept = max(num_kept_tokens(num_tokens, _ratio(route, said)), num_forced)
     if num_kept == num_tokens:
         return None

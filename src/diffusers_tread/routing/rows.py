@@ -36,14 +36,24 @@ def tokens_of_rows(row_ids: torch.Tensor, grid: tuple[int, int, int]) -> torch.T
     return (frame_rows.unsqueeze(-1) * width + torch.arange(width, device=row_ids.device)).flatten(1)
 
 
-def count_forced(force_keep: torch.Tensor) -> dict[int, int]:
-    """The most rows of a sample that have a forced token, by the width that rows may have; of width 1: tokens.
+def count_forced(force_keep: torch.Tensor) -> dict[tuple[int, int], int]:
+    """The most rows of a sample that have a forced token, by the frames and the width that its grid may have.
+
+    Of one frame and width 1: tokens.
 
     Args:
         force_keep: [N] or [B, N] bool.
     """
-    mask = force_keep.cpu()  # waits for the device once
-    num_tokens = mask.shape[-1]
-    narrow = [width for width in range(1, math.isqrt(num_tokens) + 1) if num_tokens % width == 0]
-    widths = {*narrow, *(num_tokens // width for width in narrow)}
-    return {width: int(mask.unflatten(-1, (-1, width)).any(dim=-1).sum(dim=-1).max()) for width in widths}
+    mask = force_keep.reshape(-1, force_keep.shape[-1]).cpu().numpy()  # B N, waits for the device once
+    counts = {}
+    for width in _divisors(mask.shape[1]):
+        rows = mask.reshape(len(mask), -1, width).any(axis=2)  # B F*h
+        for frames in _divisors(rows.shape[1]):
+            of_all_frames = rows.reshape(len(mask), frames, -1).any(axis=1)  # B h
+            counts[frames, width] = int(of_all_frames.sum(axis=1).max())
+    return counts
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})

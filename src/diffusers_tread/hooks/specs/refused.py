@@ -3,6 +3,8 @@
 
 REFUSED_BLOCKS: dict[str, str] = {
     "TREADTransformerBlock": "routes by itself: give TREADTransformer2DModel its `routes`",
+    "TREADMamba2DBlock": "routes by itself: give TREADMamba2DModel its `routes`",
+    "TREADRWKV2DBlock": "routes by itself: give TREADRWKV2DModel its `routes`",
     "HeliosTransformerBlock": "splits the sequence at a position given as a number",
     "Kandinsky6SRTransformerBlock": "uses block-sparse attention, laid out by position",
     "WanAnimate2TransformerBlock": "uses key caches and attention masks laid out by position",
