@@ -341,8 +341,8 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
         for size, (dim, num_layers, heads) in PRESETS.items()
         for patch in patches
     }
-    _no_split_modules = ["TREADTransformerBlock", "TREADValueResidualBlock"]
-    _repeated_blocks = ["TREADTransformerBlock", "TREADValueResidualBlock"]
+    _no_split_modules = ["TREADTransformerBlock"]
+    _repeated_blocks = ["TREADTransformerBlock"]
 
     @register_to_config
     def __init__(
@@ -383,6 +383,8 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
 
         # Blocks. The first mixes its values with none, and has no share to learn.
         make_block = TREADValueResidualBlock if value_residual else TREADTransformerBlock
+        # Of the model, because Accelerate's FSDP refuses a class that is not in it.
+        self._no_split_modules = self._repeated_blocks = [make_block.__name__]
         blocks = [
             make_block(
                 dim,
