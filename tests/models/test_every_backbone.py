@@ -173,7 +173,7 @@ def test_blocks_are_not_split_and_are_repeated(name):
 
 def test_sizes_without_anything_are_refused(name):
     width = "hidden_size" if "hidden_size" in make_backbone(name).config else "num_attention_heads"
-    with pytest.raises(ValueError, match="Expected a width >= 4"):
+    with pytest.raises(ValueError, match="Expected a width divisible by 4, at least 4"):
         make_backbone(name, **{width: 0})
     with pytest.raises(ValueError, match="Expected num_layers >= 1"):
         make_backbone(name, num_layers=0, routes=None)

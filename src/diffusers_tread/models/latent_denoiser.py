@@ -89,7 +89,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         """
         config = self.config
         if dim < 4 or dim % 4:
-            raise ValueError(f"Expected a width >= 4 divisible by 4 for the 2D positions, got {dim}.")
+            raise ValueError(f"Expected a width divisible by 4, at least 4, for the 2D positions, got {dim}.")
         if config.num_layers < 1:
             raise ValueError(f"Expected num_layers >= 1, got {config.num_layers}.")
         if config.patch_size < 1 or config.sample_size < 1 or config.sample_size % config.patch_size:
