@@ -14,7 +14,7 @@ import smoke
 import torch
 from convergence_data import Images
 
-from diffusers_tread.models import transformer_tread_2d
+from diffusers_tread import TREADTransformer2DModel
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "on_gpu.sh"
@@ -54,7 +54,7 @@ def test_every_part_starts_and_reports(environment, tmp_path):
 
 
 def test_a_benchmark_that_fails_is_told_after_the_others(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(transformer_tread_2d.PRESETS, "S", transformer_tread_2d.PRESETS["S"])
+    monkeypatch.setitem(TREADTransformer2DModel._presets, "S/8", dict(TREADTransformer2DModel._presets["S/8"]))
     sizes = "--preset S/8 --shapes 1x4 --repeats 2 --warmup 0"
     lines = ["wrong train_step.py --tokens 5", "unknown sampling.py --step 3"]
     lines += [f"right routing_overhead.py {sizes} --output {tmp_path / 'right.json'}"]

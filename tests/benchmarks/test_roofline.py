@@ -12,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 
 from diffusers_tread import TREADTransformer2DModel
 from diffusers_tread.flops import training_flops
-from diffusers_tread.models import transformer_tread_2d
 
 
 TINY = ["--preset", "S/8", "--tokens", "16", "--batch_size", "3"]
@@ -39,7 +38,9 @@ def measured(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def tiny_s():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(transformer_tread_2d.PRESETS, "S", (64, 6, 2))
+        for name in ("S/2", "S/8"):
+            small = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6}
+            patch.setitem(TREADTransformer2DModel._presets, name, TREADTransformer2DModel._presets[name] | small)
         yield
 
 
