@@ -67,7 +67,7 @@ def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, *, num_sa
 
 
 def named_values(name: str, value: float | MeanStd | MeanError) -> dict[str, float]:
-    """Names what a metric or a scorer gave, as results files do: deviations end in "_std", errors in "_standard_error"."""
+    """Names what a metric or a scorer gave, as results files do; "_std" and "_standard_error" are suffixes."""
     if isinstance(value, MeanError):
         return {name: value.mean, f"{name}_standard_error": value.standard_error}
     return {name: value.mean, f"{name}_std": value.std} if isinstance(value, MeanStd) else {name: value}

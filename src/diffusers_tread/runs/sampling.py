@@ -41,7 +41,7 @@ class SamplingConfig:
     """
 
     pretrained_pipeline: str | None = None
-    """A TREADPipeline, or with prompts any text-to-image pipeline of diffusers: a folder or a repository on the Hub."""
+    """A folder or a repository on the Hub: a TREADPipeline, or with prompts a text-to-image pipeline of diffusers."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -53,7 +53,7 @@ class SamplingConfig:
     random_labels: bool = False
     """Draw classes at random, as ADM and DiT do, instead of one after the other."""
     prompts: str | None = None
-    """Instead of classes: a .txt file with a prompt per line, or a .jsonl, .csv or .parquet file with a column of them."""
+    """Instead of classes: a .txt file with a prompt per line, or a .jsonl, .csv or .parquet file of rows."""
     prompt_dataset_name: str | None = None
     """Instead of a file: a `datasets` repository with a column of prompts."""
     prompt_dataset_config_name: str | None = None
