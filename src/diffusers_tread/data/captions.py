@@ -2,7 +2,7 @@
 """Which text of a record is its caption: one column, or several of which each epoch draws one."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -37,7 +37,7 @@ class CaptionColumns:
             raise ValueError(f"Expected caption columns, each once, got {list(names)} with {list(shares)}.")
         if not all(0 < share <= 1 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
             raise ValueError(
-                f"Expected probabilities of the caption columns that sum to 1, got {dict(zip(names, shares))}. "
+                f"Expected probabilities in (0, 1] that sum to 1 for caption columns {list(names)}, got {list(shares)}. "
                 "Write one column as text, several as long:0.8,short:0.2."
             )
 
@@ -52,14 +52,12 @@ class CaptionColumns:
         """
         columns = []
         for name in self.names:
-            column, _, key = (name, "", "") if name in features else name.partition(".")
+            column, key = _split(name, features)
             keys = features.get(column)
             if column not in features or key and not (isinstance(keys, Mapping) and key in keys):
-                there = [
-                    f"{other}.{key}" for other, keys in features.items() if isinstance(keys, Mapping) for key in keys
-                ]
+                inner = [f"{one}.{key}" for one, kind in features.items() if isinstance(kind, Mapping) for key in kind]
                 raise ValueError(
-                    f"Expected a caption column {name!r}, got {sorted([*features, *there])}. "
+                    f"Expected a caption column {name!r}, got {sorted([*features, *inner])}. "
                     "Name the right one with caption_column."
                 )
             columns.append(column)
@@ -74,18 +72,16 @@ class CaptionColumns:
         Raises:
             ValueError: Rows without a caption: how many, and the first.
         """
-        source = source.select_columns(self.columns(source.features))
         for name in self.names:
-            rows = (
-                row
-                for start in range(0, len(source), _ROWS)
-                for row, record in enumerate(_rows(source[start : start + _ROWS]), start)
-                if not _captions(record, name)
-            )
-            if (first := next(rows, None)) is not None:
+            column, key = _split(name, source.features)
+            texts, empty = source.select_columns([column]), []
+            for start in range(0, len(texts), _ROWS):
+                values = texts[start : start + _ROWS][column]
+                empty += [row for row, value in enumerate(values, start) if not _captions(value, key)]
+            if empty:
                 raise ValueError(
-                    f"Expected text in every row of the caption column {name!r}, got none in {1 + sum(1 for _ in rows)} "
-                    f"rows of {len(source)}, the first of them row {first}. Fill them or leave these rows out."
+                    f"Expected text in every row of the caption column {name!r}, got none in {len(empty)} of "
+                    f"{len(source)} rows, the first of them row {empty[0]}. Fill them or leave these rows out."
                 )
 
     def choose(self, record: Mapping[str, Any], *, seed: int, epoch: int, place: int, rank: int = 0) -> str:
@@ -104,7 +100,8 @@ class CaptionColumns:
         draw = derive_seed(seed, "caption", rank, epoch, place) / 2**63  # in [0, 1)
         ends = accumulate(self.probabilities[:-1])
         name = self.names[sum(draw >= end for end in ends)]
-        captions = _captions(record, name)
+        column, key = _split(name, record)
+        captions = _captions(record[column], key)
         if not captions:
             raise ValueError(
                 f"Expected text in the caption column {name!r}, got none in record {place} of epoch {epoch}. "
@@ -137,17 +134,14 @@ def parse_caption_columns(text: str) -> CaptionColumns:
     return CaptionColumns(tuple(name for name, _, _ in parts), shares)
 
 
-def _captions(record: Mapping[str, Any], name: str) -> list[str]:
-    """The captions of a record in a column: those that are text and more than space."""
-    if name in record:
-        value = record[name]
-    else:
-        column, _, key = name.partition(".")
-        value = (record[column] or {}).get(key)
+def _split(name: str, columns: Mapping[str, Any]) -> tuple[str, str]:
+    """The column of a caption and the key in it, "" for none."""
+    column, _, key = (name, "", "") if name in columns else name.partition(".")
+    return column, key
+
+
+def _captions(value: Any, key: str) -> list[str]:
+    """The captions in a value of a column: what of it is text and more than space."""
+    value = (value or {}).get(key) if key else value
     values = value if isinstance(value, (list, tuple)) else [value]
     return [text for text in values if isinstance(text, str) and text.strip()]
-
-
-def _rows(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """Records of some rows, given as columns."""
-    return (dict(zip(columns, values)) for values in zip(*columns.values()))

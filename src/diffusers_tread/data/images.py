@@ -86,7 +86,7 @@ def _to_rgb(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Ima
 
 
 def center_crop(image: PIL.Image.Image, resolution: int | tuple[int, int]) -> PIL.Image.Image:
-    """The middle of an image at `resolution`, R for a square or (height, width), as ADM prepares ImageNet (2105.05233).
+    """The middle of an image at `resolution`, R or (height, width), as ADM prepares ImageNet (arXiv 2105.05233).
 
     The image is halved with a box filter while both sides are at least twice as long as they shall be, then resized
     with a bicubic filter until the tighter side fits, then cropped. Of an image that is more than eight times as long
