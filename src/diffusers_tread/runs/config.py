@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from diffusers.optimization import SchedulerType
 
+from ..data import Buckets
 from ..objectives import FlowMatchingObjective, find_objective
 
 
@@ -75,7 +76,9 @@ class TrainConfig:
     shuffle_buffer: int = 10_000
     """Records that the shuffle of a stream holds in memory."""
     resolution: int | None = None
-    """Side of the training images in pixels; None for that of digits or latents."""
+    """Side of the training images in pixels; None for that of digits, latents or buckets."""
+    aspect_ratio_buckets: str | None = None
+    """Sizes of the training images as height,width;height,width instead of one square; None for squares."""
     background: str = "white"
     """Colour behind transparent images, such as white or #808080."""
     random_flip: bool = False
@@ -195,6 +198,7 @@ class TrainConfig:
 
     def __post_init__(self):
         find_objective(self.objective)
+        self.buckets()
         schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
         if self.lr_scheduler not in schedules:
             raise ValueError(f"Expected --lr_scheduler among {schedules}, got {self.lr_scheduler!r}.")
@@ -228,9 +232,13 @@ class TrainConfig:
         if (self.preset is None) == (self.model_config_name_or_path is None):
             raise ValueError("Expected either --preset or --model_config_name_or_path for the size of the model.")
 
+    def buckets(self) -> Buckets | None:
+        """Sizes of the training images; None for squares. Raises ValueError for a text that names none."""
+        return None if self.aspect_ratio_buckets is None else Buckets.parse(self.aspect_ratio_buckets)
+
     def data_options(self) -> dict[str, Any]:
         """What `open_source` is told besides `data`."""
         names = ("dataset_config_name", "image_column", "label_column", "cache_dir", "streaming")
         names += ("shuffle_buffer", "resolution", "background", "random_flip", "seed", "pretrained_vae_name_or_path")
-        options = {"split": self.dataset_split, "num_classes": self.num_classes or None}
+        options = {"split": self.dataset_split, "num_classes": self.num_classes or None, "buckets": self.buckets()}
         return {name: getattr(self, name) for name in names} | options
