@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     setup.make_objective(config)
     with init_empty_weights():
         settings = setup.describe_run(config, accelerator, source, setup.make_model(config, source))
-    accelerator.print(setup.settings_table(config, accelerator, settings))
+    about = setup.describe_classes(config, settings)
+    accelerator.print(setup.settings_table(config, accelerator, settings, about))
     if config.dry_run:
         return accelerator.end_training()
     if config.push_to_hub:  # a token that may not write shows now

@@ -3,10 +3,11 @@
 
 from .building import PIPELINES, load_pipeline, make_transformer, register_text_pipeline
 from .denoiser import PipelineDenoiser
-from .encoding import PromptEncoder
+from .encoding import LENGTHS, PromptEncoder
 
 
 __all__ = [
+    "LENGTHS",
     "PIPELINES",
     "PipelineDenoiser",
     "PromptEncoder",
