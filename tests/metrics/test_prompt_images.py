@@ -25,6 +25,7 @@ SIZE = {"height": 16, "width": 32, "num_inference_steps": 2}
 
 @pytest.fixture(scope="module", params=["sd3", "flux"])
 def pipeline(request, tmp_path_factory):
+    """In training mode but for the VAE."""
     torch.manual_seed(0)
     pipeline = PIPELINES[request.param](tmp_path_factory.mktemp(request.param))
     pipeline.set_progress_bar_config(disable=True)
@@ -131,3 +132,25 @@ def test_files_without_prompts_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)
+
+
+def test_pixels_of_a_prx_without_vae_are_those_of_its_latents(tmp_path):
+    """Which lie in [-1, 1], where other pipelines give [0, 1]."""
+    pipeline = PIPELINES["prx"](tmp_path)
+    transformer = type(pipeline.transformer).from_config({**pipeline.transformer.config, "in_channels": 3})
+    pipeline = type(pipeline)(**{**pipeline.components, "transformer": transformer, "vae": None})
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": 128, "width": 128, "num_inference_steps": 2, "guidance_scale": 2.0}  # of images of an eighth
+    options = {"use_resolution_binning": False}
+    images = PromptImages(pipeline, PROMPTS, call_options=options, **size).read(0, 2)
+
+    def sample(prompts, first):
+        generators = [sample_generator(0, first + index) for index in range(len(prompts))]
+        settings = size | options | {"output_type": "latent"}
+        return pipeline(prompt=prompts, generator=generators, **settings).images
+
+    expected = torch.cat([((sample([PROMPTS[index]], index).clamp(-1, 1) + 1) * 127.5).round() for index in range(2)])
+    assert images.shape == (2, 3, 16, 16) and (images - expected).abs().max() <= 1
+    assert 0 < (images == 0).float().mean() < 0.5  # some pixels are dark, and clipped
+    with pytest.raises(RuntimeError, match="size of tensor"):  # or `_timesteps_repeated` is no longer needed
+        sample(PROMPTS[:2], 0)
