@@ -17,7 +17,7 @@ import torch
 from runs import call, files_of, interrupting, launch
 from tiny_models import save_extractor, save_noise
 
-from diffusers_tread.metrics import SCORERS, load_results
+from diffusers_tread.metrics import SCORERS, FeatureStore, load_results
 
 
 pytest.importorskip("transformers")
@@ -33,9 +33,9 @@ SCORER = """
 from diffusers_tread.metrics import register_scorer
 
 def redness(images, prompts):
-    return (images[:, 0].float() - images[:, 2].float()).mean(dim=(1, 2)) + len(prompts[0])
+    return (images[:, 0].float() - images[:, 2].float()).mean(dim=(1, 2))
 
-register_scorer("redness", lambda images, prompts: (images[:, 0].float() - images[:, 2].float()).mean(dim=(1, 2)))
+register_scorer("redness", redness)
 """
 
 
@@ -121,33 +121,28 @@ def test_prompts_give_fid_scores_a_table_and_a_grid(argv, tmp_path, capsys, capl
 def test_an_interrupted_evaluation_goes_on_and_other_scorers_are_refused(argv, material, tmp_path):
     run(*argv, "--output_dir", tmp_path / "whole")
     words = [*argv, "--output_dir", tmp_path / "stopped"]
-    is_second = lambda store, batch, features: "clip_score" in features and batch == 1  # noqa: E731
-    with interrupting(evaluate_tread.evaluate_images.__globals__["FeatureStore"], "write", is_second):
+    with interrupting(FeatureStore, "write", lambda store, batch, features: "clip_score" in features and batch == 1):
         run(*words)
     assert len(files_of(tmp_path / "stopped" / "features" / "images")) == 2  # settings and a batch
     run(*words)
     assert_same_evaluation(tmp_path / "whole", tmp_path / "stopped")
+
+    # Another code of the same name, in another process.
+    del SCORERS["redness"]
     (material / "other.py").write_text(SCORER + "# changed\n")
     with pytest.raises(ValueError, match="file_sha256"):
         run(*words, "--scorer_file", material / "other.py")
 
 
 @pytest.mark.slow
-def test_two_processes_and_a_killed_run_give_what_one_process_gives(argv, tmp_path):
-    kill = {"at": ["diffusers_tread.files.publish"], "matching": "features/images/batch-000002"}
-    runs = [("one", 1, None), ("two", 2, None), ("killed", 2, kill), ("killed", 1, None)]
-    codes, _ = launch(
-        {
-            "script": "evaluate_tread",
-            "argv": [*argv, "--output_dir", tmp_path / name],
-            "processes": processes,
-            "kill": kill,
-        }
-        for name, processes, kill in runs
-    )
-    assert codes == [0, 0, -9, 0]
-    for name in ("two", "killed"):
-        assert_same_evaluation(tmp_path / "one", tmp_path / name)
+def test_two_processes_go_on_after_a_kill_and_give_what_one_process_gives(argv, tmp_path):
+    kill = {"at": ["diffusers_tread.files.publish"], "matching": "features/images/batch-000001"}
+    runs = [("one", 1, None), ("other", 1, kill), ("other", 2, None)]
+    plan = [{"argv": [*argv, "--output_dir", tmp_path / name], "processes": n, "kill": kill} for name, n, kill in runs]
+    codes, _ = launch({"script": "evaluate_tread", **entry} for entry in plan)
+    assert codes == [0, -9, 0]
+    assert_same_evaluation(tmp_path / "one", tmp_path / "other")
+    assert results_of(tmp_path / "other").hardware["num_processes"] == 2
 
 
 def test_scores_alone_need_no_reference_and_sample_shows_the_same_images(sampling, material, tmp_path):
