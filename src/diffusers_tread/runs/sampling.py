@@ -165,7 +165,7 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
     Raises:
         ValueError: There is no such pipeline; the scheduler refuses a setting, or samples from other models.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype)  # by the name that the oldest release knows, of which newer ones warn
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             config.pretrained_pipeline, revision=config.revision, torch_dtype=dtype, use_safetensors=True
