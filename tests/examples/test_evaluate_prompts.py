@@ -197,13 +197,14 @@ def test_neither_pickles_nor_code_of_a_pipeline_are_read(sampling, material, tmp
     weights = tmp_path / "pickled" / "text_encoder_3" / "model.safetensors"
     torch.save({}, weights.with_name("pytorch_model.bin"))
     weights.unlink()
-    shutil.copytree(material / "pipeline", tmp_path / "coded")
-    index = json.loads((tmp_path / "coded" / "model_index.json").read_text())
-    index["_class_name"] = ["mine", "Mine"]
-    (tmp_path / "coded" / "model_index.json").write_text(json.dumps(index))
-    (tmp_path / "coded" / "mine.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    for name, key, place in [("coded", "_class_name", ""), ("coded part", "vae", "vae")]:
+        shutil.copytree(material / "pipeline", tmp_path / name)
+        index = json.loads((tmp_path / name / "model_index.json").read_text()) | {key: ["mine", "Mine"]}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+        code = f"open({str(tmp_path / 'executed')!r}, 'w')"
+        (tmp_path / name / place / "mine.py").write_text(code)
     flags = ["--scorers", "clip", "--clip_model", material / "clip", "--output_dir", tmp_path / "out"]
-    for name in ("pickled", "coded"):
-        with pytest.raises(ValueError, match="with safetensors in --pretrained_pipeline"):
+    for name, message in {"pickled": "safetensors", "coded": "code of its own", "coded part": "vae/mine.py"}.items():
+        with pytest.raises(ValueError, match=message):
             run(*sampling, *flags, "--pretrained_pipeline", tmp_path / name)
     assert not (tmp_path / "executed").exists()
