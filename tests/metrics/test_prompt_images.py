@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
 
 from tiny_pipelines import PIPELINES  # noqa: E402
 
+from diffusers_tread import SparseGuidance  # noqa: E402
 from diffusers_tread.metrics import PromptImages, load_dataset_prompts, read_prompts  # noqa: E402
 from diffusers_tread.metrics.pipeline_images import pipeline_networks, sample_generator  # noqa: E402
 
@@ -74,6 +75,25 @@ def test_the_description_tells_apart_what_changes_samples(pipeline):
     changes += [{"num_inference_steps": 3}, {"call_options": {"max_sequence_length": 4}}]
     descriptions = [json.dumps(describe(**change)) for change in changes]
     assert len({json.dumps(first), *descriptions}) == 7
+
+
+def test_a_pipeline_that_is_held_with_a_guider_is_called_and_described(pipeline):
+    class Guided:
+        guider = SparseGuidance(guidance_scale=1.5)
+        guidance_transformer = torch.nn.Linear(1, 1)
+
+        def __init__(self, pipeline):
+            self.pipeline, self.calls = pipeline, 0
+
+        def __call__(self, **arguments):
+            self.calls += 1
+            return self.pipeline(**arguments)
+
+    guided, alone = Guided(pipeline), PromptImages(pipeline, PROMPTS, **SIZE)
+    source = PromptImages(guided, PROMPTS, **SIZE)
+    assert torch.equal(source.read(0, 3), alone.read(0, 3)) and guided.calls == 1
+    added = {name: source.description[name] for name in set(source.description) - set(alone.description)}
+    assert added["guider"]["guidance_scale"] == 1.5 and set(added["guidance_weights"]) == {"guidance_transformer"}
 
 
 def test_what_cannot_be_sampled_is_refused(pipeline):

@@ -15,6 +15,7 @@ from tiny_evaluation import pixels  # noqa: E402
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipConfig, SiglipModel  # noqa: E402
 
 from diffusers_tread.metrics import SCORERS, evaluate_images, load_scorer_file, load_scorers, register_scorer  # noqa: E402
+from diffusers_tread.metrics.registry import is_higher_better, value_label  # noqa: E402
 from diffusers_tread.metrics.scorers.clip_score import CLIPScore  # noqa: E402
 
 
@@ -102,13 +103,15 @@ def test_a_siglip_is_read_whole(clip):
 
 
 def test_scores_alone_need_no_reference_and_end_in_values_and_a_table(no_new_scorers, tmp_path):
-    register_scorer("brightness", brightness)
+    register_scorer("brightness", brightness, label="Brightness")
     file = tmp_path / "scores.csv"
     common = {"scorers": load_scorers(["brightness"]), "store_dir": tmp_path / "store", "scores_file": file}
     values = evaluate_images(Images(), batch_size=2, **common)
     expected = brightness(Images().read(0, 5), PROMPTS).double().numpy()
     assert values["brightness_score"] == pytest.approx(expected.mean())
     assert values["brightness_score_standard_error"] == pytest.approx(expected.std(ddof=1) / np.sqrt(5))
+    assert is_higher_better("brightness_score") and is_higher_better("brightness_score_standard_error") is None
+    assert [value_label(name) for name in values] == ["Brightness", "Brightness, standard error"]
     rows = file.read_text().splitlines()
     assert rows[0] == "index,prompt,brightness_score" and rows[1].startswith("0,a red fox,") and len(rows) == 6
     assert float(rows[5].rpartition(",")[2]) == pytest.approx(expected[4])
