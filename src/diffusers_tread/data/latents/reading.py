@@ -2,7 +2,9 @@
 """Reads folders of latents (info.py shows the layout), from disk or from the Hub, downloaded or streamed.
 
 A batch is {"moments": [B, M, S, S] of the stored dtype, "class_labels": [B] int64, "corrupt": []};
-`latents_from_moments` turns it into what a denoiser is trained on. The letters of the shapes are those of codec.py.
+`latents_from_moments` turns it into what a denoiser is trained on. With captions it has "captions", B texts, instead of
+labels, and "text", for each caption the arrays that its folder has of it (text.py); with aspect-ratio buckets moments
+are [B, M, H, W]. The letters of the shapes are those of codec.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +17,12 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch.utils.data import Dataset
 
 from ...seeds import derive_seed
+from ..captions import CaptionColumns
 from ..streaming import LOST, StreamingDataset
 from .arrow import RECORD_BATCH, open_shard
 from .codec import sample_moments
 from .info import INFO, LatentsInfo
+from .text import EMPTY, read_arrays
 from .writing import verify_latents
 
 
@@ -32,21 +36,27 @@ class LatentsDataset(Dataset):
         folder: The folder, whole: `latents.json` and every shard that it names.
         seed: The run's seed.
         random_flip: Whether to take the mirrored image's latents at random.
+        captions: The caption columns to read instead of labels.
 
     Raises:
         ValueError: A `latents.json` that does not hold together; shards that are missing, cut off, damaged or hold
             something else than it says, by name (checksums are for `verify_latents`); labels outside
-            [0, num_classes); `random_flip` of latents made without flips.
+            [0, num_classes); `random_flip` of latents made without flips; captions that are not there.
     """
 
-    def __init__(self, folder: str | Path, *, seed: int, random_flip: bool = False):
+    def __init__(
+        self, folder: str | Path, *, seed: int, random_flip: bool = False, captions: CaptionColumns | None = None
+    ):
         import datasets
 
         self.info = info = verify_latents(folder, checksums=False)
-        self.id2label, self.num_classes = info.id2label, len(info.id2label)
+        self.id2label = {} if captions else info.id2label
+        self.num_classes, self.sizes = len(self.id2label), info.sizes
         self.channels, self.resolution = info.latent_channels, info.resolution
-        self.seed, self.random_flip = seed, random_flip
+        self.seed, self.random_flip, self.captions = seed, random_flip, captions
         _check_flip(info, random_flip)
+        _check_captions(info, captions)
+        self.empty_text = info.text.load_empty(folder) if info.text else None
 
         # Shards.
         shards = [open_shard(folder, shard, info) for shard in info.shards]
@@ -54,12 +64,20 @@ class LatentsDataset(Dataset):
         schema = info.features().arrow_schema
         self.dtype = schema.field("moments").type.value_type.to_pandas_dtype()
 
+        # Sizes, of which a batch has one.
+        places = {size: place for place, size in enumerate(info.latent_sizes)}
+        self.buckets = np.repeat(
+            [places[tuple(shard["latent_size"])] if places else 0 for shard in info.shards],
+            [shard["num_samples"] for shard in info.shards],
+        )
+
         # Labels.
-        labels = self.source.data.column("label").to_numpy()
-        if not 0 <= labels.min() <= labels.max() < self.num_classes:
-            raise ValueError(
-                f"Expected labels in [0, {self.num_classes}), got [{labels.min()}, {labels.max()}] in {folder}."
-            )
+        if not captions:
+            labels = self.source.data.column("label").to_numpy()
+            if not 0 <= labels.min() <= labels.max() < self.num_classes:
+                raise ValueError(
+                    f"Expected labels in [0, {self.num_classes}), got [{labels.min()}, {labels.max()}] in {folder}."
+                )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -67,12 +85,20 @@ class LatentsDataset(Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
         indices = np.array([index for _, index in keys])
         flips = np.array([self.random_flip and derive_seed(self.seed, "flip", *key) % 2 == 1 for key in keys])
-        moments, labels = np.empty((len(keys), *self.info.shape), self.dtype), np.empty(len(keys), np.int64)
+        shape = self.info.record_shape(self.buckets[indices[0]])
+        moments, labels = np.empty((len(keys), *shape), self.dtype), np.empty(len(keys), np.int64)
         for column, rows in (("moments", np.flatnonzero(~flips)), ("moments_flipped", np.flatnonzero(flips))):
             if len(rows) > 0:
                 records = self.source[indices[rows]]  # slices of the shards: only what is copied is read
-                moments[rows], labels[rows] = _as_array(records[column], self.info), records["label"]
-        return {"moments": _as_tensor(moments, self.info), "class_labels": torch.from_numpy(labels), "corrupt": []}
+                moments[rows] = _as_array(records[column], shape)
+                if not self.captions:
+                    labels[rows] = records["label"]
+        batch = {"moments": _as_tensor(moments, self.info), "corrupt": []}
+        if not self.captions:
+            return batch | {"class_labels": torch.from_numpy(labels)}
+        names = {name: name for name in self.captions.names}
+        columns = [self.captions.choose(names, seed=self.seed, epoch=epoch, place=index) for epoch, index in keys]
+        return batch | _read_captions(self.source[indices], columns, self.info)
 
 
 class StreamingLatentsDataset(StreamingDataset):
@@ -134,6 +160,7 @@ def open_latents(
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     cache_dir: str | None = None,
+    captions: CaptionColumns | None = None,
 ) -> LatentsDataset | StreamingLatentsDataset:
     """Opens latents and checks them before any work starts.
 
@@ -144,6 +171,7 @@ def open_latents(
         streaming: Whether to read a data set on the Hub without downloading it first, or a folder in sequence.
         shuffle_buffer: Records that the shuffle of a stream holds in memory.
         cache_dir: Where downloads are kept.
+        captions: The caption columns to read instead of labels.
 
     Raises:
         ValueError: There is no such folder or data set, or the Hub cannot be reached; and what `LatentsDataset`
@@ -151,11 +179,11 @@ def open_latents(
     """
     import datasets
 
-    common = {"seed": seed, "random_flip": random_flip}
+    common = {"seed": seed, "random_flip": random_flip, "captions": captions}
     folder, is_local = Path(name), Path(name).is_dir()
     if not streaming:
         if not is_local:
-            patterns = [INFO, "*.arrow"]
+            patterns = [INFO, EMPTY, "*.arrow"]
             folder = _ask_hub(
                 snapshot_download, name, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir
             )
@@ -231,9 +259,27 @@ def _check_flip(info: LatentsInfo, random_flip: bool) -> None:
         )
 
 
-def _as_array(column, info: LatentsInfo) -> np.ndarray:
-    """An Arrow column of n records as [n, M, S, S], without a copy where it is in one piece."""
-    return column.combine_chunks().flatten().to_numpy().reshape(-1, *info.shape)
+def _check_captions(info: LatentsInfo, captions: CaptionColumns | None) -> None:
+    if captions is None and not info.id2label or captions and set(captions.names) - set(info.captions):
+        given = captions and captions.names
+        raise ValueError(
+            f"Expected captions among the columns {info.captions} of these latents, got {given}. Name them with "
+            "--caption_column."
+            if info.captions
+            else f"Expected latents with captions, got some with class labels, and caption columns {given}. Make them "
+            "with precompute_latents.py --caption_column."
+        )
+
+
+def _read_captions(table, columns: list[str], info: LatentsInfo) -> dict[str, Any]:
+    """For each record of a table the caption in a column of its own, and the arrays of that."""
+    captions = [table.column(column)[row].as_py() for row, column in enumerate(columns)]
+    return {"captions": captions} | ({"text": read_arrays(table, columns, info.text)} if info.text else {})
+
+
+def _as_array(column, shape: Sequence[int]) -> np.ndarray:
+    """An Arrow column of n records as [n, *shape], without a copy where it is in one piece."""
+    return column.combine_chunks().flatten().to_numpy().reshape(-1, *shape)
 
 
 def _as_tensor(values: np.ndarray, info: LatentsInfo) -> torch.Tensor:
