@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .batch_sampler import EpochBatchSampler
+from .buckets import BucketBatchSampler, Buckets, assign_buckets
+from .captions import CaptionColumns, parse_caption_columns
 from .folders import ClassFolders, list_class_folders, list_images
-from .images import UnreadableImage, center_crop, image_to_tensor, load_image, load_record
+from .images import UnreadableImage, center_crop, image_size, image_to_tensor, load_image, load_record
 from .labelled_images import DigitsDataset, ImageDataset, collate_images, open_images
 from .latents import (
     LatentCodec,
@@ -25,6 +27,9 @@ from .streaming import StreamingImageDataset
 
 __all__ = [
     "SOURCES",
+    "BucketBatchSampler",
+    "Buckets",
+    "CaptionColumns",
     "ClassFolders",
     "DigitsDataset",
     "EpochBatchSampler",
@@ -38,12 +43,14 @@ __all__ = [
     "StreamingLatentsDataset",
     "TrainingSource",
     "UnreadableImage",
+    "assign_buckets",
     "center_crop",
     "check_vae",
     "collate_images",
     "decode_latents",
     "encode_images",
     "encode_moments",
+    "image_size",
     "image_to_tensor",
     "latent_codec",
     "latents_from_moments",
@@ -56,6 +63,7 @@ __all__ = [
     "open_latents",
     "open_source",
     "open_training_data",
+    "parse_caption_columns",
     "register_source",
     "verify_latents",
 ]

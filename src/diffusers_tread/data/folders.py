@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 # Pillow knows their suffixes and reads them only with a handler of the user's.
 WITHOUT_READER = ("BUFR", "GRIB", "HDF5", "MPEG")
 KINDS = mimetypes.MimeTypes()  # Python's own table, whatever the system's files say
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
@@ -88,6 +89,29 @@ def list_class_folders(folder: str | Path, split: str | None = None) -> ClassFol
         paths += its_paths
         labels += [label] * len(its_paths)
     return ClassFolders(paths, labels, [entry.name for entry in classes])
+
+
+def find_metadata(folder: str | Path, split: str | None = None) -> Path:
+    """The file in a folder of images that has their names and captions, as `datasets` reads it.
+
+    Args:
+        folder: The folder.
+        split: The sub-folder that has it, such as "train"; None if `folder` has it.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    folder = Path(folder, split or "")
+    if not folder.is_dir():
+        raise ValueError(f"Expected a folder with metadata and images, got no folder {folder}.")
+    found = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(found) != 1:
+        raise ValueError(
+            f"Expected one of {', '.join(METADATA)} in {folder}, which has captions and, as file_name, the images that "
+            f"they belong to, got {_some([path.name for path in found]) or _names(folder)}. Name a folder of webdataset "
+            "tars as a repository: hub:FOLDER."
+        )
+    return found[0]
 
 
 def _walk(folder: str, above: tuple[str, ...]) -> list[str]:

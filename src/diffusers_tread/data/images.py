@@ -30,7 +30,11 @@ class UnreadableImage(ValueError):
 
 
 def load_image(
-    file: str | Path | bytes | None, *, name: str, resolution: int | None = None, background: str = "white"
+    file: str | Path | bytes | None,
+    *,
+    name: str,
+    resolution: int | tuple[int, int] | None = None,
+    background: str = "white",
 ) -> PIL.Image.Image:
     """An image file as 8-bit RGB, upright, with its transparent parts on a background.
 
@@ -39,7 +43,7 @@ def load_image(
     Args:
         file: Path or content; None for an image that is missing.
         name: What the message calls it.
-        resolution: R, to which `center_crop` crops and resizes; None for the size that it has.
+        resolution: To which `center_crop` crops and resizes, R or (height, width); None for the size that it has.
         background: Colour that Pillow knows, such as "white" or "#808080".
 
     Raises:
@@ -81,24 +85,26 @@ def _to_rgb(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Ima
     return image.convert("RGB")
 
 
-def center_crop(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
-    """The middle square of an image at `resolution`, as ADM prepares ImageNet (arXiv 2105.05233).
+def center_crop(image: PIL.Image.Image, resolution: int | tuple[int, int]) -> PIL.Image.Image:
+    """The middle of an image at `resolution`, R or (height, width), as ADM prepares ImageNet (arXiv 2105.05233).
 
-    The image is halved with a box filter while its short side is at least twice the resolution, then resized with a
-    bicubic filter until the short side fits, then cropped. Of an image that is more than eight times as long as wide
-    the middle alone is resized, so that it takes no memory that its square does not need.
+    The image is halved with a box filter while both sides are at least twice as long as they shall be, then resized
+    with a bicubic filter until the tighter side fits, then cropped. Of an image that is more than eight times as long
+    as the crop the middle alone is resized, so that it takes no memory that its crop does not need.
     """
-    width, height = (min(side, 8 * min(image.size)) for side in image.size)
-    if (width, height) != image.size:
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    while min(image.size) >= 2 * resolution:
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    longest = (max(8 * image.height * width // height, 1), max(8 * image.width * height // width, 1))
+    kept_width, kept_height = map(min, image.size, longest)
+    if (kept_width, kept_height) != image.size:
+        left, top = (image.width - kept_width) // 2, (image.height - kept_height) // 2
+        image = image.crop((left, top, left + kept_width, top + kept_height))
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
-    scale = resolution / min(image.size)
+    scale = max(width / image.width, height / image.height)
     size = (round(image.width * scale), round(image.height * scale))
     image = image.resize(size, PIL.Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def image_to_tensor(image: PIL.Image.Image) -> torch.Tensor:
@@ -108,14 +114,19 @@ def image_to_tensor(image: PIL.Image.Image) -> torch.Tensor:
 
 
 def load_record(
-    value: dict[str, Any] | None, *, name: str, resolution: int, flip: bool = False, background: str = "white"
+    value: dict[str, Any] | None,
+    *,
+    name: str,
+    resolution: int | tuple[int, int],
+    flip: bool = False,
+    background: str = "white",
 ) -> torch.Tensor:
-    """An undecoded image of a `datasets` record as [3, R, R] float32 in [-1, 1].
+    """An undecoded image of a `datasets` record as [3, H, W] float32 in [-1, 1].
 
     Args:
         value: {"bytes": ..., "path": ...}, or None for an image that is missing.
         name: What messages call it if it has no path.
-        resolution: R; see `center_crop`.
+        resolution: R for R x R, or (H, W); see `center_crop`.
         flip: Whether to mirror it.
         background: See `load_image`.
 
@@ -123,13 +134,46 @@ def load_record(
         UnreadableImage: See `load_image`.
         OSError: The connection to a remote image was lost.
     """
-    path, file = (value or {}).get("path"), (value or {}).get("bytes")
-    if file is None and path is not None:
-        file = _read_remote(path) if "://" in path else path
+    file, path = fetch(value)
     image = load_image(file, name=path or name, resolution=resolution, background=background)
     if flip:
         image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
     return image_to_tensor(image)
+
+
+def image_size(value: dict[str, Any] | None, *, name: str) -> tuple[int, int]:
+    """(height, width) of an undecoded image once it is upright; of its file only the header is read.
+
+    Args:
+        value: As for `load_record`.
+        name: What messages call it if it has no path.
+
+    Raises:
+        UnreadableImage: It is missing, or its header cannot be read.
+        OSError: The connection to a remote image was lost.
+    """
+    file, path = fetch(value)
+    if file is None:
+        raise UnreadableImage(f"{path or name} (missing)")
+    try:
+        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            # Not the method of PNG files, which decodes the image first to find EXIF data behind it.
+            orientation = PIL.Image.Image.getexif(image).get(EXIF_ORIENTATION)
+            return image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
+    except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
+        raise UnreadableImage(f"{path or name} ({type(error).__name__}: {error})") from error
+
+
+def fetch(value: dict[str, Any] | None) -> tuple[bytes | str | None, str | None]:
+    """Content or local path, and path, of an undecoded image; None for what is missing. Reads a remote file.
+
+    Raises:
+        OSError: The connection was lost.
+    """
+    path, file = (value or {}).get("path"), (value or {}).get("bytes")
+    if file is None and path is not None:
+        file = _read_remote(path) if "://" in path else path
+    return file, path
 
 
 def _read_remote(url: str) -> bytes | None:
@@ -142,7 +186,9 @@ def _read_remote(url: str) -> bytes | None:
         return None
 
 
-def read_image(value: dict[str, Any] | None, *, resolution: int, **options: Any) -> torch.Tensor | None:
+def read_image(
+    value: dict[str, Any] | None, *, resolution: int | tuple[int, int], **options: Any
+) -> torch.Tensor | None:
     """What `load_record` gives; None for an image that is unreadable."""
     try:
         return load_record(value, name="image", resolution=resolution, **options)

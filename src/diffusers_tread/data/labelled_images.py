@@ -1,10 +1,12 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Labelled images from scikit-learn's digits, a folder or any `datasets` repository, as tensors in [-1, 1].
+"""Images with labels or captions: scikit-learn's digits, a folder or any `datasets` repository, as tensors in [-1, 1].
 
-Shapes: B batch, C channels, R resolution. A batch is {"pixel_values": [B, C, R, R] float32, "class_labels": [B] int64,
-"corrupt": ids of the unreadable images that were met and replaced while it was made}.
+Shapes: B batch, C channels, H and W image size, R resolution. A batch is {"pixel_values": [B, C, H, W] float32,
+"class_labels": [B] int64 or "captions": list of B texts, "corrupt": ids of the unreadable images that were met and
+replaced while it was made}. H = W = R without aspect-ratio buckets.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,21 @@ import torch
 from torch.utils.data import Dataset
 
 from ..seeds import derive_seed
+from .buckets import Buckets, assign_buckets
+from .captions import CaptionColumns
 from .folders import ClassFolders, list_class_folders
 from .images import UnreadableImage, load_record
 
 
 def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Items of one of the data sets below as a batch."""
-    return {
+    batch = {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-        "class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64),
         "corrupt": [image for item in items for image in item["corrupt"]],
     }
+    if "caption" in items[0]:
+        return batch | {"captions": [item["caption"] for item in items]}
+    return batch | {"class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64)}
 
 
 class DigitsDataset(Dataset):
@@ -51,20 +57,25 @@ class DigitsDataset(Dataset):
 
 
 class ImageDataset(Dataset):
-    """The images and labels of a map-style `datasets.Dataset`.
+    """The images of a map-style `datasets.Dataset` with their labels or captions.
 
-    Items are asked for by (epoch, index), because the flip depends on both. An unreadable image is replaced by the
-    next readable one and reported in the item's `corrupt`.
+    Items are asked for by (epoch, index), because flip and caption depend on both. An unreadable image is replaced by
+    the next readable one of its bucket and reported in the item's `corrupt`.
 
     Args:
         source: A data set as `open_images` returns it, images undecoded.
         image_column: Its column with images.
-        label_column: Its column with class labels, as integers.
-        id2label: Names of the classes.
+        label_column: Its column with class labels, as integers; not read with captions.
+        captions: Its columns with captions; None for class labels.
+        id2label: Names of the classes; {} with captions.
         resolution: R; images are cropped and resized to R x R.
+        buckets: Sizes of images instead; the files' headers are read for it, see `assign_buckets`.
         seed: The run's seed.
         random_flip: Whether to flip images at random.
         background: Colour behind transparent images, see `load_image`.
+
+    Raises:
+        ValueError: A bucket without images.
     """
 
     channels = 3
@@ -75,16 +86,19 @@ class ImageDataset(Dataset):
         *,
         image_column: str,
         label_column: str,
+        captions: CaptionColumns | None = None,
         id2label: dict[int, str],
         resolution: int,
+        buckets: Buckets | None = None,
         seed: int,
         random_flip: bool = False,
         background: str = "white",
     ):
         self.source, self.image_column, self.label_column = source, image_column, label_column
-        self.id2label, self.num_classes = id2label, len(id2label)
+        self.captions, self.id2label, self.num_classes = captions, id2label, len(id2label)
         self.resolution, self.seed, self.random_flip = resolution, seed, random_flip
-        self.background = background
+        self.background, self.buckets = background, buckets
+        self.bucket_ids = None if buckets is None else assign_buckets(source, image_column, buckets)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -92,25 +106,35 @@ class ImageDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         corrupt = []
-        for offset in range(len(self)):
-            place = (index + offset) % len(self)
+        for place in self._from(index):
             record = self.source[place]
             flip = self.random_flip and derive_seed(self.seed, "flip", epoch, place) % 2 == 1
             try:
                 pixels = load_record(
                     record[self.image_column],
                     name=record.get("__key__", f"image {place}"),
-                    resolution=self.resolution,
+                    resolution=self.resolution if self.buckets is None else self.buckets.sizes[self.bucket_ids[index]],
                     flip=flip,
                     background=self.background,
                 )
             except UnreadableImage as error:
                 corrupt.append(str(error))
             else:
-                return {"pixel_values": pixels, "class_labels": record[self.label_column], "corrupt": corrupt}
+                item = {"pixel_values": pixels, "corrupt": corrupt}
+                if self.captions is None:
+                    return item | {"class_labels": record[self.label_column]}
+                return item | {"caption": self.captions.choose(record, seed=self.seed, epoch=epoch, place=place)}
         raise ValueError(
-            f"Expected at least one readable image, got {len(self)} unreadable ones, such as {corrupt[0]}."
+            f"Expected at least one readable image, got {len(corrupt)} unreadable ones, such as {corrupt[0]}."
         )
+
+    def _from(self, index: int) -> Iterator[int]:
+        """The images of a bucket from one on, around to the one before it."""
+        yield index
+        others = np.arange(len(self))
+        if self.bucket_ids is not None:
+            others = np.flatnonzero(self.bucket_ids == self.bucket_ids[index])
+        yield from map(int, np.concatenate([others[others > index], others[others < index]]))
 
 
 def open_images(
@@ -121,6 +145,7 @@ def open_images(
     split: str | None = None,
     image_column: str = "image",
     label_column: str = "label",
+    captions: CaptionColumns | None = None,
     num_classes: int | None = None,
     streaming: bool = False,
     cache_dir: str | None = None,
@@ -130,23 +155,25 @@ def open_images(
     Args:
         dataset_name: A repository on the Hub, or a local folder that `datasets.load_dataset` understands.
         dataset_config_name: Its configuration.
-        train_data_dir: A folder with one folder of images per class, see `list_class_folders`. Exactly one of the two
-            is given.
-        split: The split to read, of a folder the sub-folder with the class folders; None for "train" of a repository
-            and for the folder itself.
+        train_data_dir: A folder with one folder of images per class, see `list_class_folders`; with captions one with
+            images and metadata.jsonl, .csv or .parquet, whose column "file_name" names them. Exactly one of the two is
+            given.
+        split: The split to read, of a folder the sub-folder with the class folders or metadata; None for "train" of a
+            repository and for the folder itself.
         image_column: Column with images.
-        label_column: Column with class labels.
+        label_column: Column with class labels; not asked for with captions.
+        captions: Columns with captions; None for class labels.
         num_classes: Number of classes; None for the number that the label column names or, without names, the highest
             label plus one.
         streaming: Whether to read without downloading and indexing first.
         cache_dir: Where `datasets` keeps its cache.
 
     Returns:
-        The `datasets` data set with its images undecoded, and the names of the classes.
+        The `datasets` data set with its images undecoded, and the names of the classes, none with captions.
 
     Raises:
-        ValueError: What `list_class_folders` refuses; a missing column; labels that are no integers in
-            [0, num_classes); an empty set.
+        ValueError: What `list_class_folders` refuses; a folder without metadata; a missing column; labels that are no
+            integers in [0, num_classes); rows without a caption; an empty set; `num_classes` with captions.
     """
     import datasets
 
@@ -155,25 +182,34 @@ def open_images(
         raise ValueError(
             f"Expected either dataset_name or train_data_dir, got {dataset_name!r} and {train_data_dir!r}."
         )
-    if train_data_dir is not None:
-        source = _open_folder(list_class_folders(train_data_dir, split), streaming=streaming)
-    else:
-        options = {"split": split or "train", "streaming": streaming, "cache_dir": cache_dir}
-        source = datasets.load_dataset(dataset_name, dataset_config_name, **options)
+    name, options = dataset_name or train_data_dir, {"streaming": streaming, "cache_dir": cache_dir}
+    if dataset_name is not None:
+        source = datasets.load_dataset(dataset_name, dataset_config_name, split=split or "train", **options)
         _refuse_guessed_classes(dataset_name, source)
+    elif captions is not None:
+        # The metadata alone: `datasets` would guess splits from the words in the images' paths.
+        files = {"train": [str(find_metadata(train_data_dir, split))]}
+        source = datasets.load_dataset("imagefolder", data_files=files, split="train", **options)
+    else:
+        source = _open_folder(list_class_folders(train_data_dir, split), streaming=streaming)
 
     # Columns.
     features = source.features or {}
-    for column in (image_column, label_column):
+    columns = [image_column, *([label_column] if captions is None else [])]
+    for column in columns:
         if column not in features:
             raise ValueError(
-                f"Expected a column {column!r} in {dataset_name or train_data_dir}, got {sorted(features)}. "
+                f"Expected a column {column!r} in {name}, got {sorted(features)}. "
                 "Name the columns with image_column and label_column."
             )
     if not isinstance(features[image_column], datasets.Image):
         raise ValueError(f"Expected images in column {image_column!r}, got {features[image_column]}.")
-    columns = [image_column, label_column, *({"__key__"} & set(features))]  # the key names images of tar files
+    columns += [] if captions is None else captions.columns(features)
+    columns += {"__key__"} & set(features) - set(columns)  # the key names images of tar files
     source = source.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
+    if captions is not None:
+        _check_captions(source, captions, num_classes, streaming=streaming)
+        return source, {}
 
     # Classes.
     names = getattr(features[label_column], "names", None)
@@ -198,6 +234,16 @@ def _open_folder(images: ClassFolders, *, streaming: bool):
     )
     # Of many shards, because a stream mixes its classes by the order of these.
     return source.to_iterable_dataset(num_shards=min(size, 1024)) if streaming else source
+
+
+def _check_captions(source, captions: CaptionColumns, num_classes: int | None, *, streaming: bool) -> None:
+    """What `open_images` raises for captions; of a stream they are looked at when they are met."""
+    if num_classes is not None:
+        raise ValueError(f"Expected no num_classes with captions, got {num_classes}. Drop one of the two.")
+    if not streaming:
+        if len(source) == 0:
+            raise ValueError("Expected at least one image, got an empty data set.")
+        captions.check(source)
 
 
 def _refuse_guessed_classes(dataset_name: str, source) -> None:

@@ -10,6 +10,8 @@ import PIL.ImageColor
 from torch.utils.data import DataLoader
 
 from .batch_sampler import EpochBatchSampler
+from .buckets import BucketBatchSampler, Buckets
+from .captions import CaptionColumns
 from .labelled_images import DigitsDataset, ImageDataset, collate_images, open_images
 from .latents import LatentsDataset, StreamingLatentsDataset, open_latents
 from .streaming import StreamingDataset, StreamingImageDataset
@@ -28,23 +30,28 @@ def open_training_data(
     seed: int = 0,
     image_column: str = "image",
     label_column: str = "label",
+    captions: CaptionColumns | None = None,
+    buckets: Buckets | None = None,
     background: str = "white",
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     cache_dir: str | None = None,
     **options: Any,
 ) -> TrainingData:
-    """Digits, a folder or a repository as images in [-1, 1] with labels, or as latents of them.
+    """Digits, a folder or a repository as images in [-1, 1] with labels or captions, or as latents of them.
 
     Args:
         dataset_name: A `datasets` repository; without any data named, scikit-learn's digits.
-        train_data_dir: A folder with one folder of images per class.
+        train_data_dir: A folder with one folder of images per class; with captions one with metadata.
         latents_dir: A folder of latents, or a data set on the Hub that is one (see `open_latents`).
-        resolution: Side of the images in pixels; the digits have 8, latents know it.
+        resolution: Side of the images in pixels; the digits have 8, latents know it, and with buckets it is their
+            longest side.
         random_flip: Whether to flip images horizontally at random.
         seed: Of the flips and of a stream's order.
         image_column: Column with images.
         label_column: Column with class labels.
+        captions: Columns with captions; None for class labels.
+        buckets: Sizes of the images; None for squares. Latents have the sizes that they were made with.
         background: Colour behind transparent images, see `load_image`.
         streaming: Whether to read without downloading first.
         shuffle_buffer: Records that the shuffle of a stream holds in memory.
@@ -52,11 +59,12 @@ def open_training_data(
         **options: Handed to `open_images`, which refuses unknown ones.
 
     Raises:
-        ValueError: What `open_images` or `open_latents` refuses; no resolution; options that the digits or latents do
-            not have.
+        ValueError: What `open_images` or `open_latents` refuses; no resolution, or one that is not that of the
+            buckets; a bucket without images; options that the digits or latents do not have.
     """
     if latents_dir is not None:
-        given = {"dataset_name": dataset_name, "train_data_dir": train_data_dir, **options}
+        given = {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "captions": captions, **options}
+        given["buckets"] = buckets
         given = [name for name, value in given.items() if value is not None]
         if given:
             raise ValueError(f"Expected latents without other data and their options, got {given}. Drop them.")
@@ -75,7 +83,8 @@ def open_training_data(
         return dataset
 
     if dataset_name is None and train_data_dir is None:
-        given = [name for name, value in {**options, "cache_dir": cache_dir}.items() if value is not None]
+        given = {**options, "cache_dir": cache_dir, "captions": captions, "buckets": buckets}
+        given = [name for name, value in given.items() if value is not None]
         if streaming or random_flip or given or resolution not in (None, DigitsDataset.resolution):
             raise ValueError(
                 "Expected digits at resolution 8, unstreamed, unflipped (a mirrored digit is another sign), got "
@@ -84,15 +93,21 @@ def open_training_data(
             )
         return DigitsDataset()
 
+    if buckets is not None:
+        if resolution not in (None, buckets.resolution):
+            raise ValueError(
+                f"Expected no resolution beside buckets, or {buckets.resolution}, their longest side, got {resolution}."
+            )
+        resolution = buckets.resolution
     if resolution is None:
         raise ValueError("Expected resolution, the side of the training images in pixels, got none.")
     PIL.ImageColor.getrgb(background)  # raises for an unknown colour
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {"image_column": image_column, "label_column": label_column, "captions": captions}
     source, id2label = open_images(
         dataset_name, train_data_dir=train_data_dir, streaming=streaming, cache_dir=cache_dir, **columns, **options
     )
     common = {"id2label": id2label, "resolution": resolution, "seed": seed, "random_flip": random_flip, **columns}
-    common["background"] = background
+    common |= {"background": background, "buckets": buckets}
     if streaming:
         return StreamingImageDataset(source, shuffle_buffer=shuffle_buffer, **common)
     return ImageDataset(source, **common)
@@ -108,9 +123,11 @@ def make_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     samples_seen: int = 0,
-    stream_positions: Sequence[tuple[int, int]] | None = None,
+    stream_positions: Sequence[Sequence[Any]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The endless batches of one process, made ahead in a thread so that they are ready when asked for.
+
+    With aspect-ratio buckets a batch has one size, see `BucketBatchSampler` and, for streams, `StreamBatches`.
 
     Args:
         dataset: As `open_training_data` gives it.
@@ -139,8 +156,11 @@ def make_batches(
         )
         return _read_ahead(iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory)))
 
-    sampler = EpochBatchSampler(
-        len(dataset), batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks, first_sample=samples_seen
+    order = {"batch_size": batch_size, "seed": seed, "rank": rank, "num_ranks": num_ranks}
+    order["first_sample"] = samples_seen
+    bucket_ids = getattr(dataset, "bucket_ids", None)
+    sampler = (
+        EpochBatchSampler(len(dataset), **order) if bucket_ids is None else BucketBatchSampler(bucket_ids, **order)
     )
     loader = DataLoader(
         dataset,

@@ -3,14 +3,16 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import IterableDataset
 
 from ..seeds import derive_seed
-from .images import UnreadableImage, load_record
+from .buckets import Buckets
+from .captions import CaptionColumns
+from .images import UnreadableImage, fetch, image_size, load_record
 from .labelled_images import collate_images
 
 
@@ -19,14 +21,14 @@ LOST = (OSError, *HfHubHTTPError.__bases__)
 
 
 class StreamingDataset:
-    """A streamed data set with class labels, shuffled by a buffer with another seed in each epoch.
+    """A streamed data set with labels or captions, shuffled by a buffer with another seed in each epoch.
 
     A subclass says how to read one record and has `channels`.
 
     Args:
         source: A streamed `datasets` data set.
-        id2label: Names of the classes.
-        resolution: R, side of the images in pixels.
+        id2label: Names of the classes; {} with captions.
+        resolution: R, side of the images in pixels, the longest one with buckets.
         seed: The run's seed.
         random_flip: Whether to flip images at random.
         shuffle_buffer: Records that the shuffle holds in memory.
@@ -57,8 +59,12 @@ class StreamingDataset:
         """An item: its value and `class_labels`; of an unreadable one the value is None and `corrupt` says why."""
         raise NotImplementedError
 
+    def read_caption(self, record, *, epoch: int, place: int, rank: int) -> dict[str, Any]:
+        """What a data set with captions adds to an item: the one that is drawn for this use of the record."""
+        return {}
+
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Items as a batch."""
+        """Items, whose values have one shape, as a batch."""
         raise NotImplementedError
 
     def batches(
@@ -68,7 +74,7 @@ class StreamingDataset:
         rank: int = 0,
         num_ranks: int = 1,
         num_threads: int = 0,
-        position: tuple[int, int] = (0, 0),
+        position: tuple[Any, ...] = (0, 0),
     ) -> "StreamBatches":
         """The endless batches of one rank, as a torch data set of whole batches (`DataLoader(batch_size=None)`).
 
@@ -77,7 +83,8 @@ class StreamingDataset:
             rank: This process.
             num_ranks: Processes that share the stream.
             num_threads: Threads that decode; 0 decodes where the batch is asked for.
-            position: (epoch, records of this rank used in it) to start at, as `batch["position"]` gave it.
+            position: (epoch, records of this rank read in it) to start at, and after these two (epoch, place) of each
+                record before that still waits for others of its size, as `batch["position"]` gave it.
         """
         return StreamBatches(
             self, batch_size=batch_size, rank=rank, num_ranks=num_ranks, num_threads=num_threads, position=position
@@ -85,30 +92,55 @@ class StreamingDataset:
 
 
 class StreamingImageDataset(StreamingDataset):
-    """The images and labels of a streamed data set.
+    """The images of a streamed data set with their labels or captions.
 
     Args:
         source: A data set as `open_images` returns it with `streaming=True`.
         image_column: Its column with images.
-        label_column: Its column with class labels.
+        label_column: Its column with class labels; not read with captions.
+        captions: Its columns with captions; None for class labels.
+        buckets: Sizes of images; None for R x R.
         background: Colour behind transparent images, see `load_image`.
-        **options: See `StreamingDataset`; images are cropped and resized to R x R.
+        **options: See `StreamingDataset`.
     """
 
     value, channels = "pixel_values", 3
 
-    def __init__(self, source, *, image_column: str, label_column: str, background: str = "white", **options: Any):
+    def __init__(
+        self,
+        source,
+        *,
+        image_column: str,
+        label_column: str,
+        captions: CaptionColumns | None = None,
+        buckets: Buckets | None = None,
+        background: str = "white",
+        **options: Any,
+    ):
         super().__init__(source, **options)
-        self.image_column, self.label_column, self.background = image_column, label_column, background
+        self.image_column, self.label_column, self.captions = image_column, label_column, captions
+        self.buckets, self.background = buckets, background
 
     def read(self, record: dict[str, Any], *, name: str, flip: bool) -> dict[str, Any]:
-        options = {"resolution": self.resolution, "flip": flip, "background": self.background}
-        item = {"pixel_values": None, "class_labels": record[self.label_column], "corrupt": []}
+        name = record.get("__key__", name)
+        item = {"pixel_values": None, "corrupt": []}
+        if self.captions is None:
+            item["class_labels"] = record[self.label_column]
         try:
-            item["pixel_values"] = load_record(record[self.image_column], name=record.get("__key__", name), **options)
+            image, size = record[self.image_column], self.resolution
+            if self.buckets is not None:
+                content, path = fetch(image)  # once, if it is remote
+                image = {"bytes": content, "path": path} if isinstance(content, bytes) else image
+                size = self.buckets.sizes[self.buckets.nearest(*image_size(image, name=name))]
+            item["pixel_values"] = load_record(
+                image, name=name, resolution=size, flip=flip, background=self.background
+            )
         except UnreadableImage as error:
             item["corrupt"] = [str(error)]
         return item
+
+    def read_caption(self, record: dict[str, Any], **place: int) -> dict[str, Any]:
+        return {} if self.captions is None else {"caption": self.captions.choose(record, seed=self.seed, **place)}
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return collate_images(items)
@@ -117,12 +149,18 @@ class StreamingImageDataset(StreamingDataset):
 class StreamBatches(IterableDataset):
     """See `StreamingDataset.batches`.
 
+    Records wait until there are enough of one size for a batch, over the end of an epoch too; without aspect-ratio
+    buckets none is left waiting. With them up to B - 1 decoded images of each size wait in memory, and ranks may have
+    batches of different sizes at one time.
+
     A stream has no random access: starting at a position reads, without decoding, all records of this rank before it
-    in the epoch. Not for `DataLoader` workers: `datasets` gives them other orders than the main process, and several
-    would have no common position. Threads decode instead, and `make_batches` reads ahead in one more.
+    in the epoch, and in earlier epochs from which records wait. Not for `DataLoader` workers: `datasets` gives them
+    other orders than the main process, and several would have no common position. Threads decode instead, and
+    `make_batches` reads ahead in one more.
 
     Raises:
-        ValueError: While reading: a label outside [0, num_classes), no record, an epoch without a readable image.
+        ValueError: While reading: a label outside [0, num_classes), no caption, no record, an epoch without a
+            readable image.
         ConnectionError: While reading: the source was lost, and `datasets` and huggingface_hub tried again in vain.
     """
 
@@ -133,50 +171,65 @@ class StreamBatches(IterableDataset):
         self.batch_size, self.rank, self.num_threads, self.position = batch_size, rank, num_threads, position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        records, last_good_epoch = self._records(), self.position[0]
+        waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # by shape
+        corrupt, last_good_epoch = [], self.position[0]
+        for item in self._items():
+            if item["epoch"] > last_good_epoch + 1:
+                raise ValueError("Expected at least one readable record per epoch, got none.")
+            if (value := item[self.dataset.value]) is None:
+                corrupt += item["corrupt"]
+                continue
+            last_good_epoch = max(item["epoch"], last_good_epoch)
+            items = waiting.setdefault(tuple(value.shape), [])
+            items.append(item)
+            if len(items) == self.batch_size:
+                del waiting[tuple(value.shape)]
+                places = sorted((other["epoch"], other["place"]) for others in waiting.values() for other in others)
+                position = (item["epoch"], item["place"] + 1, *places)
+                yield self.dataset.collate(items) | {"corrupt": corrupt, "position": position}
+                corrupt = []
+
+    def _items(self) -> Iterator[dict[str, Any]]:
+        """This rank's items, decoded a batch at a time."""
+        records = self._records()
         with ThreadPoolExecutor(max(self.num_threads, 1)) as pool:
             read_all = pool.map if self.num_threads > 0 else map
             while True:
-                items, corrupt = [], []
-                while len(items) < self.batch_size:
-                    # Only as many records as the batch still needs: the position then says exactly what was used.
-                    for item in list(read_all(self._read, islice(records, self.batch_size - len(items)))):
-                        position = (item["epoch"], item["place"] + 1)
-                        if item[self.dataset.value] is None:
-                            corrupt += item["corrupt"]
-                        else:
-                            items.append(item)
-                            last_good_epoch = item["epoch"]
-                        if item["epoch"] > last_good_epoch + 1:
-                            raise ValueError("Expected at least one readable record per epoch, got none.")
-                yield self.dataset.collate(items) | {"corrupt": corrupt, "position": position}
+                yield from read_all(self._read, list(islice(records, self.batch_size)))
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        """This rank's undecoded records from the start position on, epoch after epoch."""
-        epoch, start = self.position
-        while True:
+        """This rank's undecoded records: those that wait, then those from the start position on, epoch after epoch."""
+        *start, waiting = (*self.position[:2], {(epoch, place) for epoch, place in self.position[2:]})
+        for epoch in count(min([start[0], *(epoch for epoch, _ in waiting)])):
+            places = {place for its_epoch, place in waiting if its_epoch == epoch}
+            if epoch < start[0] and not places:
+                continue
             self.source.set_epoch(epoch)
             place = -1
             try:
                 for place, record in enumerate(self.dataset.records(self.source)):
-                    if place >= start:
+                    if place in places or (epoch, place) >= tuple(start):
                         yield {"epoch": epoch, "place": place, "record": record}
+                    elif epoch < start[0] and place >= max(places):
+                        break
             except LOST as error:
                 raise _lost(f"record {place + 1} of epoch {epoch}", error) from error
             if place < 0:
                 raise ValueError("Expected at least one record per process in the stream, got none.")
-            epoch, start = epoch + 1, 0
 
     def _read(self, item: dict[str, Any]) -> dict[str, Any]:
         dataset, epoch, place = self.dataset, item["epoch"], item["place"]
         draw = derive_seed(dataset.seed, "flip", self.rank, epoch, place)
         name = f"record {place} of epoch {epoch}"
+        record = item.pop("record")
         try:
-            read = dataset.read(item.pop("record"), name=name, flip=dataset.random_flip and draw % 2 == 1)
+            read = dataset.read(record, name=name, flip=dataset.random_flip and draw % 2 == 1)
         except LOST as error:
             raise _lost(name, error) from error
-        if not isinstance(label := read["class_labels"], int) or not 0 <= label < dataset.num_classes:
-            raise ValueError(f"Expected integer labels in [0, {dataset.num_classes}), got {label!r} for {name}.")
+        read |= dataset.read_caption(record, epoch=epoch, place=place, rank=self.rank)
+        if "class_labels" in read:
+            if not isinstance(label := read["class_labels"], int) or not 0 <= label < dataset.num_classes:
+                raise ValueError(f"Expected integer labels in [0, {dataset.num_classes}), got {label!r} for {name}.")
         return {"corrupt": []} | item | read
 
 
