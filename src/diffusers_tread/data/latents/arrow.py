@@ -107,16 +107,14 @@ def open_shard(folder: str | Path, shard: dict[str, Any], info: LatentsInfo):
         dataset = datasets.Dataset.from_file(str(path))
         table = dataset.data.table
         table.validate()
-        has_nulls = any(column.null_count for column in table.columns)
     except Exception as error:  # pyarrow and `datasets` raise many kinds for foreign bytes
         raise ValueError(
             f"Expected a whole shard, got {path}, which cannot be read ({error}). Fetch it again."
         ) from error
-    if len(dataset) != shard["num_samples"] or not table.schema.equals(schema) or has_nulls:
-        nulls = ", some of them null" if has_nulls else ""
+    if len(dataset) != shard["num_samples"] or not table.schema.equals(schema):
         raise ValueError(
             f"Expected {shard['num_samples']} records of {schema.names}, as {INFO} says, in {path}, got "
-            f"{len(dataset)} of {dataset.column_names}{nulls}. Make the folder again."
+            f"{len(dataset)} of {dataset.column_names}. Make the folder again."
         )
     if fault := find_misfit(table, info, size=shard.get("latent_size")):
         raise ValueError(f"Expected records as {INFO} says, got {path}, which {fault}. Make the folder again.")
@@ -136,6 +134,8 @@ def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) 
     def lengths(column: str) -> np.ndarray:
         return pc.list_value_length(table.column(column)).to_numpy()
 
+    if any(column.null_count for column in table.columns):
+        return "has records without values"
     if info.latent_sizes:
         heights, widths = (table.column(name).to_numpy() for name in ("height", "width"))
         found = set(zip(heights.tolist(), widths.tolist(), strict=True))
@@ -175,8 +175,6 @@ def _find_fault(path: Path, info: LatentsInfo, shard: dict[str, Any]) -> str | N
         for batch in stream:
             batch.validate()
             num_rows += batch.num_rows
-            if any(column.null_count for column in batch.columns):
-                return "has records without values"
             if fault := find_misfit(batch, info, size=shard.get("latent_size")):
                 return fault
             for column in batch.schema.names:

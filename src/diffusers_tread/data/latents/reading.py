@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ...seeds import derive_seed
 from ..captions import CaptionColumns
 from ..streaming import LOST, StreamingDataset
-from .arrow import RECORD_BATCH, open_shard
+from .arrow import RECORD_BATCH, find_misfit, open_shard
 from .codec import sample_moments
 from .info import INFO, LatentsInfo
 from .text import EMPTY, read_arrays
@@ -51,7 +51,7 @@ class LatentsDataset(Dataset):
 
         self.info = info = verify_latents(folder, checksums=False)
         self.id2label = {} if captions else info.id2label
-        self.num_classes, self.sizes = len(self.id2label), info.sizes
+        self.num_classes = len(self.id2label)
         self.channels, self.resolution = info.latent_channels, info.resolution
         self.seed, self.random_flip, self.captions = seed, random_flip, captions
         _check_flip(info, random_flip)
@@ -65,11 +65,10 @@ class LatentsDataset(Dataset):
         self.dtype = schema.field("moments").type.value_type.to_pandas_dtype()
 
         # Sizes, of which a batch has one.
-        places = {size: place for place, size in enumerate(info.latent_sizes)}
-        self.buckets = np.repeat(
-            [places[tuple(shard["latent_size"])] if places else 0 for shard in info.shards],
-            [shard["num_samples"] for shard in info.shards],
-        )
+        self.bucket_ids = None
+        if info.latent_sizes:
+            places = [info.latent_sizes.index(tuple(shard["latent_size"])) for shard in info.shards]
+            self.bucket_ids = np.repeat(places, [shard["num_samples"] for shard in info.shards])
 
         # Labels.
         if not captions:
@@ -85,7 +84,7 @@ class LatentsDataset(Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
         indices = np.array([index for _, index in keys])
         flips = np.array([self.random_flip and derive_seed(self.seed, "flip", *key) % 2 == 1 for key in keys])
-        shape = self.info.record_shape(self.buckets[indices[0]])
+        shape = self.info.record_shape(0 if self.bucket_ids is None else self.bucket_ids[indices[0]])
         moments, labels = np.empty((len(keys), *shape), self.dtype), np.empty(len(keys), np.int64)
         for column, rows in (("moments", np.flatnonzero(~flips)), ("moments_flipped", np.flatnonzero(flips))):
             if len(rows) > 0:
@@ -96,9 +95,8 @@ class LatentsDataset(Dataset):
         batch = {"moments": _as_tensor(moments, self.info), "corrupt": []}
         if not self.captions:
             return batch | {"class_labels": torch.from_numpy(labels)}
-        names = {name: name for name in self.captions.names}
-        columns = [self.captions.choose(names, seed=self.seed, epoch=epoch, place=index) for epoch, index in keys]
-        return batch | _read_captions(self.source[indices], columns, self.info)
+        places = [{"seed": self.seed, "epoch": epoch, "place": index} for epoch, index in keys]
+        return batch | _read_captions(self.source[indices], self.captions, places, self.info)
 
 
 class StreamingLatentsDataset(StreamingDataset):
@@ -107,24 +105,36 @@ class StreamingLatentsDataset(StreamingDataset):
     Args:
         source: A streamed `datasets` data set of the shards.
         info: What the shards hold.
+        captions: The caption columns to read instead of labels.
+        empty_text: The empty caption's arrays, if the folder has them.
         **options: `seed`, `random_flip` and `shuffle_buffer`, see `StreamingDataset`.
 
     Raises:
-        ValueError: `random_flip` of latents made without flips.
+        ValueError: `random_flip` of latents made without flips; captions that are not there.
     """
 
     value = "moments"
 
-    def __init__(self, source, *, info: LatentsInfo, random_flip: bool = False, **options: Any):
+    def __init__(
+        self,
+        source,
+        *,
+        info: LatentsInfo,
+        random_flip: bool = False,
+        captions: CaptionColumns | None = None,
+        empty_text: dict[str, torch.Tensor] | None = None,
+        **options: Any,
+    ):
         _check_flip(info, random_flip)
+        _check_captions(info, captions)
         super().__init__(
             source.with_format("arrow"),
-            id2label=info.id2label,
+            id2label={} if captions else info.id2label,
             resolution=info.resolution,
             random_flip=random_flip,
             **options,
         )
-        self.info, self.channels = info, info.latent_channels
+        self.info, self.channels, self.captions, self.empty_text = info, info.latent_channels, captions, empty_text
 
     def records(self, source) -> Iterator[Any]:
         # As Arrow tables, many at once: as Python lists, or one by one, `datasets` reads them far slower.
@@ -132,6 +142,8 @@ class StreamingLatentsDataset(StreamingDataset):
         while True:
             try:
                 table = next(tables, None)
+                if table is not None and (fault := find_misfit(table, self.info)):
+                    raise ValueError(f"it {fault}")
             except (ValueError, TypeError, KeyError) as error:  # what pyarrow and `datasets` raise for other columns
                 raise ValueError(
                     f"Expected shards as {INFO} describes them, got one that cannot be read ({error}). Download the "
@@ -142,14 +154,23 @@ class StreamingLatentsDataset(StreamingDataset):
             yield from (table.slice(row, 1) for row in range(len(table)))
 
     def read(self, record, *, name: str, flip: bool) -> dict[str, Any]:
-        moments = record["moments_flipped" if flip else "moments"]
-        return {"moments": _as_array(moments, self.info)[0], "class_labels": record["label"][0].as_py()}
+        shape = self.info.shape
+        if self.info.latent_sizes:
+            shape = (shape[0], *(record[side][0].as_py() for side in ("height", "width")))
+        item = {"moments": _as_array(record["moments_flipped" if flip else "moments"], shape)[0]}
+        return item if self.captions else item | {"class_labels": record["label"][0].as_py()}
+
+    def read_caption(self, record, **place: int) -> dict[str, Any]:
+        if not self.captions:
+            return {}
+        return _read_captions(record, self.captions, [{"seed": self.seed, **place}], self.info)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "moments": _as_tensor(np.stack([item["moments"] for item in items]), self.info),
-            "class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64),
-        }
+        batch = {"moments": _as_tensor(np.stack([item["moments"] for item in items]), self.info)}
+        if not self.captions:
+            return batch | {"class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64)}
+        names = ("captions", "text") if self.info.text else ("captions",)
+        return batch | {name: [value for item in items for value in item[name]] for name in names}
 
 
 def open_latents(
@@ -206,6 +227,8 @@ def open_latents(
                 "Upload them again."
             )
         files = [f"hf://datasets/{name}@{repo.sha}/{shard['file']}" for shard in info.shards]
+        if info.text is not None:
+            folder = Path(_ask_hub(hf_hub_download, name, filename=EMPTY, **options)).parent
     source = datasets.load_dataset(
         "arrow",
         data_files={"train": files},
@@ -214,7 +237,10 @@ def open_latents(
         features=info.features(),
         cache_dir=cache_dir,
     )
-    return StreamingLatentsDataset(source, info=info, shuffle_buffer=shuffle_buffer, **common)
+    empty_text = info.text.load_empty(folder) if info.text else None
+    return StreamingLatentsDataset(
+        source, info=info, empty_text=empty_text, shuffle_buffer=shuffle_buffer, **common
+    )
 
 
 def latents_from_moments(
@@ -260,19 +286,21 @@ def _check_flip(info: LatentsInfo, random_flip: bool) -> None:
 
 
 def _check_captions(info: LatentsInfo, captions: CaptionColumns | None) -> None:
-    if captions is None and not info.id2label or captions and set(captions.names) - set(info.captions):
-        given = captions and captions.names
+    if captions is None and not info.id2label:
+        raise ValueError(f"Expected captions of {list(info.captions)}, got none. Name a --caption_column.")
+    if missing := set(captions.names if captions else ()) - set(info.captions):
         raise ValueError(
-            f"Expected captions among the columns {info.captions} of these latents, got {given}. Name them with "
-            "--caption_column."
-            if info.captions
-            else f"Expected latents with captions, got some with class labels, and caption columns {given}. Make them "
-            "with precompute_latents.py --caption_column."
+            f"Expected captions among {list(info.captions)}, those of these latents, got {sorted(missing)}. Make them "
+            "with examples/precompute_latents.py --caption_column."
         )
 
 
-def _read_captions(table, columns: list[str], info: LatentsInfo) -> dict[str, Any]:
-    """For each record of a table the caption in a column of its own, and the arrays of that."""
+def _read_captions(
+    table, captions: CaptionColumns, places: list[dict[str, int]], info: LatentsInfo
+) -> dict[str, Any]:
+    """For each record of a table the caption that is drawn for its place, and the arrays of that."""
+    names = {name: name for name in captions.names}
+    columns = [captions.choose(names, **place) for place in places]
     captions = [table.column(column)[row].as_py() for row, column in enumerate(columns)]
     return {"captions": captions} | ({"text": read_arrays(table, columns, info.text)} if info.text else {})
 
