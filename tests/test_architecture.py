@@ -24,7 +24,7 @@ FLOORS = [
     {"claims"},
     {"routing", "schedulers", "pictures"},
     {"models", "hooks", "guiders", "objectives"},
-    {"flops", "data"},
+    {"flops", "data", "text"},
     {"hub"},
     {"pipelines"},
     {"metrics", "converters"},

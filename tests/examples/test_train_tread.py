@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_tread import EDMHeunScheduler, TokenRouter, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import training_flops
 from diffusers_tread.objectives import base
-from diffusers_tread.runs import samples, setup
+from diffusers_tread.runs import samples, setup, trainer
 from diffusers_tread.runs.checkpoints import list_checkpoints, verify_checkpoint
 from diffusers_tread.runs.config import CONTROL_FIELDS, TrainConfig
 from diffusers_tread.runs.presets import RECIPES
@@ -214,9 +214,9 @@ def test_nothing_in_a_step_waits_for_the_device(config, tmp_path, monkeypatch, r
         return monitor_read(monitor, step)
 
     monkeypatch.setattr(base, "check_scale", lambda latents: None)  # which looks on the CPU alone
-    monitor_read = train_tread.LossMonitor.read
+    monitor_read = trainer.LossMonitor.read
     monkeypatch.setattr(train_tread.Trainer, "train_step", watch)
-    monkeypatch.setattr(train_tread.LossMonitor, "read", read)
+    monkeypatch.setattr(trainer.LossMonitor, "read", read)
     path = config(max_train_steps=4, logging_steps=3, checkpointing_steps=4)
     train("--config", path, "--routes", routes, "--output_dir", tmp_path / "run")
     assert reads == [3, 4]

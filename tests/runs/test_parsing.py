@@ -109,9 +109,10 @@ def test_a_value_out_of_range_is_refused_by_the_config_itself(argv, message):
 
 
 def test_every_field_of_the_training_has_a_docstring_that_help_shows(capsys):
-    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
+    bodies = [ast.parse(inspect.getsource(kind)).body[0].body for kind in (config.RunConfig, TrainConfig)]
     documented = {
         field.target.id: text.value.value
+        for body in bodies
         for field, text in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }

@@ -304,7 +304,9 @@ def _seal(folder: Path, *, step: int, lineage: Lineage) -> None:
     write_json(folder / MANIFEST, {"step": step, "lineage": lineage, "files": files})
 
 
-def settle_buckets(model: torch.nn.Module, latents_shape: Sequence[int], device: torch.device) -> None:
+def settle_buckets(
+    model: torch.nn.Module, latents_shape: Sequence[int], device: torch.device, conditions: dict[str, Any]
+) -> None:
     """Lets DDP regroup its gradients, as it does after a first backward, before a checkpoint is loaded.
 
     Sums over more than two processes depend on the groups: without this a resumed run rounds its first step
@@ -314,8 +316,9 @@ def settle_buckets(model: torch.nn.Module, latents_shape: Sequence[int], device:
         model: As Accelerate prepared it; nothing happens to one that is not DDP's.
         latents_shape: [C, S, S] that it is trained on.
         device: Its device.
+        conditions: What it is told of one sample.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         latents, zero = torch.zeros(1, *latents_shape, device=device), torch.zeros(1, device=device)
-        model(latents, zero, class_labels=zero.long()).sample.sum().backward()
+        model(latents, zero, **conditions).sample.sum().backward()
         model.zero_grad()

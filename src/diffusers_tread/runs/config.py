@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a training run is told: one frozen dataclass, whose fields are the flags of examples/train_tread.py."""
+"""What training runs are told: frozen dataclasses whose fields are the flags of the scripts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,8 @@ _SHARES = ("dense_fraction", "class_dropout_prob", "ema_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a class-conditional denoiser is trained.
+class RunConfig:
+    """What every training run is told.
 
     Raises:
         ValueError: A value out of its range; fields of which one needs or excludes another.
@@ -64,10 +64,6 @@ class TrainConfig:
     """Split to train on, of a folder the sub-folder; None for train, or the folder itself."""
     image_column: str = "image"
     """Column with images."""
-    label_column: str = "label"
-    """Column with class labels."""
-    num_classes: int | None = None
-    """Number of classes; None for as many as the data have, 0 to train without classes."""
     cache_dir: str | None = None
     """Where downloaded data are kept; None for the cache of `datasets`."""
     streaming: bool = False
@@ -84,28 +80,16 @@ class TrainConfig:
     """Unreadable images per process to replace, then an error."""
     dataloader_num_workers: int = 0
     """Processes (threads when streaming) that decode images."""
-    pretrained_vae_name_or_path: str | None = None
-    """VAE to encode images with; for latents where the VAE that made them lies now, None for where it lay then."""
 
     # Model.
-    preset: str | None = None
-    """Size of the model, S/2 to XL/8."""
-    model_config_name_or_path: str | None = None
-    """Instead of a preset: a model folder, a JSON file or the JSON itself."""
     routes: str | None = None
     """default, none or a JSON list with the fields of TokenRoute; None for the model's own."""
     dense_fraction: float = 0.15
     """Last share of the steps, in [0, 1], trained without routing."""
 
     # Objective and optimisation.
-    objective: str = FlowMatchingObjective.name
-    """What is predicted: edm, flow, epsilon, or what was registered."""
     objective_config: str = "{}"
     """Fields of the objective as JSON, such as {"shift": 3.0}."""
-    loss_terms: str = "{}"
-    """Further terms as JSON, such as {"reconstruction": {"weight": 0.1}}."""
-    class_dropout_prob: float = 0.1
-    """Share of labels, in [0, 1], replaced by the null class."""
     train_batch_size: int = 16
     """Images per process and forward."""
     gradient_accumulation_steps: int = 1
@@ -194,18 +178,17 @@ class TrainConfig:
     """Steps between pushes while training goes on; None for the end alone."""
 
     def __post_init__(self):
-        find_objective(self.objective)
         schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
         if self.lr_scheduler not in schedules:
             raise ValueError(f"Expected --lr_scheduler among {schedules}, got {self.lr_scheduler!r}.")
         for name in _POSITIVE:
-            if (value := getattr(self, name)) is not None and not value > 0:
+            if (value := getattr(self, name, None)) is not None and not value > 0:
                 raise ValueError(f"Expected --{name} > 0, got {value}.")
         for name in _NOT_NEGATIVE:
-            if (value := getattr(self, name)) is not None and not value >= 0:
+            if (value := getattr(self, name, None)) is not None and not value >= 0:
                 raise ValueError(f"Expected --{name} >= 0, got {value}.")
         for name in _SHARES:
-            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
+            if not 0.0 <= (value := getattr(self, name, 0.0)) <= 1.0:
                 raise ValueError(f"Expected --{name} in [0, 1], got {value}.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= (value := getattr(self, name)) < 1.0:
@@ -225,12 +208,50 @@ class TrainConfig:
             raise ValueError("Expected --push_to_hub with --hub_push_steps, got the latter alone.")
         if self.streaming and self.max_train_steps is None:
             raise ValueError("Expected --max_train_steps with --streaming, whose length is not known.")
+
+    def data_options(self) -> dict[str, Any]:
+        """What `open_source` is told besides `data`."""
+        names = ("dataset_config_name", "image_column", "cache_dir", "streaming", "shuffle_buffer", "resolution")
+        names += ("background", "random_flip", "seed")
+        return {name: getattr(self, name) for name in names} | {"split": self.dataset_split}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """How a class-conditional denoiser is trained, by examples/train_tread.py.
+
+    Raises:
+        ValueError: As `RunConfig`; an unknown objective; no size of the model, or two.
+    """
+
+    # Data.
+    label_column: str = "label"
+    """Column with class labels."""
+    num_classes: int | None = None
+    """Number of classes; None for as many as the data have, 0 to train without classes."""
+    pretrained_vae_name_or_path: str | None = None
+    """VAE to encode images with; for latents where the VAE that made them lies now, None for where it lay then."""
+
+    # Model.
+    preset: str | None = None
+    """Size of the model, S/2 to XL/8."""
+    model_config_name_or_path: str | None = None
+    """Instead of a preset: a model folder, a JSON file or the JSON itself."""
+
+    # Objective.
+    objective: str = FlowMatchingObjective.name
+    """What is predicted: edm, flow, epsilon, or what was registered."""
+    loss_terms: str = "{}"
+    """Further terms as JSON, such as {"reconstruction": {"weight": 0.1}}."""
+    class_dropout_prob: float = 0.1
+    """Share of labels, in [0, 1], replaced by the null class."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        find_objective(self.objective)
         if (self.preset is None) == (self.model_config_name_or_path is None):
             raise ValueError("Expected either --preset or --model_config_name_or_path for the size of the model.")
 
     def data_options(self) -> dict[str, Any]:
-        """What `open_source` is told besides `data`."""
-        names = ("dataset_config_name", "image_column", "label_column", "cache_dir", "streaming")
-        names += ("shuffle_buffer", "resolution", "background", "random_flip", "seed", "pretrained_vae_name_or_path")
-        options = {"split": self.dataset_split, "num_classes": self.num_classes or None}
-        return {name: getattr(self, name) for name in names} | options
+        options = {name: getattr(self, name) for name in ("label_column", "pretrained_vae_name_or_path")}
+        return super().data_options() | options | {"num_classes": self.num_classes or None}

@@ -143,7 +143,8 @@ def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
 
 def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.AdamW:
     """AdamW with the config's settings, fused."""
-    return torch.optim.AdamW(model.parameters(), fused=True, **_adam(config))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, fused=True, **_adam(config))
 
 
 def make_lr_scheduler(config: TrainConfig, optimizer, *, step: int, max_steps: int):

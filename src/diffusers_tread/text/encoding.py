@@ -1,0 +1,135 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What a pipeline's own `encode_prompt` makes of captions: as a batch, or one by one to be stored and put together."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..fingerprint import weights_fingerprint
+
+
+Encoded = dict[str, torch.Tensor]
+"""What was made of one caption: tensors without batch dimension, by their place in what `encode_prompt` returns."""
+
+
+class PromptEncoder:
+    """Captions as a text-to-image pipeline of diffusers encodes them, without a negative prompt.
+
+    Args:
+        pipeline: With its tokenizers and text encoders; the other parts may be None.
+        max_sequence_length: Tokens of a caption, more are cut off; None for what the pipeline's `__call__` takes.
+
+    Raises:
+        ValueError: The pipeline has no `encode_prompt` of the usual kind, or one without a length that can be set.
+    """
+
+    def __init__(self, pipeline, *, max_sequence_length: int | None = None):
+        self.pipeline, self.max_sequence_length = pipeline, max_sequence_length
+        self.options = self._find_options(max_sequence_length)
+        one, two = self([""]), self(["", ""])
+        self.axes = [_batch_axis(first, second) for first, second in zip(one, two, strict=True)]
+        if not any(axis is not None for axis in self.axes):
+            raise ValueError(
+                f"Expected {type(pipeline).__name__}.encode_prompt to give tensors with an entry per prompt, got none."
+            )
+        self.common = one
+        """What it returns for an empty prompt; of places that are no samples' it is the same for all."""
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> tuple[Any, ...]:
+        """What `encode_prompt` returns for captions."""
+        encoded = self.pipeline.encode_prompt(captions, **self.options)
+        return tuple(encoded) if isinstance(encoded, (tuple, list)) else (encoded,)
+
+    def encode(self, captions: list[str]) -> list[Encoded]:
+        """The same caption by caption, on the CPU."""
+        encoded, samples = self(captions), [{} for _ in captions]
+        for place, (value, axis) in enumerate(zip(encoded, self.axes, strict=True)):
+            for index, sample in enumerate(samples):
+                if axis is not None:
+                    one = value[index] if isinstance(value, list) else value.select(axis, index)
+                    sample[str(place)] = one.contiguous().cpu()
+        return samples
+
+    def collate(self, samples: Sequence[Encoded], *, device: "torch.device | str") -> tuple[Any, ...]:
+        """What `encode` gave as `encode_prompt` would return it; shorter ones are filled up with zeros."""
+        values = list(self.common)
+        for place, axis in enumerate(self.axes):
+            if axis is not None:
+                parts = [sample[str(place)].to(device, non_blocking=True) for sample in samples]
+                values[place] = parts if isinstance(values[place], list) else torch.stack(_pad(parts), dim=axis)
+        return tuple(values)
+
+    def count_too_long(self, captions: Sequence[str]) -> int:
+        """How many captions lose their end: each tokenizer counts, the longest limit decides."""
+        names = [name for name in self.pipeline.components if name.startswith("tokenizer")]
+        tokenizers = [one for name in names if (one := self.pipeline.components[name]) is not None]
+        limits = [self._limit(tokenizer) for tokenizer in tokenizers]
+        longest = max(range(len(tokenizers)), key=limits.__getitem__)
+        lengths = tokenizers[longest](list(captions), truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > limits[longest] for ids in lengths)
+
+    def identity(self) -> dict[str, Any]:
+        """What its results depend on (JSON)."""
+        parts = {name: part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")}
+        return {
+            "pipeline_class": type(self.pipeline).__name__,
+            "max_sequence_length": self.max_sequence_length,
+            "text_encoders": {name: weights_fingerprint(part) for name, part in parts.items() if part is not None},
+        }
+
+    def _limit(self, tokenizer) -> int:
+        # CLIP's encoders have a length of their own, which no pipeline lets anybody set.
+        asked = next((self.options[name] for name in _LENGTHS if name in self.options), tokenizer.model_max_length)
+        return tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else asked
+
+    def _find_options(self, max_sequence_length: int | None) -> dict[str, Any]:
+        """Arguments of `encode_prompt` besides the captions."""
+        kind = type(self.pipeline)
+        if not hasattr(kind, "encode_prompt"):
+            raise ValueError(f"Expected a text-to-image pipeline with encode_prompt, got {kind.__name__} without.")
+        parameters = inspect.signature(kind.encode_prompt).parameters
+        others = list(parameters.items())[2:]
+        options = {name: None for name, one in others if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+        if "do_classifier_free_guidance" in parameters:
+            options["do_classifier_free_guidance"] = False
+        if "device" in parameters:
+            options["device"] = self.pipeline.device
+
+        # The length that `__call__` would take.
+        name = next((name for name in _LENGTHS if name in parameters), None)
+        if max_sequence_length is not None and name is None:
+            raise ValueError(
+                f"Expected no max_sequence_length for {kind.__name__}, whose length is fixed, got "
+                f"{max_sequence_length}. Leave it out."
+            )
+        if name is not None:
+            default = inspect.signature(kind.__call__).parameters.get(name)
+            length = max_sequence_length or (default and default.default)
+            options |= {} if length in (None, inspect.Parameter.empty) else {name: length}
+        return options
+
+
+_LENGTHS = ("max_sequence_length", "tokenizer_max_length")
+
+
+def _batch_axis(one: Any, two: Any) -> int | None:
+    """The axis of samples, from what is returned for one prompt and for two; None for what is no sample's."""
+    if isinstance(one, list):
+        return 0
+    if not isinstance(one, torch.Tensor):
+        return None
+    return next((axis for axis, sizes in enumerate(zip(one.shape, two.shape, strict=True)) if sizes == (1, 2)), None)
+
+
+def _pad(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors [L, ...] of the same length, with zeros after the shorter ones."""
+    longest = max(part.shape[0] if part.ndim else 0 for part in parts)
+    return [
+        part if part.ndim == 0 or len(part) == longest
+        else F.pad(part, (0, 0) * (part.ndim - 1) + (0, longest - len(part)))
+        for part in parts
+    ]  # fmt: skip
