@@ -60,7 +60,10 @@ def test_a_changed_image_changes_the_digest_of_its_shard_alone(tmp_path, change)
         save(path, "black")
     rows = make_source([{"bytes": None, "path": str(path)} for path in paths])
     before = digest_sources(rows, image_column="photo", plan=[range(2), range(2, 4), range(4, 5)])
-    assert before == digest_sources(rows, image_column="photo", plan=[range(2), range(2, 4), range(4, 5)]) and len(set(before)) == 3
+    assert (
+        before == digest_sources(rows, image_column="photo", plan=[range(2), range(2, 4), range(4, 5)])
+        and len(set(before)) == 3
+    )
     change(paths[3])
     after = digest_sources(rows, image_column="photo", plan=[range(2), range(2, 4), range(4, 5)])
     assert [was == now for was, now in zip(before, after, strict=True)] == [True, False, True]

@@ -23,8 +23,8 @@ def to_table(batch: dict[str, Any], info: LatentsInfo):
     """A batch as a `pyarrow.Table` in the dtype of its folder.
 
     Args:
-        batch: `moments` (and `moments_flipped`) [B, M, H, W] of one size, B `names`; where the folder has them, `label`
-            [B], and for each caption column `captions` [B] and `text`, B dicts of arrays.
+        batch: `moments` (and `moments_flipped`) [B, M, H, W] of one size, B `names`; where the folder has them,
+            `label` [B], and for each caption column `captions`, B texts, and `text`, B dicts of arrays.
         info: Of the folder.
 
     Raises:
@@ -50,7 +50,9 @@ def to_table(batch: dict[str, Any], info: LatentsInfo):
     # Captions.
     for caption in info.captions:
         if empty := [name for name, text in zip(names, batch["captions"][caption], strict=True) if not text.strip()]:
-            raise ValueError(f"Expected a caption in column {caption!r}, got none for {empty[0]}. Leave that image out.")
+            raise ValueError(
+                f"Expected a caption in column {caption!r}, got none for {empty[0]}. Leave that image out."
+            )
         columns[caption] = pa.array(batch["captions"][caption], type=pa.string())
         if info.text is None:
             continue
@@ -70,9 +72,7 @@ def _to_lists(values: list[torch.Tensor], type, *, names: list[str], advice: str
     finite = [not part.is_floating_point() or bool(part.isfinite().all()) for part in values]
     if not all(finite):
         dtype = str(values[0].dtype).removeprefix("torch.")
-        raise ValueError(
-            f"Expected finite values in {dtype}, got others for {names[finite.index(False)]}. {advice}"
-        )
+        raise ValueError(f"Expected finite values in {dtype}, got others for {names[finite.index(False)]}. {advice}")
     flat = pa.array(np.concatenate([to_storage(part) for part in values]))
     if pa.types.is_fixed_size_list(type):
         return pa.FixedSizeListArray.from_arrays(flat, type=type)
@@ -142,7 +142,9 @@ def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) 
         if wrong := found - ({tuple(size)} if size else set(info.latent_sizes)):
             return f"has latents of other sizes, {sorted(wrong)[:5]}"
         expected = info.shape[0] * heights.astype(np.int64) * widths
-        if any((lengths(column) != expected).any() for column in ("moments", "moments_flipped")[: 1 + info.has_flipped]):
+        if any(
+            (lengths(column) != expected).any() for column in ("moments", "moments_flipped")[: 1 + info.has_flipped]
+        ):
             return "has latents of another length than their height and width say"
     for caption in info.captions:
         # Lengths are differences of offsets: where none is negative, all texts and lists lie in their buffers.

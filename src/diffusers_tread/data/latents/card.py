@@ -72,7 +72,9 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         formula = f"(latents - latents_mean) * {info.scaling_factor} / latents_std"
         for field in ("latents_mean", "latents_std"):
             lines.append(f"{field} = torch.tensor({list(getattr(info, field))}).view(1, -1, 1, 1)")
-    lines.append(f'latents = {formula}  # what a model is trained on, with table[{json.dumps([*info.captions, "label"][0])}]')
+    lines.append(
+        f"latents = {formula}  # what a model is trained on, with table[{json.dumps([*info.captions, 'label'][0])}]"
+    )
     data_argument, conditions = shlex.quote(f"latents:{repo_id}"), f"classes | {len(info.id2label)}"
     training = f"examples/train_tread.py --data {data_argument} --preset XL/2 --output_dir runs/xl2"
     if info.captions:

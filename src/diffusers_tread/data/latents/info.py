@@ -7,8 +7,8 @@ A folder of latents, which is a Hub data set as it lies there:
     data/train-00000-of-00128.arrow    Arrow streams: `moments` (and `moments_flipped`), flat, and `label`
     README.md                          the card
 
-Format 2 has captions or aspect-ratio buckets besides: columns of text, what a text encoder makes of them (text.py), and
-`height` and `width` of the latents, which are those of a shard.
+Format 2 has captions or aspect-ratio buckets besides: columns of text, what a text encoder makes of them (text.py),
+and `height` and `width` of the latents, which are those of a shard.
 
 The letters of the shapes are those of codec.py.
 """
@@ -118,7 +118,9 @@ class LatentsInfo:
                 f"Expected format_version 2 for captions or latent_sizes, and text with captions only, got "
                 f"{self.format_version!r}, {self.captions!r} and {self.latent_sizes!r}."
             )
-        if wrong := [name for name in self.captions if not isinstance(name, str) or not name.isprintable() or not name]:
+        if wrong := [
+            name for name in self.captions if not isinstance(name, str) or not name.isprintable() or not name
+        ]:
             raise ValueError(f"Expected names of caption columns, got {wrong[0]!r}.")
         if len(set(columns := self.columns())) != len(columns):
             raise ValueError(f"Expected caption columns with names of their own, got {columns}. Rename them.")
@@ -237,7 +239,10 @@ def _check_shards(info: LatentsInfo) -> None:
     """Raises ValueError for shards and images left out that no writer describes so."""
     if wrong := [name for name in info.unreadable if not isinstance(name, str)]:
         raise ValueError(f"expected names of unreadable images, got {wrong[0]!r}")
-    fields, files = {"file", "num_samples", "size", "sha256"} | ({"latent_size"} if info.latent_sizes else set()), set()
+    fields, files = (
+        {"file", "num_samples", "size", "sha256"} | ({"latent_size"} if info.latent_sizes else set()),
+        set(),
+    )
     for shard in info.shards:
         if not isinstance(shard, dict) or set(shard) != fields:
             raise ValueError(f"expected shards with {sorted(fields)}, got {shard!r}")

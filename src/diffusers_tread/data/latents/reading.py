@@ -2,9 +2,9 @@
 """Reads folders of latents (info.py shows the layout), from disk or from the Hub, downloaded or streamed.
 
 A batch is {"moments": [B, M, S, S] of the stored dtype, "class_labels": [B] int64, "corrupt": []};
-`latents_from_moments` turns it into what a denoiser is trained on. With captions it has "captions", B texts, instead of
-labels, and "text", for each caption the arrays that its folder has of it (text.py); with aspect-ratio buckets moments
-are [B, M, H, W]. The letters of the shapes are those of codec.py.
+`latents_from_moments` turns it into what a denoiser is trained on. With captions it has "captions", B texts, instead
+of labels, and "text", for each caption the arrays that its folder has of it (text.py); with aspect-ratio buckets
+moments are [B, M, H, W]. The letters of the shapes are those of codec.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -238,9 +238,7 @@ def open_latents(
         cache_dir=cache_dir,
     )
     empty_text = info.text.load_empty(folder) if info.text else None
-    return StreamingLatentsDataset(
-        source, info=info, empty_text=empty_text, shuffle_buffer=shuffle_buffer, **common
-    )
+    return StreamingLatentsDataset(source, info=info, empty_text=empty_text, shuffle_buffer=shuffle_buffer, **common)
 
 
 def latents_from_moments(
@@ -295,9 +293,7 @@ def _check_captions(info: LatentsInfo, captions: CaptionColumns | None) -> None:
         )
 
 
-def _read_captions(
-    table, captions: CaptionColumns, places: list[dict[str, int]], info: LatentsInfo
-) -> dict[str, Any]:
+def _read_captions(table, captions: CaptionColumns, places: list[dict[str, int]], info: LatentsInfo) -> dict[str, Any]:
     """For each record of a table the caption that is drawn for its place, and the arrays of that."""
     names = {name: name for name in captions.names}
     columns = [captions.choose(names, **place) for place in places]

@@ -2,9 +2,9 @@
 """What text encoders make of captions, stored beside latents.
 
 A caption becomes some named arrays [L, ...], as `PromptEncoder.encode` gives them; L is the caption's own, such as its
-number of tokens, and the rest of the shape that of all captions. A shard has them as flat lists, for the caption column
-"long" and the array "0" in its column "long.0". The empty caption's arrays, which training without guidance needs, lie in
-`text_empty.safetensors`.
+number of tokens, and the rest of the shape that of all captions. A shard has them as flat lists, for the caption
+column "long" and the array "0" in its column "long.0". The arrays of the empty caption, which training puts in the
+place of some, lie in `text_empty.safetensors`.
 """
 
 import hashlib
@@ -130,7 +130,9 @@ def read_arrays(table, rows_captions: Sequence[str], text: StoredText) -> list[d
         rows_captions: For each the caption column.
         text: Of the folder.
     """
-    chunks = {column: _rows(table.column(column)) for name in set(rows_captions) for column in text.columns(name).values()}
+    chunks = {
+        column: _rows(table.column(column)) for name in set(rows_captions) for column in text.columns(name).values()
+    }
     records = []
     for row, caption in enumerate(rows_captions):
         arrays = {}
