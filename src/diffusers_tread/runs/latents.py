@@ -171,8 +171,8 @@ def told_sizes(info: LatentsInfo, num_images: list[int], text: CaptionStore | No
     size, num_captions = sum(num_images) * text.bytes_per_image() / 2**30, sum(num_images) * len(text.names)
     cut = text.count_too_long()
     return (
-        f"Text takes about {size:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_captions} captions are longer than "
-        "the text encoder reads and lose their end."
+        f"Text takes about {size:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_captions} captions are longer "
+        "than the text encoder reads and lose their end."
     )
 
 
