@@ -37,7 +37,7 @@ class CaptionColumns:
             raise ValueError(f"Expected caption columns, each once, got {list(names)} with {list(shares)}.")
         if not all(0 < share <= 1 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
             raise ValueError(
-                f"Expected probabilities in (0, 1] that sum to 1 for caption columns {list(names)}, got {list(shares)}. "
+                f"Expected probabilities that sum to 1 for the caption columns {list(names)}, got {list(shares)}. "
                 "Write one column as text, several as long:0.8,short:0.2."
             )
 

@@ -107,9 +107,9 @@ def find_metadata(folder: str | Path, split: str | None = None) -> Path:
     found = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(found) != 1:
         raise ValueError(
-            f"Expected one of {', '.join(METADATA)} in {folder}, which has captions and, as file_name, the images that "
-            f"they belong to, got {_some([path.name for path in found]) or _names(folder)}. Name a folder of webdataset "
-            "tars as a repository: hub:FOLDER."
+            f"Expected one of {', '.join(METADATA)} in {folder}, with captions and the file_name of each image, got "
+            f"{_some([path.name for path in found]) or _names(folder)}. Name a folder of webdataset tars as a "
+            "repository: hub:FOLDER."
         )
     return found[0]
 

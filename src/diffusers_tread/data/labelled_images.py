@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..seeds import derive_seed
 from .buckets import Buckets, assign_buckets
 from .captions import CaptionColumns
-from .folders import ClassFolders, list_class_folders
+from .folders import ClassFolders, find_metadata, list_class_folders
 from .images import UnreadableImage, load_record
 
 

@@ -96,7 +96,7 @@ def open_training_data(
     if buckets is not None:
         if resolution not in (None, buckets.resolution):
             raise ValueError(
-                f"Expected no resolution beside buckets, or {buckets.resolution}, their longest side, got {resolution}."
+                f"Expected the buckets' longest side {buckets.resolution} as resolution, or none, got {resolution}."
             )
         resolution = buckets.resolution
     if resolution is None:

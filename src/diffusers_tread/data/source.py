@@ -12,6 +12,7 @@ from diffusers import AutoModel
 
 from ..fingerprint import weights_fingerprint
 from ..registry import add_entry
+from .buckets import Buckets
 from .latents import LatentCodec, LatentsInfo, check_vae, encode_images, latent_codec, latents_from_moments
 from .loading import TrainingData, make_batches, open_training_data
 
@@ -26,22 +27,41 @@ class TrainingSource:
         dataset: As `open_training_data` gives it.
         vae: What encodes its images; None to train on pixels.
         name: For model cards: a repository of the Hub; None for data of this machine.
+
+    Raises:
+        ValueError: What `check_vae` refuses, and buckets that the VAE cannot encode.
     """
 
     info: LatentsInfo | None = None
     """Of stored latents."""
+    has_captions = False
+    """Whether batches have captions instead of class labels; `num_classes` is 0 then."""
+    buckets: Buckets | None = None
+    """Sizes of the images; None for squares of `resolution`."""
 
     def __init__(self, dataset: TrainingData, *, vae=None, name: str | None = None):
         self.dataset, self.vae, self.name = dataset, vae, name
         self.id2label, self.num_classes, self.resolution = dataset.id2label, dataset.num_classes, dataset.resolution
+        self.has_captions = getattr(dataset, "captions", None) is not None
+        self.buckets = getattr(dataset, "buckets", None)
         self.channels, self.latent_size = dataset.channels, dataset.resolution
-        """Shape of what the denoiser sees: [channels, latent_size, latent_size]."""
+        """Shape of what the denoiser sees: [channels, latent_size, latent_size], the longest side with buckets."""
         if vae is not None:
             _, self.channels, self.latent_size = check_vae(vae, dataset.resolution)
+            factor = dataset.resolution // self.latent_size
+            if wrong := [size for size in self.sizes if any(side % factor for side in size)]:
+                raise ValueError(
+                    f"Expected buckets with sides that are multiples of the VAE's downsampling {factor}, got {wrong}."
+                )
 
     def __len__(self) -> int:
         """Samples of an epoch; TypeError for a stream."""
         return len(self.dataset)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of what batches can be; within one batch all images have one of them."""
+        return ((self.resolution, self.resolution),) if self.buckets is None else self.buckets.sizes
 
     def identity(self) -> dict[str, Any]:
         """What tells these data from others, wherever they lie (JSON): part of the run's settings."""
@@ -52,13 +72,14 @@ class TrainingSource:
         return make_batches(self.dataset, **options)
 
     def to_latents(self, batch: dict[str, Any], *, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-        """What the denoiser is trained on, [B, C, S, S] on the device; nothing waits for it."""
+        """What the denoiser is trained on, [B, C, H, W] on the device; nothing waits for it."""
         pixel_values = batch["pixel_values"].to(device, non_blocking=True)
         return pixel_values if self.vae is None else encode_images(self.vae, pixel_values, generator=generator)
 
-    def conditions(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What the denoiser is told, by the names of its arguments, on the CPU."""
-        return {"class_labels": batch["class_labels"]}
+    def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the denoiser is told, by the names of its arguments, on the CPU; of data with captions these."""
+        name = "captions" if self.has_captions else "class_labels"
+        return {name: batch[name]}
 
 
 class LatentsSource(TrainingSource):
@@ -68,6 +89,9 @@ class LatentsSource(TrainingSource):
         super().__init__(dataset, name=name)
         self.vae, self.info = vae, dataset.info
         self.channels, self.latent_size = dataset.info.latent_channels, dataset.info.latent_size
+        self.buckets = Buckets(dataset.info.sizes) if dataset.info.latent_sizes else None
+        self.empty_text = dataset.empty_text
+        """The empty caption as `conditions(batch)["text"]` has captions; None without stored text."""
 
     def identity(self) -> dict[str, Any]:
         codec = [self.info.shift_factor, self.info.scaling_factor, self.info.latents_mean, self.info.latents_std]
@@ -78,14 +102,17 @@ class LatentsSource(TrainingSource):
         moments = batch["moments"].to(device, non_blocking=True)
         return latents_from_moments(moments, self.info, generator=generator)
 
+    def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return super().conditions(batch) | ({"text": batch["text"]} if "text" in batch else {})
+
 
 def open_source(data: str, **options: Any) -> TrainingSource:
     """Opens what a name stands for and checks it.
 
     Args:
         data: "kind:name" with a kind of `SOURCES`.
-        **options: Those of `open_training_data`, and `pretrained_vae_name_or_path`. A kind refuses what it has no use
-            for.
+        **options: Those of `open_training_data`, such as `captions` and `buckets`, and `pretrained_vae_name_or_path`.
+            A kind refuses what it has no use for.
 
     Raises:
         ValueError: There is no such kind; what its function refuses.

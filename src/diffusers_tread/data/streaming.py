@@ -174,10 +174,10 @@ class StreamBatches(IterableDataset):
         waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # by shape
         corrupt, last_good_epoch = [], self.position[0]
         for item in self._items():
-            if item["epoch"] > last_good_epoch + 1:
-                raise ValueError("Expected at least one readable record per epoch, got none.")
             if (value := item[self.dataset.value]) is None:
                 corrupt += item["corrupt"]
+                if item["epoch"] > last_good_epoch + 1:
+                    raise ValueError("Expected at least one readable record per epoch, got none.")
                 continue
             last_good_epoch = max(item["epoch"], last_good_epoch)
             items = waiting.setdefault(tuple(value.shape), [])
