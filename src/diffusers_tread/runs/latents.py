@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from ..data import Buckets, CaptionColumns, LatentsInfo, check_vae
 from ..data.latents.card import latents_card
@@ -132,10 +133,18 @@ class CaptionStore:
                     f"Expected one text per image in the caption column {name!r}, got {kind}. Make it a column of "
                     "text, and of a list one column for each of its captions."
                 )
-        self.encoder, self.info, self.empty, self.encode = encoder, None, None, None
+        self.encoder, self.info, self.empty = encoder, None, None
         if encoder is not None:
-            self.encode = encoder.encode
             self.info, self.empty = describe_empty(encoder.identity(), encoder.encode([""])[0])
+
+    def encode(self, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+        """As the encoder does, without a warning for each caption that it cuts off: `count_too_long` says it once."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            return self.encoder.encode(captions)
+        finally:
+            logging.set_verbosity(verbosity)
 
     def digest(self) -> str:
         """A hash of all captions."""
