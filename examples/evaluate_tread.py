@@ -1,8 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""FID, sFID, Inception Score, precision and recall of a pipeline's samples, or of images that are there already.
+"""FID, sFID, Inception Score, precision, recall and CLIPScore of a pipeline's samples, or of images that are there.
 
     accelerate launch examples/evaluate_tread.py --pretrained_pipeline runs/xl2/pipeline \
         --reference VIRTUAL_imagenet256_labeled.npz --num_samples 50000 --output_dir evaluations/xl2
+    accelerate launch examples/evaluate_tread.py --pretrained_pipeline runs/prx/pipeline --prompts captions.txt \
+        --scorers clip --reference photos --resolution 512 --output_dir evaluations/prx
 
 Runs on any number of processes with the same result. A killed evaluation goes on with the same command.
 The flags are the fields of `EvaluationConfig`; docs/evaluation.md.
@@ -27,14 +29,18 @@ from diffusers_tread.metrics import (
     KeptImages,
     NpzImages,
     PreparedReference,
+    PromptImages,
     check_metrics,
     evaluate_images,
+    is_higher_better,
     load_feature_extractor,
+    load_scorer_file,
+    load_scorers,
     possible_metrics,
     prepare_reference,
     save_statistics,
 )
-from diffusers_tread.pictures import add_labels, make_grid, name_classes, save_image
+from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_image
 from diffusers_tread.runs.parsing import check_at_least, parse_config
 from diffusers_tread.runs.sampling import SamplingConfig, open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
@@ -88,6 +94,12 @@ class EvaluationConfig(SamplingConfig):
     """inception, clean-fid:clean, transformers:NAME, timm:NAME ..."""
     feature_extractor_weights: str | None = None
     """A local file with its weights; None to download them."""
+    scorers: str | None = None
+    """With prompts: of `diffusers_tread.metrics.SCORERS`, such as clip; needs no reference."""
+    clip_model: str = "openai/clip-vit-large-patch14"
+    """Of the scorer clip: a CLIP or a SigLIP of transformers, a folder or a repository on the Hub."""
+    scorer_file: str | None = None
+    """A Python file of your own that calls `register_scorer`. It is executed."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,9 +118,16 @@ class EvaluationConfig(SamplingConfig):
         if unused and self.pretrained_pipeline is None:
             raise ValueError(f"Expected {unused} only with --pretrained_pipeline. Leave them out.")
 
-        # What it is compared with.
-        if (self.reference is None) == (self.reference_dataset_name is None):
-            raise ValueError("Expected either --reference or --reference_dataset_name, got both or neither.")
+        # What it is compared with, or scored by.
+        if (self.scorers or self.scorer_file) and not (self.has_prompts and self.scorers):
+            raise ValueError("Expected --scorers and --scorer_file with --prompts, and no --scorer_file alone.")
+        num_references = (self.reference is not None) + (self.reference_dataset_name is not None)
+        if num_references == 2 or not (num_references or self.scorers):
+            raise ValueError(
+                "Expected either --reference or --reference_dataset_name, or --scorers, got both or none."
+            )
+        if not num_references and (self.metrics or self.save_statistics):
+            raise ValueError("Expected a reference for --metrics and --save_statistics, got --scorers alone.")
         if self.reference_dataset_name is not None and self.resolution is None:
             raise ValueError("Expected --resolution for the images of --reference_dataset_name, got none.")
         is_cropped = self.reference_dataset_name is not None or any(
@@ -121,6 +140,14 @@ class EvaluationConfig(SamplingConfig):
             raise ValueError(
                 f"Expected any of {of_statistics} in --metrics for --save_statistics, got {self.metrics}."
             )
+
+    @property
+    def has_reference(self) -> bool:
+        return self.reference is not None or self.reference_dataset_name is not None
+
+    @property
+    def scorer_names(self) -> list[str]:
+        return self.scorers.split(",") if self.scorers else []
 
     @property
     def metric_names(self) -> list[str] | None:
@@ -137,11 +164,13 @@ def open_images(config: EvaluationConfig, device: torch.device):
     if config.images is not None:
         path = Path(config.images)
         return open_folder(path, config) if path.is_dir() else NpzImages(path)
-    return None if config.pretrained_pipeline is None else open_pipeline_images(config, device)
+    if config.pretrained_pipeline is None:
+        return None
+    return open_pipeline_images(config, device, cache_dir=config.cache_dir)
 
 
 def open_reference(config: EvaluationConfig):
-    """A path or a source of images."""
+    """A path or a source of images; None without a reference."""
     if config.reference_dataset_name is not None:
         return DatasetImages(
             config.reference_dataset_name,
@@ -152,89 +181,115 @@ def open_reference(config: EvaluationConfig):
             background=config.background,
             cache_dir=config.cache_dir,
         )
-    if Path(config.reference).is_dir():
+    if config.reference is not None and Path(config.reference).is_dir():
         return open_folder(config.reference, config)
     return config.reference
 
 
-def report(
-    config: EvaluationConfig, images, values: dict[str, float], *, extractor, reference: PreparedReference
-) -> None:
+def report(config: EvaluationConfig, images, values: dict[str, float], *, extractor, reference, scorers) -> None:
     """Results file, grid, and a table for the eye."""
+    # What was done.
     output_dir = Path(config.output_dir)
     origin = {"name_or_path": config.pretrained_pipeline, "revision": config.revision}
     results = EvaluationResults(
         metrics=values,
         num_samples=len(images),
         images=(origin if config.pretrained_pipeline is not None else {}) | images.description,
-        feature_extractor=extractor.description,
-        reference=reference.description,
+        feature_extractor=extractor.description if extractor else {"name": "none"},
+        reference=reference.description if reference else {"name": "none"},
         batch_size=config.batch_size,
+        scorers={scorer.name: scorer.description for scorer in scorers},
     )
-    names = (reference.description["name"], extractor.name)  # of which folders and organisations are left out
-    name = re.sub(r"[^\w.-]+", "-", "-".join(one.rpartition("/")[2] for one in names))
+
+    # Files.
+    name = "scores"
+    if reference is not None:
+        names = (reference.description["name"], extractor.name)  # of which folders and organisations are left out
+        name = re.sub(r"[^\w.-]+", "-", "-".join(one.rpartition("/")[2] for one in names))
     path = output_dir / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results.save(path)
     if isinstance(images, KeptImages) and images.num_kept:
         save_image(draw_grid(images), path.with_suffix(".png"))
-    print(f"{len(images)} images against {reference.description['name']}, features of {extractor.name}")
+
+    # Table.
+    against = f" against {reference.description['name']}, features of {extractor.name}" if reference else ""
+    print(f"{len(images)} images{against}")
     for name, value in values.items():
-        better = {True: "  higher is better", False: "  lower is better"}
-        print(f"  {name:20} {value:.4f}{better[METRICS[name].higher_is_better] if name in METRICS else ''}")
+        better = {True: "  higher is better", False: "  lower is better", None: ""}[is_higher_better(name)]
+        print(f"  {name:20} {value:.4f}{better}")
     print(f"Saved {path}.")
 
 
 def draw_grid(images: KeptImages) -> PIL.Image.Image:
-    """The first kept images, with the names of classes that take turns."""
-    first, pipeline = range(min(images.num_kept, 40)), images.source.pipeline
+    """The first kept images, with their prompts or the names of classes that take turns."""
+    first = range(min(images.num_kept, 40))
+    pictures = [PIL.Image.open(images.path(index)) for index in first]
+    if isinstance(images.source, PromptImages):
+        return caption_grid(pictures, [images.prompt(index) for index in first])
+    pipeline = images.source.pipeline
     labels, num_classes = [images.source.label(index) for index in first], pipeline.transformer.config.num_classes
     columns, texts = name_classes(labels, num_classes=num_classes, id2label=pipeline.config.id2label)
-    grid = make_grid([PIL.Image.open(images.path(index)) for index in first], columns=columns)
+    grid = make_grid(pictures, columns=columns)
     return add_labels(grid, **texts) if texts else grid
 
 
 def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
     # Everything is loaded and tried once before the long work starts; one process fills the caches.
+    extractor = None
     with state.main_process_first():
-        extractor = load_feature_extractor(
-            config.feature_extractor, weights=config.feature_extractor_weights, device=state.device
-        )
+        if config.has_reference:
+            extractor = load_feature_extractor(
+                config.feature_extractor, weights=config.feature_extractor_weights, device=state.device
+            )
+        if config.scorer_file is not None:
+            load_scorer_file(config.scorer_file)
+        scorers = load_scorers(config.scorer_names, clip_model=config.clip_model, device=state.device)
         images, source = open_images(config, state.device), open_reference(config)
     image_size = None
     if images is not None:
-        check_metrics(config.metric_names or possible_metrics(extractor), extractor, num_samples=len(images))
-        image_size = tuple(images.read(0, 1).shape[-2:])
+        if extractor is not None:
+            check_metrics(config.metric_names or possible_metrics(extractor), extractor, num_samples=len(images))
+        first = images.read(0, 1)
+        image_size = tuple(first.shape[-2:])
+        for scorer in scorers:
+            scorer(first, [images.prompt(0)])
 
-    # The reference.
-    reference = prepare_reference(
-        source,
-        extractor=extractor,
-        metrics=config.metric_names,
-        batch_size=config.batch_size,
-        store_dir=config.reference_features_dir or output_dir / "features",
-        image_size=image_size,
-    )
-    if config.save_statistics is not None and state.is_main_process:
-        Path(config.save_statistics).parent.mkdir(parents=True, exist_ok=True)
-        save_statistics(config.save_statistics, reference.statistics)
-        print(f"Saved {config.save_statistics}.")
+    reference = None
+    if extractor is not None:
+        reference = open_prepared(config, source, extractor=extractor, image_size=image_size)
+        if config.save_statistics is not None and state.is_main_process:
+            Path(config.save_statistics).parent.mkdir(parents=True, exist_ok=True)
+            save_statistics(config.save_statistics, reference.statistics)
+            print(f"Saved {config.save_statistics}.")
 
     # The images.
     if images is not None:
         if config.pretrained_pipeline is not None:
             images = KeptImages(images, folder=output_dir / "images", num_kept=config.num_kept_images)
+        common = {"extractor": extractor, "reference": reference, "scorers": scorers}
         values = evaluate_images(
             images,
-            extractor=extractor,
-            reference=reference,
-            metrics=reference.metrics,
+            **common,
             batch_size=config.batch_size,
             store_dir=output_dir / "features" / "images",
+            scores_file=output_dir / "results" / "scores.csv" if scorers else None,
         )
         if state.is_main_process:
-            report(config, images, values, extractor=extractor, reference=reference)
+            report(config, images, values, **common)
     state.wait_for_everyone()
+
+
+def open_prepared(config: EvaluationConfig, source, *, extractor, image_size) -> PreparedReference:
+    """The reference with its features."""
+    return prepare_reference(
+        source,
+        extractor=extractor,
+        metrics=config.metric_names,
+        batch_size=config.batch_size,
+        store_dir=config.reference_features_dir or Path(config.output_dir) / "features",
+        image_size=image_size,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

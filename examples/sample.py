@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Samples a pipeline into PNG files and labelled contact sheets: many images, classes, grids, interpolations.
+"""Samples a pipeline into PNG files and labelled contact sheets: many images, prompts, classes, interpolations.
 
     accelerate launch examples/sample.py --pretrained_pipeline runs/xl2/pipeline --output_dir samples/grid \
         --mode grid --class_labels 1,207 --guidance sparse --guidance_scales 1,1.4,1.8 --weak_ratios 0.5,0.7,0.9
@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from diffusers_tread import TREADPipeline
 from diffusers_tread.claims import claim
 from diffusers_tread.distributed import on_main_process
-from diffusers_tread.metrics import PipelineImages
-from diffusers_tread.pictures import add_labels, make_grid, name_classes, save_image
+from diffusers_tread.metrics import PipelineImages, PromptImages
+from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_image
 from diffusers_tread.runs.parsing import check_at_least, parse_config
 from diffusers_tread.runs.sampling import SamplingConfig, make_guider, open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
@@ -34,7 +34,7 @@ from diffusers_tread.runs.signals import stopped_cleanly
 
 # What is made, and the flags that only it has a use for.
 MODE_FLAGS = {
-    "images": ("num_samples", "random_labels"),
+    "images": ("num_samples", "random_labels", "prompts", "prompt_dataset_name"),
     "classes": ("class_labels", "num_images_per_class"),
     "grid": ("class_labels", "guidance_scales", "weak_ratios"),
     "interpolation": ("class_labels", "num_seeds", "num_frames"),
@@ -55,8 +55,8 @@ class SampleConfig(SamplingConfig):
     """Images per process and forward."""
     mode: Literal["images", "classes", "grid", "interpolation"] = "images"
     """What to make."""
-    num_samples: int = 100
-    """images: how many, of one class after the other."""
+    num_samples: int | None = None
+    """images: how many, of one class after the other; None for 100, or one per prompt."""
     class_labels: str = "all"
     """Other modes: ids or names with commas between; a sheet for each."""
     num_images_per_class: int = 100
@@ -103,8 +103,8 @@ class Sample:
 
     name: str
     """Of its file, without the suffix. The same name is the same image in every mode."""
-    label: int
-    """Its class."""
+    label: int | None
+    """Its class; None for one of a prompt."""
     index: int
     """Its random numbers are those of this sample of examples/evaluate_tread.py."""
     other_index: int | None = None
@@ -126,6 +126,8 @@ class Sheet:
     """What is written beside each row."""
     columns: Sequence[str] = ()
     """Likewise above each column; ten columns where nothing is."""
+    captions: Sequence[str] = ()
+    """Likewise below each image, instead of all others."""
 
 
 def read_class_labels(text: str, pipeline: TREADPipeline) -> list[int]:
@@ -139,13 +141,23 @@ def read_class_labels(text: str, pipeline: TREADPipeline) -> list[int]:
     return list(dict.fromkeys(labels))
 
 
-def plan_sheets(config: SampleConfig, images: PipelineImages) -> list[Sheet]:
+def plan_sheets(config: SampleConfig, images: PipelineImages | PromptImages) -> list[Sheet]:
     """All sheets with all images, before the first is made."""
+    if config.has_prompts:
+        parts = [range(len(images))[start : start + 100] for start in range(0, len(images), 100)]
+        return [plan_prompts(part, images) for part in parts]
     if config.mode != "images":
         return [plan_class(config, images, label) for label in read_class_labels(config.class_labels, images.pipeline)]
-    samples = [Sample(name=f"{i:06d}", label=images.label(i), index=i) for i in range(config.num_samples)]
+    samples = [Sample(name=f"{i:06d}", label=images.label(i), index=i) for i in range(config.num_samples or 100)]
     parts = [samples[start : start + 100] for start in range(0, len(samples), 100)]
     return [plan_part(part, images.pipeline) for part in parts]
+
+
+def plan_prompts(indices: Sequence[int], images: PromptImages) -> Sheet:
+    """A sheet of consecutive samples, with their prompts."""
+    samples = [Sample(name=f"{index:06d}", label=None, index=index) for index in indices]
+    captions = [images.prompt(index) for index in indices]
+    return Sheet(name=f"prompts-{samples[0].name}", title="", samples=samples, captions=captions)
 
 
 def plan_part(samples: list[Sample], pipeline: TREADPipeline) -> Sheet:
@@ -194,7 +206,7 @@ def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
     return (torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end) / torch.sin(angle)
 
 
-def describe(images: PipelineImages, config: SampleConfig) -> dict[str, Any]:
+def describe(images: PipelineImages | PromptImages, config: SampleConfig) -> dict[str, Any]:
     """What the images depend on."""
     settings = images.description | {"batch_size": config.batch_size}
     if config.mode == "grid":  # these are in the images' names
@@ -202,8 +214,11 @@ def describe(images: PipelineImages, config: SampleConfig) -> dict[str, Any]:
     return settings
 
 
-def draw_samples(images: PipelineImages, batch: list[Sample], guiders: dict) -> list[PIL.Image.Image]:
+def draw_samples(images: PipelineImages | PromptImages, batch: list[Sample], guiders: dict) -> list[PIL.Image.Image]:
     """The images of a batch, all with the same guidance."""
+    if isinstance(images, PromptImages):
+        pixels = images.read(batch[0].index, batch[-1].index + 1)  # B 3 H W
+        return [PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     pipeline, model = images.pipeline, images.pipeline.transformer.config
     shape = (model.in_channels, model.sample_size, model.sample_size)
     generators = [images.generator(sample.index) for sample in batch]
@@ -223,7 +238,7 @@ def draw_samples(images: PipelineImages, batch: list[Sample], guiders: dict) -> 
 
 
 def draw_missing(
-    sheets: list[Sheet], images: PipelineImages, guiders: dict, config: SampleConfig, *, there: set[str]
+    sheets: list[Sheet], images: PipelineImages | PromptImages, guiders: dict, config: SampleConfig, *, there: set[str]
 ) -> None:
     """Makes the images that the folder lacks. Batches never change, so that a resumed run rounds as any other."""
     state, folder = PartialState(), Path(config.output_dir, "images")
@@ -244,8 +259,11 @@ def draw_missing(
 def draw_sheets(sheets: list[Sheet], config: SampleConfig, state: PartialState) -> None:
     for sheet in sheets[state.process_index :: state.num_processes]:
         samples = [PIL.Image.open(Path(config.output_dir, "images", f"{sample.name}.png")) for sample in sheet.samples]
-        grid = make_grid(samples, columns=len(sheet.columns) or 10)
-        picture = add_labels(grid, title=sheet.title, rows=sheet.rows, columns=sheet.columns)
+        if sheet.captions:
+            picture = caption_grid(samples, sheet.captions, columns=10)
+        else:
+            grid = make_grid(samples, columns=len(sheet.columns) or 10)
+            picture = add_labels(grid, title=sheet.title, rows=sheet.rows, columns=sheet.columns)
         save_image(picture, Path(config.output_dir, f"{sheet.name}.png"))
 
 
@@ -259,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     guiders = {(w, ratio): make_guider(config, guidance_scale=w, weak_ratio=ratio) for w in scales for ratio in ratios}
     with state.main_process_first():
         images = open_pipeline_images(config, state.device, guider=next(iter(guiders.values()), None))
-    guiders = guiders or {None: images.pipeline.guider}
+    guiders = guiders or {None: None if config.has_prompts else images.pipeline.guider}
     sheets = plan_sheets(config, images)
 
     settings = on_main_process(lambda: describe(images, config))  # which hashes the weights

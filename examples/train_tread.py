@@ -20,7 +20,7 @@ from diffusers_tread.runs import setup
 from diffusers_tread.runs.config import FREE_FIELDS
 from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.runs.folder import open_run_folder
-from diffusers_tread.runs.outputs import RunOutputs
+from diffusers_tread.runs.outputs import ClassOutputs
 from diffusers_tread.runs.presets import parse_train_config
 from diffusers_tread.runs.signals import StopRequest
 from diffusers_tread.runs.trainer import TrainingLoop
@@ -40,7 +40,7 @@ class Trainer(TrainingLoop):
         if config.compile:
             model.compile_repeated_blocks(dynamic=False)
         super().__init__(config, accelerator, source, model, settings, flops=flops, **context)
-        self.outputs = RunOutputs(
+        self.outputs = ClassOutputs(
             config, accelerator, source, settings, run=self.run, weights=self.weights, names=self.names,
             scheduler=self.objective.scheduler(), extractor=extractor, step=self.step,
         )  # fmt: skip
@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     setup.make_objective(config)
     with init_empty_weights():
         settings = setup.describe_run(config, accelerator, source, setup.make_model(config, source))
-    accelerator.print(setup.settings_table(config, accelerator, settings))
+    about = setup.describe_classes(config, settings)
+    accelerator.print(setup.settings_table(config, accelerator, settings, about))
     if config.dry_run:
         return accelerator.end_training()
     if config.push_to_hub:  # a token that may not write shows now

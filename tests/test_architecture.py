@@ -114,6 +114,7 @@ PRIVATE_ATTRIBUTES = {
         "_optional_components", "_callback_tensor_inputs", "_execution_device"
     },
     f"{DIFFUSERS}/models/cache_utils.py": {"_reset_stateful_cache"},
+    f"{DIFFUSERS}/pipelines/flux/pipeline_flux.py": {"_pack_latents"},
     "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html": {
         "_modules", "_forward_hooks", "_forward_pre_hooks"
     },

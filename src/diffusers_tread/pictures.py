@@ -61,6 +61,30 @@ def add_labels(
     return picture
 
 
+def caption_grid(images: list[PIL.Image.Image], captions: Sequence[str], *, columns: int = 5) -> PIL.Image.Image:
+    """Images of one size side by side, each with its caption below, wrapped to at most four lines.
+
+    Args:
+        images: At least one; small ones are enlarged by repeating pixels.
+        captions: One per image.
+        columns: Images in a row, where there are that many.
+    """
+    font, line = PIL.ImageFont.load_default(14), 18
+    columns, zoom = min(columns, len(images)), -(-160 // images[0].width)  # room for about 20 letters
+    width, height = images[0].width * zoom, images[0].height * zoom
+    texts = [_wrap(caption, font, width - 4, num_lines=4) for caption in captions]
+    top, bottom = FRAME, 4 + line * max(text.count("\n") + 1 for text in texts)
+    cell = (width + 2 * FRAME, height + 2 * FRAME + bottom)
+    rows = -(-len(images) // columns)
+    picture = PIL.Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    draw = PIL.ImageDraw.Draw(picture)
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+        left, above = index % columns * cell[0] + FRAME, index // columns * cell[1] + top
+        picture.paste(image.resize((width, height), PIL.Image.Resampling.NEAREST), (left, above))
+        draw.multiline_text((left + 2, above + height + 2), text, fill="black", font=font, spacing=line - 14)
+    return picture
+
+
 def name_classes(
     labels: Sequence[int], *, num_classes: int, id2label: Mapping[str, str] | None = None
 ) -> tuple[int, dict[str, list[str]]]:
@@ -83,6 +107,18 @@ def name_classes(
         return columns, {"columns": rows[0]}
     ends = [[name if len(name) <= 12 else f"{name[:11]}…" for name in row[:: max(len(row) - 1, 1)]] for row in rows]
     return columns, {"rows": [" to ".join(row) for row in ends]}
+
+
+def _wrap(text: str, font: PIL.ImageFont.FreeTypeFont, width: int, *, num_lines: int) -> str:
+    """A text in lines of at most so many pixels, the last one cut where there would be more."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or len(lines) == num_lines or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(_cut(line, font, width) for line in lines)
 
 
 def _cut(text: str, font: PIL.ImageFont.FreeTypeFont, width: int) -> str:

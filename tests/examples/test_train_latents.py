@@ -208,7 +208,7 @@ def test_a_run_killed_while_it_sampled_or_measured_does_it_again(argv, evaluatio
     argv = [*argv, *evaluation, "--checkpointing_steps", 5, "--validation_steps", 5, "--num_validation_images", 3]
     argv += ["--validation_inference_steps", 1, "--output_dir"]
     train(*argv, tmp_path / "whole")
-    for place, name in ((outputs, "sample_grid"), (fid_curve, "evaluate_pipeline"), (fid_curve, "save_curve")):
+    for place, name in ((outputs, "sample_grid"), (fid_curve, "evaluate_images"), (fid_curve, "save_curve")):
         with interrupting(place, name):
             train(*argv, tmp_path / "killed")
     train(*argv, tmp_path / "killed")

@@ -1,12 +1,15 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """SD3, Flux and PRX pipelines with their real tokenizers and text encoders, built small, with random weights."""
 
-import importlib
 import json
-import sys
-from types import ModuleType
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PRXPipeline,
+    StableDiffusion3Pipeline,
+)
 from tiny_transformers import make
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -104,25 +107,9 @@ def t5_gemma_encoder():
     return encoder
 
 
-def prx_class():
-    """`PRXPipeline`, whose module wants ftfy for prompts as people write them; those of the tests need no repair."""
-    module = "diffusers.pipelines.prx.pipeline_prx"
-    try:
-        importlib.import_module("ftfy")
-    except ImportError:
-        # Only while it is imported: CLIP's tokenizer looks for ftfy, too.
-        ftfy = sys.modules["ftfy"] = ModuleType("ftfy")
-        ftfy.fix_text = str
-        try:
-            importlib.import_module(module).ftfy = ftfy
-        finally:
-            del sys.modules["ftfy"]
-    return importlib.import_module(module).PRXPipeline
-
-
 def prx_pipeline(folder):
     """Without resolution bins: call it with `use_resolution_binning=False`."""
-    return prx_class()(
+    return PRXPipeline(
         transformer=make("PRXTransformer2DModel", axes_dim=[4, 4], mlp_ratio=2.0, context_in_dim=32),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(),

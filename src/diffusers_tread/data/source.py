@@ -111,8 +111,8 @@ def open_source(data: str, **options: Any) -> TrainingSource:
 
     Args:
         data: "kind:name" with a kind of `SOURCES`.
-        **options: Those of `open_training_data`, such as `captions` and `buckets`, and `pretrained_vae_name_or_path`.
-            A kind refuses what it has no use for.
+        **options: Those of `open_training_data`, such as `captions` and `buckets`, and `pretrained_vae_name_or_path`,
+            which may be a VAE itself. A kind refuses what it has no use for.
 
     Raises:
         ValueError: There is no such kind; what its function refuses.
@@ -167,9 +167,9 @@ def _open_latents(name: str, *, pretrained_vae_name_or_path=None, num_classes=No
     return LatentsSource(dataset, vae=vae, name=None if images is None or Path(images).exists() else images)
 
 
-def _load_vae(name: str | None, **place: Any):
-    if name is None:
-        return None
+def _load_vae(name: str | torch.nn.Module | None, **place: Any):
+    if name is None or isinstance(name, torch.nn.Module):
+        return name
     try:
         return AutoModel.from_pretrained(name, **place, use_safetensors=True).requires_grad_(False).eval()
     except OSError as error:

@@ -4,6 +4,7 @@ from .export import export_for_hub, push_pipeline
 from .hub_pipeline import HubPipeline
 from .model_card import CardDetails, model_card
 from .model_index import check_model_index
+from .text_export import export_text_pipeline
 from .upload import open_repo, upload_folder
 
 
@@ -13,6 +14,7 @@ __all__ = [
     "HubPipeline",
     "check_model_index",
     "export_for_hub",
+    "export_text_pipeline",
     "model_card",
     "open_repo",
     "push_pipeline",

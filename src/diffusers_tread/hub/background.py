@@ -3,6 +3,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -24,10 +25,18 @@ class BackgroundPush:
         repo_id: "organisation/name".
         folder: For the exported pipeline; replaced by each push.
         private: Whether a new repository is private; None for the owner's default.
+        export: Writes a pipeline to the folder, called as `export_for_hub`.
     """
 
-    def __init__(self, repo_id: str, folder: str | Path, *, private: bool | None = None):
-        self.repo_id, self.folder, self.private = repo_id, Path(folder), private
+    def __init__(
+        self,
+        repo_id: str,
+        folder: str | Path,
+        *,
+        private: bool | None = None,
+        export: Callable[..., Path] = export_for_hub,
+    ):
+        self.repo_id, self.folder, self.private, self.export = repo_id, Path(folder), private, export
         self._thread: threading.Thread | None = None
 
     def start(self, pipeline: DiffusionPipeline, *, commit_message: str, card: CardDetails | None = None) -> None:
@@ -36,7 +45,7 @@ class BackgroundPush:
             logger.warning(f"Left out the push {commit_message!r}: the one before is not finished.")
             return
         try:
-            export_for_hub(pipeline, self.folder, repo_id=self.repo_id, card=card)
+            self.export(pipeline, self.folder, repo_id=self.repo_id, card=card)
         except (OSError, ValueError) as error:
             logger.warning(f"Failed to export {commit_message!r} for {self.repo_id}: {error}")
             return

@@ -26,7 +26,7 @@ random share of the tokens skips the middle blocks; in sampling, all take them, 
 _WITHOUT_ROUTES = "A class-conditional diffusion transformer ([DiT](https://arxiv.org/abs/2212.09748))."
 _UNKNOWN_LICENSE = "Not stated. The code in this repository is under the Apache License, Version 2.0."
 _TASK = "unconditional-image-generation"
-# Of train_tread.py's settings, those that do not tell about the machine.
+# Of the training scripts' settings, those that do not tell about the machine.
 TRAINING_SETTINGS = {
     "objective": "objective",
     "max_train_steps": "optimiser steps",
@@ -37,6 +37,7 @@ TRAINING_SETTINGS = {
     "lr_warmup_steps": "warm-up steps",
     "dense_fraction": "last share of the steps, without routing",
     "class_dropout_prob": "labels dropped",
+    "proportion_empty_prompts": "captions dropped",
     "use_ema": "averaged weights",
     "ema_decay": "decay of the average",
     "mixed_precision": "mixed precision",
@@ -116,7 +117,7 @@ def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetail
         samples=f"\n![Samples]({SAMPLES})\n" if details.samples is not None else "",
         facts=_rows(_facts(pipeline, details)),
         names=f" and names, such as {as_text(repr(names[0]))}" if names else "",
-        training=_training(details),
+        training=training_table(details),
         evaluation=_evaluation(details.results),
         license=_UNKNOWN_LICENSE if details.license is None else as_text(details.license),
     )
@@ -154,7 +155,8 @@ def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
     return facts
 
 
-def _training(details: CardDetails) -> str:
+def training_table(details: CardDetails) -> str:
+    """The settings of the run as a section; empty if they are not known."""
     if details.training is None:
         return ""
     known = {label: details.training.get(name) for name, label in TRAINING_SETTINGS.items()}

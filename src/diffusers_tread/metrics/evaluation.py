@@ -18,55 +18,73 @@ from .networks import FeatureExtractor
 from .pipeline_images import PipelineImages
 from .reference import PreparedReference
 from .registry import METRICS, check_metrics, check_values, named_values
+from .scorers import LoadedScorer
+from .scores import check_scorers, mean_scores, write_scores
 
 
 def evaluate_images(
     source: ImageSource,
     *,
-    extractor: FeatureExtractor,
-    reference: PreparedReference,
     batch_size: int,
     store_dir: str | Path,
+    extractor: FeatureExtractor | None = None,
+    reference: PreparedReference | None = None,
     metrics: Sequence[str] | None = None,
+    scorers: Sequence[LoadedScorer] = (),
+    scores_file: str | Path | None = None,
 ) -> dict[str, float] | None:
-    """Computes metrics of images; all processes together.
+    """Computes metrics and scores of images; all processes together.
 
     The values do not depend on the number of processes. An evaluation that was killed goes on with the batches that
     `store_dir` does not hold yet.
 
     Args:
         source: The images.
-        extractor: As for `prepare_reference`.
-        reference: What `prepare_reference` returned.
         batch_size: Images to sample, or to read, at a time.
         store_dir: Folder for the features, seen by all processes; for these images and this batch size only.
+        extractor: As for `prepare_reference`; None for scores alone.
+        reference: What `prepare_reference` returned; None for scores alone.
         metrics: Names of metrics; None for all that the reference was prepared for.
+        scorers: What `load_scorers` returned, for a source that has prompts.
+        scores_file: A .csv file for the scores of each image; None for none.
 
     Returns:
         The values by name in the main process, None in the others. A metric that is computed on parts of the images
-        gives a mean by its own name and a standard deviation, such as `inception_score_std`.
+        gives a mean by its own name and a standard deviation, such as `inception_score_std`; a scorer a mean and a
+        standard error, such as `clip_score` and `clip_score_standard_error`.
 
     Raises:
         ValueError: A metric cannot be computed, there are too few images, the folder holds other features, or weights,
-            samples, features or a metric are not finite.
+            samples, features, scores or a metric are not finite.
     """
-    metrics = reference.metrics if metrics is None else metrics
-    check_metrics(metrics, extractor, num_samples=len(source))
-    if missing := [name for name in metrics if METRICS[name].needs_reference and name not in reference.metrics]:
-        raise ValueError(
-            f"Expected metrics that the reference was prepared for, {list(reference.metrics)}, got {missing}. Name "
-            "them in `prepare_reference` as well."
-        )
+    # What is wanted.
+    if (extractor is None) != (reference is None) or (extractor is None and not scorers):
+        raise ValueError("Expected an extractor and a reference, scorers, or all of these, got something else.")
+    metrics = () if reference is None else reference.metrics if metrics is None else metrics
+    if extractor is not None:
+        check_metrics(metrics, extractor, num_samples=len(source))
+        if missing := [name for name in metrics if METRICS[name].needs_reference and name not in reference.metrics]:
+            raise ValueError(
+                f"Expected metrics that the reference was prepared for, {list(reference.metrics)}, got {missing}. "
+                "Name them in `prepare_reference` as well."
+            )
+    check_scorers(scorers, source)
 
-    # Features.
-    settings = {"images": describe_images(source), "feature_extractor": extractor.description}
+    # Features and scores.
+    settings = {"images": describe_images(source)}
+    settings |= {} if extractor is None else {"feature_extractor": extractor.description}
+    settings |= {"scorers": {scorer.name: scorer.description for scorer in scorers}} if scorers else {}
     store = FeatureStore(store_dir, num_images=len(source), batch_size=batch_size, settings=settings)
-    extract_features(source, extractor, store, label="Images")
+    extract_features(source, extractor, store, scorers=scorers, label="Images")
 
     # Values.
-    if PartialState().is_main_process:
-        return _compute(store, reference, extractor=extractor, metrics=metrics)
-    return None
+    if not PartialState().is_main_process:
+        return None
+    values = {} if extractor is None else _compute(store, reference, extractor=extractor, metrics=metrics)
+    scores = {scorer.output: store.features(scorer.output)[:, 0] for scorer in scorers}
+    if scores_file is not None:
+        write_scores(scores_file, scores, source)
+    return values | mean_scores(scores)
 
 
 def evaluate_pipeline(

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Extracting the features of images into a feature store, on any number of processes."""
+"""Extracting the features and scores of images into a feature store, on any number of processes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate import PartialState
@@ -11,6 +12,7 @@ from ..distributed import on_main_process
 from .feature_store import FeatureStore
 from .image_sources import ImageSource
 from .networks import FeatureExtractor
+from .scorers import LoadedScorer
 
 
 def describe_images(source: ImageSource) -> dict[str, Any]:
@@ -18,13 +20,21 @@ def describe_images(source: ImageSource) -> dict[str, Any]:
     return on_main_process(lambda: source.description)
 
 
-def extract_features(source: ImageSource, extractor: FeatureExtractor, store: FeatureStore, *, label: str) -> None:
+def extract_features(
+    source: ImageSource,
+    extractor: FeatureExtractor | None,
+    store: FeatureStore,
+    *,
+    scorers: Sequence[LoadedScorer] = (),
+    label: str,
+) -> None:
     """Fills a store with the features of images, except for batches that it holds already; all processes together.
 
     Args:
         source: The images, as many as the store is made for.
-        extractor: The network.
+        extractor: The network; None for scores alone.
         store: Where the features go.
+        scorers: What rates each image for `source.prompt(index)`; its scores go into the store by its `output`.
         label: Label of the progress bar, which counts the images of all processes.
 
     Raises:
@@ -35,16 +45,17 @@ def extract_features(source: ImageSource, extractor: FeatureExtractor, store: Fe
     if not missing:
         return
     with claim(store.folder):
-        _extract_missing(source, extractor, store, state, missing, label=label)
+        _extract_missing(source, extractor, store, state, missing, scorers=scorers, label=label)
 
 
 def _extract_missing(
     source: ImageSource,
-    extractor: FeatureExtractor,
+    extractor: FeatureExtractor | None,
     store: FeatureStore,
     state: PartialState,
     missing: list[int],
     *,
+    scorers: Sequence[LoadedScorer],
     label: str,
 ) -> None:
     # Each process takes its share of the missing batches.
@@ -64,7 +75,9 @@ def _extract_missing(
                 f"Expected images of one size, got {tuple(size)} and {tuple(images.shape[-2:])} in images "
                 f"{rows.start} to {rows.stop - 1}. Give the resolution to which all are cropped."
             )
-        store.write(batch, extractor(images))
+        features = {} if extractor is None else extractor(images)
+        prompts = [source.prompt(index) for index in rows] if scorers else []
+        store.write(batch, features | {scorer.output: scorer(images, prompts) for scorer in scorers})
         if state.is_main_process:
             now = store.num_done()
             progress.update(now - done)

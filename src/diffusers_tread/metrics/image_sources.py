@@ -20,7 +20,7 @@ from ..pictures import save_image
 
 
 class ImageSource(Protocol):
-    """Any set of images that can be read piece by piece."""
+    """Any set of images that can be read piece by piece; `prompt(index)` besides, if scorers are to rate them."""
 
     description: dict[str, Any]
     """Identifies the images in feature stores and results (JSON)."""
@@ -177,6 +177,10 @@ class KeptImages:
         for index, image in zip(range(start, min(stop, self.num_kept)), images, strict=False):
             save_image(PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), self.path(index))
         return images
+
+    def prompt(self, index: int) -> str:
+        """The source's prompt of an image."""
+        return self.source.prompt(index)
 
     def path(self, index: int) -> Path:
         """Path of a kept image."""

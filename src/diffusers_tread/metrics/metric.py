@@ -19,6 +19,16 @@ class MeanStd:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeanError:
+    """The mean of a value of each image."""
+
+    mean: float
+    """Mean over the images."""
+    standard_error: float
+    """Standard deviation of the images, of the sample, over the root of their number."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metric:
     """What a metric is computed from, and how."""
 

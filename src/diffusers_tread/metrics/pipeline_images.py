@@ -44,7 +44,7 @@ class PipelineImages:
     ):
         self.pipeline, self.num_images, self.seed, self.random_labels = pipeline, num_images, seed, random_labels
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
-        for name, part in self._networks().items():
+        for name, part in pipeline_networks(pipeline).items():
             check_finite(part.state_dict(), what=f"weights of the {name}")
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class PipelineImages:
 
     def generator(self, index: int) -> torch.Generator:
         """Makes the generator of all of a sample's random numbers."""
-        return torch.Generator().manual_seed(derive_seed(self.seed, "evaluate", index))
+        return sample_generator(self.seed, index)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Samples [B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images.
@@ -85,26 +85,39 @@ class PipelineImages:
             scale = self.guidance_scale or 1.0
             guidance = {"kind": "classifier-free" if scale > 1.0 else "none", "guidance_scale": scale}
         else:
-            guidance = {"kind": type(guider).__name__, **_config(guider)}
+            guidance = {"kind": type(guider).__name__, **component_config(guider)}
 
         # Weights, in what precision, and the rest.
-        modules = self._networks()
         return {
-            "weights": {name: weights_fingerprint(part) for name, part in modules.items()},
-            "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in modules.items()},
-            "scheduler": {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)},
+            **describe_components(pipeline),
             "num_inference_steps": self.num_inference_steps,
             "guidance": guidance,
             "labels": "random" if self.random_labels else "balanced",
             "seed": self.seed,
         }
 
-    def _networks(self) -> dict[str, torch.nn.Module]:
-        parts = self.pipeline.components
-        return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+def sample_generator(seed: int, index: int) -> torch.Generator:
+    """Makes the generator of all random numbers of sample `index`, on the CPU."""
+    return torch.Generator().manual_seed(derive_seed(seed, "evaluate", index))
 
 
-def _config(component) -> dict[str, Any]:
+def pipeline_networks(pipeline) -> dict[str, torch.nn.Module]:
+    """Finds the components of a pipeline that have weights, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def describe_components(pipeline) -> dict[str, Any]:
+    """Identifies a pipeline's weights, their precision and its scheduler (JSON)."""
+    networks = pipeline_networks(pipeline)
+    return {
+        "weights": {name: weights_fingerprint(part) for name, part in networks.items()},
+        "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in networks.items()},
+        "scheduler": {"class": type(pipeline.scheduler).__name__, **component_config(pipeline.scheduler)},
+    }
+
+
+def component_config(component) -> dict[str, Any]:
     """Reads a component's settings as its JSON file has them."""
     config = json.loads(component.to_json_string())
     return {key: value for key, value in config.items() if not key.startswith("_")}

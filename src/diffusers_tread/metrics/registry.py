@@ -11,9 +11,10 @@ from math import isfinite
 from ..registry import add_entry
 from .frechet import FID, SFID
 from .inception_score import INCEPTION_SCORE
-from .metric import MeanStd, Metric
+from .metric import MeanError, MeanStd, Metric
 from .networks import FeatureExtractor
 from .precision_recall import PRECISION, RECALL
+from .scorers import SCORERS
 
 
 METRICS: dict[str, Metric] = {
@@ -65,8 +66,10 @@ def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, *, num_sa
             raise ValueError(f"Expected at least {metric.min_samples} images for {name}, got {num_samples}. Use more.")
 
 
-def named_values(name: str, value: float | MeanStd) -> dict[str, float]:
-    """Names what a metric returned, as results files do: a standard deviation gets the suffix "_std"."""
+def named_values(name: str, value: float | MeanStd | MeanError) -> dict[str, float]:
+    """Names what a metric or a scorer gave, as results files do; "_std" and "_standard_error" are suffixes."""
+    if isinstance(value, MeanError):
+        return {name: value.mean, f"{name}_standard_error": value.standard_error}
     return {name: value.mean, f"{name}_std": value.std} if isinstance(value, MeanStd) else {name: value}
 
 
@@ -78,8 +81,15 @@ def check_values(values: Mapping[str, float]) -> None:
 
 
 def value_label(name: str) -> str:
-    """Finds the label of a value that `named_values` named; without a registered metric it is the name itself."""
-    if name in METRICS:
-        return METRICS[name].label
-    metric = METRICS.get(name.removesuffix("_std"))
-    return name if metric is None else f"{metric.label}, standard deviation"
+    """Finds the label of a value that `named_values` named; without an entry in the tables it is the name itself."""
+    entries = METRICS | {f"{scorer}_score": entry for scorer, entry in SCORERS.items()}
+    for suffix, what in {"": "", "_std": ", standard deviation", "_standard_error": ", standard error"}.items():
+        if name.endswith(suffix) and (entry := entries.get(name.removesuffix(suffix))):
+            return f"{entry.label}{what}"
+    return name
+
+
+def is_higher_better(name: str) -> bool | None:
+    """In which direction a value is better; None for a standard deviation or error, and for what the tables lack."""
+    entry = METRICS.get(name) or (SCORERS.get(name.removesuffix("_score")) if name.endswith("_score") else None)
+    return None if entry is None else entry.higher_is_better

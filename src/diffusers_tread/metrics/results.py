@@ -47,18 +47,22 @@ class EvaluationResults:
     """
 
     metrics: dict[str, float]
-    """Values by name: those of `METRICS`, and `<name>_std` for a metric that is computed on parts of the images."""
+    """Values by name: those of `METRICS`, and `<name>_std` for a metric that is computed on parts of the images; the
+    mean `<name>_score` of each scorer, and `<name>_score_standard_error`."""
     num_samples: int
     """Number of images that were judged."""
     images: dict[str, Any]
     """The images that were judged. For a pipeline: `name_or_path`, `revision`, `weights` (SHA-256 by component),
-    `scheduler`, `num_inference_steps`, `guidance`, `labels`, `seed`; for a folder or file its name and hash."""
+    `scheduler`, `num_inference_steps`, `guidance`, `labels`, `seed`; `prompts` with their
+    number and hash instead of labels for a text-to-image pipeline; for a folder or file its name and hash."""
     feature_extractor: dict[str, str]
-    """`name` and `fingerprint` of the network whose features were compared."""
+    """`name` and `fingerprint` of the network whose features were compared; only the name "none" without one."""
     reference: dict[str, Any]
-    """Name and hash of the reference."""
+    """Name and hash of the reference; only the name "none" without one."""
     batch_size: int
     """Images per forward. On most hardware, another one rounds sums differently."""
+    scorers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What identifies each scorer, by its name."""
     versions: dict[str, str] = field(default_factory=package_versions)
     """Versions of Python and of the installed packages."""
     hardware: dict[str, Any] = field(default_factory=describe_hardware)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from diffusers.optimization import SchedulerType
 
+from ..data import Buckets
 from ..objectives import FlowMatchingObjective, find_objective
 
 
@@ -71,7 +72,9 @@ class RunConfig:
     shuffle_buffer: int = 10_000
     """Records that the shuffle of a stream holds in memory."""
     resolution: int | None = None
-    """Side of the training images in pixels; None for that of digits or latents."""
+    """Side of the training images in pixels; None for that of digits, latents or buckets."""
+    aspect_ratio_buckets: str | None = None
+    """Sizes of the training images as height,width;height,width instead of one square; None for squares."""
     background: str = "white"
     """Colour behind transparent images, such as white or #808080."""
     random_flip: bool = False
@@ -178,6 +181,7 @@ class RunConfig:
     """Steps between pushes while training goes on; None for the end alone."""
 
     def __post_init__(self):
+        self.buckets()
         schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
         if self.lr_scheduler not in schedules:
             raise ValueError(f"Expected --lr_scheduler among {schedules}, got {self.lr_scheduler!r}.")
@@ -209,11 +213,16 @@ class RunConfig:
         if self.streaming and self.max_train_steps is None:
             raise ValueError("Expected --max_train_steps with --streaming, whose length is not known.")
 
+    def buckets(self) -> Buckets | None:
+        """Sizes of the training images; None for squares. Raises ValueError for a text that names none."""
+        return None if self.aspect_ratio_buckets is None else Buckets.parse(self.aspect_ratio_buckets)
+
     def data_options(self) -> dict[str, Any]:
         """What `open_source` is told besides `data`."""
         names = ("dataset_config_name", "image_column", "cache_dir", "streaming", "shuffle_buffer", "resolution")
         names += ("background", "random_flip", "seed")
-        return {name: getattr(self, name) for name in names} | {"split": self.dataset_split}
+        options = {"split": self.dataset_split, "buckets": self.buckets()}
+        return {name: getattr(self, name) for name in names} | options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..files import write_json
-from ..metrics import FeatureExtractor, check_metrics, evaluate_pipeline, prepare_reference
+from ..metrics import FeatureExtractor, ImageSource, check_metrics, evaluate_images, prepare_reference
 from ..pictures import save_curve
-from ..pipelines import TREADPipeline
 
 
 RECORDS, STORE, PICTURE = "metrics.json", "eval", "samples/fid.png"
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class FIDCurve:
-    """Measures pipelines against one reference; all processes make it, and call `measure`, together.
+    """Measures samples against one reference; all processes make it, and call `measure`, together.
 
     The output folder gets `metrics.json` with one record per measurement, `samples/fid.png` and, in `eval`, the
     features of a reference of images.
@@ -36,9 +35,7 @@ class FIDCurve:
         image_size: Side of the samples in pixels, which images of the reference must have.
         num_samples: Of a measurement, over all processes.
         batch_size: Samples per process and forward.
-        num_inference_steps: Sampling steps.
-        guidance_scale: Classifier-free guidance; 1 for none.
-        seed: Of the samples.
+        sampling: How samples are made, for the records.
 
     Raises:
         ValueError: The reference is missing or of another extractor or size; too few samples.
@@ -55,17 +52,10 @@ class FIDCurve:
         image_size: int,
         num_samples: int,
         batch_size: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        seed: int,
+        sampling: dict[str, Any],
     ):
         self.accelerator, self.output_dir, self.extractor = accelerator, Path(output_dir), extractor
-        self.sampling = {
-            "num_samples": num_samples,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "seed": seed,
-        }
+        self.sampling = {"num_samples": num_samples, **sampling}
         self.batch_size = batch_size
         check_metrics(("fid",), extractor, num_samples=num_samples)
         self.reference = prepare_reference(
@@ -83,19 +73,18 @@ class FIDCurve:
         """Whether this step was measured, by this process or before it was started."""
         return any(record["step"] == step for record in self.records)
 
-    def measure(self, pipeline: TREADPipeline, *, step: int) -> float:
-        """The FID of samples of a pipeline, the same one in each process; the same value in each process."""
+    def measure(self, samples: ImageSource, *, step: int) -> float:
+        """The FID of samples, the same ones in each process; the same value in each process."""
         store = self.output_dir / STORE / f"step-{step:07d}"
         if self.accelerator.is_main_process:
             shutil.rmtree(store, ignore_errors=True)  # of a run that was killed here
         self.accelerator.wait_for_everyone()
-        values = evaluate_pipeline(
-            pipeline,
+        values = evaluate_images(
+            samples,
             extractor=self.extractor,
             reference=self.reference,
             batch_size=self.batch_size,
             store_dir=store,
-            **self.sampling,
         )
         (fid,) = broadcast_object_list([values and values["fid"]])
 

@@ -1,29 +1,32 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """What a run makes of its weights: grids, FIDs, the pipeline in its folder and on the Hub."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
 from ..data import TrainingSource
 from ..files import whole
-from ..hub import BackgroundPush, CardDetails
-from ..metrics import FeatureExtractor
+from ..hub import BackgroundPush, CardDetails, export_for_hub
+from ..metrics import FeatureExtractor, ImageSource, PipelineImages
 from ..pictures import save_image
 from ..pipelines import TREADPipeline
-from .config import TrainConfig
+from .config import RunConfig
 from .fid_curve import PICTURE, RECORDS, FIDCurve
 from .folder import PIPELINE, RunFolder
 from .samples import last_grid, log_grid, sample_grid, snapshot_pipeline
 
 
-class RunOutputs:
+class RunOutputs(ABC):
     """Makes pipelines of a run's weights as they are and does something with them; dense, leaving the training alone.
 
-    All processes call the methods together; the main one writes.
+    All processes call the methods together; the main one writes. A subclass says what pipelines and samples are.
 
     Args:
         config: Of the run.
@@ -33,14 +36,16 @@ class RunOutputs:
         run: Its folder.
         weights: The parameters or their averages, whole or sharded.
         names: Their names, in the same order.
-        scheduler: Of the pipelines.
         extractor: What measures the FID; None without --eval_steps.
         step: That the run goes on from.
     """
 
+    export = staticmethod(export_for_hub)
+    """Writes what is pushed to the Hub."""
+
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         accelerator: Accelerator,
         source: TrainingSource,
         settings: dict[str, Any],
@@ -48,16 +53,16 @@ class RunOutputs:
         run: RunFolder,
         weights: Sequence[torch.Tensor],
         names: Sequence[str],
-        scheduler: Any,
         extractor: FeatureExtractor | None,
         step: int,
     ):
         self.config, self.accelerator, self.source, self.settings = config, accelerator, source, settings
-        self.run, self.weights, self.names, self.scheduler = run, weights, names, scheduler
+        self.run, self.weights, self.names = run, weights, names
         self.background_push, self.fid_curve = None, None
         if config.push_to_hub and accelerator.is_main_process:
             folder = Path(config.output_dir, "hub")
-            self.background_push = BackgroundPush(config.hub_model_id, folder, private=config.hub_private)
+            options = {"private": config.hub_private, "export": self.export}
+            self.background_push = BackgroundPush(config.hub_model_id, folder, **options)
         if extractor is not None:
             self.fid_curve = FIDCurve(
                 accelerator,
@@ -68,37 +73,38 @@ class RunOutputs:
                 image_size=source.resolution,
                 num_samples=config.eval_num_samples,
                 batch_size=config.eval_batch_size,
-                num_inference_steps=config.eval_inference_steps,
-                guidance_scale=config.eval_guidance_scale,
-                seed=config.seed,
+                sampling=self.sampling,
             )
 
-    def make_pipeline(self) -> TREADPipeline:
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How samples are made whose FID is measured."""
+        config = self.config
+        return {
+            "num_inference_steps": config.eval_inference_steps,
+            "guidance_scale": config.eval_guidance_scale,
+            "seed": config.seed,
+        }
+
+    @abstractmethod
+    def make_pipeline(self) -> DiffusionPipeline:
         """A pipeline of the weights as they are now."""
-        return snapshot_pipeline(
-            self.accelerator,
-            self.weights,
-            self.names,
-            model_class=self.settings["model_class"],
-            model_config=self.settings["model"],
-            scheduler=self.scheduler,
-            vae=self.source.vae,
-            id2label=self.source.id2label if self.settings["num_classes"] else None,
-        )
+
+    @abstractmethod
+    def make_grid(self, pipeline: DiffusionPipeline) -> PIL.Image.Image:
+        """A picture of samples; the noise of an image is the same in every grid."""
+
+    @abstractmethod
+    def make_samples(self, pipeline: DiffusionPipeline) -> ImageSource:
+        """The samples whose FID is measured."""
 
     def save_grid(self, step: int) -> None:
         """A picture in `samples`, and with the trackers."""
-        config, pipeline = self.config, self.make_pipeline()
+        pipeline = self.make_pipeline()
         if self.accelerator.is_main_process:
-            grid = sample_grid(
-                pipeline,
-                num_images=config.num_validation_images,
-                seed=config.seed,
-                num_inference_steps=config.validation_inference_steps,
-                guidance_scale=config.validation_guidance_scale,
-            )
+            grid = self.make_grid(pipeline)
             picture = Path("samples", f"step-{step:07d}.png")
-            save_image(grid, config.output_dir / picture)
+            save_image(grid, self.config.output_dir / picture)
             self.run.record(picture)
             log_grid(self.accelerator, grid, step=step)
         self.accelerator.wait_for_everyone()
@@ -107,7 +113,7 @@ class RunOutputs:
         """The FID of samples, once for each step."""
         if self.fid_curve.has(step):
             return
-        fid = self.fid_curve.measure(self.make_pipeline(), step=step)
+        fid = self.fid_curve.measure(self.make_samples(self.make_pipeline()), step=step)
         self.run.record("eval", RECORDS, PICTURE)
         self.accelerator.print(f"Step {step}: FID {fid:.4g} of {self.config.eval_num_samples} samples.")
         self.accelerator.log({"fid": fid}, step=step)
@@ -141,3 +147,42 @@ class RunOutputs:
         self.accelerator.print(f"Saved {path}.")
         if self.background_push is not None:
             self.background_push.wait()
+
+
+class ClassOutputs(RunOutputs):
+    """Of a class-conditional run, see `RunOutputs`.
+
+    Args:
+        *args: As for `RunOutputs`.
+        scheduler: Of the pipelines.
+        **options: As for `RunOutputs`.
+    """
+
+    def __init__(self, *args: Any, scheduler: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.scheduler = scheduler
+
+    def make_pipeline(self) -> TREADPipeline:
+        return snapshot_pipeline(
+            self.accelerator,
+            self.weights,
+            self.names,
+            model_class=self.settings["model_class"],
+            model_config=self.settings["model"],
+            scheduler=self.scheduler,
+            vae=self.source.vae,
+            id2label=self.source.id2label if self.settings["num_classes"] else None,
+        )
+
+    def make_grid(self, pipeline: TREADPipeline) -> PIL.Image.Image:
+        config = self.config
+        return sample_grid(
+            pipeline,
+            num_images=config.num_validation_images,
+            seed=config.seed,
+            num_inference_steps=config.validation_inference_steps,
+            guidance_scale=config.validation_guidance_scale,
+        )
+
+    def make_samples(self, pipeline: TREADPipeline) -> PipelineImages:
+        return PipelineImages(pipeline, num_images=self.config.eval_num_samples, **self.sampling)

@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """How a pipeline is sampled, for the scripts that do: flags, pipeline, scheduler, guider."""
 
+import dataclasses
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +11,8 @@ import diffusers
 import torch
 
 from ..guiders import SparseGuidance
-from ..metrics import PipelineImages
+from ..metrics import PipelineImages, PromptImages, load_dataset_prompts, read_prompts
+from ..objectives import OBJECTIVES
 from ..pipelines import TREADPipeline
 from ..schedulers import SCHEDULERS
 from .parsing import check_at_least, read_json
@@ -23,6 +26,12 @@ _GUIDANCE_FIELDS = {
 }
 
 
+_PROMPT_FIELDS = ("prompt_dataset_config_name", "prompt_dataset_split", "caption_column")
+_PROMPT_FIELDS += ("height", "width", "call_options")
+
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """A pipeline and how it is sampled.
@@ -32,17 +41,33 @@ class SamplingConfig:
     """
 
     pretrained_pipeline: str | None = None
-    """A TREADPipeline: a folder or a repository on the Hub."""
+    """A folder or a repository on the Hub: a TREADPipeline, or with prompts a text-to-image pipeline of diffusers."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the transformers; the VAE stays in float32."""
-    num_samples: int = 50_000
-    """Samples of the pipeline."""
+    """Of the transformers; the VAE stays in float32. With prompts, of all networks."""
+    num_samples: int | None = None
+    """Samples of the pipeline; None for 50,000, or for one per prompt."""
     seed: int = 0
     """Sample i follows from this and i."""
     random_labels: bool = False
     """Draw classes at random, as ADM and DiT do, instead of one after the other."""
+    prompts: str | None = None
+    """Instead of classes: a .txt file with a prompt per line, or a .jsonl, .csv or .parquet file of rows."""
+    prompt_dataset_name: str | None = None
+    """Instead of a file: a `datasets` repository with a column of prompts."""
+    prompt_dataset_config_name: str | None = None
+    """Its configuration; None for its only one."""
+    prompt_dataset_split: str = "train"
+    """Its split, such as validation or train[:5000]."""
+    caption_column: str = "text"
+    """Column of the prompts in a data set or a file."""
+    height: int | None = None
+    """Of prompts' samples, in pixels; None for the pipeline's default."""
+    width: int | None = None
+    """Likewise."""
+    call_options: str = "{}"
+    """With prompts: more arguments of the pipeline's call as JSON, such as {"negative_prompt": "blurry"}."""
     num_inference_steps: int = 40
     """Steps of the sampler."""
     scheduler: str | None = None
@@ -61,26 +86,107 @@ class SamplingConfig:
     """More settings of SparseGuidance as JSON, such as {"stop": 0.8}."""
 
     def __post_init__(self):
-        check_at_least(self, 1, "num_samples", "num_inference_steps")
+        check_at_least(self, 1, "num_samples", "num_inference_steps", "height", "width")
         given = {name for name in _GUIDANCE_FIELDS["sparse"] if getattr(self, name) is not None}
         if unused := sorted(given - set(_GUIDANCE_FIELDS[self.guidance])):
             raise ValueError(f"Expected only flags that --guidance {self.guidance} uses, got {unused}.")
         if self.guidance == "cfg" and self.guidance_scale is None:
             raise ValueError("Expected --guidance_scale with --guidance cfg, got none.")
+        self._check_prompts()
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the pipeline makes images of prompts."""
+        return self.prompts is not None or self.prompt_dataset_name is not None
+
+    def _check_prompts(self) -> None:
+        if self.prompts is not None and self.prompt_dataset_name is not None:
+            raise ValueError("Expected either --prompts or --prompt_dataset_name, got both.")
+        defaults = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
+        given = [name for name in _PROMPT_FIELDS if getattr(self, name) != defaults[name]]
+        if given and not self.has_prompts:
+            raise ValueError(f"Expected {given} only with --prompts or --prompt_dataset_name. Leave them out.")
+        if self.has_prompts and (self.random_labels or self.guidance == "sparse"):
+            raise ValueError("Expected prompts without --random_labels and --guidance sparse, got one of these.")
 
 
 def open_pipeline_images(
-    config: SamplingConfig, device: torch.device, *, guider: SparseGuidance | None = None
-) -> PipelineImages:
-    """The samples that a config asks for, see `load_pipeline`."""
+    config: SamplingConfig,
+    device: torch.device,
+    *,
+    guider: SparseGuidance | None = None,
+    cache_dir: str | None = None,
+) -> PipelineImages | PromptImages:
+    """The samples that a config asks for, see `load_pipeline` and `load_text_pipeline`.
+
+    Args:
+        config: Of the samples.
+        device: Of the networks.
+        guider: Instead of the one that the config asks for.
+        cache_dir: Where a downloaded data set of prompts is kept; None for the cache of `datasets`.
+    """
+    scale = {"none": 1.0, "cfg": config.guidance_scale}.get(config.guidance)
+    common = {"num_inference_steps": config.num_inference_steps, "guidance_scale": scale, "seed": config.seed}
+    if config.has_prompts:
+        prompts = load_prompts(config, cache_dir=cache_dir)
+        common |= {"height": config.height, "width": config.width, "call_options": read_json(config.call_options)}
+        pipeline = load_text_pipeline(config, device)
+        return PromptImages(pipeline, prompts, num_images=config.num_samples, **common)
     return PipelineImages(
         load_pipeline(config, device, guider=guider),
-        num_images=config.num_samples,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale={"none": 1.0, "cfg": config.guidance_scale}.get(config.guidance),
-        seed=config.seed,
+        num_images=config.num_samples or 50_000,
         random_labels=config.random_labels,
+        **common,
     )
+
+
+def load_prompts(config: SamplingConfig, *, cache_dir: str | None = None) -> list[str]:
+    """The prompts that a config names; says so if they are fewer than the samples."""
+    if config.prompts is not None:
+        prompts = read_prompts(config.prompts, caption_column=config.caption_column)
+    else:
+        prompts = load_dataset_prompts(
+            config.prompt_dataset_name,
+            dataset_config_name=config.prompt_dataset_config_name,
+            split=config.prompt_dataset_split,
+            caption_column=config.caption_column,
+            cache_dir=cache_dir,
+        )
+    if config.num_samples is not None and config.num_samples > len(prompts):
+        logger.warning(f"{config.num_samples} samples of {len(prompts)} prompts: the prompts are taken in turns.")
+    return prompts
+
+
+def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffusers.DiffusionPipeline:
+    """A text-to-image pipeline of diffusers with the scheduler that a config asks for.
+
+    Weights are read from safetensors only, and no code of a repository is executed.
+
+    Raises:
+        ValueError: There is no such pipeline; the scheduler refuses a setting, or samples from other models.
+    """
+    dtype = getattr(torch, config.dtype)
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            config.pretrained_pipeline, revision=config.revision, torch_dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: a class that diffusers does not have
+        raise ValueError(
+            "Expected a text-to-image pipeline of diffusers with safetensors in --pretrained_pipeline, got "
+            f"{config.pretrained_pipeline} ({error}). A TREADPipeline is evaluated without prompts."
+        ) from error
+
+    # Schedulers that sample from models of the same objective.
+    saved = pipeline.scheduler
+    pipeline.scheduler = make_scheduler(saved, config.scheduler, read_json(config.scheduler_config))
+    objectives = [kind for kind in OBJECTIVES.values() if kind.accepts(saved)]
+    if objectives and not any(kind.accepts(pipeline.scheduler) for kind in objectives):
+        raise ValueError(
+            f"Expected a scheduler for models that {type(saved).__name__} samples from, got "
+            f"{type(pipeline.scheduler).__name__}. Use one of the same kind."
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
 
 
 def load_pipeline(

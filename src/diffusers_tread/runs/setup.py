@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from ..models import DENOISERS, TREADTransformer2DModel, make_denoiser
 from ..objectives import LOSS_TERMS, LossTerm, Objective, find_objective
 from ..routing import TokenRoute
 from ..seeds import derive_seed
-from .config import CONTROL_FIELDS, TrainConfig
+from .config import CONTROL_FIELDS, RunConfig, TrainConfig
 from .parsing import read_json
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+def make_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate for one process, DDP or FSDP2; trackers write into the run's folder.
 
     Raises:
@@ -54,7 +55,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def init_trackers(accelerator: Accelerator, config: TrainConfig, settings: dict[str, Any]) -> None:
+def init_trackers(accelerator: Accelerator, config: RunConfig, settings: dict[str, Any]) -> None:
     """Starts the trackers of a run, whose files go to `logs` in its folder."""
     if config.report_to == "none":
         return
@@ -85,7 +86,7 @@ class UnseenSource(TrainingSource):
         raise TypeError("Expected a length of data that were not opened.")
 
 
-def open_data(config: TrainConfig, accelerator: Accelerator) -> TrainingSource:
+def open_data(config: RunConfig, accelerator: Accelerator) -> TrainingSource:
     """The data of a run; for a dry run only what lies on this machine."""
     kind, _, name = config.data.partition(":")
     if config.dry_run and kind in ("folder", "hub", "latents") and not Path(name).exists():
@@ -97,7 +98,7 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> TrainingSource:
     return source
 
 
-def make_objective(config: TrainConfig) -> Objective:
+def make_objective(config: RunConfig) -> Objective:
     """Raises ValueError for fields that the objective does not have."""
     fields, kind = read_json(config.objective_config), find_objective(config.objective)
     if unknown := sorted(set(fields) - set(inspect.signature(kind).parameters)):
@@ -141,13 +142,13 @@ def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
     return make_denoiser(name, **{**values, **given})
 
 
-def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.AdamW:
+def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.AdamW:
     """AdamW with the config's settings, fused."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(parameters, fused=True, **_adam(config))
 
 
-def make_lr_scheduler(config: TrainConfig, optimizer, *, step: int, max_steps: int):
+def make_lr_scheduler(config: RunConfig, optimizer, *, step: int, max_steps: int):
     """The learning rate of a run that goes on from a step: a function of the step, so that it needs no state."""
     for group in optimizer.param_groups:  # a checkpoint brings those of its own run
         group.update(_adam(config), initial_lr=config.learning_rate)
@@ -160,13 +161,13 @@ def make_lr_scheduler(config: TrainConfig, optimizer, *, step: int, max_steps: i
     )
 
 
-def _adam(config: TrainConfig) -> dict[str, Any]:
+def _adam(config: RunConfig) -> dict[str, Any]:
     betas = (config.adam_beta1, config.adam_beta2)
     decay, epsilon = config.adam_weight_decay, config.adam_epsilon
     return {"lr": config.learning_rate, "betas": betas, "weight_decay": decay, "eps": epsilon}
 
 
-def open_feature_extractor(config: TrainConfig, accelerator: Accelerator) -> FeatureExtractor | None:
+def open_feature_extractor(config: RunConfig, accelerator: Accelerator) -> FeatureExtractor | None:
     """The network that samples are compared with; None without --eval_steps."""
     if config.eval_steps is None:
         return None
@@ -195,6 +196,21 @@ def describe_run(
         ValueError: The loss terms do not fit the model, or the length of the run is not known.
     """
     make_terms(config, model)  # raises for a model that they do not fit
+    return common_settings(config, accelerator, source) | {
+        "num_classes": model.config.num_classes,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "block_flops_saved": block_flops_saved(model),
+        "model_class": type(model).__name__,
+        "model": {key: value for key, value in json.loads(model.to_json_string()).items() if key[0] != "_"},
+    }
+
+
+def common_settings(config: RunConfig, accelerator: Accelerator, source: TrainingSource) -> dict[str, Any]:
+    """What every run depends on, but for the model (JSON).
+
+    Raises:
+        ValueError: The length of the run is not known.
+    """
     total_batch_size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     try:
         num_images = None if config.streaming else len(source)
@@ -205,43 +221,61 @@ def describe_run(
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in CONTROL_FIELDS}
     if "latents" in (identity := source.identity()):
         settings["data"] = "latents"  # wherever they lie
+    epochs = None if num_images is None else config.num_train_epochs * num_images
     return (
         settings
         | identity
         | {
-            "max_train_steps": config.max_train_steps
-            or math.ceil(config.num_train_epochs * num_images / total_batch_size),
+            "max_train_steps": config.max_train_steps or math.ceil(epochs / total_batch_size),
             "mixed_precision": accelerator.mixed_precision,
             "distributed_type": accelerator.distributed_type.value,
             "num_processes": accelerator.num_processes,
             "total_batch_size": total_batch_size,
             "num_images": num_images,
-            "num_classes": model.config.num_classes,
             "steps_per_epoch": None if num_images is None else num_images / total_batch_size,
-            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "block_flops_saved": block_flops_saved(model),
-            "model_class": type(model).__name__,
-            "model": {key: value for key, value in json.loads(model.to_json_string()).items() if key[0] != "_"},
         }
     )
 
 
-def settings_table(config: TrainConfig, accelerator: Accelerator, settings: dict[str, Any]) -> str:
-    """A dozen lines about a run; the whole lies as JSON in its folder."""
-    model, epoch = settings["model"], settings["steps_per_epoch"]
-    side, routes = model["sample_size"], [TokenRoute(**route) for route in model.get("routes") or []]
-    routes = [f"{one.selection_ratio:.0%} of the {one.unit}s skip blocks {one.start} to {one.end}" for one in routes]
-    copies = 5 if settings["use_ema"] else 4  # weights, gradients, two Adam moments, average
-    rows = {
-        "data": [config.data, f"{settings['num_images'] or 'unknown number of'} images"],
+def describe_classes(config: TrainConfig, settings: dict[str, Any]) -> dict[str, list[Any]]:
+    """What `settings_table` says of a class-conditional run alone."""
+    model, side = settings["model"], settings["model"]["sample_size"]
+    return {
         "sees": [f"{model['in_channels']}x{side}x{side}", f"{settings['num_classes']} classes"],
-        "model": [settings["model_class"], config.preset, f"{settings['num_parameters'] / 1e6:.1f}M parameters"],
-        "routes": [*(routes or ["none"]), f"{settings['block_flops_saved']:.0%} of the blocks' FLOPs saved"],
-        "dense": [f"the last {config.dense_fraction:.0%} of the steps"],
+        "model": [settings["model_class"], config.preset],
+        "routes": describe_routes([TokenRoute(**route) for route in model.get("routes") or []]),
         "objective": [
             config.objective,
             *(text for text in (config.objective_config, config.loss_terms) if text != "{}"),
         ],
+    }
+
+
+def describe_routes(routes: Sequence[TokenRoute]) -> list[str]:
+    """Routes for the eye."""
+    return [f"{one.selection_ratio:.0%} of the {one.unit}s skip blocks {one.start} to {one.end}" for one in routes]
+
+
+def settings_table(
+    config: RunConfig, accelerator: Accelerator, settings: dict[str, Any], about: dict[str, list[Any]]
+) -> str:
+    """A dozen lines about a run; the whole lies as JSON in its folder.
+
+    Args:
+        config: Of the run.
+        accelerator: Of the run.
+        settings: All that it depends on.
+        about: What it `sees`, its `model`, `routes` and `objective`.
+    """
+    epoch, saved = settings["steps_per_epoch"], settings["block_flops_saved"]
+    copies = 5 if settings["use_ema"] else 4  # weights, gradients, two Adam moments, average
+    rows = {
+        "data": [config.data, f"{settings['num_images'] or 'unknown number of'} images"],
+        "sees": about["sees"],
+        "model": [*about["model"], f"{settings['num_parameters'] / 1e6:.1f}M parameters"],
+        "routes": [*(about["routes"] or ["none"]), saved is not None and f"{saved:.0%} of the blocks' FLOPs saved"],
+        "dense": [f"the last {config.dense_fraction:.0%} of the steps"],
+        "objective": about["objective"],
         "steps": [
             f"{settings['max_train_steps']} of {settings['total_batch_size']} images",
             epoch and f"{settings['max_train_steps'] / epoch:.3g} epochs",

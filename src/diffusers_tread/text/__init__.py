@@ -1,8 +1,17 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Text-to-image pipelines of diffusers as denoisers to train, and what their encoders make of captions."""
 
+from .building import PIPELINES, load_pipeline, make_transformer, register_text_pipeline
 from .denoiser import PipelineDenoiser
-from .encoding import PromptEncoder
+from .encoding import LENGTHS, PromptEncoder
 
 
-__all__ = ["PipelineDenoiser", "PromptEncoder"]
+__all__ = [
+    "LENGTHS",
+    "PIPELINES",
+    "PipelineDenoiser",
+    "PromptEncoder",
+    "load_pipeline",
+    "make_transformer",
+    "register_text_pipeline",
+]

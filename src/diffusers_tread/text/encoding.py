@@ -14,6 +14,9 @@ from ..fingerprint import weights_fingerprint
 Encoded = dict[str, torch.Tensor]
 """What was made of one caption: tensors without batch dimension, by their place in what `encode_prompt` returns."""
 
+LENGTHS = ("max_sequence_length", "tokenizer_max_length")
+"""What pipelines call the number of tokens of a caption."""
+
 
 class PromptEncoder:
     """Captions as a text-to-image pipeline of diffusers encodes them, without a negative prompt.
@@ -83,7 +86,7 @@ class PromptEncoder:
 
     def _limit(self, tokenizer) -> int:
         # CLIP's encoders have a length of their own, which no pipeline lets anybody set.
-        asked = next((self.options[name] for name in _LENGTHS if name in self.options), tokenizer.model_max_length)
+        asked = next((self.options[name] for name in LENGTHS if name in self.options), tokenizer.model_max_length)
         return tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else asked
 
     def _find_options(self, max_sequence_length: int | None) -> dict[str, Any]:
@@ -100,7 +103,7 @@ class PromptEncoder:
             options["device"] = self.pipeline.device
 
         # The length that `__call__` would take.
-        name = next((name for name in _LENGTHS if name in parameters), None)
+        name = next((name for name in LENGTHS if name in parameters), None)
         if max_sequence_length is not None and name is None:
             raise ValueError(
                 f"Expected no max_sequence_length for {kind.__name__}, whose length is fixed, got "
@@ -111,9 +114,6 @@ class PromptEncoder:
             length = max_sequence_length or (default and default.default)
             options |= {} if length in (None, inspect.Parameter.empty) else {name: length}
         return options
-
-
-_LENGTHS = ("max_sequence_length", "tokenizer_max_length")
 
 
 def _batch_axis(one: Any, two: Any) -> int | None:

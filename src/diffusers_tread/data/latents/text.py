@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...settings import list_changes
+
 
 EMPTY = "text_empty.safetensors"
 # The types of Arrow, which has no bfloat16 and packs booleans.
@@ -68,6 +70,14 @@ class StoredText:
         """Raises ValueError for arrays with other names, dtypes or shapes."""
         if (found := describe_arrays(arrays)) != self.arrays:
             raise ValueError(f"Expected arrays {self.arrays} of a caption, got {found}.")
+
+    def check_encoder(self, identity: dict[str, Any]) -> None:
+        """Raises ValueError, with what differs, for the identity of another encoder than made the arrays."""
+        if changes := list_changes(self.encoder, identity):
+            raise ValueError(
+                f"Expected the text encoder that the captions of these latents were encoded with, got another one "
+                f"({'; '.join(changes)}). Name the same pipeline and max_sequence_length, or make the latents anew."
+            )
 
     def load_empty(self, folder: str | Path) -> dict[str, torch.Tensor]:
         """The empty caption's arrays.

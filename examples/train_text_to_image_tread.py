@@ -1,0 +1,124 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Trains the transformer of a diffusers text-to-image pipeline with token routing (TREAD, arXiv 2501.04765).
+
+    accelerate launch examples/train_text_to_image_tread.py --recipe prx-s-256 --data folder:photos
+    accelerate launch examples/train_text_to_image_tread.py --data hub:organisation/captioned --resolution 512 \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --output_dir runs/sd3
+
+From scratch with a recipe, a preset or a config, else from the pipeline's own weights. What is saved is a pipeline of
+diffusers that loads without this package. The same command goes on with a run that was killed. The flags are the
+fields of `TextTrainConfig`; docs/text-to-image.md.
+"""
+
+from typing import Any
+
+import torch
+
+from diffusers_tread.distributed import on_main_process
+from diffusers_tread.hooks import compile_blocks
+from diffusers_tread.hub import open_repo
+from diffusers_tread.runs import setup, text
+from diffusers_tread.runs.config import FREE_FIELDS
+from diffusers_tread.runs.ema import update_ema
+from diffusers_tread.runs.folder import open_run_folder
+from diffusers_tread.runs.parsing import parse_config
+from diffusers_tread.runs.signals import StopRequest
+from diffusers_tread.runs.text_config import TextTrainConfig, text_recipe_settings
+from diffusers_tread.runs.trainer import TrainingLoop
+from diffusers_tread.text import PromptEncoder
+
+
+class Trainer(TrainingLoop):
+    """A step of a text-to-image model; the loop around it is that of all training scripts."""
+
+    def __init__(self, config, accelerator, source, model, settings, *, pipeline, encoder, extractor, **context):
+        self.encoder, transformer = encoder, model.transformer
+        kind, model_config = type(transformer), transformer.config
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if config.compile:
+            compile_blocks(transformer) if config.routes != "none" else transformer.compile_repeated_blocks()
+        super().__init__(config, accelerator, source, model, settings, **context)
+        self.outputs = text.TextOutputs(
+            config, accelerator, source, settings, run=self.run, weights=self.weights, names=self.names,
+            pipeline=pipeline, make_transformer=lambda: kind.from_config(model_config), extractor=extractor,
+            step=self.step,
+        )  # fmt: skip
+
+    def train_step(self) -> torch.Tensor:
+        accelerator, total = self.accelerator, 0.0
+        for micro_step in range(self.config.gradient_accumulation_steps):
+            latents, conditions, routing = self.next_batch(micro_step)
+            with accelerator.accumulate(self.model):
+                options = {"generator": self.generator, "routing": routing}
+                loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and self.config.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total += loss.detach()
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            update_ema(self.ema, self.parameters)
+        return total / self.config.gradient_accumulation_steps
+
+    def conditions(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Captions as the pipeline's encoders give them, some of them empty."""
+        told = self.source.conditions(batch)
+        captions, stored = told["captions"], told.get("text")
+        dropped = (torch.rand(len(captions), generator=generator) < self.config.proportion_empty_prompts).tolist()
+        if stored is None:
+            text = self.encoder(["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)])
+        else:
+            samples = [self.source.empty_text if drop else one for one, drop in zip(stored, dropped, strict=True)]
+            text = self.encoder.collate(samples, device=self.accelerator.device)
+        return {"text": text}
+
+    def null_conditions(self) -> dict[str, Any]:
+        return {"text": self.encoder([""])}
+
+
+def main(argv: list[str] | None = None) -> None:
+    description = __doc__.split("\n")[0]
+    config = parse_config(TextTrainConfig, argv, description=description, recipe_settings=text_recipe_settings)
+    accelerator = setup.make_accelerator(config)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+
+    # Everything is checked before anything is written.
+    pipeline = text.open_pipeline(config, accelerator)
+    routes = text.route_transformer(config, pipeline.transformer)
+    encoder = PromptEncoder(pipeline, max_sequence_length=config.max_sequence_length)
+    source, extractor = (
+        text.open_data(config, pipeline, accelerator),
+        setup.open_feature_extractor(config, accelerator),
+    )
+    denoiser = text.make_denoiser(config, pipeline, encoder, source)
+    flops, flops_saved = text.count_flops(denoiser, is_routed=bool(routes))
+    settings = text.describe_run(config, accelerator, source, pipeline, encoder, flops_saved)
+    about = text.describe_text(config, source, settings, routes)
+    accelerator.print(setup.settings_table(config, accelerator, settings, about))
+    if config.dry_run:
+        return accelerator.end_training()
+    if config.push_to_hub:  # a token that may not write shows now
+        on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
+
+    # The run.
+    options = {"resume_from_checkpoint": config.resume_from_checkpoint, "overwrite": config.overwrite_output_dir}
+    options |= {"total_steps": settings["max_train_steps"], "free_settings": FREE_FIELDS, "fixed_settings": ("model",)}
+    # What a config file asks for once, the command that goes on must not ask for again.
+    overrides = ["--no-overwrite_output_dir"] if config.overwrite_output_dir else []
+    overrides += ["--resume_from_checkpoint=latest"] if config.resume_from_checkpoint else []
+    stop_request = StopRequest(argv, overrides=overrides)
+    with open_run_folder(config.output_dir, settings=settings, **options) as run, stop_request as stop:
+        setup.init_trackers(accelerator, config, settings)
+        context = {"run": run, "stop": stop, "flops": flops, "extractor": extractor}
+        context |= {"pipeline": pipeline, "encoder": encoder}
+        trainer = Trainer(config, accelerator, source, denoiser, settings, **context)
+        trainer.train()
+        trainer.outputs.finish()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

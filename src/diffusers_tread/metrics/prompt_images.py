@@ -1,0 +1,183 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Samples of a text-to-image pipeline of diffusers as images to extract features from and to score."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..finite import check_finite
+from .pipeline_images import component_config, describe_components, pipeline_networks, sample_generator
+
+
+# What a call gets from here, or what would change the number or the kind of its images.
+_RESERVED = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_inference_steps")
+_RESERVED += ("guidance_scale", "height", "width")
+
+
+class PromptImages:
+    """Samples of a text-to-image pipeline; each depends on its prompt, the seed and its index only.
+
+    Sample i has the prompt i mod len(prompts) and a generator seeded with `derive_seed(seed, "evaluate", i)`, which is
+    on the CPU whatever the pipeline's device. The networks are in evaluation mode while they sample.
+
+    Args:
+        pipeline: Any pipeline of diffusers that is called with `prompt`, `generator` and `output_type` and gives
+            `images`, on its device.
+        prompts: At least one text.
+        num_images: Number of samples; None for one per prompt.
+        num_inference_steps: Steps of the sampler; None for the pipeline's default.
+        guidance_scale: Scale of guidance; None for the pipeline's default.
+        height: Height in pixels; None for the pipeline's default.
+        width: Width in pixels; None for the pipeline's default.
+        seed: Seed of the noise.
+        call_options: More arguments of the pipeline's call (JSON), the same for all samples, such as
+            {"negative_prompt": "blurry"}.
+
+    Raises:
+        ValueError: There are no prompts or empty ones, the pipeline's call lacks an argument, or a network has weights
+            with NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        pipeline,
+        prompts: Sequence[str],
+        *,
+        num_images: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        call_options: Mapping[str, Any] | None = None,
+    ):
+        self.pipeline, self.prompts, self.seed = pipeline, tuple(prompts), seed
+        self.num_images = len(self.prompts) if num_images is None else num_images
+        options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        options |= {"height": height, "width": width}
+        self.options = {name: value for name, value in options.items() if value is not None}
+        self.call_options = dict(call_options or {})
+        check_prompts(self.prompts)
+        self._check_call()
+        for name, network in pipeline_networks(pipeline).items():
+            check_finite(network.state_dict(), what=f"weights of the {name}")
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def prompt(self, index: int) -> str:
+        """Chooses the prompt of a sample."""
+        return self.prompts[index % len(self.prompts)]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Samples [B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images.
+
+        Raises:
+            ValueError: Samples that are not finite, or images with another number of channels than 1 or 3.
+        """
+        # What "pt" gives lies in [0, 1] or in [-1, 1], as each pipeline likes; "np" is always in [0, 1].
+        has_no_vae = self.pipeline.components.get("vae", self) is None
+        with evaluation_mode(pipeline_networks(self.pipeline).values()):
+            images = self.pipeline(
+                prompt=[self.prompt(index) for index in range(start, stop)],
+                generator=[sample_generator(self.seed, index) for index in range(start, stop)],
+                output_type="pt" if has_no_vae else "np",
+                **self.options,
+                **self.call_options,
+            ).images
+        if has_no_vae:  # PRX in pixel space gives its latents, which are pixels in [-1, 1]
+            images = images.float() / 2 + 0.5  # B C H W
+        else:
+            images = torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)  # B H W C to B C H W
+        return _to_uint8(images, start)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Lists everything that the samples depend on: weights, tokenizers, sampler, prompts, seed."""
+        pipeline, guider = self.pipeline, getattr(self.pipeline, "guider", None)
+        settings = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
+        return {
+            "pipeline": {"class": type(pipeline).__name__}
+            | {name: value for name, value in settings.items() if not name.startswith("_")},
+            **describe_components(pipeline),
+            "tokenizers": {
+                name: _tokenizer_hash(part) for name, part in pipeline.components.items() if hasattr(part, "get_vocab")
+            },
+            **({} if guider is None else {"guider": {"class": type(guider).__name__, **component_config(guider)}}),
+            **self.options,
+            "call_options": self.call_options,
+            "prompts": {"num_prompts": len(self.prompts), "sha256": _json_hash(self.prompts)},
+            "seed": self.seed,
+        }
+
+    def _check_call(self) -> None:
+        known = list(inspect.signature(self.pipeline.__call__).parameters)
+        if missing := [name for name in ("prompt", "generator", "output_type", *self.options) if name not in known]:
+            raise ValueError(
+                f"Expected a text-to-image pipeline whose call takes {missing}, got {type(self.pipeline).__name__}, "
+                f"which takes {known}. Leave out what it does not take, or use another pipeline."
+            )
+        wrong = [name for name in self.call_options if name not in known or name in _RESERVED]
+        if wrong:
+            free = [name for name in known if name not in _RESERVED]
+            raise ValueError(
+                f"Expected call options that {type(self.pipeline).__name__} takes, got {wrong}. Use some of {free}; "
+                "steps, scale, height, width and seed have arguments of their own."
+            )
+
+
+def check_prompts(prompts: Sequence[str], *, where: str = "the prompts") -> None:
+    """Raises ValueError unless there are prompts and each is a text that is not blank."""
+    if not prompts:
+        raise ValueError(f"Expected at least one prompt in {where}, got none.")
+    wrong = [index for index, text in enumerate(prompts) if not isinstance(text, str) or not text.strip()]
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            f"Expected a text in each row of {where}, got none in rows {wrong[:10]}{more}, counted from 0. Take these "
+            "rows away."
+        )
+
+
+@contextmanager
+def evaluation_mode(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Puts networks into evaluation mode, and those of their modules that were in training mode back at the end."""
+    training = [module for network in networks for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _to_uint8(images: torch.Tensor, start: int) -> torch.Tensor:
+    """Rounds images [B, C, H, W] in [0, 1], of which the first has index `start`, to [B, 3, H, W]."""
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"Expected a pipeline of images with 1 or 3 channels, got {images.shape[1]}.")
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        wrong = [start + row for row in (~finite).nonzero().flatten().tolist()]
+        raise ValueError(
+            f"Expected finite samples, got NaN or infinity in {wrong[:10]}. Look at the weights, use float32 or "
+            "bfloat16, or a smaller guidance scale."
+        )
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+def _tokenizer_hash(tokenizer) -> str:
+    """Identifies a tokenizer by its vocabulary and its limit."""
+    limit = min(getattr(tokenizer, "model_max_length", 0), 2**31)  # without a limit: 1e30
+    return _json_hash([limit, sorted(tokenizer.get_vocab().items())])
+
+
+def _json_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

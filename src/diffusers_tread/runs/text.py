@@ -1,0 +1,205 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What a text-to-image run makes of its config, and of its weights."""
+
+import copy
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import PIL.Image
+import torch
+from accelerate import Accelerator, init_empty_weights
+from diffusers import DiffusionPipeline
+
+from ..data import TrainingSource, open_source
+from ..flops import block_flops_saved, training_flops
+from ..hooks import apply_token_routing
+from ..hub import export_text_pipeline
+from ..metrics import PromptImages
+from ..pictures import caption_grid
+from ..routing import TokenRoute
+from ..seeds import derive_seed
+from ..text import LENGTHS, PipelineDenoiser, PromptEncoder, load_pipeline, make_transformer
+from . import setup
+from .ema import whole_weights
+from .outputs import RunOutputs
+from .parsing import read_json
+from .text_config import DEFAULT_ROUTES, TextTrainConfig
+
+
+logger = logging.getLogger(__name__)
+FROZEN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def open_pipeline(config: TextTrainConfig, accelerator: Accelerator) -> DiffusionPipeline:
+    """The pipeline to train: a new transformer at its initialisation, the same in every process, or an old one.
+
+    Its other parts are frozen, on the device, the text encoders in the precision of the run.
+
+    Raises:
+        ValueError: What `make_transformer` and `load_pipeline` refuse.
+    """
+    values = config.transformer_values()
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    transformer = None if values is None else make_transformer(values)
+    with accelerator.main_process_first():  # one process fills the caches
+        pipeline = load_pipeline(
+            config.pretrained_model_name_or_path,
+            transformer=transformer,
+            parts=read_json(config.parts),
+            scheduler=setup.make_objective(config).scheduler(),
+        )
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and part is not pipeline.transformer:
+            part.requires_grad_(False).eval().to(accelerator.device)
+            if name.startswith("text_encoder") and accelerator.mixed_precision in FROZEN_DTYPES:
+                part.to(FROZEN_DTYPES[accelerator.mixed_precision])
+    pipeline.transformer.to(accelerator.device).float()
+    return pipeline
+
+
+def route_transformer(config: TextTrainConfig, transformer: torch.nn.Module) -> list[TokenRoute]:
+    """Puts the routes of --routes on a transformer; the reason why that cannot be is a ValueError."""
+    routes = DEFAULT_ROUTES if config.routes in (None, "default") else config.routes
+    return [] if routes == "none" else list(apply_token_routing(transformer, json.loads(routes)).routes)
+
+
+def open_data(config: TextTrainConfig, pipeline: DiffusionPipeline, accelerator: Accelerator) -> TrainingSource:
+    """Images with captions, encoded by the pipeline's VAE."""
+    vae = pipeline.components.get("vae")
+    with accelerator.main_process_first():
+        source = open_source(config.data, pretrained_vae_name_or_path=vae, **config.data_options())
+    if not source.has_captions:
+        raise ValueError(f"Expected data with captions, got {config.data}. See --caption_column.")
+    return source
+
+
+def make_denoiser(
+    config: TextTrainConfig, pipeline: DiffusionPipeline, encoder: PromptEncoder, source: TrainingSource
+) -> PipelineDenoiser:
+    """The pipeline as what is trained. Raises ValueError for parts that do not fit each other or the data."""
+    height, width = max(source.sizes)
+    factor = source.resolution // source.latent_size
+    return PipelineDenoiser(
+        pipeline,
+        latents_shape=(source.channels, height // factor, width // factor),
+        text=encoder([""]),
+        pixels_per_latent=factor,
+        call_options=read_json(config.call_options),
+    )
+
+
+def count_flops(denoiser: PipelineDenoiser, *, is_routed: bool) -> tuple[dict[bool, int] | None, float | None]:
+    """FLOPs of the training of one sample, routed and dense, and the share of the blocks' that routing saves.
+
+    None, after a warning, of a transformer whose forward looks at values.
+    """
+    try:
+        dense = training_flops(denoiser.transformer, denoiser.inputs, selection_ratio=0.0 if is_routed else None)
+        if not is_routed:
+            return {True: dense, False: dense}, 0.0
+        routed = training_flops(denoiser.transformer, denoiser.inputs)
+        return {True: routed, False: dense}, block_flops_saved(denoiser.transformer, denoiser.inputs)
+    except ValueError as error:
+        logger.warning(f"The log says nothing of FLOPs: {error}")
+        return None, None
+
+
+def describe_run(
+    config: TextTrainConfig,
+    accelerator: Accelerator,
+    source: TrainingSource,
+    pipeline: DiffusionPipeline,
+    encoder: PromptEncoder,
+    flops_saved: float | None,
+) -> dict[str, Any]:
+    """All that the run depends on (JSON)."""
+    model = json.loads(pipeline.transformer.to_json_string())
+    return setup.common_settings(config, accelerator, source) | {
+        "pipeline_class": type(pipeline).__name__,
+        "model_class": type(pipeline.transformer).__name__,
+        "model": {key: value for key, value in model.items() if key[0] != "_"},
+        "num_parameters": sum(one.numel() for one in pipeline.transformer.parameters() if one.requires_grad),
+        "block_flops_saved": flops_saved,
+        "text": encoder.identity(),
+    }
+
+
+def describe_text(
+    config: TextTrainConfig, source: TrainingSource, settings: dict[str, Any], routes: list[TokenRoute]
+) -> dict[str, list[Any]]:
+    """What `settings_table` says of a text-to-image run alone."""
+    sizes = [f"{height}x{width}" for height, width in source.sizes]
+    return {
+        "sees": [" or ".join(sizes[:4]) + ("" if len(sizes) < 5 else f" or {len(sizes) - 4} other sizes"), "captions"],
+        "model": [settings["model_class"], settings["pipeline_class"], config.preset],
+        "routes": setup.describe_routes(routes),
+        "objective": [config.objective, *([config.objective_config] if config.objective_config != "{}" else [])],
+    }
+
+
+class TextOutputs(RunOutputs):
+    """Of a text-to-image run, whose pipelines are plain ones of diffusers, see `RunOutputs`.
+
+    Args:
+        *args: As for `RunOutputs`.
+        pipeline: That is trained.
+        make_transformer: Makes its transformer without weights, of which there are more than those of the run where
+            the others are frozen.
+        **options: As for `RunOutputs`.
+    """
+
+    export = staticmethod(export_text_pipeline)
+
+    def __init__(
+        self, *args: Any, pipeline: DiffusionPipeline, make_transformer: Callable[[], torch.nn.Module], **options: Any
+    ):
+        super().__init__(*args, **options)
+        self.pipeline, self.make_transformer = pipeline, make_transformer
+
+    def make_pipeline(self) -> DiffusionPipeline:
+        with init_empty_weights():
+            transformer = self.make_transformer()
+        device, trained = self.accelerator.device, whole_weights(self.weights, self.names, device="cpu")
+        weights = {name.removeprefix("transformer."): weight for name, weight in trained.items()}
+        for name, parameter in self.pipeline.transformer.named_parameters():
+            if not parameter.requires_grad:
+                weights[name] = parameter.detach()
+        left_out = transformer.load_state_dict(weights, strict=False, assign=True)
+        buffers = {name for name, _ in transformer.named_buffers()}
+        if left_out.unexpected_keys or set(left_out.missing_keys) - buffers:
+            raise ValueError(f"Expected all weights of {type(transformer).__name__}, got others: {left_out}.")
+        pipeline = copy.copy(self.pipeline)
+        pipeline.transformer = transformer.requires_grad_(False).eval().to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def make_grid(self, pipeline: DiffusionPipeline) -> PIL.Image.Image:
+        config = self.config
+        prompts = config.prompts("validation_prompts")
+        prompts = [prompts[index % len(prompts)] for index in range(config.num_validation_images)]
+        sampling = {"num_inference_steps": config.validation_inference_steps, "seed": config.seed}
+        images = self._images(pipeline, prompts, guidance_scale=config.validation_guidance_scale, **sampling)
+        pixels = torch.cat([images.read(index, index + 1) for index in range(len(prompts))])
+        pictures = [PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels.cpu()]
+        return caption_grid(pictures, prompts)
+
+    def make_samples(self, pipeline: DiffusionPipeline) -> PromptImages:
+        options = {"num_images": self.config.eval_num_samples, **self.sampling}
+        return self._images(pipeline, self.config.prompts("eval_prompts"), **options)
+
+    def _images(self, pipeline: DiffusionPipeline, prompts: list[str], **options: Any) -> PromptImages:
+        height, width = self.source.sizes[0]
+        parameters = inspect.signature(type(pipeline).__call__).parameters
+        call_options = {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
+        for name in LENGTHS:
+            if name in parameters and self.config.max_sequence_length is not None:
+                call_options[name] = self.config.max_sequence_length
+        call_options |= read_json(self.config.call_options)
+        options["guidance_scale"] = call_options.pop("guidance_scale", options["guidance_scale"])
+        options |= {"height": height, "width": width, "call_options": call_options}
+        images = PromptImages(pipeline, prompts, **options)
+        images.read = self.accelerator.autocast()(images.read)
+        return images

@@ -1,0 +1,124 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Text-to-image pipelines of diffusers from a new transformer and parts that exist."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+
+from ..registry import add_entry
+
+
+PIPELINES = {
+    "PRXTransformer2DModel": "PRXPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
+    "Lumina2Transformer2DModel": "Lumina2Pipeline",
+    "QwenImageTransformer2DModel": "QwenImagePipeline",
+    "AuraFlowTransformer2DModel": "AuraFlowPipeline",
+    "SanaTransformer2DModel": "SanaPipeline",
+    "ChromaTransformer2DModel": "ChromaPipeline",
+    "CogView4Transformer2DModel": "CogView4Pipeline",
+}
+"""The pipeline of diffusers that a transformer of its is trained for, by class names."""
+
+
+def register_text_pipeline(transformer: str, pipeline: str) -> None:
+    """Adds a transformer's class name and that of its text-to-image pipeline, both of diffusers.
+
+    Raises:
+        ValueError: The transformer is known.
+    """
+    add_entry(PIPELINES, transformer, pipeline)
+
+
+def make_transformer(config: Mapping[str, Any]) -> torch.nn.Module:
+    """A transformer of diffusers with new weights.
+
+    Args:
+        config: With its class name as `_class_name`, as in a model's `config.json`.
+
+    Raises:
+        ValueError: A class that no pipeline is known for, or settings that it does not have.
+    """
+    name = config.get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(
+            f"Expected the config of a transformer with `_class_name` among {sorted(PIPELINES)}, got {name!r}. "
+            "Another one that can be routed: register_text_pipeline(transformer, pipeline)."
+        )
+    kind = getattr(diffusers, name)
+    values = {key: value for key, value in config.items() if key[0] != "_"}
+    if unknown := sorted(set(values) - set(inspect.signature(kind.__init__).parameters)):
+        raise ValueError(f"Expected settings of {name} in the transformer's config, got {unknown}.")
+    return kind(**values)
+
+
+def load_pipeline(
+    pretrained: str | None = None,
+    *,
+    transformer: torch.nn.Module | None = None,
+    parts: Mapping[str, Any] | None = None,
+    scheduler: Any = None,
+) -> DiffusionPipeline:
+    """A text-to-image pipeline of a transformer and parts by name.
+
+    Args:
+        pretrained: Folder or repository of a pipeline whose parts are taken, unless they are named otherwise.
+        transformer: A new one, of whose class the pipeline is; None for that of `pretrained`.
+        parts: Where other parts lie, such as {"vae": "folder", "text_encoder": ["repository", "subfolder"]}; None for
+            one that the pipeline does without.
+        scheduler: Of a pipeline with a new transformer.
+
+    Raises:
+        ValueError: A part that the pipeline needs is missing, none of it, or cannot be loaded.
+    """
+    if pretrained is None and transformer is None:
+        raise ValueError("Expected a pretrained pipeline, the config of a transformer, or both, got neither.")
+    given = {} if transformer is None else {"transformer": transformer, "scheduler": scheduler}
+    kind = DiffusionPipeline if transformer is None else getattr(diffusers, PIPELINES[type(transformer).__name__])
+    try:
+        if pretrained is not None:
+            base = DiffusionPipeline.load_config(pretrained)
+            name = base["_class_name"] if transformer is None else kind.__name__
+            kind = getattr(diffusers, name)
+        parameters = dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
+        if unknown := sorted(set(parts or {}) - set(parameters)):
+            raise ValueError(f"Expected parts of {kind.__name__} among {sorted(parameters)}, got {unknown}.")
+        given |= {name: _load_part(name, place, parameters[name]) for name, place in (parts or {}).items()}
+        if pretrained is not None:
+            missing = [name for name in parameters if name not in base and name not in given]
+            optional = {name: None for name in missing if name in kind._optional_components}
+            return kind.from_pretrained(pretrained, use_safetensors=True, **optional, **given)
+    except OSError as error:
+        raise ValueError(f"Expected the parts of {kind.__name__} where they were said to lie, got: {error}") from error
+
+    # Without a pipeline to start from.
+    missing = [name for name, one in parameters.items() if one.default is one.empty and name not in given]
+    if needed := [name for name in missing if name not in kind._optional_components]:
+        example = json.dumps({name: "folder or repository" for name in needed})
+        raise ValueError(f"Expected all parts of {kind.__name__}, got none for {needed}. Name them: {example}.")
+    return kind(**given, **dict.fromkeys(missing))
+
+
+def _load_part(name: str, place: Any, parameter: inspect.Parameter) -> Any:
+    """A VAE, text encoder or tokenizer."""
+    if place is None:
+        return None
+    place, *subfolder = [place] if isinstance(place, str) else place
+    options = {"subfolder": subfolder[0]} if subfolder else {}
+    if not name.startswith(("text_encoder", "tokenizer", "image_encoder", "feature_extractor")):
+        return AutoModel.from_pretrained(place, use_safetensors=True, **options)
+    import transformers
+
+    if name.startswith("tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(place, **options)
+    # The class that the pipeline names, such as the encoder half of T5, unless that is a family.
+    kind = parameter.annotation
+    is_model = isinstance(kind, type) and hasattr(kind, "from_pretrained") and "PreTrained" not in kind.__name__
+    return (kind if is_model else transformers.AutoModel).from_pretrained(place, use_safetensors=True, **options)
