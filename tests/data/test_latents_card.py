@@ -34,6 +34,7 @@ def make_card(repo_id="ant/latents", **changes):
         {"vae": {"name_or_path": STRANGE}},
         {"vae": {"revision": STRANGE}},
         {"crop": STRANGE},
+        {"captions": (STRANGE,), "id2label": {}, "format_version": 2},
     ],
 )
 def test_names_stay_text_in_their_place(changes):

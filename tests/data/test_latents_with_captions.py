@@ -152,6 +152,10 @@ def test_one_caption_column_is_read_and_others_or_labels_are_refused(made):
             open_latents(made[0], streaming=streaming)
         with pytest.raises(ValueError, match=r"among \['long', 'short'\].*got \['alt'\]"):
             open_latents(made[0], captions=CaptionColumns(("alt",), (1.0,)), streaming=streaming)
+    info = LatentsInfo.load(made[0])
+    info.text.check_encoder({"pipeline_class": "AntPipeline"})
+    with pytest.raises(ValueError, match="pipeline_class: 'AntPipeline' there, 'BeePipeline' now"):
+        info.text.check_encoder({"pipeline_class": "BeePipeline"})
     with pytest.raises(ValueError, match="buckets"):
         open_training_data(latents_dir=str(made[0]), captions=short, buckets=object())
 

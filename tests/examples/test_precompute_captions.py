@@ -2,6 +2,7 @@
 """examples/precompute_latents.py on images with captions: their embeddings and aspect-ratio buckets."""
 
 import json
+import re
 import sys
 from functools import partial
 from itertools import islice
@@ -20,7 +21,7 @@ from diffusers_tread.data.captions import parse_caption_columns
 from diffusers_tread.runs.latents import load_prompt_encoder
 
 
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
 import precompute_latents  # noqa: E402
@@ -70,7 +71,7 @@ def contents(folder):
     return {name: content for name, content in files_of(folder).items() if name != "README.md"}
 
 
-def test_captions_their_embeddings_and_buckets_are_stored_and_trained_from(made, tmp_path, capsys):
+def test_captions_their_embeddings_and_buckets_are_stored_and_trained_from(made, tmp_path, capsys, monkeypatch):
     argv = flags(made, tmp_path / "latents", *encoded(made), "--flip")
     precompute(*argv)
     said = capsys.readouterr().out
@@ -84,6 +85,12 @@ def test_captions_their_embeddings_and_buckets_are_stored_and_trained_from(made,
     assert info.sizes == SIZES and [shard["latent_size"] for shard in info.shards] == [
         [8, 8], [8, 8], [6, 10], [6, 10], [10, 6],
     ]  # fmt: skip
+
+    # As the card says.
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "latents" / "README.md").read_text(), re.DOTALL)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    exec(snippet.replace('"latents"', repr(str(tmp_path / "latents"))), namespace := {})
+    assert namespace["latents"].shape == (1, 4, 8, 8) and namespace["table"]["short"].to_pylist() == ["a 0"]
 
     # What a training gets, against the encoders called by hand.
     columns = parse_caption_columns("short")
