@@ -12,6 +12,7 @@ The same command goes on with a run that was killed. The flags are the fields of
 import hashlib
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +35,7 @@ from diffusers_tread.data import (
     verify_latents,
 )
 from diffusers_tread.data.latents.encoding import digest_sources, encode_shards, plan_shards
-from diffusers_tread.data.latents.vae import load_vae
+from diffusers_tread.data.latents.vae import LoadedVAE, load_vae
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.hub import open_repo
 from diffusers_tread.runs.latents import (
@@ -101,6 +102,14 @@ class PrecomputeConfig(LatentsConfig):
     def needed(self) -> tuple[str, ...]:
         return super().needed() if self.aspect_ratio_buckets is None else ("pretrained_vae_name_or_path",)
 
+    @property
+    def captions(self) -> CaptionColumns | None:
+        return None if self.caption_column is None else parse_caption_columns(self.caption_column)
+
+    @property
+    def buckets(self) -> Buckets | None:
+        return None if self.aspect_ratio_buckets is None else Buckets.parse(self.aspect_ratio_buckets)
+
     def __post_init__(self):
         if self.verify is not None:
             return
@@ -135,7 +144,7 @@ def recipe_settings(name: str) -> dict[str, Any]:
     return RECIPES[name]
 
 
-def open_source(config: PrecomputeConfig, captions: CaptionColumns | None, state: PartialState):
+def open_source(config: PrecomputeConfig, state: PartialState):
     """The images, undecoded, with labels or captions, and the names of their classes."""
     kind, _, name = config.data.partition(":")
     try:
@@ -147,7 +156,7 @@ def open_source(config: PrecomputeConfig, captions: CaptionColumns | None, state
                 split=config.dataset_split,
                 image_column=config.image_column,
                 label_column=config.label_column,
-                captions=captions,
+                captions=config.captions,
                 num_classes=config.num_classes,
                 cache_dir=config.cache_dir,
             )
@@ -163,8 +172,8 @@ def open_source(config: PrecomputeConfig, captions: CaptionColumns | None, state
 def describe_source(config: PrecomputeConfig, source) -> dict[str, Any]:
     """Where the images are from, but for what says nothing to others."""
     kind, _, name = config.data.partition(":")
-    columns = [config.image_column, config.caption_column or config.label_column]
-    common = {"split": config.dataset_split or "train", "columns": columns}
+    conditions = [config.label_column] if config.captions is None else config.captions.names
+    common = {"split": config.dataset_split or "train", "columns": [config.image_column, *conditions]}
     if kind == "folder":
         return {"train_data_dir": Path(name).resolve().name} | common
     # `datasets` names the folder in its cache after the commit.
@@ -179,14 +188,37 @@ def digest_labels(source, label_column: str) -> str:
     return hashlib.sha256(np.asarray(labels, dtype="<i8")).hexdigest()
 
 
-def open_captions(config: PrecomputeConfig, source, columns: CaptionColumns, state: PartialState) -> CaptionStore:
+def open_captions(config: PrecomputeConfig, source, state: PartialState) -> CaptionStore:
     """The captions, and the text encoders if what they make of them is to be stored."""
     encoder = None
     if config.cache_text_embeddings:
         options = {"dtype": config.text_dtype, "max_sequence_length": config.max_sequence_length}
         with state.main_process_first():
             encoder = load_prompt_encoder(config.pretrained_text_pipeline, device=state.device, **options)
-    return CaptionStore(source, columns, encoder)
+    return CaptionStore(source, config.captions, encoder)
+
+
+def make_writer(
+    config: PrecomputeConfig, source, id2label: dict[int, str], vae: LoadedVAE, text: CaptionStore | None
+) -> tuple[LatentsWriter, list[Sequence[int]]]:
+    """What the folder will hold, and for each of its shards the rows of the source."""
+    known = {"source": describe_source(config, source), "id2label": id2label, "num_samples": len(source)}
+    known |= {"has_flipped": config.flip, "captions": text.names if text else (), "text": text and text.info}
+    info = describe_latents(config, vae, buckets=config.buckets, **known)
+    rows_of_sizes = [range(len(source))]
+    if config.buckets is not None:
+        bucket_ids = on_main_process(lambda: assign_buckets(source, config.image_column, config.buckets))
+        rows_of_sizes = [np.flatnonzero(bucket_ids == bucket).tolist() for bucket in range(len(info.latent_sizes))]
+    plan, places = plan_shards(rows_of_sizes, config.shard_size)
+    writer = LatentsWriter(
+        config.output_dir,
+        info,
+        num_shards=len(plan),
+        max_unreadable=config.max_corrupt_images,
+        size_places=places,
+        empty_text=text and text.empty,
+    )
+    return writer, plan
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -202,31 +234,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32; --vae_dtype is for that
     if config.push_to_hub:  # a token that may not write shows now
         on_main_process(lambda: open_repo(config.hub_dataset_id, repo_type="dataset", private=config.hub_private))
-    captions = config.caption_column and parse_caption_columns(config.caption_column)
-    buckets = config.aspect_ratio_buckets and Buckets.parse(config.aspect_ratio_buckets)
-    source, id2label = open_source(config, captions or None, state)
+    source, id2label = open_source(config, state)
     place = {"subfolder": config.vae_subfolder, "revision": config.vae_revision}
     vae = load_vae(config.pretrained_vae_name_or_path, **place, dtype=config.vae_dtype, device=state.device)
-    text = open_captions(config, source, captions, state) if captions else None
-
-    # What the folder will hold, and what it depends on.
-    origin = describe_source(config, source)
-    known = {"source": origin, "id2label": id2label, "num_samples": len(source), "has_flipped": config.flip}
-    known |= {"captions": captions.names, "text": text.info} if text else {}
-    info = describe_latents(config, vae, buckets=buckets or None, **known)
-    rows_of_sizes = [range(len(source))]
-    if buckets:
-        bucket_ids = on_main_process(lambda: assign_buckets(source, config.image_column, buckets))
-        rows_of_sizes = [np.flatnonzero(bucket_ids == bucket).tolist() for bucket in range(len(buckets.sizes))]
-    plan, places = plan_shards(rows_of_sizes, config.shard_size)
-    writer = LatentsWriter(
-        config.output_dir,
-        info,
-        num_shards=len(plan),
-        max_unreadable=config.max_corrupt_images,
-        latent_sizes=[info.latent_sizes[bucket] for bucket in places] if buckets else None,
-        empty_text=text and text.empty,
-    )
+    text = None if config.captions is None else open_captions(config, source, state)
+    writer, plan = make_writer(config, source, id2label, vae, text)
     settings = {
         "num_images": len(source),
         "shard_size": config.shard_size,
@@ -234,11 +246,11 @@ def main(argv: list[str] | None = None) -> None:
         "background": config.background,
     } | ({"captions_sha256": text.digest()} if text else {"labels_sha256": digest_labels(source, config.label_column)})
     if state.is_main_process:
-        print(told_sizes(info, [len(rows) for rows in rows_of_sizes], text))
+        print(told_sizes(writer, plan, text))
 
     def open_folder() -> list[int]:
         # A commit of a repository says all of its images.
-        known = origin.get("revision") is not None
+        known = writer.info.source.get("revision") is not None
         columns = {"image_column": config.image_column, "plan": plan}
         return writer.open(settings, sources=None if known else digest_sources(source, **columns))
 

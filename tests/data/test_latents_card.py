@@ -38,7 +38,7 @@ def make_card(repo_id="ant/latents", **changes):
     ],
 )
 def test_names_stay_text_in_their_place(changes):
-    text = make_card(**changes)
+    text = re.sub(r"^```.*?^```$", "", make_card(**changes), flags=re.MULTILINE | re.DOTALL)
     assert ESCAPED in text and "<img" not in text
     assert len(re.findall(r"^\| .* \|$", text, re.MULTILINE)) == 7
 

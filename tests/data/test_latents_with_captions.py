@@ -57,8 +57,7 @@ def write(folder, records, **changes):
         "captions": ("long", "short"), "text": text, "latent_sizes": SIZES, "format_version": 2,
     }  # fmt: skip
     info = LatentsInfo(**fields | changes)
-    sizes = [SIZES[place] for place in PLACES]
-    writer = LatentsWriter(folder, info, num_shards=len(COUNTS), latent_sizes=sizes, empty_text=content)
+    writer = LatentsWriter(folder, info, num_shards=len(COUNTS), size_places=PLACES, empty_text=content)
     for shard in writer.open({}):
         part = records[sum(COUNTS[:shard]) :][: COUNTS[shard]]
         captions = {name: [record["captions"][name] for record in part] for name in info.captions}

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from ..data import Buckets, CaptionColumns, LatentsInfo, check_vae
+from ..data import Buckets, CaptionColumns, LatentsInfo, LatentsWriter, check_vae
 from ..data.latents.card import latents_card
 from ..data.latents.codec import spatial_compression
 from ..data.latents.text import describe_empty
@@ -165,23 +166,24 @@ class CaptionStore:
         return sum(values.nbytes for values in arrays) / len(first) * len(self.names)
 
 
-def told_sizes(info: LatentsInfo, num_images: list[int], text: CaptionStore | None) -> str:
+def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: CaptionStore | None) -> str:
     """What to say before the long work: the room that a folder will take, and captions that are too long.
 
     Args:
-        info: Of the folder.
-        num_images: Images of each of its sizes.
-        text: Its captions.
+        writer: Of the folder.
+        plan: The images of each shard.
+        text: Their captions.
     """
-    values = sum(count * math.prod(info.record_shape(place)) for place, count in enumerate(num_images))
+    info, shards = writer.info, list(zip(plan, writer.size_places, strict=True))
+    num_images = sum(len(rows) for rows in plan)
+    values = sum(len(rows) * math.prod(info.record_shape(place)) for rows, place in shards)
     latents = values * info.torch_dtype.itemsize * (1 + info.has_flipped) / 2**30
     if text is None or text.encoder is None:
         return f"Latents take {latents:.3g} GiB."
-    size, num_captions = sum(num_images) * text.bytes_per_image() / 2**30, sum(num_images) * len(text.names)
-    cut = text.count_too_long()
+    size, cut = num_images * text.bytes_per_image() / 2**30, text.count_too_long()
     return (
-        f"Text takes about {size:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_captions} captions are longer "
-        "than the text encoder reads and lose their end."
+        f"Text takes about {size:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_images * len(text.names)} captions "
+        "are longer than the text encoder reads and lose their end."
     )
 
 

@@ -59,8 +59,7 @@ def encode_shards(
     """
     info, batches = writer.info, []
     for shard in shards:
-        size = info.sizes[info.latent_sizes.index(tuple(writer.latent_sizes[shard])) if info.latent_sizes else 0]
-        rows = plan[shard]
+        size, rows = info.sizes[writer.size_places[shard]], plan[shard]
         keys = [[(row, size) for row in rows[start : start + batch_size]] for start in range(0, len(rows), batch_size)]
         batches.append(keys)
     columns = [image_column, *([label_column] if info.id2label else []), *info.captions]

@@ -149,7 +149,9 @@ def read_arrays(table, rows_captions: Sequence[str], text: StoredText) -> list[d
         for name, column in text.columns(caption).items():
             dtype, (_, *rest) = getattr(torch, text.arrays[name]["dtype"]), text.arrays[name]["shape"]
             values = torch.from_numpy(np.array(chunks[column][row]))  # a copy: the shard is mapped read-only
-            arrays[name] = values.view(dtype).view(-1, *rest)
+            # Not a view of bytes as booleans, which must be 0 or 1.
+            values = values.bool() if dtype == torch.bool else values.view(dtype)
+            arrays[name] = values.view(-1, *rest)
         records.append(arrays)
     return records
 

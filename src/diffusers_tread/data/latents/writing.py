@@ -74,7 +74,7 @@ class LatentsWriter:
         info: What it will hold. Its `num_samples`, `shards` and `unreadable` are replaced by what is written.
         num_shards: Shards of the whole folder.
         max_unreadable: How many unreadable images may be left out.
-        latent_sizes: For each shard height and width of its latents, of a folder with such sizes.
+        size_places: For each shard the place of its latents' size in `info.latent_sizes`; None without buckets.
         empty_text: Content of the empty caption's file, of a folder with encoded captions.
     """
 
@@ -85,11 +85,11 @@ class LatentsWriter:
         *,
         num_shards: int,
         max_unreadable: int = 0,
-        latent_sizes: Sequence[tuple[int, int]] | None = None,
+        size_places: Sequence[int] | None = None,
         empty_text: bytes | None = None,
     ):
         self.folder, self.info, self.max_unreadable = Path(folder), info, max_unreadable
-        self.latent_sizes, self.empty_text = latent_sizes, empty_text
+        self.size_places, self.empty_text = size_places or [0] * num_shards, empty_text
         self._left_out: list[str] = []  # by this process
         self.files = [f"data/train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
 
@@ -168,7 +168,7 @@ class LatentsWriter:
                 temporary.unlink(missing_ok=True)
             size, sha256 = final.stat().st_size, file_sha256(final)
             record = {"file": self.files[shard], "num_samples": num_samples, "size": size, "sha256": sha256}
-            record |= {"latent_size": list(self.latent_sizes[shard])} if self.latent_sizes else {}
+            record |= self._latent_size(shard)
             source = _read_settings(self.folder)[_SOURCES][shard]
             write_json(self._record_path(shard), record | {"unreadable": unreadable, "source": source})
 
@@ -229,15 +229,21 @@ class LatentsWriter:
                 f"{unreadable[-1]}. Repair them, or raise --max_corrupt_images and run the command again."
             )
 
+    def _latent_size(self, shard: int) -> dict[str, list[int]]:
+        """What a shard's record says of its size, with buckets."""
+        sizes = self.info.latent_sizes
+        return {"latent_size": list(sizes[self.size_places[shard]])} if sizes else {}
+
     def _record_path(self, shard: int) -> Path:
         return self.folder / UNFINISHED / f"{Path(self.files[shard]).stem}.json"
 
     def _read_record(self, shard: int) -> dict[str, Any] | None:
         """What `write` noted of a shard; None if it is missing or damaged."""
         path, fields = self._record_path(shard), {"file", "num_samples", "size", "sha256", "unreadable", "source"}
-        fields |= {"latent_size"} if self.latent_sizes else set()
+        size = self._latent_size(shard)
         try:
-            if set(record := json.loads(path.read_text(encoding="utf-8"))) == fields:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if set(record) == fields | set(size) and record | size == record:
                 return record
         except FileNotFoundError:
             return None
@@ -249,8 +255,6 @@ class LatentsWriter:
     def _is_whole(self, shard: int, source: str | None) -> bool:
         record = self._read_record(shard)
         if record is None or record["source"] != source:
-            return False
-        if self.latent_sizes and record["latent_size"] != list(self.latent_sizes[shard]):
             return False
         return _compare(self.folder / self.files[shard], record, checksums=False) is None
 
