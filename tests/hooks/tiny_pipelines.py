@@ -1,7 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""SD3 and Flux pipelines with their real tokenizers and text encoders, built small, with random weights."""
+"""SD3, Flux and PRX pipelines with their real tokenizers and text encoders, built small, with random weights."""
 
+import importlib
 import json
+import sys
+from types import ModuleType
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 from tiny_transformers import make
@@ -14,7 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    T5GemmaConfig,
 )
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 
 def clip_tokenizer(folder):
@@ -89,4 +94,42 @@ def flux_pipeline(folder):
     )
 
 
-PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline}
+def t5_gemma_encoder():
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "vocab_size": 7}
+    encoder = T5GemmaEncoder(T5GemmaConfig(encoder=sizes, decoder=sizes, vocab_size=7).encoder)
+    # Its saved config is read by transformers as it is, and by newer diffusers as one that has a part for the encoder:
+    # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/prx/__init__.py
+    encoder.config.encoder = sizes
+    return encoder
+
+
+def prx_class():
+    """`PRXPipeline`, whose module wants ftfy for prompts as people write them; those of the tests need no repair."""
+    module = "diffusers.pipelines.prx.pipeline_prx"
+    try:
+        importlib.import_module("ftfy")
+    except ImportError:
+        # Only while it is imported: CLIP's tokenizer looks for ftfy, too.
+        ftfy = sys.modules["ftfy"] = ModuleType("ftfy")
+        ftfy.fix_text = str
+        try:
+            importlib.import_module(module).ftfy = ftfy
+        finally:
+            del sys.modules["ftfy"]
+    return importlib.import_module(module).PRXPipeline
+
+
+def prx_pipeline(folder):
+    """Without resolution bins: call it with `use_resolution_binning=False`."""
+    return prx_class()(
+        transformer=make("PRXTransformer2DModel", axes_dim=[4, 4], mlp_ratio=2.0, context_in_dim=32),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=t5_gemma_encoder(),
+        tokenizer=t5_tokenizer(),
+        default_sample_size=16,
+    )
+
+
+PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline, "prx": prx_pipeline}
