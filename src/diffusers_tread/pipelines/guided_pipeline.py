@@ -206,8 +206,9 @@ class _GuidedSteps:
         """Raises ValueError unless the batch has the same latents twice (looked at once) and the size it had."""
         middle = len(latents) // 2
         if self.num_rows is None:
-            is_twice = all(torch.equal(one, other) for one, other in zip(latents[:middle], latents[middle:]))
-            self.num_rows = len(latents) if len(latents) % 2 == 0 and is_twice else None
+            pairs = zip(latents[:middle], latents[-middle:], strict=True)
+            is_twice = len(latents) == 2 * middle and all(torch.equal(one, other) for one, other in pairs)
+            self.num_rows = len(latents) if is_twice else None
         if self.num_rows != len(latents):
             raise ValueError(
                 f"Expected {type(self.pipeline).__name__} to run classifier-free guidance as one batch of two halves "
@@ -216,8 +217,8 @@ class _GuidedSteps:
 
     def _refuse_calls(self) -> None:
         raise ValueError(
-            f"Expected {self.calls_per_step} calls of the transformer in a step of {type(self.pipeline).__name__}, got "
-            f"{self.calls}. Leave out arguments that add predictions or leave some out (skipped layers, truncated "
+            f"Expected {self.calls_per_step} calls of the transformer in a step of {type(self.pipeline).__name__}, "
+            f"got {self.calls}. Leave out arguments that add predictions or leave some out (skipped layers, truncated "
             "guidance); with null_weak_branch=True some pipelines need a negative_prompt."
         )
 
