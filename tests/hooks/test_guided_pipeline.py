@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Sparse Guidance in pipelines that take no guider, against loops written by hand."""
 
+import copy
 import threading
 
 import pytest
@@ -59,9 +60,9 @@ def sample(call, name, prompts=PROMPTS, **settings):
     return call(prompts, latents=latents, generator=generator, **settings).images
 
 
-def forward_of(pipeline, prompts):
+def forward_of(pipeline, prompts, transformer=None):
     """velocity(latents, t) of the transformer for some prompts, as the pipeline calls it without guidance."""
-    transformer, name = pipeline.transformer, pipeline.name
+    transformer, name = transformer or pipeline.transformer, pipeline.name
     if name == "sd3":
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=8
@@ -80,27 +81,24 @@ def forward_of(pipeline, prompts):
 
 
 @torch.no_grad()
-def sample_by_hand(pipeline, prompts, *, ratios, negative=None, guided_steps=range(STEPS)):
+def sample_by_hand(pipeline, prompts, *, ratios, negative=None, guided_steps=range(STEPS), weak_transformer=None):
     """As `sample`; `ratios(step)` are those of the strong and the weak branch."""
     generator = torch.Generator().manual_seed(7)
     latents = torch.randn(len(prompts), *SHAPES[pipeline.name], generator=generator)
     given = forward_of(pipeline, prompts)
-    other = given if negative is None else forward_of(pipeline, [negative] * len(prompts))
+    other = forward_of(pipeline, prompts if negative is None else [negative] * len(prompts), weak_transformer)
     scheduler = FlowMatchEulerDiscreteScheduler()
-    # Each pipeline's own timesteps.
-    scheduler.set_timesteps(
-        **({"sigmas": [1, 2 / 3, 1 / 3]} if pipeline.name == "flux" else {"num_inference_steps": 3})
-    )
+    sigmas = [1, 2 / 3, 1 / 3] if pipeline.name == "flux" else None  # the pipeline's own
+    scheduler.set_timesteps(None if sigmas else STEPS, sigmas=sigmas)
     for step, t in enumerate(scheduler.timesteps):
-        predictions = []
+        is_guided, predictions = step in guided_steps, []
         for forward, ratio in zip((given, other), ratios(step), strict=True):
-            seed = draw_routing_seed(generator) if ratio > 0 and step in guided_steps else None
-            with token_routing(
-                pipeline.transformer, selection_ratio=ratio if step in guided_steps else 0.0, seed=seed
-            ):
+            ratio = ratio if is_guided else 0.0
+            seed = draw_routing_seed(generator) if ratio > 0 else None
+            with token_routing(pipeline.transformer, selection_ratio=ratio, seed=seed):
                 predictions.append(forward(latents, t))
         strong, weak = predictions
-        velocity = weak + SCALE * (strong - weak) if step in guided_steps else strong
+        velocity = weak + SCALE * (strong - weak) if is_guided else strong
         latents = scheduler.step(velocity, t, latents).prev_sample
     return latents
 
@@ -110,15 +108,15 @@ def with_negative(name, prompts):
 
 
 def test_sparse_guidance_equals_a_loop_by_hand_and_leaves_the_pipeline_as_it_was(pipeline):
-    plain = sample(pipeline, pipeline.name, guidance_scale=1.0) if pipeline.name != "flux" else None
+    off = {} if pipeline.name == "flux" else {"guidance_scale": 1.0}
+    plain = sample(pipeline, pipeline.name, **off)
     guided = GuidedPipeline(pipeline, SparseGuidance(guidance_scale=SCALE, strong_ratio=0.25, weak_ratio=0.75))
     expected = sample_by_hand(pipeline, PROMPTS, ratios=lambda step: (0.25, 0.75))
     torch.testing.assert_close(sample(guided, pipeline.name), expected, atol=1e-5, rtol=1e-5)
 
     assert "step" not in vars(pipeline.scheduler) and not get_token_router(pipeline.transformer).is_routing(False)
-    if plain is not None:
-        assert torch.equal(sample(pipeline, pipeline.name, guidance_scale=1.0), plain)
-        assert (plain - expected).abs().max() > 1e-3
+    assert torch.equal(sample(pipeline, pipeline.name, **off), plain)
+    assert (plain - expected).abs().max() > 1e-3
 
 
 def test_classifier_free_and_sparse_guidance_equal_a_loop_by_hand(pipeline):
@@ -142,6 +140,18 @@ def test_outside_the_interval_there_is_the_dense_prediction_with_the_prompt(pipe
     negative = with_negative(pipeline.name, prompts) if null else {}
     actual = sample(GuidedPipeline(pipeline, guider), pipeline.name, prompts, **negative)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_earlier_checkpoint_runs_the_weak_branch(pipeline):
+    earlier = copy.deepcopy(pipeline.transformer)
+    with torch.no_grad():
+        for parameter in earlier.parameters():
+            parameter.mul_(0.9)
+    guided = GuidedPipeline(
+        pipeline, SparseGuidance(SCALE, 0.0, 0.0, weak_checkpoint=True), guidance_transformer=earlier
+    )
+    expected = sample_by_hand(pipeline, PROMPTS, ratios=lambda step: (0.0, 0.0), weak_transformer=earlier)
+    torch.testing.assert_close(sample(guided, pipeline.name), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_ratios_that_route_no_token_give_the_pipelines_own_guidance(pipeline):

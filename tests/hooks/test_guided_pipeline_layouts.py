@@ -2,6 +2,8 @@
 """How pipelines that take no guider call their transformer: those that run without text encoders, on embeddings."""
 
 import inspect
+import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -10,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_tread import GuidedPipeline, RoutingCall, SparseGuidance, TokenRoute, apply_token_routing, token_routing
-from diffusers_tread.pipelines.cfg_layouts import PIPELINE_LAYOUTS
+from diffusers_tread.pipelines.cfg_layouts import PIPELINE_LAYOUTS, REFUSED_PIPELINES, CfgLayout, find_layout
 
 
 pytest.importorskip("transformers")
@@ -47,6 +49,8 @@ ROWS = {
     "CogView3PlusPipeline": ("CogView3PlusTransformer2DModel", PLAIN),
     "CogView4Pipeline": ("CogView4Transformer2DModel", PLAIN),
     "ErnieImagePipeline": ("ErnieImageTransformer2DModel", LISTS),
+    "Flux2KleinPipeline": ("Flux2Transformer2DModel", PLAIN),
+    "Flux2Pipeline": ("Flux2Transformer2DModel", PLAIN),
     "HunyuanDiTPipeline": (
         "HunyuanDiT2DModel", MASKED | embeddings("prompt_embeds_2", "prompt_attention_mask_2", (1, 3, 16))
     ),
@@ -97,6 +101,7 @@ class Pipeline:
             scheduler = diffusers.CogVideoXDDIMScheduler(clip_sample=False)
         parts = dict.fromkeys(parts[1:]) | {"transformer": transformer, "scheduler": scheduler}
         parts |= {"vae": vae()} if name == "BriaPipeline" else {}
+        parts |= {"vae": vae(diffusers.AutoencoderKLFlux2, latent_channels=1)} if name.startswith("Flux2") else {}
         self.pipeline = cls(**parts)
         self.pipeline.set_progress_bar_config(disable=True)
         self.layout, self.parameters = PIPELINE_LAYOUTS[name], inspect.signature(cls.__call__).parameters
@@ -111,9 +116,9 @@ class Pipeline:
         """Latents, with a guider or with the pipeline's own guidance by `scale`."""
         self.calls.clear()
         call, arguments = self.pipeline, self.arguments | SETTINGS | {"negative_prompt": None}
-        if guider is None:
+        if guider is None and self.layout.scale is not None:
             arguments[self.layout.scale] = scale - self.layout.offset
-        else:
+        elif guider is not None:
             call = GuidedPipeline(call, guider)
         arguments = {name: value for name, value in arguments.items() if name in self.parameters}
         output = call(**arguments, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
@@ -144,9 +149,50 @@ def test_the_branches_are_those_of_the_guider(name):
     assert (strong - weak).abs().max() > 1e-4
     torch.testing.assert_close(guided, SCALE * strong + (1 - SCALE) * weak, atol=1e-4, rtol=1e-4)
 
+    if pipeline.layout.cfg is None:
+        with pytest.raises(ValueError, match="Expected null_weak_branch=False"):
+            GuidedPipeline(pipeline.pipeline, SparseGuidance(SCALE, 0.25, 0.75, null_weak_branch=True))
+        return
+
     # With classifier-free guidance: the pipeline's own, where no token is routed.
     pipeline.sample(SparseGuidance(SCALE, 0.25, 0.75, null_weak_branch=True), steps=2)
     null = () if name == "CogView3PlusPipeline" else (NULL,)  # it has zeros
     assert sorted(pipeline.calls) == [(null, 0.75)] * 2 + [((GIVEN,), 0.25)] * 2
     unrouted = pipeline.sample(SparseGuidance(SCALE, 0.0, 0.001, null_weak_branch=True), steps=2)
     torch.testing.assert_close(unrouted, pipeline.sample(scale=SCALE, steps=2), atol=1e-4, rtol=1e-4)
+
+
+# Those that need a tokenizer, take no embeddings or make large images alone.
+UNRUN = ["BriaFiboPipeline", "Kandinsky5T2IPipeline", "LongCatImagePipeline"]
+
+
+@pytest.mark.parametrize("name", [name for name in UNRUN if hasattr(diffusers, name)])
+def test_the_source_has_the_order_of_the_layout(name):
+    """Of those that are not run here."""
+    source = inspect.getsource(getattr(diffusers, name).__call__)
+    targets = re.findall(r"(\w+) = self\.transformer\(", source)
+    if PIPELINE_LAYOUTS[name].cfg == "two calls":
+        assert ["uncond" in target for target in targets] == [False, True]
+    else:
+        assert len(targets) == 1 and re.search(r"(\w*uncond\w*), \w*text\w* = noise_pred\.chunk\(2\)", source)
+
+
+def test_what_cannot_be_guided_is_refused_with_the_reason():
+    for name, message in [
+        ("OmniGenPipeline", "OmniGenPipeline cannot be guided: its transformer takes text"),
+        ("MyPipeline", "Expected a pipeline among .* register_pipeline_layout\\('MyPipeline'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find_layout(type(name, (), {})())
+    with pytest.raises(ValueError, match="Expected a pipeline without a guider of its own"):
+        find_layout(type("HunyuanImagePipeline", (), {"guider": None})())
+    assert find_layout(type("Mine", (type("PRXPipeline", (), {}),), {})()) == CfgLayout()
+
+
+def test_the_table_of_the_docs_is_that_of_the_code():
+    text = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    table = text.split("<!-- pipelines -->")[1].split("<!-- end of pipelines -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()[2:]]
+    listed = {name: row[1] for row in rows for name in re.findall(r"`(\w+Pipeline)`", row[0])}
+    expected = {name: "SG" if layout.cfg is None else "SG, CFG + SG" for name, layout in PIPELINE_LAYOUTS.items()}
+    assert listed == expected | dict.fromkeys(REFUSED_PIPELINES, "none")

@@ -58,11 +58,9 @@ for _name in (
 register_pipeline_layout("Krea2Pipeline", CfgLayout(cfg="two calls", offset=1.0))
 for _name in ("FluxPipeline", "QwenImagePipeline"):
     register_pipeline_layout(_name, CfgLayout(cfg="two calls", scale="true_cfg_scale"))
-# Flux 2 and Sana Sprint have no CFG, Cosmos 2 none below 2, and HiDream has its samples on two different axes.
-for _name in ("Flux2Pipeline", "SanaSprintPipeline"):
-    register_pipeline_layout(_name, CfgLayout(cfg=None, scale=None))
-for _name in ("Cosmos2TextToImagePipeline", "HiDreamImagePipeline"):
-    register_pipeline_layout(_name, CfgLayout(cfg=None))
+# Flux 2 has no CFG, and HiDream has its samples on two different axes.
+register_pipeline_layout("Flux2Pipeline", CfgLayout(cfg=None, scale=None))
+register_pipeline_layout("HiDreamImagePipeline", CfgLayout(cfg=None))
 
 REFUSED_PIPELINES = {
     "GlmImagePipeline": "it also calls its transformer to fill a cache, which routing does not go with",
