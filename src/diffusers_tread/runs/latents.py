@@ -182,8 +182,8 @@ def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: Capti
         return f"Latents take {latents:.3g} GiB."
     size, cut = num_images * text.bytes_per_image() / 2**30, text.count_too_long()
     return (
-        f"Text takes about {size:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_images * len(text.names)} captions "
-        "are longer than the text encoder reads and lose their end."
+        f"Text takes about {size:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_images * len(text.names)} "
+        "captions are longer than the text encoder reads and lose their end."
     )
 
 
