@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     routes = text.route_transformer(config, pipeline.transformer)
     encoder = PromptEncoder(pipeline, max_sequence_length=config.max_sequence_length)
     source, extractor = (
-        text.open_data(config, pipeline, accelerator),
+        text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),
     )
     denoiser = text.make_denoiser(config, pipeline, encoder, source)
