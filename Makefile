@@ -65,13 +65,13 @@ bench-gpu: .venv/.installed ## test and measure on a GPU, made for an H200; want
 	$(BENCH)/report.py
 
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
-	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-plain: .venv/.installed ## run the tests without the processor's newer instructions
-	$(TEST_ENVIRONMENT) $(PLAIN) .venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(TEST_ENVIRONMENT) $(PLAIN) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-oldest: .venv-oldest/.installed ## likewise with the oldest supported diffusers, without slow tests and benchmarks
-	$(TEST_ENVIRONMENT) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/benchmarks \
+	$(TEST_ENVIRONMENT) .venv-oldest/bin/python -m pytest -n 2 -m "not slow" --ignore tests/benchmarks \
 		$(foreach name,$(SAME),--ignore $(dir tests/$(name))test_$(notdir $(name)).py) $(PYTEST_ARGS)
 
 style: .venv/.installed ## format the code and repair what ruff can repair
