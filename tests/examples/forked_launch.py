@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 TRAINING = {"torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"}
 EXTRACTOR = {"transformers.models.dinov2.modeling_dinov2"}
 SD3 = {"diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "transformers.models.t5.modeling_t5"}
+TEXT = {"diffusers.pipelines.flux.pipeline_flux", "transformers.models.t5gemma.modeling_t5gemma"}
 
 
 def switch_on_fsdp2() -> None:
@@ -143,8 +144,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     plan = json.loads(sys.argv[1])
     modules = {entry.get("script", "train_tread") for entry in plan}
-    if "train_tread" in modules:
+    if any("train" in name for name in modules):
         modules |= TRAINING
+    if "train_text_to_image_tread" in modules:
+        modules |= SD3 | TEXT
     if "transformers:" in sys.argv[1]:
         modules |= EXTRACTOR
     if "--prompts" in sys.argv[1]:

@@ -114,14 +114,17 @@ def test_a_killed_run_ends_as_a_plain_pipeline_with_the_same_bits(bases, photos,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_resume_bit_for_bit(bases, photos, tmp_path, fsdp):
-    entry = {"script": "train_text_to_image_tread", "processes": 2, "fsdp": fsdp}
+def test_two_processes_resume_bit_for_bit(bases, photos, tmp_path):
     kill = {"at": ["train_text_to_image_tread.Trainer.next_batch"], "count": 4, "rank": 1}
-    whole, parts = (flags(bases["prx"], photos, tmp_path / part) for part in ("whole", "parts"))
-    codes, _ = launch([entry | {"argv": whole}, entry | {"argv": parts, "kill": kill}, entry | {"argv": parts}])
-    assert codes == [0, -9, 0]
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    plan = []
+    for name, fsdp in (("ddp", False), ("fsdp", True)):
+        entry = {"script": "train_text_to_image_tread", "processes": 2, "fsdp": fsdp}
+        whole, parts = (flags(bases["prx"], photos, tmp_path / name / part) for part in ("whole", "parts"))
+        plan += [entry | {"argv": whole}, entry | {"argv": parts, "kill": kill}, entry | {"argv": parts}]
+    codes, _ = launch(plan)
+    assert codes == [0, -9, 0] * 2
+    for name in ("ddp", "fsdp"):
+        assert_same(tmp_path / name / "whole", tmp_path / name / "parts")
 
 
 def test_a_transformer_is_trained_further_from_its_weights(bases, photos, tmp_path):
