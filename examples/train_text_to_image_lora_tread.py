@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision(config.matmul_precision)
 
     # Everything is checked before anything is written.
-    pipeline, encoded_by = text.open_pipeline(config, accelerator)
+    frozen_dtype = text.FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    pipeline, encoded_by = text.open_pipeline(config, accelerator, transformer_dtype=frozen_dtype)
     lora_config = lora.add_lora(config, accelerator, pipeline.transformer)
     routes = text.route_transformer(config, pipeline.transformer)
     encoder = PromptEncoder(pipeline, max_sequence_length=config.max_sequence_length)
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),
     )
-    denoiser = text.make_denoiser(config, pipeline, encoder, source)
+    denoiser = text.make_denoiser(config, encoder, source, accelerator)
     flops, flops_saved = text.count_flops(denoiser, is_routed=bool(routes))
     settings = text.describe_run(config, accelerator, source, pipeline, encoded_by, flops_saved)
     about = text.describe_text(config, source, settings, routes)

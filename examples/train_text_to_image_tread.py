@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),
     )
-    denoiser = text.make_denoiser(config, pipeline, encoder, source)
+    denoiser = text.make_denoiser(config, encoder, source, accelerator)
     flops, flops_saved = text.count_flops(denoiser, is_routed=bool(routes))
     settings = text.describe_run(config, accelerator, source, pipeline, encoded_by, flops_saved)
     about = text.describe_text(config, source, settings, routes)

@@ -12,12 +12,13 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from runs import call, launch
+from runs import call, interrupting, launch
 from safetensors.torch import load_file
 
 
 pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
+import precompute_latents  # noqa: E402
 import train_text_to_image_tread  # noqa: E402
 from tiny_pipelines import PIPELINES  # noqa: E402
 
@@ -129,8 +130,8 @@ def test_two_processes_resume_bit_for_bit(bases, photos, tmp_path):
 
 def test_a_transformer_is_trained_further_from_its_weights(bases, photos, tmp_path):
     base = bases["sd3"]
-    changes = {"transformer_config_name_or_path": None, "learning_rate": 1e-9, "max_train_steps": 1}
-    train(*flags(base, photos, tmp_path / "run", **changes))
+    changes = {"transformer_config_name_or_path": None, "learning_rate": 1e-9, "max_train_steps": 1, "routes": "none"}
+    train(*flags(base, photos, tmp_path / "run", **changes), "--mixed_precision", "bf16")
     before = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
     after = weights(tmp_path / "run")
     assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
@@ -162,6 +163,25 @@ def test_a_bucket_for_each_shape_and_grids_of_prompts(bases, photos, tmp_path):
     changes |= {"validation_prompts": '["a red square"]', "num_validation_images": 1, "validation_inference_steps": 1}
     train(*flags(bases["sd3"], photos, tmp_path / "run", **changes))
     assert (tmp_path / "run" / "samples" / "step-0000005.png").exists()
+
+
+def test_stored_captions_train_as_exactly(bases, photos, tmp_path):
+    """On latents with captions and what the encoders made of them, also the empty one."""
+    base = bases["sd3"]
+    call(
+        precompute_latents, "--data", f"folder:{photos}", "--resolution", 16, "--caption_column", "text",
+        "--pretrained_vae_name_or_path", base / "vae", "--cache_text_embeddings", "--pretrained_text_pipeline", base,
+        "--text_dtype", "float32", "--output_dir", tmp_path / "latents",
+    )  # fmt: skip
+    changes = {"data": f"latents:{tmp_path / 'latents'}", "resolution": None, "max_train_steps": 4}
+    changes |= {"proportion_empty_prompts": 0.5}
+    train(*flags(base, photos, tmp_path / "whole", **changes))
+    with interrupting(train_text_to_image_tread.Trainer, "next_batch", lambda trainer, micro_step: trainer.step == 3):
+        train(*flags(base, photos, tmp_path / "parts", **changes))
+    train(*flags(base, photos, tmp_path / "parts", **changes))
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(ValueError, match="text encoder that the captions of these latents were encoded with"):
+        train(*flags(base, photos, tmp_path / "other", **changes, max_sequence_length=4))
 
 
 @pytest.mark.parametrize(

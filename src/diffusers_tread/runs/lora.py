@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
 from ..hub import CardDetails
-from .text import FROZEN_DTYPES, TextOutputs
+from .text import TextOutputs
 from .text_config import TextTrainConfig
 
 
@@ -43,18 +44,18 @@ class LoraTrainConfig(TextTrainConfig):
 
 
 def add_lora(config: LoraTrainConfig, accelerator: Accelerator, transformer: torch.nn.Module) -> Any:
-    """Freezes a transformer, in the precision of the run, and puts a LoRA on it, in float32; gives its `LoraConfig`.
+    """Freezes a transformer and puts a LoRA on it, in float32; gives its `LoraConfig`.
 
     Raises:
-        ValueError: No layer has one of the names.
+        ValueError: No layer has one of the names; FSDP, which cannot shard what is frozen with what is not.
     """
     from peft import LoraConfig
 
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("Expected one process or DDP for a LoRA, got FSDP. The frozen weights stay whole.")
     targets = config.lora_target_modules.split(",")
     lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets)
     transformer.requires_grad_(False)
-    if accelerator.mixed_precision in FROZEN_DTYPES:
-        transformer.to(FROZEN_DTYPES[accelerator.mixed_precision])
     transformer.add_adapter(lora)
     cast_training_params(transformer, dtype=torch.float32)
     return lora

@@ -43,7 +43,9 @@ _COUNTED = 10_000  # captions whose length is looked at before the run
 FROZEN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def open_pipeline(config: TextTrainConfig, accelerator: Accelerator) -> tuple[DiffusionPipeline, dict[str, Any]]:
+def open_pipeline(
+    config: TextTrainConfig, accelerator: Accelerator, *, transformer_dtype: torch.dtype = torch.float32
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """The pipeline to train: a new transformer at its initialisation, the same in every process, or an old one.
 
     Its other parts are frozen, on the device, the text encoders in the precision of the run.
@@ -65,12 +67,13 @@ def open_pipeline(config: TextTrainConfig, accelerator: Accelerator) -> tuple[Di
             scheduler=setup.make_objective(config).scheduler(),
         )
     identity = text_identity(pipeline, max_sequence_length=config.max_sequence_length)  # in whatever precision it is
+    frozen_dtype = FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
     for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module) and part is not pipeline.transformer:
-            part.requires_grad_(False).eval().to(accelerator.device)
-            if name.startswith("text_encoder") and accelerator.mixed_precision in FROZEN_DTYPES:
-                part.to(FROZEN_DTYPES[accelerator.mixed_precision])
-    pipeline.transformer.to(accelerator.device).float()
+        if isinstance(part, torch.nn.Module):
+            dtypes = {"transformer": transformer_dtype, "vae": part.dtype}
+            part.requires_grad_(part is pipeline.transformer).eval()
+            # Cast before it is moved. Not by diffusers' `to`, which may warn of an empty list.
+            torch.nn.Module.to(part, dtypes.get(name, frozen_dtype)).to(accelerator.device)
     return pipeline, identity
 
 
@@ -108,18 +111,19 @@ def open_data(
 
 
 def make_denoiser(
-    config: TextTrainConfig, pipeline: DiffusionPipeline, encoder: PromptEncoder, source: TrainingSource
+    config: TextTrainConfig, encoder: PromptEncoder, source: TrainingSource, accelerator: Accelerator
 ) -> PipelineDenoiser:
     """The pipeline as what is trained. Raises ValueError for parts that do not fit each other or the data."""
     height, width = max(source.sizes)
     factor = source.resolution // source.latent_size
-    return PipelineDenoiser(
-        pipeline,
-        latents_shape=(source.channels, height // factor, width // factor),
-        text=encoder([""]),
-        pixels_per_latent=factor,
-        call_options=read_json(config.call_options),
-    )
+    with accelerator.autocast():  # in which it is tried
+        return PipelineDenoiser(
+            encoder.pipeline,
+            latents_shape=(source.channels, height // factor, width // factor),
+            text=encoder([""]),
+            pixels_per_latent=factor,
+            call_options=read_json(config.call_options),
+        )
 
 
 def text_conditions(
