@@ -341,3 +341,15 @@ def test_a_model_without_routes_saves_nothing():
 def test_impossible_ratios_are_refused(selection_ratio):
     with pytest.raises(ValueError, match="Expected a selection ratio"):
         forward_flops(preset("S/2"), selection_ratio=selection_ratio)
+
+
+def test_the_dtypes_of_inputs_and_weights_do_not_count():
+    """Text encoders in bfloat16 under autocast, frozen weights of a LoRA."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
+    )  # fmt: skip
+    inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 16).bfloat16()}
+    inputs |= {"pooled_projections": torch.randn(1, 16).bfloat16(), "timestep": torch.tensor([100.0])}
+    flops = training_flops(transformer, inputs)
+    assert flops > 0 and training_flops(transformer.bfloat16(), inputs) == flops

@@ -186,9 +186,8 @@ class _Counter:
         model = getattr(model, "_orig_mod", model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT, adapters and all
         self.model = _without_values(model)
-        if inputs is None:
-            inputs = _example_inputs(model)
-            self.model.float()  # as those are
+        self.model.float()  # whatever autocast or casts make of it
+        inputs = _example_inputs(model) if inputs is None else inputs
         self.inputs = {name: _to_meta(value) for name, value in inputs.items()}
         self.counter: FlopCounterMode | None = None
         self.known: dict[Any, tuple[torch.Tensor, dict[Any, int]]] = {}
@@ -321,7 +320,7 @@ def _example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _to_meta(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to("meta")
+        return value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
     if isinstance(value, (list, tuple)):
         return type(value)(_to_meta(one) for one in value)
     return value
