@@ -17,7 +17,15 @@ from diffusers import (
 from packaging.version import Version
 from pipeline_calls import latents_of
 
-from diffusers_tread import EDMHeunScheduler, RoutingCall, SparseGuidance, TokenRoute, get_token_router, token_routing
+from diffusers_tread import (
+    EDMHeunScheduler,
+    FlowSDEScheduler,
+    RoutingCall,
+    SparseGuidance,
+    TokenRoute,
+    get_token_router,
+    token_routing,
+)
 
 
 FLOW_SOLVER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -28,6 +36,7 @@ EDM_SCHEDULERS = [
     EDMDPMSolverMultistepScheduler(),
 ]
 FLOW_SCHEDULERS = [
+    FlowSDEScheduler(),
     FlowMatchEulerDiscreteScheduler(),
     FlowMatchEulerDiscreteScheduler(shift=3.0),
     FlowMatchHeunDiscreteScheduler(),
@@ -39,7 +48,7 @@ FLOW_SCHEDULERS = [
 # Seeds: each image depends on its own generator alone.
 
 
-@pytest.mark.parametrize("scheduler", EDM_SCHEDULERS + FLOW_SCHEDULERS[:3], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("scheduler", EDM_SCHEDULERS + FLOW_SCHEDULERS[:4], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("guidance", ["dense", "cfg", "sparse"])
 def test_an_image_does_not_depend_on_its_batch(make_pipeline, record_calls, generators, scheduler, guidance):
     pipe = make_pipeline(scheduler, guider=SparseGuidance() if guidance == "sparse" else None)

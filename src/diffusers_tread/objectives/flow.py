@@ -37,8 +37,8 @@ class FlowMatchingObjective(Objective):
     """
 
     scheduler_advice = (
-        "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction', use_flow_sigmas=True, "
-        "and num_train_timesteps=1000"
+        "FlowMatchEulerDiscreteScheduler, FlowSDEScheduler, or a solver with prediction_type='flow_prediction', "
+        "use_flow_sigmas=True, and num_train_timesteps=1000"
     )
 
     weighting_scheme: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -93,7 +93,8 @@ class FlowMatchingObjective(Objective):
         if scheduler.config.get("num_train_timesteps") != _TRAIN_TIMESTEPS:  # the network's time is 1000 t
             return False
         kinds = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
-        if isinstance(scheduler, kinds):
+        # FlowSDEScheduler, not by its class: one from the Hub brings code of its own.
+        if isinstance(scheduler, kinds) or hasattr(scheduler, "diffusion_coefficient"):
             return True
         # Solvers of several kinds say with `use_flow_sigmas` whose noise levels they have.
         is_flow = scheduler.config.get("prediction_type") == "flow_prediction" and "sigma_data" not in scheduler.config
