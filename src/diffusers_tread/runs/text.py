@@ -62,7 +62,7 @@ def open_pipeline(config: TextTrainConfig, accelerator: Accelerator) -> tuple[Di
             config.pretrained_model_name_or_path,
             transformer=transformer,
             parts=read_json(config.parts),
-            scheduler=setup.make_objective(config).scheduler(),
+            scheduler=setup.make_objective(config, None).scheduler(),
         )
     identity = text_identity(pipeline, max_sequence_length=config.max_sequence_length)  # in whatever precision it is
     for name, part in pipeline.components.items():
