@@ -41,14 +41,15 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
     dx = v dt, whatever w >= 0 (arXiv 2401.08740, Section 2). With x_t = (1 - t) x + t noise the score is
     -(x_t + (1 - t) v) / t. The last of the N steps, from `last_step_size` to 0, follows the drift and adds no noise.
 
-    The papers' results are made with N = 250, `last_step_size=0.04` and w(t) = 2 t: SiT and REPA print w = sigma_t,
-    while the code that they published has sqrt(2 sigma_t) on the noise. Hence the default of `diffusion_scale`.
+    REPA's published sampler has N = 250, `last_step_size=0.04` and w(t) = 2 t; SiT's code has the same last step and
+    multiplies noise and score of each of its diffusion coefficients as if w were twice that, sigma_t among them. Hence
+    the default of `diffusion_scale`.
 
     Args:
         num_train_timesteps: the network is called with `num_train_timesteps` t, >= 1.
         shift: t becomes shift t / (1 + (shift - 1) t), as in `FlowMatchEulerDiscreteScheduler`; > 0.
         diffusion_form: `"sigma"` for w = `diffusion_scale` t, `"sin2"` for w = `diffusion_scale` sin^2(pi t).
-        diffusion_scale: factor of w, >= 0: 2 as in the published code, 1 as in the papers, 0 for the ODE.
+        diffusion_scale: factor of w, >= 0: 2 as in the published code, 1 for w = sigma_t to the letter, 0 for the ODE.
         last_step_size: t at which the last step starts, before the shift, in (0, 1).
 
     Raises:
