@@ -82,7 +82,7 @@ def test_sampling_equals_the_papers_equations_in_numpy(num_steps, settings):
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def exact_moments(monkeypatch, num_steps, **settings):
+def exact_moments(monkeypatch, num_steps, last_step=None, **settings):
     """Mean and deviation of the samples from x_1 ~ N(0, 1): for Gaussian data they are affine in all the noise."""
     drawn = []
 
@@ -92,7 +92,7 @@ def exact_moments(monkeypatch, num_steps, **settings):
         return drawn[-1]
 
     monkeypatch.setattr(scheduling_flow_sde, "randn_tensor", impulse)
-    scheduler = prepared(sigmas=np.linspace(1, 1 / num_steps, num_steps), **settings)
+    scheduler = prepared(sigmas=np.linspace(1, last_step or 1 / num_steps, num_steps), **settings)
     x = torch.zeros(num_steps + 1, 1, 1, 1, dtype=torch.float64)
     x[1] = 1.0  # the response to x_1; the rest are those to the noise of each step but the last
     found = sample(scheduler, gaussian_network, x).flatten()
@@ -107,6 +107,11 @@ def test_the_mean_is_exact_and_the_deviation_converges_with_first_order(monkeypa
     errors = [abs(deviation - STD) for deviation in deviations]
     assert errors[-1] < 0.02 * STD
     assert all(1.7 < error / halved < 2.3 for error, halved in zip(errors, errors[1:], strict=False)), errors
+
+
+@pytest.mark.parametrize(("num_steps", "deviation"), [(25, 0.4895), (250, 0.4943), (1000, 0.4948)])
+def test_the_last_step_of_the_papers_leaves_an_error_of_a_percent(monkeypatch, num_steps, deviation):
+    assert exact_moments(monkeypatch, num_steps, last_step=0.04)[1] == pytest.approx(deviation, abs=1e-4)
 
 
 def test_samples_have_mean_and_deviation_of_the_data():
