@@ -27,7 +27,7 @@ from diffusers_tread.pictures import make_grid
 
 # Those offered that the model's objective accepts; each takes the settings of the pipeline's own.
 SAMPLERS = ("EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-SAMPLERS += ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+SAMPLERS += ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowSDEScheduler")
 SAMPLERS += ("DDIMScheduler", "DPMSolverMultistepScheduler")
 CFG, SPARSE, AUTO = "classifier-free", "Sparse Guidance", "autoguidance"
 SPARSE_KINDS = {

@@ -11,9 +11,11 @@ The flags are the fields of `EvaluationConfig`; docs/evaluation.md.
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import PIL.Image
@@ -21,6 +23,7 @@ import torch
 from accelerate import PartialState
 
 from diffusers_tread.claims import claim
+from diffusers_tread.files import write_json
 from diffusers_tread.metrics import (
     METRICS,
     DatasetImages,
@@ -40,7 +43,7 @@ from diffusers_tread.metrics import (
     prepare_reference,
     save_statistics,
 )
-from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_image
+from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_curve, save_image
 from diffusers_tread.runs.parsing import check_at_least, parse_config
 from diffusers_tread.runs.sampling import SamplingConfig, open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
@@ -58,6 +61,8 @@ class EvaluationConfig(SamplingConfig):
     """Results, features and images; all processes must see it."""
     batch_size: int = 64
     """Images per process and forward."""
+    guidance_scales: str | None = None
+    """Instead of one scale: several, such as 1,1.25,1.5, each in a folder of its own, and a curve over them."""
     num_kept_images: int = 40
     """First samples of a pipeline to keep as PNG files, for the grid and the eye."""
 
@@ -112,7 +117,8 @@ class EvaluationConfig(SamplingConfig):
             raise ValueError(
                 f"Expected either --pretrained_pipeline or --images, or only --save_statistics, got {judged}."
             )
-        of_pipelines = {field.name for field in dataclasses.fields(SamplingConfig)} | {"num_kept_images"}
+        of_pipelines = {field.name for field in dataclasses.fields(SamplingConfig)}
+        of_pipelines |= {"num_kept_images", "guidance_scales"}
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         unused = [name for name in given if name in of_pipelines]
         if unused and self.pretrained_pipeline is None:
@@ -140,6 +146,21 @@ class EvaluationConfig(SamplingConfig):
             raise ValueError(
                 f"Expected any of {of_statistics} in --metrics for --save_statistics, got {self.metrics}."
             )
+
+    def _check_scale(self) -> None:
+        if self.guidance_scales is None:
+            return super()._check_scale()
+        if self.guidance not in ("cfg", "sparse") or self.guidance_scale is not None:
+            raise ValueError("Expected --guidance_scales with --guidance cfg or sparse and without --guidance_scale.")
+        if not all(math.isfinite(scale) for scale in self.scales):
+            raise ValueError(f"Expected --guidance_scales such as 1,1.25,1.5, got {self.guidance_scales}.")
+        if find_spec("matplotlib") is None:
+            raise ValueError('Expected matplotlib for --guidance_scales, got none. Install "diffusers-tread[fid]".')
+
+    @property
+    def scales(self) -> list[float]:
+        """The guidance scales of a curve, in order. Raises ValueError for what is no number."""
+        return sorted({float(scale) for scale in self.guidance_scales.split(",")})
 
     @property
     def has_reference(self) -> bool:
@@ -234,7 +255,8 @@ def draw_grid(images: KeptImages) -> PIL.Image.Image:
     return add_labels(grid, **texts) if texts else grid
 
 
-def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
+def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) -> dict[str, float] | None:
+    """The values in the main process; None in the others, and without images."""
     # Everything is loaded and tried once before the long work starts; one process fills the caches.
     extractor = None
     with state.main_process_first():
@@ -264,6 +286,7 @@ def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) ->
             print(f"Saved {config.save_statistics}.")
 
     # The images.
+    values = None
     if images is not None:
         if config.pretrained_pipeline is not None:
             images = KeptImages(images, folder=output_dir / "images", num_kept=config.num_kept_images)
@@ -278,6 +301,25 @@ def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) ->
         if state.is_main_process:
             report(config, images, values, **common)
     state.wait_for_everyone()
+    return values
+
+
+def evaluate_scales(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
+    """One evaluation per guidance scale, and after each a table and a curve of those there are."""
+    features, rows = (
+        config.reference_features_dir or str(output_dir / "features"),
+        [],
+    )  # of the reference, once for all
+    for scale in config.scales:
+        folder = output_dir / f"scale-{scale:g}"
+        changes = {"guidance_scale": scale, "output_dir": str(folder), "reference_features_dir": features}
+        values = evaluate(dataclasses.replace(config, guidance_scales=None, **changes), state, folder)
+        if values is not None:
+            rows.append({"guidance_scale": scale, **values})
+            write_json(output_dir / "guidance_scales.json", rows)
+            name = "fid" if "fid" in values else next(iter(values))
+            points = [(row["guidance_scale"], row[name]) for row in rows]
+            save_curve(points, output_dir / "guidance_scales.png", x_label="guidance scale", y_label=name)
 
 
 def open_prepared(config: EvaluationConfig, source, *, extractor, image_size) -> PreparedReference:
@@ -298,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which moves the features
     with claim(config.output_dir) as output_dir, stopped_cleanly(argv, kept="finished batches"):
-        evaluate(config, state, output_dir)
+        (evaluate if config.guidance_scales is None else evaluate_scales)(config, state, output_dir)
     state.destroy_process_group()
 
 

@@ -52,7 +52,7 @@ class Trainer(TrainingLoop):
         for micro_step in range(self.config.gradient_accumulation_steps):
             latents, conditions, routing = self.next_batch(micro_step)
             with accelerator.accumulate(self.model):
-                options = {"generator": self.generator, "routing": routing}
+                options = {"generator": self.generator, "routing": routing, "terms": self.watching}
                 loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and self.config.max_grad_norm > 0:

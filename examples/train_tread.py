@@ -46,7 +46,8 @@ class Trainer(TrainingLoop):
         accelerator, total = self.accelerator, 0.0
         for micro_step in range(self.config.gradient_accumulation_steps):
             latents, conditions, routing = self.next_batch(micro_step)
-            options = {"generator": self.generator, "routing": routing, "terms": self.terms}
+            options = {"generator": self.generator, "routing": routing}
+            options["terms"] = [*self.terms, *self.watching]
             with accelerator.accumulate(self.model):
                 loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
                 accelerator.backward(loss)
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything is checked before anything is written.
     source, extractor = setup.open_data(config, accelerator), setup.open_feature_extractor(config, accelerator)
-    setup.make_objective(config)
+    setup.make_objective(config, source)
     with init_empty_weights():
         settings = setup.describe_run(config, accelerator, source, setup.make_model(config, source))
     about = setup.describe_classes(config, settings)

@@ -79,7 +79,8 @@ def test_the_citation_has_the_version_that_is_installed_and_names_both_papers():
 def test_the_wheel_holds_the_source_tree_its_type_marker_and_the_licence(wheel):
     source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == source | {"diffusers_tread/py.typed", "diffusers_tread/hub/model_card.md"}
+    cards = {"diffusers_tread/hub/model_card.md", "diffusers_tread/hub/text_model_card.md"}
+    assert names == source | cards | {"diffusers_tread/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 
 

@@ -26,7 +26,7 @@ from .objectives import (
     register_objective,
 )
 from .routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, default_route, get_token_router, token_routing
-from .schedulers import EDMHeunScheduler
+from .schedulers import EDMHeunScheduler, FlowSDEScheduler
 from .version import __version__
 
 
@@ -43,6 +43,7 @@ __all__ = [
     "EDMObjective",
     "EpsilonObjective",
     "FlowMatchingObjective",
+    "FlowSDEScheduler",
     "ForwardRecord",
     "GuidedPipeline",
     "LossTerm",

@@ -259,7 +259,7 @@ def app():
     ("objective", "own", "others"),
     [
         ("edm", EDMHeunScheduler(), ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]),
-        ("flow", FlowMatchEulerDiscreteScheduler(), ["FlowMatchHeunDiscreteScheduler"]),
+        ("flow", FlowMatchEulerDiscreteScheduler(), ["FlowMatchHeunDiscreteScheduler", "FlowSDEScheduler"]),
         ("epsilon", DDIMScheduler(), ["DPMSolverMultistepScheduler"]),
     ],
 )

@@ -13,11 +13,18 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from runs import call, files_of, launch
+from runs import call, files_of, interrupting, launch
 from tiny_models import make_transformer, save_extractor, save_noise, save_vae
 
 from diffusers_tread import EDMHeunScheduler, TREADPipeline
-from diffusers_tread.metrics import METRICS, Metric, load_feature_extractor, load_results, register_metric
+from diffusers_tread.metrics import (
+    METRICS,
+    FeatureStore,
+    Metric,
+    load_feature_extractor,
+    load_results,
+    register_metric,
+)
 from diffusers_tread.runs.parsing import parse_config
 
 
@@ -171,6 +178,25 @@ def test_the_samples_written_to_a_folder_are_judged_alike(argv, material, tmp_pa
     assert not (tmp_path / "alone" / "results").exists()
 
 
+def test_a_curve_over_scales_goes_on_and_is_made_of_single_evaluations(argv, tmp_path):
+    argv = [*argv, "--metrics", "fid", "--guidance", "cfg"]
+    words = [*argv, "--guidance_scales", "2.5,1", "--output_dir", tmp_path / "curve"]
+    # Stopped in the second scale, 2.5, after its first batch.
+    with interrupting(FeatureStore, "write", lambda store, batch, _: "scale-2.5" in str(store.folder) and batch == 1):
+        run(*words)
+    assert json.loads((tmp_path / "curve" / "guidance_scales.json").read_text())[0]["guidance_scale"] == 1.0
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "curve").rglob("batch-*")}
+    run(*words)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+    rows = json.loads((tmp_path / "curve" / "guidance_scales.json").read_text())
+    single = tmp_path / "single"
+    run(*argv, "--guidance_scale", 2.5, "--output_dir", single)
+    assert [row.pop("guidance_scale") for row in rows] == [1.0, 2.5] and rows[0]["fid"] != rows[1]["fid"]
+    assert rows[1] == results_of(single).metrics == results_of(tmp_path / "curve" / "scale-2.5").metrics
+    assert PIL.Image.open(tmp_path / "curve" / "guidance_scales.png").size == (720, 480)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -180,6 +206,9 @@ def test_the_samples_written_to_a_folder_are_judged_alike(argv, material, tmp_pa
         (["--guidance_scale", "2"], "--guidance pipeline uses, got"),
         (["--guidance", "cfg"], "--guidance_scale"),
         (["--guidance", "cfg", "--guidance_scale", "2", "--weak_ratio", "0.5"], "weak_ratio"),
+        (["--guidance_scales", "1,2"], "--guidance cfg or sparse"),
+        (["--guidance", "cfg", "--guidance_scales", "1,2", "--guidance_scale", "2"], "without --guidance_scale"),
+        (["--guidance", "cfg", "--guidance_scales", "1,two"], "two"),
         (["--guidance", "sparse", "--guider_config", '{"ratio": 0.5}'], "ratio"),
         (["--guidance", "sparse", "--weak_ratio", "0.1"], "weak_ratio"),
         (["--num_samples", "1"], "at least"),

@@ -217,9 +217,27 @@ def test_nothing_in_a_step_waits_for_the_device(config, tmp_path, monkeypatch, r
     monitor_read = trainer.LossMonitor.read
     monkeypatch.setattr(train_tread.Trainer, "train_step", watch)
     monkeypatch.setattr(trainer.LossMonitor, "read", read)
-    path = config(max_train_steps=4, logging_steps=3, checkpointing_steps=4)
-    train("--config", path, "--routes", routes, "--output_dir", tmp_path / "run")
+    path = config(max_train_steps=4, logging_steps=3, checkpointing_steps=4, train_batch_size=4)
+    train("--config", path, "--routes", routes, "--log_loss_by_time", "--output_dir", tmp_path / "run")
     assert reads == [3, 4]
+
+
+def test_the_loss_by_time_is_logged_and_changes_nothing_nor_does_the_name_of_a_shift(config, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda accelerator, values, step: logged.append(values))
+    argv = ["--config", config(max_train_steps=2, logging_steps=1, train_batch_size=8), "--objective_config"]
+    train(*argv, '{"shift": "auto"}', "--log_loss_by_time", "--output_dir", tmp_path / "named")
+    train(*argv, '{"shift": 0.125}', "--output_dir", tmp_path / "given")  # sqrt(1 * 8 * 8 / 4096)
+    assert_bitwise_equal(tmp_path / "named", tmp_path / "given")
+    for watched, plain in zip(logged[:2], logged[2:], strict=True):
+        assert watched["loss"] == plain["loss"] and "loss_t0" not in plain
+        quarters = [watched[f"loss_t{quarter}"] for quarter in range(4)]
+        assert len(set(quarters)) == 4 and sum(quarters) / 4 == pytest.approx(plain["loss"], rel=1e-5)
+
+    # The number is what the folder says, and what the samples are made with.
+    settings = json.loads((tmp_path / "named" / "train_config.json").read_text())
+    assert json.loads(settings["objective_config"]) == {"shift": 0.125}
+    assert TREADPipeline.from_pretrained(tmp_path / "named" / "pipeline").scheduler.config.shift == 0.125
 
 
 def test_the_log_tells_the_flops_in_force(config, tmp_path, monkeypatch):
@@ -413,6 +431,7 @@ def test_the_script_stands_alone():
         (["--random_flip"], "digits"),
         (["--routes", '[{"start": 2, "end": 9, "selection_ratio": 0.5}]'], "end"),
         (["--objective_config", '{"shitf": 2.0}'], "shitf"),
+        (["--log_loss_by_time", "--train_batch_size", "2"], "train_batch_size >= 4"),
         (["--loss_terms", '{"reconstrution": {}}'], r"terms among \['reconstruction'\].*got \['reconstrution'\]"),
         ([*RECONSTRUCTION, "--routes", "none"], "Expected a denoiser of this package with patches"),
         ([*RECONSTRUCTION, "--model_config_name_or_path", PIXELS], "Expected patches of several values"),

@@ -9,6 +9,7 @@ import torch
 from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 
 from diffusers_tread import (
+    FlowSDEScheduler,
     GuidedPipeline,
     RatioSchedule,
     SparseGuidance,
@@ -142,6 +143,12 @@ def test_an_image_depends_on_its_own_generator_alone(pipeline):
         return guided(prompt, num_images_per_prompt=len(seeds), generator=generators, **settings).images
 
     torch.testing.assert_close(latents([1, 2])[1:], latents([2]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_an_image_of_an_sde_depends_on_its_own_generator_alone(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "scheduler", FlowSDEScheduler.from_config(pipeline.scheduler.config))
+    test_an_image_depends_on_its_own_generator_alone(pipeline)
 
 
 @pytest.mark.parametrize("null", [False, True])

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
 
 from tiny_pipelines import PIPELINES  # noqa: E402
 
-from diffusers_tread import SparseGuidance  # noqa: E402
+from diffusers_tread import FlowSDEScheduler, SparseGuidance  # noqa: E402
 from diffusers_tread.metrics import PromptImages, load_dataset_prompts, read_prompts  # noqa: E402
 from diffusers_tread.metrics.pipeline_images import pipeline_networks, sample_generator  # noqa: E402
 
@@ -52,6 +52,22 @@ def test_a_sample_depends_on_prompt_seed_and_index_alone(pipeline):
     assert not torch.equal(whole[0], whole[3])  # the same prompt, another index
     swapped = PromptImages(pipeline, ["blue", *PROMPTS[1:]], seed=3, guidance_scale=2.0, **SIZE)
     assert not torch.equal(swapped.read(0, 1), whole[:1]) and torch.equal(swapped.read(0, 5)[1], whole[1])
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_a_sample_of_an_sde_depends_on_its_generator_alone(pipeline, monkeypatch):
+    """Though the pipeline gives the scheduler none; if the last line fails, `_noise_from` is no longer needed."""
+    sde = FlowSDEScheduler.from_config(pipeline.scheduler.config)
+    monkeypatch.setattr(pipeline, "scheduler", sde)
+    source = PromptImages(pipeline, PROMPTS, guidance_scale=2.0, **SIZE)
+    whole = source.read(0, 3)
+    torch.manual_seed(7)
+    alone = torch.cat([source.read(index, index + 1) for index in range(3)])
+    assert (whole.int() - alone.int()).abs().max() <= 1 and "step" not in vars(sde)
+
+    default = torch.get_rng_state()
+    pipeline(prompt="blue", generator=torch.Generator().manual_seed(0), output_type="latent", **SIZE)
+    assert not torch.equal(torch.get_rng_state(), default)
 
 
 def test_samples_are_the_pipeline_s_own_pictures(pipeline):

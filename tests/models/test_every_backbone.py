@@ -12,7 +12,14 @@ from backbones import BACKBONES, SHARED, make_backbone, route_of
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 
-from diffusers_tread import RoutingCall, SparseGuidance, TokenRoute, TREADPipeline, apply_token_routing
+from diffusers_tread import (
+    FlowSDEScheduler,
+    RoutingCall,
+    SparseGuidance,
+    TokenRoute,
+    TREADPipeline,
+    apply_token_routing,
+)
 from diffusers_tread.flops import flop_ceiling, guidance_flops, training_flops
 from diffusers_tread.hub import export_for_hub
 from diffusers_tread.models import make_denoiser
@@ -208,11 +215,13 @@ def sample(pipeline):
 
 
 def test_an_export_loads_by_its_own_code(name, pipe, tmp_path):
+    pipe.scheduler = FlowSDEScheduler()
     folder, expected = export_for_hub(pipe, tmp_path / "hub"), sample(pipe)
     module = type(pipe.transformer).__module__.rpartition(".")[2]
     assert "\nfrom diffusers_tread" not in (folder / f"transformer/{module}.py").read_text()
     loaded = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     assert type(loaded.transformer).__module__.startswith("diffusers_modules.")
+    assert type(loaded.scheduler).__module__.startswith("diffusers_modules.")
     torch.testing.assert_close(sample(loaded), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -15,7 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_tread import EDMHeunScheduler, SparseGuidance
+from diffusers_tread import EDMHeunScheduler, FlowSDEScheduler, SparseGuidance
 
 
 NAMES = {0: "tench, Tinca tinca", 1: "crane", 2: "great white shark, white shark", 3: "crane, lifting machine"}
@@ -137,6 +137,7 @@ MATCHING = {
     "flow": [
         FlowMatchEulerDiscreteScheduler(),
         FlowMatchHeunDiscreteScheduler(),
+        FlowSDEScheduler(),
         UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     ],
     "epsilon": [DDIMScheduler(), EulerDiscreteScheduler(), DPMSolverMultistepScheduler()],
@@ -145,6 +146,7 @@ OF_NONE = [
     DPMSolverMultistepScheduler(use_flow_sigmas=True),  # noise prediction at the noise levels of flow matching
     EulerDiscreteScheduler(prediction_type="v_prediction"),
     EDMHeunScheduler(prediction_type="v_prediction"),
+    FlowSDEScheduler(num_train_timesteps=500),
     DPMSolverMultistepScheduler(prediction_type="flow_prediction"),  # with the noise levels of DDPM
 ]
 

@@ -18,7 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_tread import EDMHeunScheduler, SparseGuidance
+from diffusers_tread import EDMHeunScheduler, FlowSDEScheduler, SparseGuidance
 
 
 FLOW_SOLVER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -30,6 +30,7 @@ KARRAS = [(80 ** (1 / 7) + i / 3 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for 
     [
         (EDMHeunScheduler(s_churn=10.0), KARRAS),
         (FlowMatchEulerDiscreteScheduler(), np.linspace(1.0, 0.001, 4)),
+        (FlowSDEScheduler(), np.linspace(1.0, 0.04, 4)),
         (FlowMatchLCMScheduler(), torch.linspace(1.0, 0.001, 4)),
         pytest.param(
             UniPCMultistepScheduler(**FLOW_SOLVER),

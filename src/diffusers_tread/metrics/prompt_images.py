@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -86,10 +86,12 @@ class PromptImages:
         """
         # What "pt" gives lies in [0, 1] or in [-1, 1], as each pipeline likes; "np" is always in [0, 1].
         has_no_vae = self.wrapped.components.get("vae", self) is None
-        with evaluation_mode(self._networks().values()), _timesteps_repeated(self.wrapped):
+        generators = [sample_generator(self.seed, index) for index in range(start, stop)]
+        patches = _timesteps_repeated(self.wrapped), _noise_from(generators, self.wrapped.scheduler)
+        with evaluation_mode(self._networks().values()), patches[0], patches[1]:
             images = self.pipeline(
                 prompt=[self.prompt(index) for index in range(start, stop)],
-                generator=[sample_generator(self.seed, index) for index in range(start, stop)],
+                generator=generators,
                 output_type="pt" if has_no_vae else "np",
                 **self.options,
                 **self.call_options,
@@ -196,6 +198,23 @@ def _timesteps_repeated(pipeline) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _noise_from(generators: list[torch.Generator], scheduler) -> Iterator[None]:
+    """Lets a scheduler draw the noise of its steps from generators, which many pipelines of diffusers keep from it.
+
+    Stable Diffusion 3 and Flux do, so that samples of an SDE would depend on torch's default generator:
+    https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/flux/pipeline_flux.py
+    """
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        yield
+        return
+    scheduler.step = partial(scheduler.step, generator=generators)
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def _to_uint8(images: torch.Tensor, start: int) -> torch.Tensor:

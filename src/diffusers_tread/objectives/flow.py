@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Rectified flow (Esser et al. 2024, arXiv 2403.03206)."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
 
 # diffusers' flow schedulers call the network with sigma * num_train_timesteps.
 _TRAIN_TIMESTEPS = 1000
+
+
+def dimension_shift(num_values: float) -> float:
+    """sqrt(C H W / 4096): 1 for Stable Diffusion's latents of 256 pixels, above for larger ones (arXiv 2510.11690).
+
+    Noise of one level hides less of latents with more values, so that larger ones are trained with more of it.
+
+    Args:
+        num_values: C H W of the latents, > 0.
+    """
+    return math.sqrt(num_values / 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +49,8 @@ class FlowMatchingObjective(Objective):
     """
 
     scheduler_advice = (
-        "FlowMatchEulerDiscreteScheduler, or a solver with prediction_type='flow_prediction', use_flow_sigmas=True, "
-        "and num_train_timesteps=1000"
+        "FlowMatchEulerDiscreteScheduler, FlowSDEScheduler, or a solver with prediction_type='flow_prediction', "
+        "use_flow_sigmas=True, and num_train_timesteps=1000"
     )
 
     weighting_scheme: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -93,7 +105,8 @@ class FlowMatchingObjective(Objective):
         if scheduler.config.get("num_train_timesteps") != _TRAIN_TIMESTEPS:  # the network's time is 1000 t
             return False
         kinds = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
-        if isinstance(scheduler, kinds):
+        # FlowSDEScheduler, not by its class: one from the Hub brings code of its own.
+        if isinstance(scheduler, kinds) or hasattr(scheduler, "diffusion_coefficient"):
             return True
         # Solvers of several kinds say with `use_flow_sigmas` whose noise levels they have.
         is_flow = scheduler.config.get("prediction_type") == "flow_prediction" and "sigma_data" not in scheduler.config

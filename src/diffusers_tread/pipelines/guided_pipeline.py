@@ -271,14 +271,15 @@ def _forwards_answered(transformer: torch.nn.Module, steps: _GuidedSteps) -> Ite
 
 @contextmanager
 def _steps_counted(scheduler: Any, steps: _GuidedSteps) -> Iterator[None]:
-    """Tells `steps` of each step of the scheduler."""
+    """Tells `steps` of each step of the scheduler, which gets the call's generators: many pipelines give it none."""
     attributes, step = vars(scheduler), scheduler.step
     before = attributes.get("step")
+    given = {"generator": steps.generator} if "generator" in inspect.signature(step).parameters else {}
 
     @functools.wraps(step)
     def counted(*args: Any, **kwargs: Any) -> Any:
         steps.end_step()
-        return step(*args, **kwargs)
+        return step(*args, **given | kwargs)
 
     attributes["step"] = counted
     try:

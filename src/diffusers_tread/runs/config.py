@@ -19,6 +19,7 @@ CONTROL_FIELDS = (
 # Settings that leave the weights alone: they may change between the parts of one run.
 FREE_FIELDS = (
     *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to", "tracker_project_name"),
+    "log_loss_by_time",
     *("validation_steps", "num_validation_images", "validation_inference_steps", "validation_guidance_scale"),
     *("eval_steps", "eval_reference", "eval_feature_extractor", "eval_feature_extractor_weights"),
     *("eval_num_samples", "eval_batch_size", "eval_inference_steps", "eval_guidance_scale"),
@@ -92,7 +93,7 @@ class RunConfig:
 
     # Objective and optimisation.
     objective_config: str = "{}"
-    """Fields of the objective as JSON, such as {"shift": 3.0}."""
+    """Fields of the objective as JSON, such as {"shift": 3.0}, or "auto" for sqrt(C H W / 4096) of the latents."""
     train_batch_size: int = 16
     """Images per process and forward."""
     gradient_accumulation_steps: int = 1
@@ -139,6 +140,8 @@ class RunConfig:
     """Checkpoints to keep; None for all."""
     logging_steps: int = 10
     """Steps between logs and checks for a loss that is not finite."""
+    log_loss_by_time: bool = False
+    """Log loss_t0 to loss_t3 too: of the quarters of each process's batches, from the least noise to the most."""
     report_to: str = "none"
     """tensorboard, wandb, trackio, all or none; what they write lies in the output folder."""
     tracker_project_name: str = "train_tread"
@@ -197,6 +200,8 @@ class RunConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= (value := getattr(self, name)) < 1.0:
                 raise ValueError(f"Expected --{name} in [0, 1), got {value}.")
+        if self.log_loss_by_time and self.train_batch_size < 4:
+            raise ValueError(f"Expected --train_batch_size >= 4 with --log_loss_by_time, got {self.train_batch_size}.")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("Expected one of --overwrite_output_dir and --resume_from_checkpoint, got both.")
         if self.eval_steps is not None and (self.eval_reference is None or not Path(self.eval_reference).exists()):

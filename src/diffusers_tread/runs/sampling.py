@@ -91,14 +91,17 @@ class SamplingConfig:
         given = {name for name in _GUIDANCE_FIELDS["sparse"] if getattr(self, name) is not None}
         if unused := sorted(given - set(_GUIDANCE_FIELDS[self.guidance])):
             raise ValueError(f"Expected only flags that --guidance {self.guidance} uses, got {unused}.")
-        if self.guidance == "cfg" and self.guidance_scale is None:
-            raise ValueError("Expected --guidance_scale with --guidance cfg, got none.")
+        self._check_scale()
         self._check_prompts()
 
     @property
     def has_prompts(self) -> bool:
         """Whether the pipeline makes images of prompts."""
         return self.prompts is not None or self.prompt_dataset_name is not None
+
+    def _check_scale(self) -> None:
+        if self.guidance == "cfg" and self.guidance_scale is None:
+            raise ValueError("Expected --guidance_scale with --guidance cfg, got none.")
 
     def _check_prompts(self) -> None:
         if self.prompts is not None and self.prompt_dataset_name is not None:

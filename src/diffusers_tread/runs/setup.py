@@ -21,6 +21,7 @@ from ..flops import block_flops_saved
 from ..metrics import FeatureExtractor, load_feature_extractor
 from ..models import DENOISERS, TREADTransformer2DModel, make_denoiser
 from ..objectives import LOSS_TERMS, LossTerm, Objective, find_objective
+from ..objectives.flow import dimension_shift
 from ..routing import TokenRoute
 from ..seeds import derive_seed
 from .config import CONTROL_FIELDS, RunConfig, TrainConfig
@@ -99,9 +100,29 @@ def open_data(config: RunConfig, accelerator: Accelerator) -> TrainingSource:
     return source
 
 
-def make_objective(config: RunConfig) -> Objective:
-    """Raises ValueError for fields that the objective does not have."""
-    fields, kind = read_json(config.objective_config), find_objective(config.objective)
+def objective_fields(config: RunConfig, source: TrainingSource | None) -> dict[str, Any]:
+    """The fields of --objective_config, of which a shift of "auto" becomes the number for the source's latents.
+
+    With buckets it is that of their mean area.
+
+    Raises:
+        ValueError: The shift is "auto" and there is no source.
+    """
+    fields = read_json(config.objective_config)
+    if fields.get("shift") != "auto":
+        return fields
+    if source is None:
+        raise ValueError(
+            'Expected a number for shift in --objective_config of a text-to-image run, got "auto", whose scheduler is '
+            "made before the data are opened. Give sqrt(C H W / 4096) of the latents."
+        )
+    area = sum(height * width for height, width in source.sizes) / len(source.sizes)  # in pixels
+    return fields | {"shift": dimension_shift(source.channels * area * (source.latent_size / source.resolution) ** 2)}
+
+
+def make_objective(config: RunConfig, source: TrainingSource | None) -> Objective:
+    """The objective for a source, see `objective_fields`. Raises ValueError for fields that it does not have."""
+    fields, kind = objective_fields(config, source), find_objective(config.objective)
     if unknown := sorted(set(fields) - set(inspect.signature(kind).parameters)):
         raise ValueError(f"Expected fields of {kind.__name__} in --objective_config, got {unknown}.")
     return kind(**fields)
@@ -223,6 +244,8 @@ def common_settings(config: RunConfig, accelerator: Accelerator, source: Trainin
     if config.max_train_steps is None and num_images is None:
         raise ValueError("Expected --max_train_steps for data whose length is not known, got none.")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in CONTROL_FIELDS}
+    if (fields := objective_fields(config, source)) != read_json(config.objective_config):
+        settings["objective_config"] = json.dumps(fields)
     if "latents" in (identity := source.identity()):
         settings["data"] = "latents"  # wherever they lie
     epochs = None if num_images is None else config.num_train_epochs * num_images
@@ -250,7 +273,7 @@ def describe_classes(config: TrainConfig, settings: dict[str, Any]) -> dict[str,
         "routes": describe_routes([TokenRoute(**route) for route in model.get("routes") or []]),
         "objective": [
             config.objective,
-            *(text for text in (config.objective_config, config.loss_terms) if text != "{}"),
+            *(text for text in (settings["objective_config"], config.loss_terms) if text != "{}"),
         ],
     }
 

@@ -64,7 +64,7 @@ def open_pipeline(
             config.pretrained_model_name_or_path,
             transformer=transformer,
             parts=read_json(config.parts),
-            scheduler=setup.make_objective(config).scheduler(),
+            scheduler=setup.make_objective(config, None).scheduler(),
         )
     identity = text_identity(pipeline, max_sequence_length=config.max_sequence_length)  # in whatever precision it is
     frozen_dtype = FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)

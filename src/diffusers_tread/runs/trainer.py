@@ -20,7 +20,7 @@ from . import setup
 from .checkpoints import load_checkpoint, save_checkpoint, settle_buckets
 from .config import FREE_FIELDS, RunConfig
 from .folder import PIPELINE, RunFolder, open_run_folder
-from .monitor import CorruptImages, LossMonitor, check_weights
+from .monitor import CorruptImages, LossByTime, LossMonitor, check_weights
 from .outputs import RunOutputs
 from .signals import StopRequest
 
@@ -94,12 +94,13 @@ class TrainingLoop(ABC):
         self.config, self.accelerator, self.source, self.settings = config, accelerator, source, settings
         self.run, self.stop, self.max_steps = run, stop, settings["max_train_steps"]
         self.flops = flops if len(source.sizes) == 1 else None  # which are of images of one size
-        self.objective = setup.make_objective(config)
+        self.objective = setup.make_objective(config, source)
 
         # Model and optimiser.
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.model, self.optimizer = accelerator.prepare(model, setup.make_optimizer(config, model))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.watching = [LossByTime.for_model(self.model)] if config.log_loss_by_time else []
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.use_ema else None
 
         # Resume.
@@ -199,6 +200,7 @@ class TrainingLoop(ABC):
     def log(self, progress: tqdm, loss: float, images_per_second: float) -> None:
         """Tells the trackers and the progress bar how the run goes."""
         values = {"loss": loss, "lr": self.lr_scheduler.get_last_lr()[0], "images_per_second": images_per_second}
+        values |= {name: value for term in self.watching for name, value in term.read(self.accelerator).items()}
         shown = {"loss": f"{loss:.4f}", "img_s": f"{images_per_second:.1f}"}
         if self.flops is not None:
             values["model_tflops_per_second"] = images_per_second * self.flops[self.is_routed] / 1e12

@@ -3,6 +3,7 @@
 
 from .registry import SCHEDULERS
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
+from .scheduling_flow_sde import FlowSDEScheduler, FlowSDESchedulerOutput
 
 
-__all__ = ["EDMHeunScheduler", "EDMHeunSchedulerOutput", "SCHEDULERS"]
+__all__ = ["EDMHeunScheduler", "EDMHeunSchedulerOutput", "FlowSDEScheduler", "FlowSDESchedulerOutput", "SCHEDULERS"]

@@ -4,6 +4,7 @@
 from diffusers import SchedulerMixin
 
 from .scheduling_edm_heun import EDMHeunScheduler
+from .scheduling_flow_sde import FlowSDEScheduler
 
 
-SCHEDULERS: dict[str, type[SchedulerMixin]] = {EDMHeunScheduler.__name__: EDMHeunScheduler}
+SCHEDULERS: dict[str, type[SchedulerMixin]] = {kind.__name__: kind for kind in (EDMHeunScheduler, FlowSDEScheduler)}
