@@ -131,20 +131,18 @@ def find_matrices(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
     Returns:
         By a weight's name in the model how many rows each matrix in it has; None if it is one matrix.
     """
-    found = {}
-    for stack_name, stack in _block_stacks(model).items():
+    found, names = {}, {one: name for name, one in model.named_parameters()}
+    for stack in _block_stacks(model):
         for name, layer in stack.named_modules():
             if isinstance(layer, nn.Linear) and layer.weight.requires_grad and not _OTHER_LAYERS.search(name):
-                found[f"{stack_name}.{name}.weight"] = _stacked_rows(name, *layer.weight.shape)
+                found[names[layer.weight]] = _stacked_rows(name, *layer.weight.shape)
     return found
 
 
-def _block_stacks(model: nn.Module) -> dict[str, nn.Module]:
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, RoutedStack)}
-    if stacks:
-        return stacks
-    prefix, transformer = ("transformer.", model.transformer) if hasattr(model, "transformer") else ("", model)
-    return {prefix + name: transformer.get_submodule(name) for name in main_stacks(transformer)}
+def _block_stacks(model: nn.Module) -> list[nn.Module]:
+    stacks = [module for module in model.modules() if isinstance(module, RoutedStack)]
+    transformer = getattr(model, "transformer", model)
+    return stacks or [transformer.get_submodule(name) for name in main_stacks(transformer)]
 
 
 def _stacked_rows(name: str, rows: int, columns: int) -> tuple[int, ...] | None:
