@@ -147,7 +147,9 @@ def test_only_matrices_and_kernels_decay(name, optimizer):
 
 def test_without_decay_adamw_is_torchs_to_the_bit():
     models = [make_backbone("mamba") for _ in range(2)]
-    plain = torch.optim.AdamW(models[1].parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, fused=True)
+    plain = torch.optim.AdamW(
+        models[1].parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, fused=True
+    )
     optimizers = [make_optimizer(RunConfig(learning_rate=1e-3), models[0]), plain]
     for model, optimizer in zip(models, optimizers, strict=True):
         for _ in range(2):
