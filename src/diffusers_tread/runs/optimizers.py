@@ -28,9 +28,9 @@ def register_optimizer(name: str, make: Callable[[RunConfig, nn.Module], torch.o
 
     Args:
         name: For --optimizer.
-        make: From a config and a model, not yet wrapped, an optimiser of its parameters that require gradients. What
-            it says of its groups holds for the whole run; `config.learning_rate` is its own. Called with a model on the
-            meta device too, before anything is written, to see what it refuses.
+        make: From a config and a model, not yet wrapped, an optimiser of its parameters that require gradients. It is
+            also called with a model on the meta device, before anything is written, to see what it refuses. Rates and
+            decays are those that its groups begin with, times the schedule, whatever a checkpoint says.
 
     Raises:
         ValueError: Another optimiser is called so.
@@ -50,7 +50,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
 
 
 def read_group_settings(optimizer: torch.optim.Optimizer) -> Groups:
-    """What an optimiser's groups say besides their parameters, rates and decays, to be set again after a checkpoint."""
+    """What the groups say besides their parameters, such as rates and decays, to be set again after a checkpoint."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
