@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """A stranger adds a backbone, an objective, a term of the loss, a guider, a metric, an optimiser, a block or data by
-one file with one line that registers it: `additions/` holds one of each, and each goes through the package's own paths here."""
+one file with one line that registers it: `additions/` holds one of each, and each goes through the package's own paths
+here."""
 
 import json
 import shutil
