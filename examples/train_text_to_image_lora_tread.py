@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
 
     # The run.
-    fixed = {"fixed_settings": ("model", "rank"), "results": (lora.LORA,)}
+    fixed = {"fixed_settings": ("model", "optimizer", "rank"), "results": (lora.LORA,)}
     with open_run(config, accelerator, settings, argv, **fixed) as context:
         context |= {"pipeline": pipeline, "encoder": encoder, "extractor": extractor, "flops": flops}
         trainer = Trainer(config, accelerator, source, denoiser, settings, lora_config=lora_config, **context)

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""A stranger adds a backbone, an objective, a term of the loss, a guider, a metric, a block or data by one file with
-one line that registers it: `additions/` holds one of each, and each goes through the package's own paths here."""
+"""A stranger adds a backbone, an objective, a term of the loss, a guider, a metric, an optimiser, a block or data by
+one file with one line that registers it: `additions/` holds one of each, and each goes through the package's own paths
+here."""
 
 import json
 import shutil
@@ -37,14 +38,15 @@ from diffusers_tread.metrics import METRICS, FeatureExtractor, evaluate_pipeline
 from diffusers_tread.models.registry import DENOISERS, make_denoiser
 from diffusers_tread.objectives.registry import OBJECTIVES
 from diffusers_tread.objectives.terms.registry import LOSS_TERMS
+from diffusers_tread.runs.optimizers import OPTIMIZERS, register_optimizer
 
 
-TABLES = (BLOCK_SPECS, DENOISERS, GUIDERS, LOSS_TERMS, METRICS, OBJECTIVES, SOURCES)
+TABLES = (BLOCK_SPECS, DENOISERS, GUIDERS, LOSS_TERMS, METRICS, OBJECTIVES, OPTIMIZERS, SOURCES)
 before = [set(table) for table in TABLES]
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
 
 import train_tread  # noqa: E402
-from additions import backbone, block_spec, guider, loss_term, metric, objective, source  # noqa: E402, F401
+from additions import backbone, block_spec, guider, loss_term, metric, objective, optimizer, source  # noqa: E402, F401
 
 
 # Other tests see the tables as they were.
@@ -184,6 +186,13 @@ def test_a_loss_term_trains_and_counts(train):
     torch.testing.assert_close(with_term - plain, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_an_optimiser_trains(train, tmp_path):
+    train("--optimizer", "sgd", "--learning_rate", 0.25, "--lr_scheduler", "constant", model=TINY)
+    state = torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.bin", weights_only=True)
+    (group,) = state["param_groups"]
+    assert (group["lr"], group["momentum"], len(state["state"])) == (0.25, 0.9, len(group["params"]))
+
+
 def test_a_guider_guides_is_counted_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     model = TREADTransformer2DModel(**TINY, sample_size=8, num_classes=10, objective="flow")
@@ -283,7 +292,7 @@ def test_a_source_of_data_trains_resumes_and_names_its_classes(train, tmp_path):
         train("--data", "toys:40", model=TINY)
 
 
-@pytest.mark.parametrize("kind", ["objective", "loss_term", "guider", "denoiser", "metric", "source"])
+@pytest.mark.parametrize("kind", ["objective", "loss_term", "guider", "denoiser", "metric", "optimizer", "source"])
 def test_a_name_is_not_taken_twice(kind):
     other = {
         "guider": type("TwoWeakBranches", (guider.TwoWeakBranches,), {}),
@@ -295,6 +304,7 @@ def test_a_name_is_not_taken_twice(kind):
         "guider": lambda: register_guider(other["guider"]),
         "denoiser": lambda: register_denoiser(other["denoiser"]),
         "metric": lambda: register_metric("mean_distance", METRICS["fid"]),
+        "optimizer": lambda: register_optimizer("sgd", lambda config, model: optimizer.make_sgd(config, model)),
         "source": lambda: register_source("toy", source.Squares),
     }
     with pytest.raises(ValueError, match="Expected a new name"):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-from .apply import apply_token_routing, compile_blocks, remove_token_routing
+from .apply import apply_token_routing, compile_blocks, main_stacks, remove_token_routing
 from .check import check_token_routing
 from .specs import BlockSpec, ModelSpec, Window, register_block_spec, register_model_spec
 
@@ -11,6 +11,7 @@ __all__ = [
     "apply_token_routing",
     "check_token_routing",
     "compile_blocks",
+    "main_stacks",
     "register_block_spec",
     "register_model_spec",
     "remove_token_routing",

@@ -90,6 +90,11 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
     return router
 
 
+def main_stacks(model: torch.nn.Module) -> list[str]:
+    """The names of a diffusers transformer's main stacks of blocks, in the order they run; none of other modules."""
+    return _known_stacks(model, find_by_class(MODEL_SPECS, model) or ModelSpec())
+
+
 def remove_token_routing(model: torch.nn.Module) -> None:
     """Takes away what `apply_token_routing` set; the outputs are those of the untouched model again, bit for bit.
 

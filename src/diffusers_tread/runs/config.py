@@ -29,11 +29,11 @@ _POSITIVE = (
     *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "checkpointing_steps"),
     *("checkpoints_total_limit", "logging_steps", "validation_steps", "num_validation_images", "shuffle_buffer"),
     *("resolution", "validation_inference_steps", "learning_rate", "eval_steps", "eval_num_samples"),
-    *("eval_batch_size", "eval_inference_steps", "hub_push_steps"),
+    *("eval_batch_size", "eval_inference_steps", "hub_push_steps", "muon_learning_rate"),
 )
 _NOT_NEGATIVE = (
     *("num_classes", "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers", "max_corrupt_images"),
-    *("adam_weight_decay", "adam_epsilon"),
+    *("adam_weight_decay", "adam_epsilon", "muon_weight_decay"),
 )
 _SHARES = ("dense_fraction", "class_dropout_prob", "ema_decay")
 
@@ -102,6 +102,8 @@ class RunConfig:
     """Length of the run without max_train_steps."""
     max_train_steps: int | None = None
     """Optimiser steps of the run; None for num_train_epochs."""
+    optimizer: str = "adamw"
+    """adamw; muon, which trains the matrices of attention and MLP in the blocks by Muon; or what was registered."""
     learning_rate: float = 1e-4
     """After the warm-up; not scaled by the batch."""
     lr_scheduler: str = "constant_with_warmup"
@@ -113,9 +115,17 @@ class RunConfig:
     adam_beta2: float = 0.999
     """Decay of AdamW's variance."""
     adam_weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW, on the weights of linear and convolutional layers."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
+    muon_learning_rate: float = 1e-3
+    """Of what Muon trains; the schedule is that of learning_rate, which is for all else."""
+    muon_momentum: float = 0.95
+    """Muon's momentum, Nesterov's."""
+    muon_weight_decay: float = 0.0
+    """Weight decay of what Muon trains."""
+    muon_adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
+    """How Muon's rate follows a matrix's shape, see torch.optim.Muon."""
     max_grad_norm: float = 1.0
     """Norm to which gradients are clipped; 0 for no clipping."""
     use_ema: bool = False
@@ -197,7 +207,7 @@ class RunConfig:
         for name in _SHARES:
             if not 0.0 <= (value := getattr(self, name, 0.0)) <= 1.0:
                 raise ValueError(f"Expected --{name} in [0, 1], got {value}.")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             if not 0.0 <= (value := getattr(self, name)) < 1.0:
                 raise ValueError(f"Expected --{name} in [0, 1), got {value}.")
         if self.log_loss_by_time and self.train_batch_size < 4:

@@ -27,7 +27,7 @@ class LoraTrainConfig(TextTrainConfig):
     """How a LoRA of a diffusers text-to-image transformer is trained.
 
     Raises:
-        ValueError: As `TextTrainConfig`; a rank below 1; a new transformer, which a LoRA is no use for.
+        ValueError: As `TextTrainConfig`; a rank below 1; a new transformer, which a LoRA is no use for; Muon.
     """
 
     rank: int = 16
@@ -41,6 +41,10 @@ class LoraTrainConfig(TextTrainConfig):
             raise ValueError(f"Expected --rank >= 1, got {self.rank}.")
         if self.pretrained_model_name_or_path is None or self.transformer_values() is not None:
             raise ValueError("Expected --pretrained_model_name_or_path alone: a LoRA is of a trained transformer.")
+        if self.optimizer == "muon":
+            raise ValueError(
+                "Expected --optimizer adamw for a LoRA, got 'muon': the matrix that it trains is the product of two."
+            )
 
 
 def add_lora(config: LoraTrainConfig, accelerator: Accelerator, transformer: torch.nn.Module) -> Any:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import TrainingSource, open_source
 from ..flops import block_flops_saved
@@ -25,6 +26,7 @@ from ..objectives.flow import dimension_shift
 from ..routing import TokenRoute
 from ..seeds import derive_seed
 from .config import CONTROL_FIELDS, RunConfig, TrainConfig
+from .optimizers import Groups, make_optimizer
 from .parsing import read_json
 
 
@@ -164,16 +166,20 @@ def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
     return make_denoiser(name, **{**values, **given})
 
 
-def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.AdamW:
-    """AdamW with the config's settings, fused."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, fused=True, **_adam(config))
+def make_lr_scheduler(
+    config: RunConfig, optimizer: torch.optim.Optimizer, settings: Groups, *, step: int, max_steps: int
+) -> LRScheduler:
+    """The learning rate of a run that goes on from a step: a function of the step, so that it needs no state.
 
-
-def make_lr_scheduler(config: RunConfig, optimizer, *, step: int, max_steps: int):
-    """The learning rate of a run that goes on from a step: a function of the step, so that it needs no state."""
-    for group in optimizer.param_groups:  # a checkpoint brings those of its own run
-        group.update(_adam(config), initial_lr=config.learning_rate)
+    Args:
+        config: Of the run.
+        optimizer: With the state of the checkpoint.
+        settings: Of its groups, as they were when it was made.
+        step: Optimiser steps done.
+        max_steps: Of the whole run.
+    """
+    for group, own in zip(optimizer.param_groups, settings, strict=True):  # a checkpoint brings those of its own run
+        group.update(own, initial_lr=own["lr"])
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -181,12 +187,6 @@ def make_lr_scheduler(config: RunConfig, optimizer, *, step: int, max_steps: int
         num_training_steps=max_steps,
         last_epoch=step - 1,
     )
-
-
-def _adam(config: RunConfig) -> dict[str, Any]:
-    betas = (config.adam_beta1, config.adam_beta2)
-    decay, epsilon = config.adam_weight_decay, config.adam_epsilon
-    return {"lr": config.learning_rate, "betas": betas, "weight_decay": decay, "eps": epsilon}
 
 
 def open_feature_extractor(config: RunConfig, accelerator: Accelerator) -> FeatureExtractor | None:
@@ -215,9 +215,11 @@ def describe_run(
         model: On the meta device.
 
     Raises:
-        ValueError: The loss terms or the sizes of images do not fit the model, or the length of the run is not known.
+        ValueError: The loss terms, the optimiser or the sizes of images do not fit the model, or the length of the
+            run is not known.
     """
     make_terms(config, model)  # raises for a model that they do not fit
+    make_optimizer(config, model)  # likewise
     step = source.resolution // source.latent_size * model.config.patch_size
     if wrong := [size for size in source.sizes if any(side % step for side in size)]:
         raise ValueError(f"Expected buckets with sides that are multiples of {step} for this model, got {wrong}.")
@@ -295,7 +297,7 @@ def settings_table(
         about: What it `sees`, its `model`, `routes` and `objective`.
     """
     epoch, saved = settings["steps_per_epoch"], settings["block_flops_saved"]
-    copies = 5 if settings["use_ema"] else 4  # weights, gradients, two Adam moments, average
+    copies = 5 if settings["use_ema"] else 4  # weights, gradients, two moments of AdamW (one of Muon), average
     rows = {
         "data": [config.data, f"{settings['num_images'] or 'unknown number of'} images"],
         "sees": about["sees"],
@@ -308,7 +310,10 @@ def settings_table(
             epoch and f"{settings['max_train_steps'] / epoch:.3g} epochs",
         ],
         "optimiser": [
-            f"AdamW at {config.learning_rate:g}",
+            {
+                "adamw": f"AdamW at {config.learning_rate:g}",
+                "muon": f"Muon at {config.muon_learning_rate:g} and AdamW at {config.learning_rate:g}",
+            }.get(config.optimizer, f"{config.optimizer} at {config.learning_rate:g}"),
             f"{config.lr_scheduler} after {config.lr_warmup_steps} steps",
             config.max_grad_norm and f"clipped at {config.max_grad_norm:g}",
         ],
@@ -318,7 +323,10 @@ def settings_table(
             settings["num_processes"] > 1 and settings["distributed_type"],
             {"no": "float32"}.get(settings["mixed_precision"], settings["mixed_precision"]),
         ],
-        "memory": [f"{copies * settings['num_parameters'] * 4 / 2**30:.2f} GiB of training state in all"],
+        "memory": [
+            f"{'' if config.optimizer == 'adamw' else 'about '}"
+            f"{copies * settings['num_parameters'] * 4 / 2**30:.2f} GiB of training state in all"
+        ],
         "folder": [config.output_dir],
     }
     rows = {name: ", ".join(str(part) for part in parts if part) for name, parts in rows.items()}

@@ -33,6 +33,7 @@ from ..text import (
 )
 from . import setup
 from .ema import whole_weights
+from .optimizers import make_optimizer
 from .outputs import RunOutputs
 from .parsing import read_json
 from .text_config import DEFAULT_ROUTES, TextTrainConfig
@@ -167,7 +168,8 @@ def describe_run(
     text: dict[str, Any],
     flops_saved: float | None,
 ) -> dict[str, Any]:
-    """All that the run depends on (JSON)."""
+    """All that the run depends on (JSON); ValueError for an optimiser that does not fit the model."""
+    make_optimizer(config, pipeline.transformer)
     model = json.loads(pipeline.transformer.to_json_string())
     return setup.common_settings(config, accelerator, source) | {
         "pipeline_class": type(pipeline).__name__,

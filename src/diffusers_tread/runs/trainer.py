@@ -21,6 +21,7 @@ from .checkpoints import load_checkpoint, save_checkpoint, settle_buckets
 from .config import FREE_FIELDS, RunConfig
 from .folder import PIPELINE, RunFolder, open_run_folder
 from .monitor import CorruptImages, LossByTime, LossMonitor, check_weights
+from .optimizers import make_optimizer, read_group_settings
 from .outputs import RunOutputs
 from .signals import StopRequest
 
@@ -32,7 +33,7 @@ def open_run(
     settings: dict[str, Any],
     argv: Sequence[str] | None,
     *,
-    fixed_settings: Sequence[str] = ("model",),
+    fixed_settings: Sequence[str] = ("model", "optimizer"),
     results: Sequence[str] = (PIPELINE,),
 ) -> Iterator[dict[str, Any]]:
     """A run in its folder, with its trackers, that a signal asks to end; gives `run` and `stop` for `TrainingLoop`.
@@ -98,7 +99,9 @@ class TrainingLoop(ABC):
 
         # Model and optimiser.
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.model, self.optimizer = accelerator.prepare(model, setup.make_optimizer(config, model))
+        optimizer = make_optimizer(config, model)
+        group_settings = read_group_settings(optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.watching = [LossByTime.for_model(self.model)] if config.log_loss_by_time else []
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.use_ema else None
@@ -111,7 +114,8 @@ class TrainingLoop(ABC):
             state = load_checkpoint(accelerator, run.checkpoint, ema=self.ema, ema_names=self.names)
             accelerator.print(f"Resuming from {run.checkpoint}.")
         self.step, self.samples_seen = state["global_step"], state["samples_seen"]
-        self.lr_scheduler = setup.make_lr_scheduler(config, self.optimizer, step=self.step, max_steps=self.max_steps)
+        progress = {"step": self.step, "max_steps": self.max_steps}
+        self.lr_scheduler = setup.make_lr_scheduler(config, self.optimizer, group_settings, **progress)
 
         # Data and generator.
         self.batches = source.batches(
