@@ -36,7 +36,7 @@ class RoutedStack(nn.ModuleList):
     Kept tokens are gathered once before a route's first block and put back once after its last, so the blocks know
     nothing of routing and run on a shorter sequence. An earlier state that is to rejoin (`TokenRoute.rejoin_from`) is
     held until the forward ends, [B, N, D] for each such block, and only if its route is taken or the prefix asked for;
-    in training it takes next to no memory, as the backward needs the block's input anyway.
+    in training it adds none, as the backward keeps the block's input anyway.
 
     Args:
         blocks: Called as `block(tokens, *shared, *per_token)`, [B, N, D] to [B, N, D] for any N.
