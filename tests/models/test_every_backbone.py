@@ -157,6 +157,20 @@ def test_a_delayed_route_equals_a_loop_with_its_gradients(name):
     assert (other - expected).norm() > 0.01 * expected.norm()
 
 
+def test_the_backward_keeps_an_earlier_state_anyway(name, inputs):
+    """So that holding it takes no memory in training."""
+    model, states, kept = make_backbone(name, num_layers=7, routes=[delayed(name)]).train(), [], []
+    model.transformer_blocks[1].register_forward_pre_hook(lambda block, args: states.append(args[0]))
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs, routing=ROUTED)
+    assert states[0].data_ptr() in [tensor.data_ptr() for tensor in kept]
+
+
 def test_a_delayed_route_is_dense_in_evaluation_and_shares_its_prefix(name, inputs):
     model = make_backbone(name, num_layers=7, routes=[delayed(name)]).eval()
     plain = make_backbone(name, num_layers=7, routes=[route_of(name, 3, 4)]).eval()
