@@ -71,7 +71,10 @@ def test_a_forward_has_the_flops_of_the_formula(name, selection_ratio):
 
 
 def test_a_forward_has_the_flops_of_the_formula_with_odd_settings_and_two_routes():
-    routes = [TokenRoute(start=1, end=2, selection_ratio=0.3), TokenRoute(start=4, end=5, selection_ratio=0.7)]
+    routes = [
+        TokenRoute(start=1, end=2, selection_ratio=0.3),
+        TokenRoute(start=4, end=5, selection_ratio=0.7, rejoin_from=3),
+    ]
     model = TREADTransformer2DModel(
         num_attention_heads=3, attention_head_dim=20, num_layers=9, in_channels=3, out_channels=5, sample_size=12,
         patch_size=3, num_classes=0, mlp_ratio=2.5, routes=routes,

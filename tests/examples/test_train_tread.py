@@ -21,7 +21,7 @@ from runs import assert_bitwise_equal, call, interrupting, launch, weights_of
 from tiny_models import SIZE, cut_off, save_noise, save_vae
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_tread import EDMHeunScheduler, TokenRouter, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import EDMHeunScheduler, SparseGuidance, TokenRouter, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.flops import training_flops
 from diffusers_tread.objectives import base
 from diffusers_tread.runs import samples, setup, trainer
@@ -448,6 +448,23 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path, a
     with pytest.raises(ValueError, match=message):
         train("--config", config(), "--output_dir", tmp_path / "run", *argv)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_delayed_route_trains_and_guides(config, tmp_path):
+    routes = [{"start": 2, "end": 2, "selection_ratio": 0.5, "rejoin_from": 1}]
+    argv = ["--config", config(max_train_steps=4, lr_warmup_steps=0), "--routes", json.dumps(routes)]
+    train(*argv, "--dense_fraction", 0, "--output_dir", tmp_path / "run")
+    pipe = TREADPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.transformer.config.routes == routes
+
+    def images(routes):
+        pipe.guider = SparseGuidance(weak_ratio=0.75)
+        pipe.transformer = TREADTransformer2DModel.from_pretrained(
+            tmp_path / "run/pipeline/transformer", routes=routes
+        )
+        return pipe(1, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    assert not torch.equal(images(routes), images([{"start": 2, "end": 2}]))
 
 
 def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import BACKBONES, SHARED, make_backbone, route_of
+from closeness import assert_same_gradients
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 
@@ -96,6 +97,97 @@ def test_branches_share_a_prefix_with_the_same_bits(name, inputs):
     strong = model(*inputs, return_prefix=True)
     weak = model(*inputs, routing=ROUTED, prefix=strong.prefix).sample
     assert torch.equal(weak, model(*inputs, routing=ROUTED).sample)
+
+
+def delayed(name):
+    """Blocks 3 and 4 for half of the tokens, whose other half comes back in the state before block 1."""
+    return route_of(name, 3, 4) | {"rejoin_from": 1}
+
+
+def looped(model, inputs, ids, route):
+    """The tokens after the last block, by a loop over blocks that takes out and puts back one token at a time."""
+    calls = []
+    hook = model.transformer_blocks[0].register_forward_pre_hook(lambda block, args: calls.append(args))
+    model(*inputs)
+    hook.remove()
+    ((tokens, *arguments),) = calls
+    all_tokens = tokens.shape[1]
+
+    def kept(value):
+        """Of what has an entry for each token those of the kept ones."""
+        if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[1] != all_tokens:
+            return value
+        value = value.expand(len(ids), *value.shape[1:])
+        return torch.stack(
+            [torch.stack([row[token] for token in tokens]) for row, tokens in zip(value, ids, strict=True)]
+        )
+
+    states = []
+    for index, block in enumerate(model.transformer_blocks):
+        states.append(tokens)
+        inside = route["start"] <= index <= route["end"]
+        tokens = kept(tokens) if index == route["start"] else tokens
+        tokens = block(tokens, *(kept(one) if inside else one for one in arguments))
+        if isinstance(tokens, tuple):  # the first values, made by the first block
+            tokens, made = tokens
+            arguments[-1] = made if index == 0 else arguments[-1]
+        if index == route["end"]:
+            rows = [list(early.unbind()) for early in states[route["rejoin_from"]]]
+            for sample, row in enumerate(rows):
+                for place, token in enumerate(ids[sample].tolist()):
+                    row[token] = tokens[sample, place]
+            tokens = torch.stack([torch.stack(row) for row in rows])
+    return tokens
+
+
+def test_a_delayed_route_equals_a_loop_with_its_gradients(name):
+    model = make_backbone(name, num_layers=7, routes=[delayed(name)]).train()
+    inputs = torch.randn(2, 3, 8, 12), torch.tensor([10.0, 900.0]), torch.tensor([5, 2])  # 24 tokens, not D = 16
+
+    def gradients_of(tokens):
+        model.zero_grad()
+        tokens.square().mean().backward()
+        return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+    (kept,) = model(*inputs, routing=ROUTED).kept_token_ids
+    assert kept.shape == (2, 12)
+    expected = looped(model.eval(), inputs, kept, delayed(name))
+    expected_gradients = gradients_of(expected)
+    for checkpointing in (False, True):
+        model.train().gradient_checkpointing = checkpointing
+        found = model(*inputs, routing=ROUTED, hidden_states_at=(6,)).hidden_states[6]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert_same_gradients(gradients_of(found), expected_gradients, 1e-4)
+
+    plain = make_backbone(name, num_layers=7, routes=[route_of(name, 3, 4)]).train()
+    other = plain(*inputs, kept_token_ids=[kept], hidden_states_at=(6,)).hidden_states[6]
+    assert (other - expected).norm() > 0.01 * expected.norm()
+
+
+def test_the_backward_keeps_an_earlier_state_anyway(name, inputs):
+    """So that holding it takes no memory in training."""
+    model, states, kept = make_backbone(name, num_layers=7, routes=[delayed(name)]).train(), [], []
+    model.transformer_blocks[1].register_forward_pre_hook(lambda block, args: states.append(args[0]))
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs, routing=ROUTED)
+    assert states[0].data_ptr() in [tensor.data_ptr() for tensor in kept]
+
+
+def test_a_delayed_route_is_dense_in_evaluation_and_shares_its_prefix(name, inputs):
+    model = make_backbone(name, num_layers=7, routes=[delayed(name)]).eval()
+    plain = make_backbone(name, num_layers=7, routes=[route_of(name, 3, 4)]).eval()
+    strong = model(*inputs, return_prefix=True)
+    assert torch.equal(strong.sample, plain(*inputs).sample)
+    assert strong.prefix.shape[2] == plain(*inputs, return_prefix=True).prefix.shape[2] + 16
+
+    weak = model(*inputs, routing=ROUTED, prefix=strong.prefix).sample
+    assert torch.equal(weak, model(*inputs, routing=ROUTED).sample)
+    assert not torch.equal(weak, plain(*inputs, routing=ROUTED).sample)
 
 
 def test_other_image_sizes_work(name):

@@ -42,7 +42,8 @@ def test_compiled_training_equals_eager_and_never_recompiles(
     model, make_model, inputs, gradient_checkpointing, options
 ):
     if options:
-        model = make_model(num_layers=3, routes=[{"start": 0, "end": 0, **options}]).train()
+        routes = [{"start": 0, "end": 0, **options}, {"start": 2, "end": 2, "rejoin_from": 1}]
+        model = make_model(num_layers=5, routes=routes).train()
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """A forward that goes on from another one's prefix gives the bits of a whole forward."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -14,7 +16,13 @@ ROUTES = {
     "magnitude": [{"start": 2, "end": 3, "magnitude_mix": 0.5}],
     "two": [{"start": 1, "end": 2}, {"start": 4, "end": 4, "rejoin": "sum"}],
     "from the first block": [{"start": 0, "end": 1, "rejoin": "input"}],
+    "delayed": [{"start": 2, "end": 3, "rejoin_from": 1}],
+    "delayed to the input": [{"start": 2, "end": 3, "rejoin_from": 0}],
+    "two delayed": [{"start": 3, "end": 3, "rejoin_from": 2}, {"start": 4, "end": 4, "rejoin_from": 1}],
+    "delayed to between": [{"start": 1, "end": 2}, {"start": 4, "end": 4, "rejoin_from": 3}],
 }
+WIDTHS = {"delayed": 32, "two delayed": 48}
+"""Of the prefix: the tokens' 16 channels, and as many for each earlier state that lies in it."""
 
 
 @pytest.fixture
@@ -38,7 +46,7 @@ def run(model, inputs, ratio, **settings):
 def test_a_forward_that_goes_on_from_a_prefix_has_the_same_bits(make_routed, inputs, kind, ratios):
     model, start = make_routed(kind), ROUTES[kind][0]["start"]
     strong, counts = run(model, inputs, ratios[0], return_prefix=True)
-    assert counts == [1] * 8 and strong.prefix.shape == (3, 16, 16)
+    assert counts == [1] * 8 and strong.prefix.shape == (3, 16, WIDTHS.get(kind, 16))
     assert torch.equal(strong.sample, run(model, inputs, ratios[0])[0].sample)
 
     weak, counts = run(model, inputs, ratios[1], prefix=strong.prefix)
@@ -61,6 +69,16 @@ def test_the_prefix_is_what_the_first_routed_block_would_see_of_all_tokens(make_
     assert torch.equal(again.prefix, seen[0])
 
 
+def test_an_earlier_state_is_held_only_where_it_is_asked_for(make_routed, inputs):
+    model, states, is_held = make_routed("delayed"), [], []
+    blocks = model.transformer_blocks
+    blocks[1].register_forward_pre_hook(lambda block, args: states.append(weakref.ref(args[0])))
+    blocks[4].register_forward_pre_hook(lambda block, args: is_held.append(states[-1]() is not None))
+    for ratio, asked in ((0.0, False), (0.5, False), (0.0, True)):
+        run(model, inputs, ratio, return_prefix=asked)
+    assert is_held == [False, True, True]
+
+
 def test_a_tuple_has_the_prefix_last_and_only_if_asked_for(make_routed, inputs):
     model = make_routed("state")
     for ratio, length in ((0.0, 1), (0.5, 2)):
@@ -69,9 +87,9 @@ def test_a_tuple_has_the_prefix_last_and_only_if_asked_for(make_routed, inputs):
         assert len(asked) == length + 1 and asked[-1].shape == (3, 16, 16)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_gradients_flow_through_the_prefix(make_routed, inputs, gradient_checkpointing):
-    model = make_routed("sum").train()
+@pytest.mark.parametrize("kind, gradient_checkpointing", [("sum", False), ("sum", True), ("two delayed", True)])
+def test_gradients_flow_through_the_prefix(make_routed, inputs, kind, gradient_checkpointing):
+    model = make_routed(kind).train()
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
 

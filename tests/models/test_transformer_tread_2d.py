@@ -59,12 +59,14 @@ def numpy_forward(model, latents, timestep, labels, kept_token_ids=()):
     condition = silu(time + w["class_embedding.weight"][labels.numpy()])
 
     # Blocks, where the kept tokens leave the sequence before the route's start and come back after its end. A routed
-    # token comes back as the state it had, as its input to the network, or as their sum.
-    x_input = x
+    # token comes back as the state it had, as its input to the network, or as their sum, or as an earlier state.
+    x_input, x_before = x, []
     for index in range(config.num_layers):
+        x_before.append(x)
         for route, ids in zip(config.routes or [], kept_token_ids, strict=False):
             if index == route["start"]:
                 everything = {"state": x, "input": x_input, "sum": x + x_input}[route.get("rejoin", "state")].copy()
+                everything = x_before[route["rejoin_from"]].copy() if "rejoin_from" in route else everything
                 x = np.stack([x[b, ids[b].numpy()] for b in range(batch)])
         name = f"transformer_blocks.{index}"
         shift1, scale1, gate1, shift2, scale2, gate2 = np.split(linear(condition, f"{name}.modulation"), 6, 1)
@@ -139,6 +141,16 @@ def test_tokens_rejoin_as_their_routes_say(make_model, inputs, rejoins):
     plain = make_model(num_layers=8, routes=spans)
     assert np.abs(expected - numpy_forward(plain, *inputs, ids)).max() > 1e-3
     assert torch.equal(model.eval()(*inputs).sample, plain.eval()(*inputs).sample)  # dense
+
+
+@pytest.mark.parametrize("rejoins", [(1, None), (None, 0), (1, 2), (0, 4)])
+def test_tokens_of_delayed_routes_rejoin_in_the_state_they_had_before_that_block(make_model, inputs, rejoins):
+    """The second route's from before the first (1, 0), from where that begins (2), or from behind it (4)."""
+    spans = [{"start": 2, "end": 3}, {"start": 5, "end": 6}]
+    routes = [s | ({} if r is None else {"rejoin_from": r}) for s, r in zip(spans, rejoins, strict=True)]
+    model = make_model(num_layers=10, routes=routes)
+    ids = random_ids(5, 11)
+    assert_close(model(*inputs, kept_token_ids=ids).sample, numpy_forward(model, *inputs, ids))
 
 
 @pytest.mark.parametrize("rejoin", ["input", "sum"])

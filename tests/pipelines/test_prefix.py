@@ -24,6 +24,7 @@ ROUTES = {
     "sum": [{"start": 2, "end": 3, "rejoin": "sum"}],
     "magnitude": [{"start": 2, "end": 3, "magnitude_mix": 0.5}],
     "two": [{"start": 1, "end": 2}, {"start": 4, "end": 4, "rejoin": "sum"}],
+    "delayed": [{"start": 2, "end": 3, "rejoin_from": 1}],
 }
 SCHEDULERS = {
     "Heun": EDMHeunScheduler(),

@@ -69,6 +69,7 @@ def test_two_blocks_after_the_rejoin_warn(end):
         ("selection_ratio", [1.0, 1, 1.5, -0.1, math.nan, math.inf, True, "0.5", None], r"ratio in \[0, 1\)"),
         ("start", [2.0, None, True], "block index"),
         ("end", ["8"], "block index"),
+        ("rejoin_from", ["1", 1.0, False], "`rejoin_from` to be a block index"),
         ("rejoin", ["x_T", "both", "", None, True, ["state"]], "Expected rejoin 'state', 'input' or 'sum', got"),
         ("magnitude_mix", [1.1, -1.1, math.nan, "0.5", True, None], r"Expected magnitude_mix in \[-1, 1\], got"),
     ],
@@ -87,7 +88,8 @@ def test_a_route_cannot_be_changed_nor_given_by_position():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rejoin": "input"}, {"magnitude_mix": -0.5}, {"rejoin": "sum", "magnitude_mix": 1}]
+    "options",
+    [{}, {"rejoin": "input"}, {"magnitude_mix": -0.5}, {"rejoin": "sum", "magnitude_mix": 1}, {"rejoin_from": 0}],
 )
 def test_routes_survive_json_and_resolving(options):
     route = TokenRoute(start=2, end=-4, selection_ratio=0.75, **options)
@@ -96,8 +98,37 @@ def test_routes_survive_json_and_resolving(options):
     assert route.resolve(12) == TokenRoute(start=2, end=8, selection_ratio=0.75, **options)
 
 
+@pytest.mark.parametrize("rejoin_from, resolved", [(0, 0), (1, 1), (-11, 1), (2, None), (-10, None)])
+def test_tokens_rejoin_from_a_block_up_to_the_start(rejoin_from, resolved):
+    route = TokenRoute(start=2, end=8, rejoin_from=rejoin_from).resolve(12)
+    assert route == TokenRoute(start=2, end=8, rejoin_from=resolved)
+    assert ("rejoin_from" in route.to_dict()) == (resolved is not None)
+
+
+@pytest.mark.parametrize("rejoin_from", [3, 8, 12, -9, -13])
+def test_states_that_tokens_did_not_have_when_the_route_began_are_refused(rejoin_from):
+    with pytest.raises(ValueError, match=r"0 <= rejoin_from <= start \(2\), got rejoin_from=.* leave it out"):
+        TokenRoute(start=2, end=8, rejoin_from=rejoin_from).resolve(12)
+
+
+@pytest.mark.parametrize("rejoin", ["input", "sum"])
+def test_a_route_has_one_way_to_rejoin(rejoin):
+    with pytest.raises(ValueError, match="Expected rejoin='state' with rejoin_from=0.*Leave one of them out"):
+        TokenRoute(start=2, end=8, rejoin=rejoin, rejoin_from=0)
+
+
+@pytest.mark.parametrize("rejoin_from, fits", [(1, True), (2, True), (3, False), (4, False), (5, True)])
+def test_a_state_inside_another_route_is_refused(rejoin_from, fits):
+    routes = [TokenRoute(start=6, end=7, rejoin_from=rejoin_from), TokenRoute(start=2, end=4)]
+    if fits:
+        assert resolve_routes(routes, 12) == tuple(routes[::-1])
+    else:
+        with pytest.raises(ValueError, match="outside of other routes, got .* blocks 2-4.* rejoin_from=2 or 5"):
+            resolve_routes(routes, 12)
+
+
 def test_options_that_are_off_leave_no_trace():
-    route = TokenRoute(start=2, end=8, rejoin="state", magnitude_mix=0.0)
+    route = TokenRoute(start=2, end=8, rejoin="state", magnitude_mix=0.0, rejoin_from=None)
     assert route.to_dict() == {"start": 2, "end": 8, "selection_ratio": 0.5}
     assert repr(route) == "TokenRoute(start=2, end=8, selection_ratio=0.5)"
     assert route == TokenRoute(start=2, end=8)

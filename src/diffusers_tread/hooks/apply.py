@@ -31,7 +31,8 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
 
     Args:
         model: The transformer itself, not wrapped in DDP or `torch.compile`. Before or after adding LoRA.
-        routes: One `TokenRoute`, several, or their mappings; without `rejoin`, which is for our own model.
+        routes: One `TokenRoute`, several, or their mappings; without `rejoin` and `rejoin_from`, which are for
+            our own models.
         stack: Attribute name of the stack whose blocks the routes count, such as "single_transformer_blocks". None
             (default): they count all main stacks in the order they run.
 
@@ -40,8 +41,8 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
 
     Raises:
         ValueError: The model has routing already; it or one of its blocks cannot be routed, with the reason; a block
-            class is unknown; a route does not fit the model, see `TokenRoute.resolve`, or has another `rejoin`, or a
-            `unit` that does not go with it.
+            class is unknown; a route does not fit the model, see `TokenRoute.resolve`, or has another `rejoin`, a
+            `rejoin_from`, or a `unit` that does not go with it.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -58,11 +59,11 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
     router = TokenRouter(routes, num_layers=len(blocks))
     if not router.routes:
         raise ValueError("Expected at least one route, got none. Use TokenRoute(start=2, end=-4).")
-    # What the model's first block was given is not at hand here, and need not have the routed blocks' layout.
-    if any(route.rejoin != "state" for route in router.routes):
+    # What earlier blocks were given is not at hand here, and need not have the routed blocks' layout.
+    if any(route.rejoin != "state" or route.rejoin_from is not None for route in router.routes):
         raise ValueError(
-            f"Expected rejoin='state' in the routes of {type(model).__name__}, got {list(router.routes)}. Leave "
-            "`rejoin` out: its other values are for TREADTransformer2DModel."
+            f"Expected rejoin='state' in the routes of {type(model).__name__} and no rejoin_from, got "
+            f"{list(router.routes)}. Leave both out: they are for the denoisers of this package."
         )
 
     _check_units(model, router, spec, blocks, specs)

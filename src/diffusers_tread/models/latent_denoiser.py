@@ -151,8 +151,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             routing: How this forward routes; what it leaves open, `token_routing` and the router's defaults decide.
             prefix: [B, N, D], the tokens in front of the first route's first block, as another forward with the same
                 `hidden_states`, `timestep` and `class_labels` gave them; the blocks before are not run then. They do
-                not depend on what is routed away, so the branches of Sparse Guidance share them. [B, N, 2 D] where
-                blocks hand more on than tokens.
+                not depend on what is routed away, so the branches of Sparse Guidance share them. D channels more where
+                blocks hand more on than tokens, and for each earlier state that is to rejoin
+                (`TokenRoute.rejoin_from`).
             return_prefix: Whether to give `prefix`.
             hidden_states_at: Indices of blocks, 0-based, after which to give the tokens, for losses on them.
 

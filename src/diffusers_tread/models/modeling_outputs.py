@@ -22,8 +22,8 @@ class DenoiserOutput(BaseOutput):
     tokens from routed ones. None for a dense forward."""
 
     prefix: torch.Tensor | None = None
-    """[B, N, D], the tokens in front of the first route's first block, if `return_prefix` asked for them; [B, N, 2 D]
-    where blocks hand more on than tokens."""
+    """[B, N, D], the tokens in front of the first route's first block, if `return_prefix` asked for them. D channels
+    more where blocks hand more on than tokens, and for each earlier state that is to rejoin."""
 
     hidden_states: dict[int, torch.Tensor] | None = None
     """By the index of the block, the tokens after each block of `hidden_states_at`: [B, N, D], or [B, K, D] of the

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Where a route starts and ends, and what share of the tokens takes it (TREAD, arXiv 2501.04765, section 3)."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,12 @@ class TokenRoute:
     """What a routed token is after `end`: its "state" before `start` (v1's x_D_last), its "input" to the model's first
     block (v1's x_T), or the "sum" of both. The final paper has "state"."""
 
+    rejoin_from: int | None = None
+    """With rejoin "state": a routed token comes back in the state it had before this block, 0-based, up to `start`,
+    instead of before `start` (None), a "delayed" route. Up to `start` all tokens run; what the blocks from this one on
+    made of a routed token only served as context for the others. Negative counts from the end of the model. The
+    papers have None."""
+
     magnitude_mix: float = 0.0
     """l in [-1, 1] mixes the tokens' magnitude into the choice: (1 - |l|) * rand + |l| * m, the highest are kept, with
     m the L1 norm of a token scaled to [0, 1] within its sample, or 1 - m where l is negative. v1's code keeps the
@@ -43,12 +50,17 @@ class TokenRoute:
     which blocks that convolve, shift or scan over it need. The papers route tokens."""
 
     def __post_init__(self):
-        for name in ("start", "end"):
+        for name in ("start", "end") if self.rejoin_from is None else ("start", "end", "rejoin_from"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise ValueError(f"Expected `{name}` to be a block index (int), got {getattr(self, name)!r}.")
         check_selection_ratio(self.selection_ratio)
         if self.rejoin not in ("state", "input", "sum"):
             raise ValueError(f"Expected rejoin 'state', 'input' or 'sum', got {self.rejoin!r}. The paper has 'state'.")
+        if self.rejoin_from is not None and self.rejoin != "state":
+            raise ValueError(
+                f"Expected rejoin='state' with rejoin_from={self.rejoin_from}, got {self.rejoin!r}. Leave one of them "
+                "out; rejoin_from=0 is rejoin='input'."
+            )
         check_magnitude_mix(self.magnitude_mix)
         if self.unit not in ("token", "row"):
             raise ValueError(f"Expected unit 'token' or 'row', got {self.unit!r}. The papers route tokens.")
@@ -56,9 +68,12 @@ class TokenRoute:
     def resolve(self, num_layers: int) -> "TokenRoute":
         """The same route with absolute indices, checked against a model of `num_layers` blocks.
 
+        A `rejoin_from` that is `start` becomes None, which means the same.
+
         Raises:
             ValueError: The route lies outside the model, is empty, or leaves fewer than two blocks after the rejoin
-                (routes that reach the last two blocks hurt: arXiv 2501.04765, ablation of the route's position).
+                (routes that reach the last two blocks hurt: arXiv 2501.04765, ablation of the route's position);
+                `rejoin_from` lies outside the model or behind `start`.
 
         Warns:
             UserWarning: Fewer than three blocks are left after the rejoin.
@@ -90,7 +105,20 @@ class TokenRoute:
                 "leaves three; shorter tails hurt the samples.",
                 stacklevel=2,
             )
-        return replace(self, start=start, end=end)
+        return replace(self, start=start, end=end, rejoin_from=self._resolve_rejoin_from(start, num_layers))
+
+    def _resolve_rejoin_from(self, start: int, num_layers: int) -> int | None:
+        """`rejoin_from` as an absolute index in front of `start`; None for the state before `start`."""
+        if self.rejoin_from is None:
+            return None
+        rejoin_from = self.rejoin_from + num_layers if self.rejoin_from < 0 else self.rejoin_from
+        if not 0 <= rejoin_from <= start:
+            raise ValueError(
+                f"Expected 0 <= rejoin_from <= start ({start}), got rejoin_from={self.rejoin_from} in a model of "
+                f"{num_layers} blocks. Routed tokens come back in a state they had when the route began; leave it out "
+                "for that before `start`."
+            )
+        return None if rejoin_from == start else rejoin_from
 
     def to_dict(self) -> dict[str, int | float | str]:
         """The route as JSON-serialisable values; `TokenRoute(**route.to_dict())` gives it back.
@@ -100,6 +128,8 @@ class TokenRoute:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.rejoin == "state":
             del values["rejoin"]
+        if self.rejoin_from is None:
+            del values["rejoin_from"]
         if self.magnitude_mix == 0.0:
             del values["magnitude_mix"]
         if self.unit == "token":
@@ -153,7 +183,8 @@ def resolve_routes(
         num_layers: Number of transformer blocks of the model.
 
     Raises:
-        ValueError: As `TokenRoute.resolve`, or two routes overlap, or a mapping has unknown or missing keys.
+        ValueError: As `TokenRoute.resolve`, or two routes overlap, or tokens are to rejoin in a state from inside
+            another route, which not all of them have, or a mapping has unknown or missing keys.
     """
     if routes is None:
         return ()
@@ -168,6 +199,14 @@ def resolve_routes(
             raise ValueError(
                 f"Expected routes that do not overlap, got blocks {first.start}-{first.end} and "
                 f"{second.start}-{second.end} (both ends inclusive). Start the second at {first.end + 1} or later."
+            )
+    for route, other in itertools.product(resolved, resolved):
+        # Before `other.start` and after `other.end` all tokens are together, also with that route behind them.
+        if route.rejoin_from is not None and other.start < route.rejoin_from <= other.end:
+            raise ValueError(
+                f"Expected rejoin_from outside of other routes, got rejoin_from={route.rejoin_from} and a route over "
+                f"blocks {other.start}-{other.end}, whose routed tokens have no state of their own there. Use "
+                f"rejoin_from={other.start} or {other.end + 1}."
             )
     return tuple(resolved)
 

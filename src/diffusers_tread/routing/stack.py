@@ -22,8 +22,9 @@ class StackOutput(NamedTuple):
     """[B, N, D] after the last block."""
 
     prefix: torch.Tensor | None
-    """The tokens in front of the first route's first block, [B, N, D], or [B, N, 2 D] with what the first block made,
-    if they were given or asked for."""
+    """The tokens in front of the first route's first block, [B, N, D], if they were given or asked for. Beside them, D
+    channels each: what the first block made, then the states from before that are to rejoin, see
+    `TokenRoute.rejoin_from`."""
 
     hidden_states: dict[int, torch.Tensor]
     """After each block asked for: [B, N, D], or [B, K, D] of the kept tokens for a block in a route that was taken."""
@@ -33,7 +34,9 @@ class RoutedStack(nn.ModuleList):
     """The blocks of a denoiser and the one place where their tokens are routed.
 
     Kept tokens are gathered once before a route's first block and put back once after its last, so the blocks know
-    nothing of routing and run on a shorter sequence.
+    nothing of routing and run on a shorter sequence. An earlier state that is to rejoin (`TokenRoute.rejoin_from`) is
+    held until the forward ends, [B, N, D] for each such block, and only if its route is taken or the prefix asked for;
+    in training it adds none, as the backward keeps the block's input anyway.
 
     Args:
         blocks: Called as `block(tokens, *shared, *per_token)`, [B, N, D] to [B, N, D] for any N.
@@ -73,27 +76,35 @@ class RoutedStack(nn.ModuleList):
         """
         wanted, per_token = set(hidden_states_at), list(per_token)
         makes = bool(per_token) and per_token[-1] is None
-        self._check(tokens, routes, kept_token_ids, prefix, return_prefix, wanted, makes)
+        in_prefix = _states_in_prefix(routes)
+        num_parts = 1 + makes + len(in_prefix)
+        self._check(tokens, routes, kept_token_ids, prefix, return_prefix, wanted, num_parts)
         taken = zip(routes, kept_token_ids, strict=True) if kept_token_ids is not None else ()
         starts = {route.start: (route, ids) for route, ids in taken if ids is not None}
         prefix_end = routes[0].start if prefix is not None or return_prefix else None
+        held_at = {route.rejoin_from for route, _ in starts.values()} | set(in_prefix if return_prefix else ())
 
-        first_tokens, arguments, hidden_states, route = tokens, per_token, {}, None
+        states, arguments, hidden_states, route = {0: tokens}, per_token, {}, None  # in front of blocks: B N D
         for index, block in enumerate(self):
             # The prefix.
             if prefix is not None and index < prefix_end:
                 continue
             if index == prefix_end and prefix is None:
-                prefix = torch.cat([tokens, per_token[-1]], dim=2) if makes else tokens
-            elif index == prefix_end and makes:
-                tokens, per_token[-1] = (part.contiguous() for part in prefix.chunk(2, dim=2))
+                made = [per_token[-1]] if makes else []
+                parts = [tokens, *made, *(states[earlier] for earlier in in_prefix)]
+                prefix = torch.cat(parts, dim=2) if num_parts > 1 else tokens
             elif index == prefix_end:
-                tokens = prefix
+                tokens, *parts = (part.contiguous() for part in prefix.chunk(num_parts, dim=2))
+                if makes:
+                    per_token[-1] = parts.pop(0)
+                states.update(zip(in_prefix, parts, strict=True))
+            if index in held_at:
+                states[index] = tokens
 
             # A route begins: the kept tokens go on alone.
             if index in starts:
                 route, ids = starts[index]
-                rejoining = _rejoining_tokens(route, first_tokens, tokens)  # B N D
+                rejoining = _rejoining_tokens(route, states, tokens)  # B N D
                 tokens = take_tokens(tokens, ids)  # B K D
                 arguments = [_take_each(one, ids) for one in per_token]
 
@@ -118,7 +129,7 @@ class RoutedStack(nn.ModuleList):
         prefix: torch.Tensor | None,
         return_prefix: bool,
         wanted: set[int],
-        makes: bool,
+        num_parts: int,
     ) -> None:
         """Compares shapes and types, nothing that waits for the device."""
         if kept_token_ids is not None:
@@ -138,7 +149,7 @@ class RoutedStack(nn.ModuleList):
                 )
         if (prefix is not None or return_prefix) and not routes:
             raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
-        shape = (*tokens.shape[:2], tokens.shape[2] * (2 if makes else 1))
+        shape = (*tokens.shape[:2], tokens.shape[2] * num_parts)
         if prefix is not None and prefix.shape != shape:
             raise ValueError(
                 f"Expected a prefix {list(shape)}, as return_prefix=True gave it for these inputs, got "
@@ -158,8 +169,15 @@ def _take_each(argument: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor
     return None if argument is None else take_tokens(argument.expand(ids.shape[0], *argument.shape[1:]), ids)
 
 
-def _rejoining_tokens(route: TokenRoute, first_tokens: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, N, D]: as what the routed tokens come back after the route, see `TokenRoute.rejoin`."""
+def _states_in_prefix(routes: Sequence[TokenRoute]) -> list[int]:
+    """The blocks in front of the first route whose input is to rejoin; that of block 0 is at hand in every forward."""
+    return sorted({route.rejoin_from for route in routes if 0 < (route.rejoin_from or 0) < routes[0].start})
+
+
+def _rejoining_tokens(route: TokenRoute, states: dict[int, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """[B, N, D]: as what the routed tokens come back after the route, see `TokenRoute.rejoin` and `rejoin_from`."""
+    if route.rejoin_from is not None:
+        return states[route.rejoin_from]
     if route.rejoin == "input":
-        return first_tokens
-    return first_tokens + tokens if route.rejoin == "sum" else tokens
+        return states[0]
+    return states[0] + tokens if route.rejoin == "sum" else tokens
