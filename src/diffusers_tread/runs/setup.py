@@ -220,7 +220,7 @@ def describe_run(
     """
     make_terms(config, model)  # raises for a model that they do not fit
     make_optimizer(config, model)  # likewise
-    step = source.resolution // source.latent_size * model.config.patch_size
+    step = source.resolution // source.latent_size * model.config.get("patch_size", 1)
     if wrong := [size for size in source.sizes if any(side % step for side in size)]:
         raise ValueError(f"Expected buckets with sides that are multiples of {step} for this model, got {wrong}.")
     return common_settings(config, accelerator, source) | {
