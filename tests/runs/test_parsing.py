@@ -144,3 +144,9 @@ def test_the_tables_of_fields_name_fields_and_a_config_is_frozen():
     assert set(CONTROL_FIELDS) | set(FREE_FIELDS) <= set(FIELDS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig(preset="S/2").preset = "B/2"
+
+
+def test_flags_of_muon_are_for_muon():
+    with pytest.raises(ValueError, match=r"--optimizer muon with \['muon_momentum'\], got 'adamw'"):
+        TrainConfig(preset="S/2", muon_momentum=0.5)
+    assert TrainConfig(preset="S/2", muon_momentum=0.5, optimizer="muon").muon_momentum == 0.5

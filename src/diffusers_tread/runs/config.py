@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """What training runs are told: frozen dataclasses whose fields are the flags of the scripts."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -212,6 +213,10 @@ class RunConfig:
                 raise ValueError(f"Expected --{name} in [0, 1), got {value}.")
         if self.log_loss_by_time and self.train_batch_size < 4:
             raise ValueError(f"Expected --train_batch_size >= 4 with --log_loss_by_time, got {self.train_batch_size}.")
+        fields = {field.name: field.default for field in dataclasses.fields(self) if field.name.startswith("muon_")}
+        changed = [name for name, default in fields.items() if getattr(self, name) != default]
+        if changed and self.optimizer != "muon":
+            raise ValueError(f"Expected --optimizer muon with {changed}, got {self.optimizer!r}. Leave them out.")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("Expected one of --overwrite_output_dir and --resume_from_checkpoint, got both.")
         if self.eval_steps is not None and (self.eval_reference is None or not Path(self.eval_reference).exists()):
