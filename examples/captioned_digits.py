@@ -1,0 +1,97 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions: for demo_text.py.
+
+Shapes: B images, S their side, A the four attributes.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageColor
+import torch
+from sklearn.datasets import load_digits
+
+from diffusers_tread.files import whole
+
+
+SIZE = 32
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+INKS = {"red": "#e12323", "green": "#148c32", "blue": "#283ce1", "purple": "#8c28aa", "black": "#141419"}
+PAPERS = {"white": "#f5f5f5", "yellow": "#fad750", "pink": "#faa5c3", "cyan": "#78dce6"}
+TILTS = {"upright": 0, "tilted to the left": 28, "tilted to the right": -28}  # degrees
+ATTRIBUTES = {"digit": DIGITS, "ink": tuple(INKS), "paper": tuple(PAPERS), "tilt": tuple(TILTS)}
+PHRASES = (
+    "a handwritten {digit} in {ink} ink on {paper} paper, {tilt}",
+    "the digit {digit}, {tilt}, written in {ink} on a {paper} background",
+    "{paper} paper with a {ink} {digit} that is {tilt}",
+    "a {ink} {digit} on {paper}, {tilt}",
+)
+
+Scene = tuple[int, int, int, int]  # digit, ink, paper, tilt: places in ATTRIBUTES
+
+
+def split_handwriting() -> tuple[np.ndarray, np.ndarray]:
+    """Places of 1,500 digits in scikit-learn's 1,797, and those of the others."""
+    order = np.random.default_rng(0).permutation(len(load_digits().target))
+    return order[:1500], order[1500:]
+
+
+def is_trained_on(scene: Scene) -> bool:
+    """Whether a pair of digit and ink is in the training; for each digit one ink, for each ink two digits are not."""
+    digit, ink, _, _ = scene
+    return digit % len(INKS) != ink
+
+
+def draw(
+    count: int, writers: np.ndarray, *, is_seen: bool | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images [B, 3, S, S] uint8, their scenes [B, A] and captions; `is_seen` None for scenes of both kinds."""
+    rng, digits = np.random.default_rng(seed), load_digits()
+    scenes = [
+        scene for scene in itertools.product(*(range(len(values)) for values in ATTRIBUTES.values()))
+        if is_seen is None or is_trained_on(scene) == is_seen
+    ]  # fmt: skip
+    by_digit = [[writer for writer in writers if digits.target[writer] == digit] for digit in range(len(DIGITS))]
+    chosen = [scenes[index] for index in rng.integers(len(scenes), size=count)]
+    images = [paint(digits.images[rng.choice(by_digit[scene[0]])], scene, rng) for scene in chosen]
+    captions = [describe(scene, rng.integers(len(PHRASES))) for scene in chosen]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(chosen), captions
+
+
+def describe(scene: Scene, phrase: int) -> str:
+    values = zip(ATTRIBUTES.items(), scene, strict=True)
+    return PHRASES[phrase].format(**{name: words[index] for (name, words), index in values})
+
+
+def paint(digit: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """A digit [8, 8] in [0, 16] in its colours, enlarged, a little off the middle: [S, S, 3] uint8."""
+    _, ink, paper, tilt = scene
+    side = round(SIZE * rng.uniform(0.82, 0.94))
+    stroke = PIL.Image.fromarray(np.rint(digit * 255 / 16).astype(np.uint8)).resize([side, side], PIL.Image.BICUBIC)
+    canvas = PIL.Image.new("L", (SIZE, SIZE))
+    canvas.paste(stroke, tuple((SIZE - side) // 2 + rng.integers(-1, 2, size=2)))
+    canvas = canvas.rotate(list(TILTS.values())[tilt] + rng.uniform(-5, 5), resample=PIL.Image.BICUBIC)
+    share = np.clip(np.asarray(canvas)[..., None] / 150 - 0.34, 0, 1)  # of ink, with sharper edges; S S 1
+    colours = [list(INKS.values())[ink], list(PAPERS.values())[paper]]
+    inked, blank = (np.array(PIL.ImageColor.getrgb(colour)) + rng.normal(0, 6, size=3) for colour in colours)
+    return np.rint(np.clip(share * inked + (1 - share) * blank, 0, 255)).astype(np.uint8)
+
+
+def save_folder(folder: Path, pixels: torch.Tensor, captions: list[str]) -> None:
+    """PNGs and a metadata.jsonl, which `datasets` and the training script read."""
+    if (folder / "metadata.jsonl").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{index:05d}.png" for index in range(len(captions))]
+    for name, image in zip(names, to_images(pixels), strict=True):
+        image.save(folder / name)
+    rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, captions, strict=True)]
+    with whole(folder / "metadata.jsonl") as temporary:
+        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def to_images(pixels: torch.Tensor) -> list[PIL.Image.Image]:
+    return [PIL.Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]

@@ -1,0 +1,311 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Trains a routed text-to-image model from nothing, samples prompts that it never saw and judges it: `make demo-text`.
+
+The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say so.
+Of the pairs of digit and ink a fifth are never trained on, such as a red zero. The demo makes a small VAE, a byte-level
+tokenizer and a text encoder that stays at its random weights; examples/train_text_to_image_tread.py trains the
+transformer. What samples is the plain diffusers pipeline that it saved.
+
+A judge, a small network that learnt the four attributes from real images of all pairs, says how often a sample shows
+what its prompt says. The exit code is 1 if that is too seldom. A run that was interrupted goes on where it stopped.
+
+Shapes: B images, S their side, A the four attributes.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from captioned_digits import ATTRIBUTES, SIZE, draw, save_folder, split_handwriting, to_images
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PRXPipeline,
+    PRXTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from diffusers_tread import GuidedPipeline, SparseGuidance, apply_token_routing
+from diffusers_tread.files import whole
+from diffusers_tread.pictures import add_labels, caption_grid, save_image
+
+
+TEXT_WIDTH, CAPTION_TOKENS = 64, 24
+REQUIRED = {"as trained on": 0.8, "never trained on": 0.7}
+TRANSFORMER = {"in_channels": 4, "patch_size": 2, "context_in_dim": TEXT_WIDTH, "hidden_size": 96, "mlp_ratio": 2.0}
+TRANSFORMER |= {"num_heads": 3, "depth": 10, "axes_dim": [16, 16]}
+ROUTES = [{"start": 2, "end": -4}]
+TRAINING = {
+    "caption_column": "text",
+    "resolution": SIZE,
+    "routes": json.dumps(ROUTES),
+    "dense_fraction": 0.2,
+    "train_batch_size": 32,
+    "learning_rate": 2e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 100,
+    "adam_beta2": 0.99,
+    "use_ema": True,
+    "ema_decay": 0.998,
+    "logging_steps": 50,
+    "checkpoints_total_limit": 1,
+}
+# Per way of sampling the scale of classifier-free guidance, or the guider that has it.
+SAMPLINGS = {
+    "unguided": 1.0,
+    "CFG 2": 2.0,
+    "CFG 2 + Sparse": SparseGuidance(guidance_scale=2.0, strong_ratio=0.0, weak_ratio=0.5, null_weak_branch=True),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("outputs/demo-text"), help="Images, parts, run, picture.")
+    add("--num_train_images", type=int, default=8000, help="Images to train on.")
+    add("--max_train_steps", type=int, default=3000, help="Optimiser steps of the training.")
+    add("--vae_steps", type=int, default=800, help="Optimiser steps of the VAE.")
+    add("--judge_steps", type=int, default=500, help="Optimiser steps of the judge.")
+    add("--num_images", type=int, default=200, help="Samples to judge, per way of sampling and kind of prompt.")
+    add("--num_inference_steps", type=int, default=20, help="Steps of the sampler.")
+    args = parser.parse_args(argv)
+    if args.num_images < 12:
+        raise ValueError(f"Expected --num_images >= 12, which the picture shows, got {args.num_images}.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    args, started = parse_args(argv), time.perf_counter()
+    torch.set_num_threads(1)  # operators this small gain little from a second core
+
+    # Images, pipeline, training.
+    known, others = split_handwriting()
+    pixels, _, captions = draw(args.num_train_images, known, is_seen=True, seed=1)
+    save_folder(args.output_dir / "images", pixels, captions)
+    if not (args.output_dir / "parts").exists():
+        save_parts(args.output_dir / "parts", pixels, captions, args.vae_steps)
+    folder = train(args)
+
+    # Judge. It knows the handwriting, of all pairs; it is tried on that of others.
+    judge = train_judge(*draw(8000, known, is_seen=None, seed=2)[:2], args.judge_steps)
+    real_pixels, real_scenes, _ = draw(2000, others, is_seen=None, seed=3)
+    verdicts = {("real images", ""): recognise(judge, real_pixels) == real_scenes}
+
+    # Sample.
+    prompts = {kind: draw(args.num_images, known, is_seen=kind == "as trained on", seed=4)[1:] for kind in REQUIRED}
+    samples = sample_all(args, folder, prompts)
+    verdicts |= {key: recognise(judge, images) == prompts[key[0]][0] for key, images in samples.items()}
+
+    # Report.
+    picture = args.output_dir / "samples.png"
+    save_picture(picture, prompts, samples)
+    print_table(verdicts)
+    print(f"Pipeline: {folder}   picture: {picture}   {time.perf_counter() - started:.0f} s in all")
+    shares = {key: is_right.all(dim=1).float().mean().item() for key, is_right in verdicts.items()}
+    passed = all(shares[kind, "CFG 2"] >= required for kind, required in REQUIRED.items())
+    if not passed:
+        print(f"FAILED: expected, with CFG 2, all four to be right in these shares: {REQUIRED}.")
+    return 0 if passed else 1
+
+
+# ------------------------------------------------------------------------------------------------- pipeline, training
+
+
+def save_parts(folder: Path, pixels: torch.Tensor, captions: list[str], vae_steps: int) -> None:
+    """A pipeline that only lacks a trained transformer."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(captions)
+    pipeline = PRXPipeline(
+        vae=train_vae(pixels, vae_steps),
+        tokenizer=tokenizer,
+        text_encoder=make_text_encoder(len(tokenizer)),
+        transformer=PRXTransformer2DModel(**TRANSFORMER),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        default_sample_size=SIZE,
+    )
+    with whole(folder) as temporary:
+        pipeline.save_pretrained(temporary)
+
+
+def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level: it learns from the captions which bytes often stand together, and can spell any other word."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    options = {"special_tokens": ["<pad>", "</s>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=1000, show_progress=False, **options))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=CAPTION_TOKENS
+    )
+
+
+def make_text_encoder(vocab_size: int) -> T5EncoderModel:
+    """One layer, never trained. Its random biases by distance are so large that a token sees its neighbours."""
+    sizes = {"d_model": TEXT_WIDTH, "d_kv": 16, "d_ff": 2 * TEXT_WIDTH, "num_layers": 1, "num_heads": 4}
+    encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, dropout_rate=0.0, **sizes))
+    nn.init.normal_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
+    return encoder.eval()
+
+
+def train_vae(pixels: torch.Tensor, num_steps: int) -> AutoencoderKL:
+    """Images to latents [B, 4, S/4, S/4]."""
+    vae = AutoencoderKL(
+        block_out_channels=[16, 16, 32], down_block_types=["DownEncoderBlock2D"] * 3, norm_num_groups=8,
+        up_block_types=["UpDecoderBlock2D"] * 3, layers_per_block=1, latent_channels=4, sample_size=SIZE,
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        images = to_floats(batch)
+        posterior = vae.encode(images).latent_dist
+        return F.l1_loss(vae.decode(posterior.sample()).sample, images) + 1e-5 * posterior.kl().mean()
+
+    fit(vae, loss, pixels, num_steps=num_steps, batch_size=24, learning_rate=3e-3)
+
+    # Latents of about unit variance.
+    with torch.no_grad():
+        latents = vae.encode(to_floats(pixels[:1000])).latent_dist.mode()
+    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    return vae
+
+
+def fit(
+    network: nn.Module, loss, *tensors: torch.Tensor, num_steps: int, batch_size: int, learning_rate: float
+) -> None:
+    """Trains a network on random batches of the tensors, of which `loss` makes a scalar; it is frozen then."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 20, 2 * (1 - step / num_steps), 1))
+    for _ in range(num_steps):
+        chosen = torch.randint(len(tensors[0]), (batch_size,))
+        loss(*(tensor[chosen] for tensor in tensors)).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    network.eval().requires_grad_(False)
+
+
+def train(args: argparse.Namespace) -> Path:
+    """The training script in its own process; returns the folder of the finished pipeline."""
+    run = args.output_dir / "run"
+    flags = {"data": f"folder:{args.output_dir / 'images'}", "output_dir": run} | TRAINING
+    flags["pretrained_model_name_or_path"] = args.output_dir / "parts"
+    flags["transformer_config_name_or_path"] = args.output_dir / "parts" / "transformer"
+    flags |= {"max_train_steps": args.max_train_steps}
+    command = [sys.executable, str(Path(__file__).with_name("train_text_to_image_tread.py"))]
+    command += [word for flag, value in flags.items() if value is not True for word in (f"--{flag}", str(value))]
+    command += [f"--{flag}" for flag, value in flags.items() if value is True]
+    print(f"$ {shlex.join(command)}", flush=True)
+    if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+        raise SystemExit(code)
+    return run / "pipeline"
+
+
+# -------------------------------------------------------------------------------------------------- samples, the judge
+
+
+def to_floats(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 to [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def sample_all(args: argparse.Namespace, folder: Path, prompts: dict) -> dict[tuple[str, str], torch.Tensor]:
+    """Images [B, 3, S, S] uint8 by kind of prompt and way of sampling, from the same noise; two at a time."""
+    keys = list(itertools.product(prompts, SAMPLINGS))
+    pipelines = [DiffusionPipeline.from_pretrained(folder) for _ in keys]  # diffusers does not load in threads
+
+    def sample_one(key: tuple[str, str], pipeline: DiffusionPipeline) -> torch.Tensor:
+        return sample(pipeline, prompts[key[0]][1], SAMPLINGS[key[1]], args.num_inference_steps)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(keys, pool.map(sample_one, keys, pipelines), strict=True))
+
+
+def sample(
+    pipeline: DiffusionPipeline, prompts: list[str], guidance: float | SparseGuidance, num_steps: int
+) -> torch.Tensor:
+    """[B, 3, S, S] uint8. Image i follows from seed i, whatever is in the batch around it."""
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": num_steps, "use_resolution_binning": False, "output_type": "np"}
+    if isinstance(guidance, SparseGuidance):
+        apply_token_routing(pipeline.transformer, ROUTES)
+        pipeline = GuidedPipeline(pipeline, guidance)
+    else:
+        options["guidance_scale"] = guidance
+    batches = []
+    for start in range(0, len(prompts), 25):
+        batch = prompts[start : start + 25]
+        seeds = [torch.Generator().manual_seed(start + index) for index in range(len(batch))]
+        batches.append(pipeline(batch, generator=seeds, **options).images)
+    return torch.from_numpy(np.rint(np.concatenate(batches) * 255).astype(np.uint8)).permute(0, 3, 1, 2)
+
+
+def train_judge(pixels: torch.Tensor, scenes: torch.Tensor, num_steps: int) -> nn.Module:
+    """A convolutional network with a logit for each value of each attribute."""
+    torch.manual_seed(1)
+    layers, channels = [], 3
+    for out_channels in (32, 64, 128):
+        layers.append(nn.Conv2d(channels, out_channels, kernel_size=3, stride=2, padding=1))
+        layers += [nn.GroupNorm(8, out_channels), nn.GELU()]
+        channels = out_channels
+    counts = [len(values) for values in ATTRIBUTES.values()]
+    judge = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(96), nn.GELU(), nn.Linear(96, sum(counts)))
+    judge(torch.zeros(1, 3, SIZE, SIZE))  # so that the lazy layer has its weights
+
+    def loss(batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = judge(to_floats(batch)).split(counts, dim=1)
+        return sum(F.cross_entropy(one, target) for one, target in zip(logits, targets.T, strict=True))
+
+    fit(judge, loss, pixels, scenes, num_steps=num_steps, batch_size=128, learning_rate=2e-3)
+    return judge
+
+
+def recognise(judge: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """The scenes [B, A] that the judge sees in images."""
+    logits = torch.cat([judge(to_floats(batch)) for batch in pixels.split(500)])
+    parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
+    return torch.stack([part.argmax(dim=1) for part in parts], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def print_table(verdicts: dict[tuple[str, str], torch.Tensor]) -> None:
+    """Shares of images that show what their prompts say, attribute by attribute and in all of them."""
+    print(f"\n{'prompts':18} {'sampled':16}" + "".join(f"{name:>8}" for name in (*ATTRIBUTES, "all four")))
+    for (kind, way), is_right in verdicts.items():
+        shares = [*is_right.float().mean(dim=0).tolist(), is_right.all(dim=1).float().mean().item()]
+        print(f"{kind:18} {way:16}" + "".join(f"{share:8.1%}" for share in shares))
+
+
+def save_picture(path: Path, prompts: dict, samples: dict[tuple[str, str], torch.Tensor]) -> None:
+    """Twelve samples with CFG below their prompts for each kind of prompt."""
+    grids = []
+    for kind, (_, captions) in prompts.items():
+        grid = caption_grid(to_images(samples[kind, "CFG 2"][:12]), captions[:12], columns=6)
+        grids.append(add_labels(grid, title=f"Pairs of digit and ink {kind}"))
+    picture = PIL.Image.new("RGB", (grids[0].width, sum(grid.height for grid in grids)), "white")
+    for index, grid in enumerate(grids):
+        picture.paste(grid, (0, sum(other.height for other in grids[:index])))
+    save_image(picture, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
