@@ -81,16 +81,25 @@ def paint(digit: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarr
 
 
 def save_folder(folder: Path, pixels: torch.Tensor, captions: list[str]) -> None:
-    """PNGs and a metadata.jsonl, which `datasets` and the training script read."""
-    if (folder / "metadata.jsonl").exists():
+    """PNGs and, last, a metadata.jsonl, which `datasets` and the training script read; nothing if they are there.
+
+    Raises:
+        ValueError: Other ones are there.
+    """
+    names = [f"{index:05d}.png" for index in range(len(captions))]
+    rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, captions, strict=True)]
+    path, text = folder / "metadata.jsonl", "\n".join(rows) + "\n"
+    if path.exists():
+        if path.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"Expected {len(rows)} images of these captions in {folder}, got others. Use another one."
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{index:05d}.png" for index in range(len(captions))]
     for name, image in zip(names, to_images(pixels), strict=True):
         image.save(folder / name)
-    rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, captions, strict=True)]
-    with whole(folder / "metadata.jsonl") as temporary:
-        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def to_images(pixels: torch.Tensor) -> list[PIL.Image.Image]:

@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Trains a routed text-to-image model from nothing, samples prompts that it never saw and judges it: `make demo-text`.
 
-The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say so.
-Of the pairs of digit and ink a fifth are never trained on, such as a red zero. The demo makes a small VAE, a byte-level
-tokenizer and a text encoder that stays at its random weights; examples/train_text_to_image_tread.py trains the
-transformer. What samples is the plain diffusers pipeline that it saved.
+The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say
+so. A fifth of the pairs of digit and ink are never trained on, such as a red zero. The demo makes a small VAE, a
+byte-level tokenizer and a text encoder that stays at its random weights; examples/train_text_to_image_tread.py trains
+the transformer. What is sampled is the plain diffusers pipeline that it saved.
 
 A judge, a small network that learnt the four attributes from real images of all pairs, says how often a sample shows
 what its prompt says. The exit code is 1 if that is too seldom. A run that was interrupted goes on where it stopped.
@@ -23,7 +23,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -41,6 +40,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_tread import GuidedPipeline, SparseGuidance, apply_token_routing
 from diffusers_tread.files import whole
+from diffusers_tread.metrics import PromptImages
 from diffusers_tread.pictures import add_labels, caption_grid, save_image
 
 
@@ -241,20 +241,17 @@ def sample_all(args: argparse.Namespace, folder: Path, prompts: dict) -> dict[tu
 def sample(
     pipeline: DiffusionPipeline, prompts: list[str], guidance: float | SparseGuidance, num_steps: int
 ) -> torch.Tensor:
-    """[B, 3, S, S] uint8. Image i follows from seed i, whatever is in the batch around it."""
+    """[B, 3, S, S] uint8. An image follows from its prompt and its place, whatever is in the batch around it."""
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": num_steps, "use_resolution_binning": False, "output_type": "np"}
+    options = {"num_inference_steps": num_steps, "call_options": {"use_resolution_binning": False}}
     if isinstance(guidance, SparseGuidance):
         apply_token_routing(pipeline.transformer, ROUTES)
         pipeline = GuidedPipeline(pipeline, guidance)
     else:
         options["guidance_scale"] = guidance
-    batches = []
-    for start in range(0, len(prompts), 25):
-        batch = prompts[start : start + 25]
-        seeds = [torch.Generator().manual_seed(start + index) for index in range(len(batch))]
-        batches.append(pipeline(batch, generator=seeds, **options).images)
-    return torch.from_numpy(np.rint(np.concatenate(batches) * 255).astype(np.uint8)).permute(0, 3, 1, 2)
+    images = PromptImages(pipeline, prompts, **options)
+    starts = range(0, len(images), 25)
+    return torch.cat([images.read(start, min(start + 25, len(images))) for start in starts])
 
 
 def train_judge(pixels: torch.Tensor, scenes: torch.Tensor, num_steps: int) -> nn.Module:
@@ -289,7 +286,7 @@ def recognise(judge: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 def print_table(verdicts: dict[tuple[str, str], torch.Tensor]) -> None:
     """Shares of images that show what their prompts say, attribute by attribute and in all of them."""
-    print(f"\n{'prompts':18} {'sampled':16}" + "".join(f"{name:>8}" for name in (*ATTRIBUTES, "all four")))
+    print(f"\n{'digit and ink':18} {'sampled':16}" + "".join(f"{name:>8}" for name in (*ATTRIBUTES, "all four")))
     for (kind, way), is_right in verdicts.items():
         shares = [*is_right.float().mean(dim=0).tolist(), is_right.all(dim=1).float().mean().item()]
         print(f"{kind:18} {way:16}" + "".join(f"{share:8.1%}" for share in shares))
