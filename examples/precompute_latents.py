@@ -10,9 +10,9 @@ The same command goes on with a run that was killed. The flags are the fields of
 """
 
 import hashlib
-import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,12 +25,27 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_tread.claims import claim
-from diffusers_tread.data import LatentsWriter, open_images, verify_latents
-from diffusers_tread.data.latents.encoding import digest_sources, encode_shards
-from diffusers_tread.data.latents.vae import load_vae
+from diffusers_tread.data import (
+    Buckets,
+    CaptionColumns,
+    LatentsWriter,
+    assign_buckets,
+    open_images,
+    parse_caption_columns,
+    verify_latents,
+)
+from diffusers_tread.data.latents.encoding import digest_sources, encode_shards, plan_shards
+from diffusers_tread.data.latents.vae import LoadedVAE, load_vae
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.hub import open_repo
-from diffusers_tread.runs.latents import LatentsConfig, describe_latents, share_latents
+from diffusers_tread.runs.latents import (
+    CaptionStore,
+    LatentsConfig,
+    describe_latents,
+    load_prompt_encoder,
+    share_latents,
+    told_sizes,
+)
 from diffusers_tread.runs.parsing import check_at_least, parse_config
 from diffusers_tread.runs.signals import stopped_cleanly
 
@@ -55,6 +70,18 @@ class PrecomputeConfig(LatentsConfig):
     """Column with images."""
     label_column: str = "label"
     """Column with class labels."""
+    caption_column: str | None = None
+    """Column with captions, or several as for training, all of which are stored; instead of labels."""
+    cache_text_embeddings: bool = False
+    """Store what the text encoders of a pipeline make of the captions, too."""
+    pretrained_text_pipeline: str | None = None
+    """A text-to-image pipeline of diffusers, whose text encoders these are."""
+    text_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the text encoders compute in and is stored of them."""
+    max_sequence_length: int | None = None
+    """Tokens of a caption; None for the pipeline's own limit."""
+    aspect_ratio_buckets: str | None = None
+    """Sizes of images such as "256,256;224,288;288,224", heights first, instead of --resolution."""
     cache_dir: str | None = None
     """Where downloaded data are kept; None for the cache of `datasets`."""
     background: str = "white"
@@ -72,13 +99,33 @@ class PrecomputeConfig(LatentsConfig):
     dataloader_num_workers: int = 0
     """Processes that decode images, per process."""
 
+    def needed(self) -> tuple[str, ...]:
+        return super().needed() if self.aspect_ratio_buckets is None else ("pretrained_vae_name_or_path",)
+
+    @property
+    def captions(self) -> CaptionColumns | None:
+        return None if self.caption_column is None else parse_caption_columns(self.caption_column)
+
+    @property
+    def buckets(self) -> Buckets | None:
+        return None if self.aspect_ratio_buckets is None else Buckets.parse(self.aspect_ratio_buckets)
+
     def __post_init__(self):
         if self.verify is not None:
             return
         super().__post_init__()
+        if self.aspect_ratio_buckets is not None and self.resolution is not None:
+            raise ValueError(f"Expected --resolution or --aspect_ratio_buckets, got both. Drop {self.resolution}.")
+        if self.cache_text_embeddings and None in (self.caption_column, self.pretrained_text_pipeline):
+            raise ValueError("Expected --caption_column and --pretrained_text_pipeline with --cache_text_embeddings.")
+        if not self.cache_text_embeddings and (self.pretrained_text_pipeline, self.max_sequence_length) != (
+            None,
+            None,
+        ):
+            raise ValueError("Expected --cache_text_embeddings with the flags of the text encoder, got none.")
         if self.data.partition(":")[0] not in ("folder", "hub") or not self.data.partition(":")[2]:
             raise ValueError(f"Expected --data folder:PATH or hub:NAME, got {self.data!r}.")
-        check_at_least(self, 1, "shard_size", "batch_size")
+        check_at_least(self, 1, "shard_size", "batch_size", "max_sequence_length")
         check_at_least(self, 0, "max_corrupt_images", "dataloader_num_workers")
 
 
@@ -98,7 +145,7 @@ def recipe_settings(name: str) -> dict[str, Any]:
 
 
 def open_source(config: PrecomputeConfig, state: PartialState):
-    """The images, undecoded, and the names of their classes."""
+    """The images, undecoded, with labels or captions, and the names of their classes."""
     kind, _, name = config.data.partition(":")
     try:
         with state.main_process_first():  # one process fills the cache of `datasets`
@@ -109,6 +156,7 @@ def open_source(config: PrecomputeConfig, state: PartialState):
                 split=config.dataset_split,
                 image_column=config.image_column,
                 label_column=config.label_column,
+                captions=config.captions,
                 num_classes=config.num_classes,
                 cache_dir=config.cache_dir,
             )
@@ -124,7 +172,8 @@ def open_source(config: PrecomputeConfig, state: PartialState):
 def describe_source(config: PrecomputeConfig, source) -> dict[str, Any]:
     """Where the images are from, but for what says nothing to others."""
     kind, _, name = config.data.partition(":")
-    common = {"split": config.dataset_split or "train", "columns": [config.image_column, config.label_column]}
+    conditions = [config.label_column] if config.captions is None else config.captions.names
+    common = {"split": config.dataset_split or "train", "columns": [config.image_column, *conditions]}
     if kind == "folder":
         return {"train_data_dir": Path(name).resolve().name} | common
     # `datasets` names the folder in its cache after the commit.
@@ -132,6 +181,44 @@ def describe_source(config: PrecomputeConfig, source) -> dict[str, Any]:
     commit = re.search(r"/([0-9a-f]{40})/", files[0]) if files else None
     revision = commit[1] if commit else None
     return {"dataset_name": name, "config": config.dataset_config_name, "revision": revision} | common
+
+
+def digest_labels(source, label_column: str) -> str:
+    labels = source.select_columns(label_column).with_format("numpy")[:][label_column]
+    return hashlib.sha256(np.asarray(labels, dtype="<i8")).hexdigest()
+
+
+def open_captions(config: PrecomputeConfig, source, state: PartialState) -> CaptionStore:
+    """The captions, and the text encoders if what they make of them is to be stored."""
+    encoder = None
+    if config.cache_text_embeddings:
+        options = {"dtype": config.text_dtype, "max_sequence_length": config.max_sequence_length}
+        with state.main_process_first():
+            encoder = load_prompt_encoder(config.pretrained_text_pipeline, device=state.device, **options)
+    return CaptionStore(source, config.captions, encoder)
+
+
+def make_writer(
+    config: PrecomputeConfig, source, id2label: dict[int, str], vae: LoadedVAE, text: CaptionStore | None
+) -> tuple[LatentsWriter, list[Sequence[int]]]:
+    """What the folder will hold, and for each of its shards the rows of the source."""
+    known = {"source": describe_source(config, source), "id2label": id2label, "num_samples": len(source)}
+    known |= {"has_flipped": config.flip, "captions": text.names if text else (), "text": text and text.info}
+    info = describe_latents(config, vae, buckets=config.buckets, **known)
+    rows_of_sizes = [range(len(source))]
+    if config.buckets is not None:
+        bucket_ids = on_main_process(lambda: assign_buckets(source, config.image_column, config.buckets))
+        rows_of_sizes = [np.flatnonzero(bucket_ids == bucket).tolist() for bucket in range(len(info.latent_sizes))]
+    plan, places = plan_shards(rows_of_sizes, config.shard_size)
+    writer = LatentsWriter(
+        config.output_dir,
+        info,
+        num_shards=len(plan),
+        max_unreadable=config.max_corrupt_images,
+        size_places=places,
+        empty_text=text and text.empty,
+    )
+    return writer, plan
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,26 +237,21 @@ def main(argv: list[str] | None = None) -> None:
     source, id2label = open_source(config, state)
     place = {"subfolder": config.vae_subfolder, "revision": config.vae_revision}
     vae = load_vae(config.pretrained_vae_name_or_path, **place, dtype=config.vae_dtype, device=state.device)
-
-    # What the folder will hold, and what it depends on.
-    origin = describe_source(config, source)
-    known = {"source": origin, "id2label": id2label, "num_samples": len(source), "has_flipped": config.flip}
-    info = describe_latents(config, vae, **known)
-    num_shards = math.ceil(len(source) / config.shard_size)
-    writer = LatentsWriter(config.output_dir, info, num_shards=num_shards, max_unreadable=config.max_corrupt_images)
-    labels = source.select_columns(config.label_column).with_format("numpy")[:][config.label_column]
+    text = None if config.captions is None else open_captions(config, source, state)
+    writer, plan = make_writer(config, source, id2label, vae, text)
     settings = {
         "num_images": len(source),
-        "labels_sha256": hashlib.sha256(np.asarray(labels, dtype="<i8")).hexdigest(),
         "shard_size": config.shard_size,
         "batch_size": config.batch_size,
         "background": config.background,
-    }
+    } | ({"captions_sha256": text.digest()} if text else {"labels_sha256": digest_labels(source, config.label_column)})
+    if state.is_main_process:
+        print(told_sizes(writer, plan, text))
 
     def open_folder() -> list[int]:
         # A commit of a repository says all of its images.
-        known = origin.get("revision") is not None
-        columns = {"image_column": config.image_column, "shard_size": config.shard_size}
+        known = writer.info.source.get("revision") is not None
+        columns = {"image_column": config.image_column, "plan": plan}
         return writer.open(settings, sources=None if known else digest_sources(source, **columns))
 
     with claim(config.output_dir), stopped_cleanly(argv, kept="finished shards"):
@@ -182,10 +264,11 @@ def main(argv: list[str] | None = None) -> None:
             missing[state.process_index :: state.num_processes],
             source,
             vae.model,
+            plan=plan,
             image_column=config.image_column,
             label_column=config.label_column,
-            shard_size=config.shard_size,
             batch_size=config.batch_size,
+            encode_captions=text and text.encode,
             background=config.background,
             num_workers=config.dataloader_num_workers,
             progress=f"Encoding, process 1 of {state.num_processes}" if state.is_main_process else None,

@@ -1,355 +1,109 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Finetunes the transformer of a diffusers text-to-image pipeline with token routing (TREAD, arXiv 2501.04765).
+"""Trains a LoRA of a diffusers text-to-image transformer with token routing (TREAD, arXiv 2501.04765).
 
     accelerate launch examples/train_text_to_image_lora_tread.py --pretrained_model_name_or_path \
-        stabilityai/stable-diffusion-3.5-medium --train_data_dir photos --output_dir lora --resolution 512
+        stabilityai/stable-diffusion-3.5-medium --data folder:photos --resolution 512 --output_dir runs/lora
 
-Works with the pipelines of flow-matching models: the prompt goes to the prediction the way the pipeline itself takes,
-so whatever the model wants of text, positions or timesteps is right. The same command goes on with a killed run.
+The same command goes on with a run that was killed. The flags are the fields of `LoraTrainConfig`;
+docs/text-to-image.md.
 """
 
-import argparse
-import inspect
-import json
-import math
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from datasets import Image, load_dataset
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling
-from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
-from diffusers_tread import apply_token_routing, token_routing
-from diffusers_tread.data import EpochBatchSampler, encode_images, load_record
-from diffusers_tread.files import whole
-from diffusers_tread.runs.checkpoints import load_checkpoint, save_checkpoint
-from diffusers_tread.runs.folder import RunFolder, open_run_folder
-from diffusers_tread.runs.signals import StopRequest
-from diffusers_tread.seeds import derive_seed
+from diffusers_tread.distributed import on_main_process
+from diffusers_tread.hooks import compile_blocks
+from diffusers_tread.hub import open_repo
+from diffusers_tread.runs import lora, setup, text
+from diffusers_tread.runs.ema import update_ema
+from diffusers_tread.runs.parsing import parse_config
+from diffusers_tread.runs.trainer import TrainingLoop, open_run
+from diffusers_tread.text import PromptEncoder
 
 
-TRAINED_WEIGHTS = "trained_weights.safetensors"
-FROZEN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# What is trained, by --full.
-RESULTS = {True: "transformer", False: "pytorch_lora_weights.safetensors"}
-# Flags that say where and how to run, not what.
-CONTROL_FLAGS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-FIXED_SETTINGS = ("pretrained_model_name_or_path", "full", "rank", "lora_target_modules")
-FREE_SETTINGS = ("checkpointing_steps", "checkpoints_total_limit", "logging_steps")
+class Trainer(TrainingLoop):
+    """A step of a LoRA; the loop around it is that of all training scripts."""
 
+    def __init__(
+        self, config, accelerator, source, model, settings, *, pipeline, lora_config, encoder, extractor, **context
+    ):
+        self.encoder, transformer = encoder, model.transformer
+        kind, model_config = type(transformer), transformer.config
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if config.compile:
+            compile_blocks(transformer) if config.routes != "none" else transformer.compile_repeated_blocks()
+        lora.checkpoint_trained_weights_only(accelerator, transformer)
+        super().__init__(config, accelerator, source, model, settings, **context)
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="A pipeline's folder or repository.")
-    add("--output_dir", default="text-to-image-tread", help="Checkpoints and, at the end, the trained weights.")
-    add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run left in the output folder.")
-    add("--resume_from_checkpoint", help="'latest' or a checkpoint, to go on with changed settings.")
-    add("--dataset_name", help="A `datasets` repository with image and caption columns.")
-    add("--train_data_dir", help="Instead: an image folder with captions in metadata.jsonl.")
-    add("--image_column", default="image")
-    add("--caption_column", default="text")
-    add("--resolution", type=int, default=512, help="Side of the training images in pixels.")
-    add("--routes", default='[{"start": 2, "end": -4}]', help="JSON; blocks count over all main stacks.")
-    add("--dense_fraction", type=float, default=0.15, help="Last share of the steps, trained without routing.")
-    add("--full", action="store_true", help="Train all weights of the transformer instead of a LoRA.")
-    add("--rank", type=int, default=16, help="Of the LoRA.")
-    add("--lora_target_modules", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"])
-    add("--guidance_scale", type=float, default=1.0, help="For guidance-distilled models. No other guidance is run.")
-    add("--train_batch_size", type=int, default=4, help="Images per process and forward.")
-    add("--gradient_accumulation_steps", type=int, default=1)
-    add("--max_train_steps", type=int, default=1000, help="Optimiser steps.")
-    add("--learning_rate", type=float, default=1e-4)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--gradient_checkpointing", action="store_true")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default as `accelerate config` says.")
-    add("--checkpointing_steps", type=int, default=500)
-    add("--checkpoints_total_limit", type=int)
-    add("--logging_steps", type=int, default=10, help="Steps between looks at the loss, which must be finite.")
-    add("--seed", type=int, default=0, help="Everything random follows from it.")
-    args = parser.parse_args(argv)
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("expected one of --dataset_name and --train_data_dir")
-    if not 0.0 <= args.dense_fraction <= 1.0:
-        parser.error(f"expected --dense_fraction in [0, 1], got {args.dense_fraction}")
-    return args
+        def make_transformer() -> torch.nn.Module:
+            fresh = kind.from_config(model_config)
+            fresh.add_adapter(lora_config)
+            return fresh
 
+        self.outputs = lora.LoraOutputs(
+            config, accelerator, source, settings, run=self.run, weights=self.weights, names=self.names,
+            pipeline=pipeline, make_transformer=make_transformer, extractor=extractor, step=self.step,
+        )  # fmt: skip
 
-class _VelocityPredicted(Exception):
-    """Carries the prediction out of the pipeline's denoising loop."""
-
-
-class _OneStepScheduler(FlowMatchEulerDiscreteScheduler):
-    """Makes a pipeline predict once, at the given noise levels, one per sample."""
-
-    sigmas_of_batch: torch.Tensor
-
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        self.timesteps = (self.sigmas_of_batch * self.config.num_train_timesteps).unsqueeze(0)  # 1 B
-        self.sigmas = self.sigmas_of_batch.unsqueeze(0)
-        self.num_inference_steps = 1
-
-    def step(self, model_output, timestep, sample, **kwargs):
-        raise _VelocityPredicted(model_output)
-
-
-class PipelineVelocity(torch.nn.Module):
-    """From prompts and noisy latents to the velocity, through the pipeline's own `__call__`, with gradients.
-
-    Args:
-        pipeline: A text-to-image pipeline with a flow-matching scheduler.
-        guidance_scale: Given to guidance-distilled models.
-    """
-
-    def __init__(self, pipeline: DiffusionPipeline, *, guidance_scale: float):
-        super().__init__()
-        self.transformer = pipeline.transformer  # what accelerate wraps, moves and synchronises
-        self.pipeline = pipeline
-        self.call = inspect.unwrap(type(pipeline).__call__)  # without torch.no_grad
-        self.guidance_scale = guidance_scale
-        pipeline.scheduler = _OneStepScheduler.from_config(pipeline.scheduler.config)
-        pipeline.set_progress_bar_config(disable=True)
-
-    def forward(self, prompts: list[str], latents: torch.Tensor, sigmas: torch.Tensor, resolution: int):
-        """Latents as the pipeline packs them, sigmas [B] in (0, 1)."""
-        self.pipeline.scheduler.sigmas_of_batch = sigmas
-        options = {"guidance_scale": self.guidance_scale, "num_inference_steps": 1, "output_type": "latent"}
-        try:
-            self.call(self.pipeline, prompt=prompts, latents=latents, height=resolution, width=resolution, **options)
-        except _VelocityPredicted as predicted:
-            return predicted.args[0]
-        raise ValueError(
-            f"Expected {type(self.pipeline).__name__} to call its scheduler's step once, but it did not. It is not a "
-            "flow-matching text-to-image pipeline of the usual kind."
-        )
-
-
-def pack(pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] as the pipeline hands latents to its transformer; Flux and others make 2x2 patches of them."""
-    if hasattr(pipeline, "_pack_latents"):  # the function that diffusers' own training scripts use
-        return pipeline._pack_latents(latents, *latents.shape)
-    return latents
-
-
-def load_images(args: argparse.Namespace):
-    source = (args.dataset_name,) if args.dataset_name else ("imagefolder",)
-    dataset = load_dataset(*source, data_dir=args.train_data_dir, split="train")
-    missing = {args.image_column, args.caption_column} - set(dataset.column_names)
-    if missing:
-        raise ValueError(
-            f"Expected columns {sorted(missing)}, got {dataset.column_names}. Name them with --image_column and "
-            "--caption_column; for an image folder write metadata.jsonl with file_name and text."
-        )
-    return dataset.cast_column(args.image_column, Image(decode=False))
-
-
-def make_batch(dataset, args: argparse.Namespace, indices: list[int]) -> tuple[torch.Tensor, list[str]]:
-    """Pixel values [B, 3, R, R] in [-1, 1] and captions."""
-    images, captions = [], []
-    for index in indices:
-        record = dataset[index]
-        images.append(load_record(record[args.image_column], name=f"image {index}", resolution=args.resolution))
-        captions.append(record[args.caption_column])
-    return torch.stack(images), captions
-
-
-def prepare_transformer(
-    pipeline: DiffusionPipeline, args: argparse.Namespace, frozen_dtype: torch.dtype
-) -> list[torch.nn.Parameter]:
-    """Freezes the pipeline and adds the LoRA; gives the parameters to train, in fp32."""
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
-    transformer = pipeline.transformer
-    if args.full:
-        transformer.requires_grad_(True)
-    else:
-        transformer.to(frozen_dtype)
-        targets = args.lora_target_modules
-        transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets))
-        cast_training_params(transformer, dtype=torch.float32)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    transformer.train()
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-
-
-def checkpoint_trained_weights_only(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
-    """Makes accelerate's checkpoints hold the trained weights instead of the whole model."""
-
-    def trained():
-        return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-
-    def save(models, weights, folder):
-        if accelerator.is_main_process:
-            save_file({name: p.detach().contiguous() for name, p in trained().items()}, f"{folder}/{TRAINED_WEIGHTS}")
-        weights.clear()
-
-    def load(models, folder):
-        state = load_file(f"{folder}/{TRAINED_WEIGHTS}")
-        if state.keys() != trained().keys():
-            raise ValueError(f"Expected a checkpoint of the same LoRA or of --full, got another in {folder}.")
-        transformer.load_state_dict(state, strict=False)
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def save_result(pipeline: DiffusionPipeline, args: argparse.Namespace) -> Path:
-    """The transformer's folder or the LoRA's file, whole."""
-    path = Path(args.output_dir, RESULTS[args.full])
-    with whole(path) as temporary:
-        if args.full:
-            pipeline.transformer.save_pretrained(temporary)
-        else:
-            layers = get_peft_model_state_dict(pipeline.transformer)
-            type(pipeline).save_lora_weights(
-                temporary.parent, transformer_lora_layers=layers, weight_name=temporary.name
-            )
-    return path
-
-
-def train(
-    args,
-    accelerator,
-    pipeline,
-    dataset,
-    velocity,
-    optimizer,
-    parameters,
-    settings,
-    *,
-    run: RunFolder,
-    stop: StopRequest,
-) -> None:
-    """The loop, from the run's checkpoint to the last step."""
-    transformer, frozen_dtype = pipeline.transformer, FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
-    step = 0 if run.checkpoint is None else load_checkpoint(accelerator, run.checkpoint)["step"]
-
-    progress = tqdm(
-        initial=step, total=args.max_train_steps, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    batches = iter(
-        EpochBatchSampler(
-            len(dataset),
-            batch_size=args.train_batch_size,
-            seed=args.seed,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-            first_sample=step * samples_per_step,
-        )
-    )
-    loss_sum, logged_step = torch.zeros((), device=accelerator.device), step
-    while step < args.max_train_steps:
-        is_routed = step < (1.0 - args.dense_fraction) * args.max_train_steps
-        for micro_step in range(
-            step * args.gradient_accumulation_steps, (step + 1) * args.gradient_accumulation_steps
-        ):
-            # Everything random about this forward: posterior sample, noise, noise levels, kept tokens.
-            keys = (args.seed, micro_step, accelerator.process_index)
-            generator = torch.Generator().manual_seed(derive_seed("noise", *keys))
-            torch.manual_seed(derive_seed("sigmas", *keys))
-            routing = {"enabled": is_routed, "seed": derive_seed("routing", *keys)}
-
-            with accelerator.accumulate(velocity), token_routing(transformer, **routing):
-                pixels, prompts = make_batch(dataset, args, [index for _, index in next(batches)])
-                latents = encode_images(pipeline.vae, pixels.to(accelerator.device), generator=generator).float()
-                noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-                density = compute_density_for_timestep_sampling("logit_normal", len(prompts), 0.0, 1.0)
-                sigmas = density.to(latents.device).clamp(1e-3, 1.0)  # B
-                noisy = torch.lerp(latents, noise, sigmas.view(-1, 1, 1, 1))
-
-                prediction = velocity(prompts, pack(pipeline, noisy).to(frozen_dtype), sigmas, args.resolution)
-                loss = F.mse_loss(prediction.float(), pack(pipeline, noise - latents))
+    def train_step(self) -> torch.Tensor:
+        accelerator, total = self.accelerator, 0.0
+        for micro_step in range(self.config.gradient_accumulation_steps):
+            latents, conditions, routing = self.next_batch(micro_step)
+            with accelerator.accumulate(self.model):
+                options = {"generator": self.generator, "routing": routing}
+                loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum += loss.detach()
-        step += 1
-        progress.update()
+                if accelerator.sync_gradients and self.config.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total += loss.detach()
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            update_ema(self.ema, self.parameters)
+        return total / self.config.gradient_accumulation_steps
 
-        # Nothing waits for the device in between; a loss that was not finite stays in the sum.
-        is_stopped = stop.is_due()
-        is_checkpoint = is_stopped or step % args.checkpointing_steps == 0 or step == args.max_train_steps
-        if is_checkpoint or step % args.logging_steps == 0:
-            mean_loss = loss_sum.item() / (step - logged_step) / args.gradient_accumulation_steps
-            if not math.isfinite(mean_loss):
-                raise ValueError(f"Expected a finite loss, got {mean_loss} before step {step}. Lower --learning_rate.")
-            progress.set_postfix(loss=f"{mean_loss:.4f}", routed=is_routed)
-            loss_sum.zero_()
-            logged_step = step
-        if is_checkpoint:
-            folder = save_checkpoint(
-                accelerator,
-                args.output_dir,
-                step,
-                state={"step": step, "settings": settings},
-                lineage=run.lineage,
-                total_limit=args.checkpoints_total_limit,
-            )
-            run.record(folder.name)
-        if is_stopped:
-            stop.end(f"Saved checkpoint-{step} in {args.output_dir}")
+    def conditions(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        return text.text_conditions(self.config, self.encoder, self.source, batch, generator)
+
+    def null_conditions(self) -> dict[str, Any]:
+        return {"text": self.encoder([""])}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
-    )
-    set_seed(args.seed)  # the LoRA's initial weights
-    dataset = load_images(args)
+    description = __doc__.split("\n")[0]
+    config = parse_config(lora.LoraTrainConfig, argv, description=description)
+    accelerator = setup.make_accelerator(config)
+    torch.set_float32_matmul_precision(config.matmul_precision)
 
-    # Model: frozen pipeline, LoRA, routes.
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
-    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(
-            f"Expected a pipeline with FlowMatchEulerDiscreteScheduler, got {type(pipeline.scheduler).__name__}."
-        )
-    transformer = pipeline.transformer
-    if args.guidance_scale != 1.0 and not transformer.config.get("guidance_embeds", False):
-        raise ValueError("Expected a transformer with guidance_embeds for a --guidance_scale other than 1.0.")
-    frozen_dtype = FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
-    parameters = prepare_transformer(pipeline, args, frozen_dtype)
-    apply_token_routing(transformer, json.loads(args.routes))
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module) and component is not transformer:
-            component.to(accelerator.device, frozen_dtype)
-
-    # Optimiser, checkpoints.
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
-    velocity = PipelineVelocity(pipeline, guidance_scale=args.guidance_scale)
-    velocity, optimizer = accelerator.prepare(velocity, optimizer)
-    checkpoint_trained_weights_only(accelerator, transformer)
-    settings = {key: value for key, value in vars(args).items() if key not in CONTROL_FLAGS}
-    settings["num_processes"] = accelerator.num_processes
-    run_folder = open_run_folder(
-        args.output_dir,
-        settings=settings,
-        total_steps=args.max_train_steps,
-        free_settings=FREE_SETTINGS,
-        fixed_settings=FIXED_SETTINGS,
-        results=RESULTS.values(),
-        resume_from_checkpoint=args.resume_from_checkpoint,
-        overwrite=args.overwrite_output_dir,
+    # Everything is checked before anything is written.
+    pipeline = text.open_pipeline(config, accelerator)
+    lora_config = lora.add_lora(config, accelerator, pipeline.transformer)
+    routes = text.route_transformer(config, pipeline.transformer)
+    encoder = PromptEncoder(pipeline, max_sequence_length=config.max_sequence_length)
+    source, extractor = (
+        text.open_data(config, pipeline, accelerator),
+        setup.open_feature_extractor(config, accelerator),
     )
-    with run_folder as run, StopRequest(argv) as stop:
-        train(args, accelerator, pipeline, dataset, velocity, optimizer, parameters, settings, run=run, stop=stop)
-        if accelerator.is_main_process:
-            run.record(save_result(pipeline, args).name)
-        accelerator.wait_for_everyone()
+    denoiser = text.make_denoiser(config, pipeline, encoder, source)
+    flops, flops_saved = text.count_flops(denoiser, is_routed=bool(routes))
+    settings = text.describe_run(config, accelerator, source, pipeline, encoder, flops_saved)
+    about = text.describe_text(config, source, settings, routes)
+    accelerator.print(setup.settings_table(config, accelerator, settings, about))
+    if config.dry_run:
+        return accelerator.end_training()
+    if config.push_to_hub:  # a token that may not write shows now
+        on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
+
+    # The run.
+    fixed = {"fixed_settings": ("model", "rank"), "results": (lora.LORA,)}
+    with open_run(config, accelerator, settings, argv, **fixed) as context:
+        context |= {"pipeline": pipeline, "encoder": encoder, "extractor": extractor, "flops": flops}
+        trainer = Trainer(config, accelerator, source, denoiser, settings, lora_config=lora_config, **context)
+        trainer.train()
+        trainer.outputs.finish()
     accelerator.end_training()
 
 

@@ -18,13 +18,10 @@ from diffusers_tread.distributed import on_main_process
 from diffusers_tread.hooks import compile_blocks
 from diffusers_tread.hub import open_repo
 from diffusers_tread.runs import setup, text
-from diffusers_tread.runs.config import FREE_FIELDS
 from diffusers_tread.runs.ema import update_ema
-from diffusers_tread.runs.folder import open_run_folder
 from diffusers_tread.runs.parsing import parse_config
-from diffusers_tread.runs.signals import StopRequest
 from diffusers_tread.runs.text_config import TextTrainConfig, text_recipe_settings
-from diffusers_tread.runs.trainer import TrainingLoop
+from diffusers_tread.runs.trainer import TrainingLoop, open_run
 from diffusers_tread.text import PromptEncoder
 
 
@@ -64,16 +61,7 @@ class Trainer(TrainingLoop):
         return total / self.config.gradient_accumulation_steps
 
     def conditions(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        """Captions as the pipeline's encoders give them, some of them empty."""
-        told = self.source.conditions(batch)
-        captions, stored = told["captions"], told.get("text")
-        dropped = (torch.rand(len(captions), generator=generator) < self.config.proportion_empty_prompts).tolist()
-        if stored is None:
-            text = self.encoder(["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)])
-        else:
-            samples = [self.source.empty_text if drop else one for one, drop in zip(stored, dropped, strict=True)]
-            text = self.encoder.collate(samples, device=self.accelerator.device)
-        return {"text": text}
+        return text.text_conditions(self.config, self.encoder, self.source, batch, generator)
 
     def null_conditions(self) -> dict[str, Any]:
         return {"text": self.encoder([""])}
@@ -104,16 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
 
     # The run.
-    options = {"resume_from_checkpoint": config.resume_from_checkpoint, "overwrite": config.overwrite_output_dir}
-    options |= {"total_steps": settings["max_train_steps"], "free_settings": FREE_FIELDS, "fixed_settings": ("model",)}
-    # What a config file asks for once, the command that goes on must not ask for again.
-    overrides = ["--no-overwrite_output_dir"] if config.overwrite_output_dir else []
-    overrides += ["--resume_from_checkpoint=latest"] if config.resume_from_checkpoint else []
-    stop_request = StopRequest(argv, overrides=overrides)
-    with open_run_folder(config.output_dir, settings=settings, **options) as run, stop_request as stop:
-        setup.init_trackers(accelerator, config, settings)
-        context = {"run": run, "stop": stop, "flops": flops, "extractor": extractor}
-        context |= {"pipeline": pipeline, "encoder": encoder}
+    with open_run(config, accelerator, settings, argv) as context:
+        context |= {"pipeline": pipeline, "encoder": encoder, "extractor": extractor, "flops": flops}
         trainer = Trainer(config, accelerator, source, denoiser, settings, **context)
         trainer.train()
         trainer.outputs.finish()

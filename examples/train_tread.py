@@ -17,13 +17,10 @@ from diffusers_tread.distributed import on_main_process
 from diffusers_tread.flops import training_flops
 from diffusers_tread.hub import open_repo
 from diffusers_tread.runs import setup
-from diffusers_tread.runs.config import FREE_FIELDS
 from diffusers_tread.runs.ema import update_ema
-from diffusers_tread.runs.folder import open_run_folder
 from diffusers_tread.runs.outputs import ClassOutputs
 from diffusers_tread.runs.presets import parse_train_config
-from diffusers_tread.runs.signals import StopRequest
-from diffusers_tread.runs.trainer import TrainingLoop
+from diffusers_tread.runs.trainer import TrainingLoop, open_run
 
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.json"  # without any data named
@@ -93,16 +90,9 @@ def main(argv: list[str] | None = None) -> None:
         on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
 
     # The run.
-    options = {"resume_from_checkpoint": config.resume_from_checkpoint, "overwrite": config.overwrite_output_dir}
-    options |= {"total_steps": settings["max_train_steps"], "free_settings": FREE_FIELDS, "fixed_settings": ("model",)}
-    # What a config file asks for once, the command that goes on must not ask for again.
-    overrides = ["--no-overwrite_output_dir"] if config.overwrite_output_dir else []
-    overrides += ["--resume_from_checkpoint=latest"] if config.resume_from_checkpoint else []
-    stop_request = StopRequest(argv, overrides=overrides)
-    with open_run_folder(config.output_dir, settings=settings, **options) as run, stop_request as stop:
-        setup.init_trackers(accelerator, config, settings)
+    with open_run(config, accelerator, settings, argv) as context:
         model = setup.make_model(config, source)
-        trainer = Trainer(config, accelerator, source, model, settings, run=run, stop=stop, extractor=extractor)
+        trainer = Trainer(config, accelerator, source, model, settings, extractor=extractor, **context)
         trainer.train()
         trainer.outputs.finish()
     accelerator.end_training()

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 import diffusers_tread
-from diffusers_tread.metrics import METRICS
+from diffusers_tread.metrics import METRICS, SCORERS
 
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def test_the_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     namespace = {"__name__": "__main__"}
-    with mock.patch.dict(METRICS):  # a guide may add one
+    with mock.patch.dict(METRICS), mock.patch.dict(SCORERS):  # a guide may add one
         for line, code, reason in blocks(document, "python"):
             # Empty lines in front, so that a traceback names the line of the document.
             program = compile("\n" * line + code, str(document), "exec")

@@ -3,7 +3,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diffusers_tread.pictures import add_labels, make_grid, name_classes, save_curve, save_image
+from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_curve, save_image
 
 
 def test_a_grid_keeps_the_order_enlarges_small_images_and_fills_the_last_row():
@@ -33,6 +33,21 @@ def test_long_names_are_cut_to_their_columns():
     grid = PIL.Image.new("L", (100, 20), "white")
     cut = np.asarray(add_labels(grid, columns=["W" * 40, ""]).convert("L"))
     assert (cut[:22, :50] < 128).any() and (cut[:, 51:] == 255).all()
+
+
+def test_captions_stand_below_their_images_in_at_most_four_lines():
+    images = [PIL.Image.new("RGB", (8, 4), color) for color in ("red", "lime", "blue")]
+    grid = np.asarray(caption_grid(images, ["", "word " * 200, "W" * 200], columns=2))
+    height = grid.shape[0] // 2
+    assert grid.shape == (2 * (82 + 4 + 4 * 18), 2 * 162, 3)
+    for (row, column), color in {(0, 0): (255, 0, 0), (0, 1): (0, 255, 0), (1, 0): (0, 0, 255)}.items():
+        cell = grid[row * height :, column * 162 :][1:81, 1:161]
+        assert (cell == color).all()
+    below = grid.reshape(2, height, 2, 162, 3)[:, 82:].min(axis=-1)  # row, line, column, pixel
+    assert (below[0, :, 0] == 255).all() and (below[1, :, 1] == 255).all()  # no caption, no image
+    assert (below[0, 3 * 18 : 4 * 18, 1] < 128).any()  # the fourth line
+    assert (below[1, 18:, 0] == 255).all() and (below[1, :18, 0] < 128).any()  # a word of its own is cut
+    assert (below[..., -1] == 255).all()
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -31,18 +31,20 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .pipelines import TREADPipeline
+    from .pipelines import CfgLayout, GuidedPipeline, TREADPipeline, register_pipeline_layout
 
 
 __all__ = [
     "BlockSpec",
     "Branch",
     "BranchGuidance",
+    "CfgLayout",
     "EDMHeunScheduler",
     "EDMObjective",
     "EpsilonObjective",
     "FlowMatchingObjective",
     "ForwardRecord",
+    "GuidedPipeline",
     "LossTerm",
     "ModelSpec",
     "Objective",
@@ -69,6 +71,7 @@ __all__ = [
     "register_loss_term",
     "register_model_spec",
     "register_objective",
+    "register_pipeline_layout",
     "remove_token_routing",
     "token_routing",
     "__version__",
@@ -77,10 +80,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # On first use: diffusers' pipelines import its autoencoders, UNets and transformers, which training does without.
-    if name == "TREADPipeline":
-        from .pipelines import TREADPipeline
+    if name in ("CfgLayout", "GuidedPipeline", "TREADPipeline", "register_pipeline_layout"):
+        from . import pipelines
 
-        return TREADPipeline
+        return getattr(pipelines, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -29,7 +29,7 @@ def test_images_without_a_file_have_numbers_and_a_null_is_unreadable(tmp_path):
     )  # fmt: skip
     writer = LatentsWriter(tmp_path, info, num_shards=2, max_unreadable=1)
     columns = {"image_column": "photo", "label_column": "kind"}
-    encode_shards(writer, writer.open({}), source, vae, **columns, shard_size=3, batch_size=1)
+    encode_shards(writer, writer.open({}), source, vae, **columns, plan=[range(3), range(3, 5)], batch_size=1)
     info = writer.finish()
     assert info.unreadable == ("image 3",) and [shard["num_samples"] for shard in info.shards] == [3, 1]
 

@@ -59,18 +59,21 @@ def test_a_changed_image_changes_the_digest_of_its_shard_alone(tmp_path, change)
     for path in paths:
         save(path, "black")
     rows = make_source([{"bytes": None, "path": str(path)} for path in paths])
-    before = digest_sources(rows, image_column="photo", shard_size=2)
-    assert before == digest_sources(rows, image_column="photo", shard_size=2) and len(set(before)) == 3
+    before = digest_sources(rows, image_column="photo", plan=[range(2), range(2, 4), range(4, 5)])
+    assert (
+        before == digest_sources(rows, image_column="photo", plan=[range(2), range(2, 4), range(4, 5)])
+        and len(set(before)) == 3
+    )
     change(paths[3])
-    after = digest_sources(rows, image_column="photo", shard_size=2)
+    after = digest_sources(rows, image_column="photo", plan=[range(2), range(2, 4), range(4, 5)])
     assert [was == now for was, now in zip(before, after, strict=True)] == [True, False, True]
 
 
 @pytest.mark.parametrize("image", [{"bytes": b"other", "path": "1.png"}, {"bytes": b"", "path": "1.png"}, None])
 def test_images_inside_a_data_set_are_told_by_their_content(image):
     rows = [{"bytes": bytes([index]), "path": f"{index}.png"} for index in range(4)]
-    before = digest_sources(make_source(rows), image_column="photo", shard_size=1)
-    after = digest_sources(make_source([rows[0], image, *rows[2:]]), image_column="photo", shard_size=1)
+    before = digest_sources(make_source(rows), image_column="photo", plan=[[0], [1], [2], [3]])
+    after = digest_sources(make_source([rows[0], image, *rows[2:]]), image_column="photo", plan=[[0], [1], [2], [3]])
     assert [was == now for was, now in zip(before, after, strict=True)] == [True, False, True, True]
 
 

@@ -29,9 +29,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-# What a step of training imports late, and what the feature extractor does: seconds in every process.
+# What is imported late by a step of training, the feature extractor, a pipeline of prompts: seconds in every process.
 TRAINING = {"torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"}
 EXTRACTOR = {"transformers.models.dinov2.modeling_dinov2"}
+SD3 = {"diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "transformers.models.t5.modeling_t5"}
 
 
 def switch_on_fsdp2() -> None:
@@ -146,6 +147,8 @@ if __name__ == "__main__":
         modules |= TRAINING
     if "transformers:" in sys.argv[1]:
         modules |= EXTRACTOR
+    if "--prompts" in sys.argv[1]:
+        modules |= SD3
     for name in modules:
         importlib.import_module(name)
     print(json.dumps([run(**entry) for entry in plan]))

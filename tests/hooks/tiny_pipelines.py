@@ -55,18 +55,18 @@ def t5_encoder():
     return T5EncoderModel(T5Config(vocab_size=7, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
 
 
-def vae():
-    return AutoencoderKL(
+def vae(cls=AutoencoderKL, latent_channels=4):
+    settings = {"scaling_factor": 1.5, "shift_factor": 0.1} if cls is AutoencoderKL else {}
+    return cls(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=2,
         sample_size=16,
-        scaling_factor=1.5,
-        shift_factor=0.1,
         use_quant_conv=False,
         use_post_quant_conv=False,
+        **settings,
     )
 
 

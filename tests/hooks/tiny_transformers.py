@@ -96,6 +96,11 @@ def classes() -> list[str]:
     return [name for name in names() if "-" not in name]
 
 
+def row_of(name: str) -> Row:
+    """What the table says of a model."""
+    return _ROWS[name]
+
+
 def build(name: str) -> Case:
     torch.manual_seed(1)
     wanted = _ROWS[name]

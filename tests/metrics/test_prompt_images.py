@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
 
 from tiny_pipelines import PIPELINES  # noqa: E402
 
+from diffusers_tread import SparseGuidance  # noqa: E402
 from diffusers_tread.metrics import PromptImages, load_dataset_prompts, read_prompts  # noqa: E402
 from diffusers_tread.metrics.pipeline_images import pipeline_networks, sample_generator  # noqa: E402
 
@@ -25,6 +26,7 @@ SIZE = {"height": 16, "width": 32, "num_inference_steps": 2}
 
 @pytest.fixture(scope="module", params=["sd3", "flux"])
 def pipeline(request, tmp_path_factory):
+    """In training mode but for the VAE."""
     torch.manual_seed(0)
     pipeline = PIPELINES[request.param](tmp_path_factory.mktemp(request.param))
     pipeline.set_progress_bar_config(disable=True)
@@ -73,6 +75,25 @@ def test_the_description_tells_apart_what_changes_samples(pipeline):
     changes += [{"num_inference_steps": 3}, {"call_options": {"max_sequence_length": 4}}]
     descriptions = [json.dumps(describe(**change)) for change in changes]
     assert len({json.dumps(first), *descriptions}) == 7
+
+
+def test_a_pipeline_that_is_held_with_a_guider_is_called_and_described(pipeline):
+    class Guided:
+        guider = SparseGuidance(guidance_scale=1.5)
+        guidance_transformer = torch.nn.Linear(1, 1)
+
+        def __init__(self, pipeline):
+            self.pipeline, self.calls = pipeline, 0
+
+        def __call__(self, **arguments):
+            self.calls += 1
+            return self.pipeline(**arguments)
+
+    guided, alone = Guided(pipeline), PromptImages(pipeline, PROMPTS, **SIZE)
+    source = PromptImages(guided, PROMPTS, **SIZE)
+    assert torch.equal(source.read(0, 3), alone.read(0, 3)) and guided.calls == 1
+    added = {name: source.description[name] for name in set(source.description) - set(alone.description)}
+    assert added["guider"]["guidance_scale"] == 1.5 and set(added["guidance_weights"]) == {"guidance_transformer"}
 
 
 def test_what_cannot_be_sampled_is_refused(pipeline):
@@ -131,3 +152,25 @@ def test_files_without_prompts_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)
+
+
+def test_pixels_of_a_prx_without_vae_are_those_of_its_latents(tmp_path):
+    """Which lie in [-1, 1], where other pipelines give [0, 1]."""
+    pipeline = PIPELINES["prx"](tmp_path)
+    transformer = type(pipeline.transformer).from_config({**pipeline.transformer.config, "in_channels": 3})
+    pipeline = type(pipeline)(**{**pipeline.components, "transformer": transformer, "vae": None})
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": 128, "width": 128, "num_inference_steps": 2, "guidance_scale": 2.0}  # of images of an eighth
+    options = {"use_resolution_binning": False}
+    images = PromptImages(pipeline, PROMPTS, call_options=options, **size).read(0, 2)
+
+    def sample(prompts, first):
+        generators = [sample_generator(0, first + index) for index in range(len(prompts))]
+        settings = size | options | {"output_type": "latent"}
+        return pipeline(prompt=prompts, generator=generators, **settings).images
+
+    expected = torch.cat([((sample([PROMPTS[index]], index).clamp(-1, 1) + 1) * 127.5).round() for index in range(2)])
+    assert images.shape == (2, 3, 16, 16) and (images - expected).abs().max() <= 1
+    assert 0 < (images == 0).float().mean() < 0.5  # some pixels are dark, and clipped
+    with pytest.raises(RuntimeError, match="size of tensor"):  # or `_timesteps_repeated` is no longer needed
+        sample(PROMPTS[:2], 0)

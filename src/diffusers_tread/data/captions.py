@@ -97,9 +97,8 @@ class CaptionColumns:
         Raises:
             ValueError: It has none.
         """
-        draw = derive_seed(seed, "caption", rank, epoch, place) / 2**63  # in [0, 1)
-        ends = accumulate(self.probabilities[:-1])
-        name = self.names[sum(draw >= end for end in ends)]
+        draw = derive_seed(seed, "caption", rank, epoch, place)  # its high bits draw the column, its low ones the text
+        name = self.names[sum(draw / 2**63 >= end for end in accumulate(self.probabilities[:-1]))]
         column, key = _split(name, record)
         captions = _captions(record[column], key)
         if not captions:
@@ -107,7 +106,7 @@ class CaptionColumns:
                 f"Expected text in the caption column {name!r}, got none in record {place} of epoch {epoch}. "
                 "Fill it or leave the record out."
             )
-        return captions[derive_seed(seed, "caption of list", rank, epoch, place) % len(captions)]
+        return captions[draw % len(captions)]
 
 
 def parse_caption_columns(text: str) -> CaptionColumns:

@@ -63,8 +63,7 @@ def open_training_data(
             buckets; a bucket without images; options that the digits or latents do not have.
     """
     if latents_dir is not None:
-        given = {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "captions": captions, **options}
-        given["buckets"] = buckets
+        given = {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "buckets": buckets, **options}
         given = [name for name, value in given.items() if value is not None]
         if given:
             raise ValueError(f"Expected latents without other data and their options, got {given}. Drop them.")
@@ -72,6 +71,7 @@ def open_training_data(
             latents_dir,
             seed=seed,
             random_flip=random_flip,
+            captions=captions,
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
             cache_dir=cache_dir,

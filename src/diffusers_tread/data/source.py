@@ -89,6 +89,9 @@ class LatentsSource(TrainingSource):
         super().__init__(dataset, name=name)
         self.vae, self.info = vae, dataset.info
         self.channels, self.latent_size = dataset.info.latent_channels, dataset.info.latent_size
+        self.buckets = Buckets(dataset.info.sizes) if dataset.info.latent_sizes else None
+        self.empty_text = dataset.empty_text
+        """The empty caption as `conditions(batch)["text"]` has captions; None without stored text."""
 
     def identity(self) -> dict[str, Any]:
         codec = [self.info.shift_factor, self.info.scaling_factor, self.info.latents_mean, self.info.latents_std]
@@ -98,6 +101,9 @@ class LatentsSource(TrainingSource):
     def to_latents(self, batch: dict[str, Any], *, device: torch.device, generator: torch.Generator) -> torch.Tensor:
         moments = batch["moments"].to(device, non_blocking=True)
         return latents_from_moments(moments, self.info, generator=generator)
+
+    def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return super().conditions(batch) | ({"text": batch["text"]} if "text" in batch else {})
 
 
 def open_source(data: str, **options: Any) -> TrainingSource:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import replace_folder
 from ..markdown import as_code, as_text, table_row
+from ..text import save_pipeline
 from .model_card import SAMPLES, CardDetails, training_table
 
 
@@ -33,7 +34,7 @@ def export_text_pipeline(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        pipeline.save_pretrained(temporary)
+        save_pipeline(pipeline, temporary)
         text_model_card(pipeline, repo_id=repo_id or folder.resolve().name, details=card).save(temporary / "README.md")
         if card.samples is not None:
             card.samples.save(temporary / SAMPLES)

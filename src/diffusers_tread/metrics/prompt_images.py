@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..fingerprint import weights_fingerprint
 from ..finite import check_finite
 from .pipeline_images import component_config, describe_components, pipeline_networks, sample_generator
 
@@ -29,7 +30,7 @@ class PromptImages:
 
     Args:
         pipeline: Any pipeline of diffusers that is called with `prompt`, `generator` and `output_type` and gives
-            `images`, on its device.
+            `images`, on its device; or what is called as one and holds it as `pipeline`, beside its `guider`.
         prompts: At least one text.
         num_images: Number of samples; None for one per prompt.
         num_inference_steps: Steps of the sampler; None for the pipeline's default.
@@ -59,6 +60,7 @@ class PromptImages:
         call_options: Mapping[str, Any] | None = None,
     ):
         self.pipeline, self.prompts, self.seed = pipeline, tuple(prompts), seed
+        self.wrapped = getattr(pipeline, "pipeline", pipeline)
         self.num_images = len(self.prompts) if num_images is None else num_images
         options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         options |= {"height": height, "width": width}
@@ -66,7 +68,7 @@ class PromptImages:
         self.call_options = dict(call_options or {})
         check_prompts(self.prompts)
         self._check_call()
-        for name, network in pipeline_networks(pipeline).items():
+        for name, network in self._networks().items():
             check_finite(network.state_dict(), what=f"weights of the {name}")
 
     def __len__(self) -> int:
@@ -83,8 +85,8 @@ class PromptImages:
             ValueError: Samples that are not finite, or images with another number of channels than 1 or 3.
         """
         # What "pt" gives lies in [0, 1] or in [-1, 1], as each pipeline likes; "np" is always in [0, 1].
-        has_no_vae = self.pipeline.components.get("vae", self) is None
-        with evaluation_mode(pipeline_networks(self.pipeline).values()):
+        has_no_vae = self.wrapped.components.get("vae", self) is None
+        with evaluation_mode(self._networks().values()), _timesteps_repeated(self.wrapped):
             images = self.pipeline(
                 prompt=[self.prompt(index) for index in range(start, stop)],
                 generator=[sample_generator(self.seed, index) for index in range(start, stop)],
@@ -101,7 +103,13 @@ class PromptImages:
     @cached_property
     def description(self) -> dict[str, Any]:
         """Lists everything that the samples depend on: weights, tokenizers, sampler, prompts, seed."""
-        pipeline, guider = self.pipeline, getattr(self.pipeline, "guider", None)
+        # What guides, which may have another network.
+        pipeline, guider = self.wrapped, getattr(self.pipeline, "guider", None)
+        guidance = {} if guider is None else {"guider": {"class": type(guider).__name__, **component_config(guider)}}
+        if other := self._guidance_networks():
+            guidance["guidance_weights"] = {name: weights_fingerprint(network) for name, network in other.items()}
+
+        # The pipeline, and its call.
         settings = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
         return {
             "pipeline": {"class": type(pipeline).__name__}
@@ -110,25 +118,32 @@ class PromptImages:
             "tokenizers": {
                 name: _tokenizer_hash(part) for name, part in pipeline.components.items() if hasattr(part, "get_vocab")
             },
-            **({} if guider is None else {"guider": {"class": type(guider).__name__, **component_config(guider)}}),
+            **guidance,
             **self.options,
             "call_options": self.call_options,
             "prompts": {"num_prompts": len(self.prompts), "sha256": _json_hash(self.prompts)},
             "seed": self.seed,
         }
 
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        return pipeline_networks(self.wrapped) | self._guidance_networks()
+
+    def _guidance_networks(self) -> dict[str, torch.nn.Module]:
+        network = getattr(self.pipeline, "guidance_transformer", None)
+        return {} if network is None or self.wrapped is self.pipeline else {"guidance_transformer": network}
+
     def _check_call(self) -> None:
-        known = list(inspect.signature(self.pipeline.__call__).parameters)
+        known = list(inspect.signature(self.wrapped.__call__).parameters)
         if missing := [name for name in ("prompt", "generator", "output_type", *self.options) if name not in known]:
             raise ValueError(
-                f"Expected a text-to-image pipeline whose call takes {missing}, got {type(self.pipeline).__name__}, "
+                f"Expected a text-to-image pipeline whose call takes {missing}, got {type(self.wrapped).__name__}, "
                 f"which takes {known}. Leave out what it does not take, or use another pipeline."
             )
         wrong = [name for name in self.call_options if name not in known or name in _RESERVED]
         if wrong:
             free = [name for name in known if name not in _RESERVED]
             raise ValueError(
-                f"Expected call options that {type(self.pipeline).__name__} takes, got {wrong}. Use some of {free}; "
+                f"Expected call options that {type(self.wrapped).__name__} takes, got {wrong}. Use some of {free}; "
                 "steps, scale, height, width and seed have arguments of their own."
             )
 
@@ -157,6 +172,30 @@ def evaluation_mode(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _timesteps_repeated(pipeline) -> Iterator[None]:
+    """Gives a transformer a timestep per sample where its pipeline gives it one per half of the batch.
+
+    PRX does so, and fails with classifier-free guidance of several prompts:
+    https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/prx/pipeline_prx.py
+    """
+
+    def repeat(module, args, kwargs):
+        times, samples = kwargs.get("timestep"), kwargs.get("hidden_states")
+        if isinstance(times, torch.Tensor) and times.ndim == 1 and 1 < len(times) < len(samples):
+            kwargs = kwargs | {"timestep": times.repeat_interleave(len(samples) // len(times))}
+        return args, kwargs
+
+    if (transformer := pipeline.components.get("transformer")) is None:
+        yield
+        return
+    hook = transformer.register_forward_pre_hook(repeat, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _to_uint8(images: torch.Tensor, start: int) -> torch.Tensor:

@@ -2,15 +2,26 @@
 """What the scripts that make folders of latents have in common: flags, description, card, upload."""
 
 import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import LatentsInfo, check_vae
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+
+from ..data import Buckets, CaptionColumns, LatentsInfo, LatentsWriter, check_vae
 from ..data.latents.card import latents_card
+from ..data.latents.codec import spatial_compression
+from ..data.latents.text import describe_empty
 from ..data.latents.vae import LoadedVAE
 from ..files import whole
 from ..hub import upload_folder
+from ..text import PromptEncoder
 from .parsing import check_at_least
 
 
@@ -43,8 +54,12 @@ class LatentsConfig:
     hub_private: bool | None = None
     """Whether a new repository is private; None for what its owner has set."""
 
+    def needed(self) -> tuple[str, ...]:
+        """The fields that have no default."""
+        return "resolution", "pretrained_vae_name_or_path"
+
     def __post_init__(self):
-        for name in ("resolution", "pretrained_vae_name_or_path"):
+        for name in self.needed():
             if getattr(self, name) is None:
                 raise ValueError(f"Expected --{name}, got none.")
         check_at_least(self, 1, "resolution", "num_classes")
@@ -54,18 +69,122 @@ class LatentsConfig:
             )
 
 
-def describe_latents(config: LatentsConfig, vae: LoadedVAE, **known: Any) -> LatentsInfo:
-    """What a folder will hold, found out by encoding an empty image.
+def describe_latents(
+    config: LatentsConfig, vae: LoadedVAE, *, buckets: Buckets | None = None, **known: Any
+) -> LatentsInfo:
+    """What a folder will hold, found out by encoding an empty image of each size.
 
     Args:
         config: Of the folder.
         vae: That makes or made the latents.
+        buckets: Sizes of the images; None for squares.
         **known: Further fields of `LatentsInfo`, and those that the VAE does not tell right.
     """
-    kind, channels, size = check_vae(vae.model, config.resolution)
-    fields = {"kind": kind, "dtype": config.dtype, "latent_channels": channels, "latent_size": size, "shards": ()}
-    fields |= {"resolution": config.resolution, "vae": vae.identity, **dataclasses.asdict(vae.codec)}
+    sizes = [(config.resolution, config.resolution)] if buckets is None else buckets.sizes
+    for pixels in sizes:
+        kind, channels, _ = check_vae(vae.model, pixels)
+    factor, resolution = spatial_compression(vae.model), max(map(max, sizes))
+    fields = {"kind": kind, "dtype": config.dtype, "latent_channels": channels, "latent_size": resolution // factor}
+    fields |= {"resolution": resolution, "vae": vae.identity, "shards": (), **dataclasses.asdict(vae.codec)}
+    if buckets is not None:
+        fields["latent_sizes"] = tuple((height // factor, width // factor) for height, width in sizes)
+    fields["format_version"] = 2 if buckets is not None or known.get("captions") else 1
     return LatentsInfo(**(fields | known))
+
+
+def load_prompt_encoder(
+    name: str, *, dtype: str = "float32", max_sequence_length: int | None = None, device: torch.device | str = "cpu"
+) -> PromptEncoder:
+    """The tokenizers and text encoders of a text-to-image pipeline.
+
+    Args:
+        name: A folder or a repository of the Hub with a diffusers pipeline; its other parts are not loaded.
+        dtype: What the text encoders compute in.
+        max_sequence_length: See `PromptEncoder`.
+        device: Where.
+
+    Raises:
+        ValueError: There is no pipeline with safetensors weights; what `PromptEncoder` refuses.
+    """
+    parts = {"transformer": None, "vae": None, "torch_dtype": getattr(torch, dtype), "use_safetensors": True}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, **parts)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Expected a diffusers text-to-image pipeline at {name!r}, got: {error}") from error
+    return PromptEncoder(pipeline.to(device), max_sequence_length=max_sequence_length)
+
+
+class CaptionStore:
+    """The captions of a data set, and what text encoders make of them.
+
+    Args:
+        source: As `open_images` returns it.
+        columns: The captions to store, all of them.
+        encoder: What encodes them; None to store the captions alone.
+
+    Raises:
+        ValueError: A column holds something else than text.
+    """
+
+    def __init__(self, source, columns: CaptionColumns, encoder: PromptEncoder | None = None):
+        self.source, self.names = source.select_columns(columns.columns(source.features)), columns.names
+        for name in self.names:
+            if getattr(kind := source.features.get(name), "dtype", None) not in ("string", "large_string"):
+                raise ValueError(
+                    f"Expected one text per image in the caption column {name!r}, got {kind}. Make it a column of "
+                    "text, and of a list one column for each of its captions."
+                )
+        self.encoder, self.info, self.empty = encoder, None, None
+        if encoder is not None:
+            self.info, self.empty = describe_empty(encoder.identity(), encoder.encode([""])[0])
+
+    def encode(self, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+        """As the encoder does, without a warning for each caption that it cuts off: `count_too_long` says it once."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            return self.encoder.encode(captions)
+        finally:
+            logging.set_verbosity(verbosity)
+
+    def digest(self) -> str:
+        """A hash of all captions."""
+        digest = hashlib.sha256()
+        for records in self.source.iter(batch_size=1000):
+            digest.update(json.dumps(records, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def count_too_long(self) -> int:
+        """How many captions the encoder cuts off."""
+        batches = self.source.iter(batch_size=1000)
+        return sum(self.encoder.count_too_long(records[name]) for records in batches for name in self.names)
+
+    def bytes_per_image(self) -> float:
+        """Of the encoded captions, estimated from the first ones."""
+        first = [text for name in self.names for text in self.source[:8][name]]
+        arrays = [values for sample in self.encode(first) for values in sample.values()]
+        return sum(values.nbytes for values in arrays) / len(first) * len(self.names)
+
+
+def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: CaptionStore | None) -> str:
+    """What to say before the long work: the room that a folder will take, and captions that are too long.
+
+    Args:
+        writer: Of the folder.
+        plan: The images of each shard.
+        text: Their captions.
+    """
+    info, shards = writer.info, list(zip(plan, writer.size_places, strict=True))
+    num_images = sum(len(rows) for rows in plan)
+    values = sum(len(rows) * math.prod(info.record_shape(place)) for rows, place in shards)
+    latents = values * info.torch_dtype.itemsize * (1 + info.has_flipped) / 2**30
+    if text is None or text.encoder is None:
+        return f"Latents take {latents:.3g} GiB."
+    size, cut = num_images * text.bytes_per_image() / 2**30, text.count_too_long()
+    return (
+        f"Text takes about {size:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_images * len(text.names)} "
+        "captions are longer than the text encoder reads and lose their end."
+    )
 
 
 def share_latents(config: LatentsConfig, info: LatentsInfo) -> None:

@@ -42,6 +42,8 @@ class RunOutputs(ABC):
 
     export = staticmethod(export_for_hub)
     """Writes what is pushed to the Hub."""
+    result = PIPELINE
+    """Name of what `finish` writes."""
 
     def __init__(
         self,
@@ -134,15 +136,19 @@ class RunOutputs(ABC):
         self.background_push.start(pipeline, commit_message=f"Step {step}", card=card)
         self.run.record("hub")
 
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        """Writes a pipeline."""
+        pipeline.save_pretrained(folder)
+
     def finish(self) -> None:
-        """Saves `output_dir/pipeline`, whole or not at all, ends the trackers and waits for the last push."""
+        """Saves the `result`, whole or not at all, ends the trackers and waits for the last push."""
         while self.accelerator.trackers:  # which write files as they end
             self.accelerator.trackers.pop().finish()
-        pipeline, path = self.make_pipeline(), Path(self.config.output_dir, PIPELINE)
+        pipeline, path = self.make_pipeline(), Path(self.config.output_dir, self.result)
         if self.accelerator.is_main_process:
             with whole(path) as folder:
-                pipeline.save_pretrained(folder)
-            self.run.record(PIPELINE, "logs")
+                self.save(pipeline, folder)
+            self.run.record(self.result, "logs")
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"Saved {path}.")
         if self.background_push is not None:

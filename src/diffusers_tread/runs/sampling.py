@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
@@ -165,11 +166,13 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
     Raises:
         ValueError: There is no such pipeline; the scheduler refuses a setting, or samples from other models.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype)  # by the name that the oldest release knows, of which newer ones warn
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            config.pretrained_pipeline, revision=config.revision, torch_dtype=dtype, use_safetensors=True
-        )
+        folder = config.pretrained_pipeline
+        if not Path(folder).is_dir():
+            folder = diffusers.DiffusionPipeline.download(folder, revision=config.revision, use_safetensors=True)
+        _check_no_code(folder)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, AttributeError) as error:  # AttributeError: a class that diffusers does not have
         raise ValueError(
             "Expected a text-to-image pipeline of diffusers with safetensors in --pretrained_pipeline, got "
@@ -216,6 +219,18 @@ def load_pipeline(
             part.to(device, torch.float32 if name == "vae" else getattr(torch, config.dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _check_no_code(folder: str | Path) -> None:
+    """Raises ValueError if loading a pipeline's folder executes code of it, which diffusers 0.36 does unasked."""
+    parts = diffusers.DiffusionPipeline.load_config(folder)
+    pipeline_class = parts.pop("_class_name")
+    libraries = {name: value[0] for name, value in parts.items() if isinstance(value, list) and len(value) == 2}
+    code = [
+        f"{name}/{library}.py" for name, library in libraries.items() if Path(folder, name, f"{library}.py").exists()
+    ]
+    if code or not isinstance(pipeline_class, str):
+        raise ValueError(f"it has code of its own: {code or pipeline_class}")
 
 
 def make_scheduler(scheduler, name: str | None, changes: dict[str, Any]):

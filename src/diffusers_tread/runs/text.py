@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -21,7 +22,7 @@ from ..metrics import PromptImages
 from ..pictures import caption_grid
 from ..routing import TokenRoute
 from ..seeds import derive_seed
-from ..text import LENGTHS, PipelineDenoiser, PromptEncoder, load_pipeline, make_transformer
+from ..text import LENGTHS, PipelineDenoiser, PromptEncoder, load_pipeline, make_transformer, save_pipeline
 from . import setup
 from .ema import whole_weights
 from .outputs import RunOutputs
@@ -68,6 +69,8 @@ def route_transformer(config: TextTrainConfig, transformer: torch.nn.Module) -> 
 
 def open_data(config: TextTrainConfig, pipeline: DiffusionPipeline, accelerator: Accelerator) -> TrainingSource:
     """Images with captions, encoded by the pipeline's VAE."""
+    if config.data == "digits:":
+        raise ValueError("Expected --data with captions, such as folder:PATH or hub:NAME, got 'digits:', the default.")
     vae = pipeline.components.get("vae")
     with accelerator.main_process_first():
         source = open_source(config.data, pretrained_vae_name_or_path=vae, **config.data_options())
@@ -89,6 +92,23 @@ def make_denoiser(
         pixels_per_latent=factor,
         call_options=read_json(config.call_options),
     )
+
+
+def text_conditions(
+    config: TextTrainConfig,
+    encoder: PromptEncoder,
+    source: TrainingSource,
+    batch: dict[str, Any],
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Captions as the pipeline's encoders give them, or as they were stored, a share of them empty."""
+    told = source.conditions(batch)
+    captions, stored = told["captions"], told.get("text")
+    dropped = (torch.rand(len(captions), generator=generator) < config.proportion_empty_prompts).tolist()
+    if stored is None:
+        return {"text": encoder(["" if drop else one for one, drop in zip(captions, dropped, strict=True)])}
+    samples = [source.empty_text if drop else one for one, drop in zip(stored, dropped, strict=True)]
+    return {"text": encoder.collate(samples, device=encoder.pipeline.device)}
 
 
 def count_flops(denoiser: PipelineDenoiser, *, is_routed: bool) -> tuple[dict[bool, int] | None, float | None]:
@@ -189,6 +209,9 @@ class TextOutputs(RunOutputs):
     def make_samples(self, pipeline: DiffusionPipeline) -> PromptImages:
         options = {"num_images": self.config.eval_num_samples, **self.sampling}
         return self._images(pipeline, self.config.prompts("eval_prompts"), **options)
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        save_pipeline(pipeline, folder)
 
     def _images(self, pipeline: DiffusionPipeline, prompts: list[str], **options: Any) -> PromptImages:
         height, width = self.source.sizes[0]

@@ -2,6 +2,8 @@
 """The loop around a training step: batches and seeds, checkpoints and resume, what is due after a step."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,11 +18,46 @@ from ..routing import RoutingCall
 from ..seeds import derive_seed
 from . import setup
 from .checkpoints import load_checkpoint, save_checkpoint, settle_buckets
-from .config import RunConfig
-from .folder import RunFolder
+from .config import FREE_FIELDS, RunConfig
+from .folder import PIPELINE, RunFolder, open_run_folder
 from .monitor import CorruptImages, LossMonitor, check_weights
 from .outputs import RunOutputs
 from .signals import StopRequest
+
+
+@contextmanager
+def open_run(
+    config: RunConfig,
+    accelerator: Accelerator,
+    settings: dict[str, Any],
+    argv: Sequence[str] | None,
+    *,
+    fixed_settings: Sequence[str] = ("model",),
+    results: Sequence[str] = (PIPELINE,),
+) -> Iterator[dict[str, Any]]:
+    """A run in its folder, with its trackers, that a signal asks to end; gives `run` and `stop` for `TrainingLoop`.
+
+    Args:
+        config: Of the run.
+        accelerator: Of the run.
+        settings: All that it depends on.
+        argv: The command line, for the message of how to go on.
+        fixed_settings: Those that no checkpoint can be resumed without.
+        results: What a finished run leaves in the folder.
+
+    Raises:
+        ValueError: As `open_run_folder`.
+    """
+    options = {"resume_from_checkpoint": config.resume_from_checkpoint, "overwrite": config.overwrite_output_dir}
+    options |= {"fixed_settings": fixed_settings, "free_settings": FREE_FIELDS, "results": results}
+    # What a config file asks for once, the command that goes on must not ask for again.
+    overrides = ["--no-overwrite_output_dir"] if config.overwrite_output_dir else []
+    overrides += ["--resume_from_checkpoint=latest"] if config.resume_from_checkpoint else []
+    stop_request, total_steps = StopRequest(argv, overrides=overrides), settings["max_train_steps"]
+    with open_run_folder(config.output_dir, settings=settings, total_steps=total_steps, **options) as run:
+        with stop_request as stop:
+            setup.init_trackers(accelerator, config, settings)
+            yield {"run": run, "stop": stop}
 
 
 class TrainingLoop(ABC):

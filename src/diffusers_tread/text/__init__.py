@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Text-to-image pipelines of diffusers as denoisers to train, and what their encoders make of captions."""
 
-from .building import PIPELINES, load_pipeline, make_transformer, register_text_pipeline
+from .building import PIPELINES, load_pipeline, make_transformer, register_text_pipeline, save_pipeline
 from .denoiser import PipelineDenoiser
 from .encoding import LENGTHS, PromptEncoder
 
@@ -14,4 +14,5 @@ __all__ = [
     "load_pipeline",
     "make_transformer",
     "register_text_pipeline",
+    "save_pipeline",
 ]

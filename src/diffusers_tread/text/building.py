@@ -4,12 +4,14 @@
 import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 
+from ..files import write_json
 from ..registry import add_entry
 
 
@@ -50,7 +52,7 @@ def make_transformer(config: Mapping[str, Any]) -> torch.nn.Module:
     if name not in PIPELINES:
         raise ValueError(
             f"Expected the config of a transformer with `_class_name` among {sorted(PIPELINES)}, got {name!r}. "
-            "Another one that can be routed: register_text_pipeline(transformer, pipeline)."
+            "Make another one known by register_text_pipeline(transformer, pipeline)."
         )
     kind = getattr(diffusers, name)
     values = {key: value for key, value in config.items() if key[0] != "_"}
@@ -104,6 +106,24 @@ def load_pipeline(
         example = json.dumps({name: "folder or repository" for name in needed})
         raise ValueError(f"Expected all parts of {kind.__name__}, got none for {needed}. Name them: {example}.")
     return kind(**given, **dict.fromkeys(missing))
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
+    """Saves a pipeline so that it can be loaded again.
+
+    diffusers loads the text encoder of PRX as a class of its own. What it saves of that names a class that it does not
+    have, and a config without the part for the encoder that it looks for:
+    https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/prx/__init__.py
+    """
+    pipeline.save_pretrained(folder)
+    index = Path(folder, "model_index.json")
+    content = json.loads(index.read_text(encoding="utf-8"))
+    for name, entry in content.items():
+        if isinstance(entry, list) and entry[1] == "T5GemmaEncoder":
+            entry[0], path = "transformers", Path(folder, name, "config.json")
+            config = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {"encoder": dict(config)} | config)
+    write_json(index, content)
 
 
 def _load_part(name: str, place: Any, parameter: inspect.Parameter) -> Any:

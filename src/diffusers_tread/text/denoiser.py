@@ -55,6 +55,7 @@ class PipelineDenoiser(torch.nn.Module):
         self.transformer = pipeline.transformer  # what accelerate wraps, moves and synchronises
         classes = {type(module).__name__ for module in self.transformer.modules()}
         kept = getattr(self.transformer, "_no_split_modules", None) or []
+        self.is_routed = hasattr(self.transformer, "token_router")
         self._no_split_modules = [name for name in kept if name in classes]  # FSDP's units
         self.pixels_per_latent = pixels_per_latent
 
@@ -65,6 +66,12 @@ class PipelineDenoiser(torch.nn.Module):
         self.pipeline.set_progress_bar_config(disable=True)
         self.call = inspect.unwrap(type(pipeline).__call__)  # without torch.no_grad
         self.call_options = _call_options(self.call) | (call_options or {})
+        scale = self.call_options.get("guidance_scale", 1.0)
+        if scale != 1.0 and not self.transformer.config.get("guidance_embeds", False):
+            raise ValueError(
+                f"Expected a transformer with guidance_embeds for a guidance_scale other than 1 in training, got "
+                f"{type(self.transformer).__name__} without and {scale}. Leave it out of the call's options."
+            )
         self._asked = threading.local()
         names = list(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self.timestep_name = next((name for name in ("timestep", "t") if name in names), None)
@@ -91,8 +98,8 @@ class PipelineDenoiser(torch.nn.Module):
             text: Of the captions, as `PromptEncoder` gives it.
             routing: How to route; None leaves it to what surrounds the call.
         """
-        asked = {name: value for name, value in vars(routing).items() if value is not None} if routing else {}
-        with token_routing(self.transformer, **asked) if asked else nullcontext():
+        asked = {name: value for name, value in vars(routing or RoutingCall()).items() if value is not None}
+        with token_routing(self.transformer, **asked) if asked and self.is_routed else nullcontext():
             return DenoiserOutput(sample=self._predict(hidden_states, text, timestep=timestep))
 
     def _predict(self, latents: torch.Tensor, text: tuple[Any, ...], **asked: Any) -> torch.Tensor:
@@ -155,6 +162,23 @@ class PipelineDenoiser(torch.nn.Module):
             )
         self.timestep_divisor = round((_PROBES[2] - _PROBES[0]) / (high - low), 6)
         self.timestep_offset = round(low - _PROBES[0] / self.timestep_divisor, 6)
+
+        # Once through all of it, for the shapes.
+        try:
+            with torch.no_grad(), token_routing(self.transformer, enabled=False) if self.is_routed else nullcontext():
+                prediction = self._predict(latents, text, timestep=torch.zeros(1, device=latents.device))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            shapes = [list(one.shape) for one in text if isinstance(one, torch.Tensor)]
+            raise ValueError(
+                f"Expected a {type(self.transformer).__name__} for latents {list(latents_shape)} and texts {shapes}, "
+                f"got parts that do not fit each other: {error}. Compare its config with the VAE's and the text "
+                "encoders' widths."
+            ) from error
+        if prediction.shape != latents.shape:
+            raise ValueError(
+                f"Expected predictions {list(latents.shape)}, got {list(prediction.shape)}: transformer and VAE do "
+                "not fit each other. Compare their numbers of channels."
+            )
         return inputs
 
 

@@ -58,11 +58,15 @@ class PromptEncoder:
         return samples
 
     def collate(self, samples: Sequence[Encoded], *, device: "torch.device | str") -> tuple[Any, ...]:
-        """What `encode` gave as `encode_prompt` would return it; shorter ones are filled up with zeros."""
+        """What `encode` gave, here or in another dtype, as `encode_prompt` would return it.
+
+        Shorter ones are filled up with zeros.
+        """
         values = list(self.common)
         for place, axis in enumerate(self.axes):
             if axis is not None:
-                parts = [sample[str(place)].to(device, non_blocking=True) for sample in samples]
+                dtype = (values[place][0] if isinstance(values[place], list) else values[place]).dtype
+                parts = [sample[str(place)].to(device, dtype, non_blocking=True) for sample in samples]
                 values[place] = parts if isinstance(values[place], list) else torch.stack(_pad(parts), dim=axis)
         return tuple(values)
 

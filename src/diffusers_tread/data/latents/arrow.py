@@ -4,7 +4,7 @@
 The letters of the shapes are those of codec.py.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .info import INFO, LatentsInfo
+from .text import to_storage
 
 
 # Rows per record batch: few enough that a random read touches little, many enough to find it quickly.
@@ -22,30 +23,61 @@ def to_table(batch: dict[str, Any], info: LatentsInfo):
     """A batch as a `pyarrow.Table` in the dtype of its folder.
 
     Args:
-        batch: `moments` (and `moments_flipped`) [B, M, S, S], `label` [B] and B `names`.
+        batch: `moments` (and `moments_flipped`) [B, M, H, W] of one size, B `names`; where the folder has them,
+            `label` [B], and for each caption column `captions`, B texts, and `text`, B dicts of arrays.
         info: Of the folder.
 
     Raises:
-        ValueError: A value that is not finite in that dtype, with the image's name.
+        ValueError: A value that is not finite in that dtype, a caption without words, arrays of another kind than the
+            folder's, with the image's name.
     """
     import pyarrow as pa
 
-    schema = info.features().arrow_schema
-    columns = {"label": pa.array(np.asarray(batch["label"], dtype=np.int64))}
-    for column in set(schema.names) - {"label"}:
-        values = batch[column].to(info.torch_dtype).flatten(1)  # B M*S*S
-        finite = values.isfinite().all(dim=1)
-        if not finite.all():
-            name = batch["names"][int(finite.int().argmin())]
+    schema, names = info.features().arrow_schema, batch["names"]
+    columns = {}
+    if info.id2label:
+        columns["label"] = pa.array(np.asarray(batch["label"], dtype=np.int64))
+
+    # Latents.
+    height, width = batch["moments"].shape[2:]
+    for column, value in (("height", height), ("width", width)) if info.latent_sizes else ():
+        columns[column] = pa.array(np.full(len(names), value, dtype=np.int32))
+    for column in ("moments", "moments_flipped")[: 1 + info.has_flipped]:
+        values = list(batch[column].to(info.torch_dtype).flatten(1))  # B of M*H*W
+        advice = "Write bfloat16 or float32; if that does not help, run the VAE in float32."
+        columns[column] = _to_lists(values, schema.field(column).type, names=names, advice=advice)
+
+    # Captions.
+    for caption in info.captions:
+        if empty := [name for name, text in zip(names, batch["captions"][caption], strict=True) if not text.strip()]:
             raise ValueError(
-                f"Expected finite values in {info.dtype}, got others for {name}. Write bfloat16 or float32; if that "
-                "does not help, run the VAE in float32."
+                f"Expected a caption in column {caption!r}, got none for {empty[0]}. Leave that image out."
             )
-        values = values.cpu().contiguous().view(-1)
-        values = values.view(torch.uint16) if info.dtype == "bfloat16" else values
-        array = pa.array(values.numpy())
-        columns[column] = pa.FixedSizeListArray.from_arrays(array, type=schema.field(column).type)
+        columns[caption] = pa.array(batch["captions"][caption], type=pa.string())
+        if info.text is None:
+            continue
+        records = batch["text"][caption]
+        for arrays in records:
+            info.text.check(arrays)
+        for name, column in info.text.columns(caption).items():
+            values, advice = [arrays[name] for arrays in records], "Run the text encoder in bfloat16 or float32."
+            columns[column] = _to_lists(values, schema.field(column).type, names=names, advice=advice)
     return pa.table(columns, schema=schema)
+
+
+def _to_lists(values: list[torch.Tensor], type, *, names: list[str], advice: str):
+    """Some tensors as lists of an Arrow type, checked to be finite."""
+    import pyarrow as pa
+
+    finite = [not part.is_floating_point() or bool(part.isfinite().all()) for part in values]
+    if not all(finite):
+        dtype = str(values[0].dtype).removeprefix("torch.")
+        raise ValueError(f"Expected finite values in {dtype}, got others for {names[finite.index(False)]}. {advice}")
+    flat = pa.array(np.concatenate([to_storage(part) for part in values]))
+    if pa.types.is_fixed_size_list(type):
+        return pa.FixedSizeListArray.from_arrays(flat, type=type)
+    ends = np.cumsum([0, *[part.numel() for part in values]], dtype=np.int64)
+    return pa.ListArray.from_arrays(pa.array(ends, type=pa.int32()), flat, type=type)
 
 
 def regroup(tables: Iterable[Any]) -> Iterator[Any]:
@@ -75,31 +107,67 @@ def open_shard(folder: str | Path, shard: dict[str, Any], info: LatentsInfo):
         dataset = datasets.Dataset.from_file(str(path))
         table = dataset.data.table
         table.validate()
-        has_nulls = any(column.null_count for column in table.columns)
     except Exception as error:  # pyarrow and `datasets` raise many kinds for foreign bytes
         raise ValueError(
             f"Expected a whole shard, got {path}, which cannot be read ({error}). Fetch it again."
         ) from error
-    if len(dataset) != shard["num_samples"] or not table.schema.equals(schema) or has_nulls:
-        nulls = ", some of them null" if has_nulls else ""
+    if len(dataset) != shard["num_samples"] or not table.schema.equals(schema):
         raise ValueError(
             f"Expected {shard['num_samples']} records of {schema.names}, as {INFO} says, in {path}, got "
-            f"{len(dataset)} of {dataset.column_names}{nulls}. Make the folder again."
+            f"{len(dataset)} of {dataset.column_names}. Make the folder again."
         )
+    if fault := find_misfit(table, info, size=shard.get("latent_size")):
+        raise ValueError(f"Expected records as {INFO} says, got {path}, which {fault}. Make the folder again.")
     return dataset
 
 
-def find_fault(path: Path, info: LatentsInfo, *, num_samples: int) -> str | None:
-    """Reads a shard and says what is wrong with its columns, records, labels or values, if anything."""
+def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) -> str | None:
+    """What of the lengths of lists and texts does not fit a folder, if anything; no values are read.
+
+    Args:
+        table: A `pyarrow.Table` of the folder's schema.
+        info: Of the folder.
+        size: Height and width that all its latents must have; None for any of the folder's.
+    """
+    import pyarrow.compute as pc
+
+    def lengths(column: str) -> np.ndarray:
+        return pc.list_value_length(table.column(column)).to_numpy()
+
+    if any(column.null_count for column in table.columns):
+        return "has records without values"
+    if info.latent_sizes:
+        heights, widths = (table.column(name).to_numpy() for name in ("height", "width"))
+        found = set(zip(heights.tolist(), widths.tolist(), strict=True))
+        if wrong := found - ({tuple(size)} if size else set(info.latent_sizes)):
+            return f"has latents of other sizes, {sorted(wrong)[:5]}"
+        expected = info.shape[0] * heights.astype(np.int64) * widths
+        if any(
+            (lengths(column) != expected).any() for column in ("moments", "moments_flipped")[: 1 + info.has_flipped]
+        ):
+            return "has latents of another length than their height and width say"
+    for caption in info.captions:
+        # Lengths are differences of offsets: where none is negative, all texts and lists lie in their buffers.
+        if (pc.binary_length(table.column(caption)).to_numpy() < 1).any():
+            return f"has records without {caption!r}"
+        for name, column in (info.text.columns(caption) if info.text else {}).items():
+            its_lengths = lengths(column)
+            if (its_lengths < 0).any() or (its_lengths % info.text.row_size(name)).any():
+                return f"has another length of {column!r} than its shape"
+    return None
+
+
+def find_fault(path: Path, info: LatentsInfo, shard: dict[str, Any]) -> str | None:
+    """Reads a shard and says what is wrong with its columns, records, labels, captions or values, if anything."""
     import pyarrow as pa
 
     try:
-        return _find_fault(path, info, num_samples)
-    except (OSError, pa.ArrowException) as error:
+        return _find_fault(path, info, shard)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         return f"cannot be read ({error})"
 
 
-def _find_fault(path: Path, info: LatentsInfo, num_samples: int) -> str | None:
+def _find_fault(path: Path, info: LatentsInfo, shard: dict[str, Any]) -> str | None:
     import pyarrow as pa
 
     schema, num_rows = info.features().arrow_schema, 0
@@ -109,15 +177,25 @@ def _find_fault(path: Path, info: LatentsInfo, num_samples: int) -> str | None:
         for batch in stream:
             batch.validate()
             num_rows += batch.num_rows
-            if any(column.null_count for column in batch.columns):
-                return "has records without values"
-            labels = batch.column("label").to_numpy()
-            if ((labels < 0) | (labels >= len(info.id2label))).any():
-                return f"has labels outside [0, {len(info.id2label)})"
-            for name in set(schema.names) - {"label"}:
-                if not _is_finite(batch.column(name).flatten().to_numpy()).all():
-                    return "has values that are not finite"
-    return None if num_rows == num_samples else f"has {num_rows} records"
+            if fault := find_misfit(batch, info, size=shard.get("latent_size")):
+                return fault
+            for column in batch.schema.names:
+                if fault := _find_wrong_values(batch, column, info):
+                    return fault
+    return None if num_rows == shard["num_samples"] else f"has {num_rows} records"
+
+
+def _find_wrong_values(batch, column: str, info: LatentsInfo) -> str | None:
+    values = batch.column(column)
+    if column in info.captions:
+        return None if all(text.strip() for text in values.to_pylist()) else f"has records without {column!r}"
+    if column == "label":
+        labels = values.to_numpy()
+        wrong = ((labels < 0) | (labels >= len(info.id2label))).any()
+        return f"has labels outside [0, {len(info.id2label)})" if wrong else None
+    if column in ("height", "width"):
+        return None
+    return None if _is_finite(values.flatten().to_numpy()).all() else "has values that are not finite"
 
 
 def _is_finite(values: np.ndarray) -> np.ndarray:

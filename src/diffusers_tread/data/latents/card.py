@@ -13,13 +13,13 @@ from .info import LatentsInfo
 _TEXT = """\
 # {title}
 
-{num_samples:,} images at {resolution}x{resolution} pixels ({crop} crop), encoded by {vae}{flipped}, for training \
+{num_samples:,} images at {pixels} pixels ({crop} crop), encoded by {vae}{flipped}, for training \
 latent diffusion models with diffusers-tread.
 
 | | |
 |---|---|
 | images | {source} |
-| classes | {num_classes} |
+| {conditions} |
 | VAE | {vae}, {vae_class}, run in {vae_dtype}, revision {vae_revision} |
 | a record | {content}, {shape}, {dtype}{bits} |
 | training uses | {formula} |
@@ -30,7 +30,7 @@ latent diffusion models with diffusers-tread.
 ## Use
 
 ```bash
-python examples/train_tread.py --data {data_argument} --preset XL/2 --output_dir runs/xl2
+python {training}
 ```
 
 With `datasets` alone:
@@ -40,7 +40,7 @@ import torch
 from datasets import load_dataset
 
 records = load_dataset({repo_literal}, split="train").with_format("arrow")
-table = records[:4]
+table = records[:{rows}]
 values = torch.tensor(table["moments"].combine_chunks().flatten().to_numpy()){view}
 values = values.view(-1, {sizes}).float()
 {latents}
@@ -60,6 +60,7 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         repo_id: The repository it is for, or a folder.
     """
     channels, size, _ = info.shape
+    height, width = ('table["height"][0].as_py()', 'table["width"][0].as_py()') if info.latent_sizes else (size, size)
     repo_id = " ".join(repo_id.split())  # a line break would end the block of code
     name = repo_id.rstrip("/").split("/")[-1]
     bits = info.dtype == "bfloat16"
@@ -71,16 +72,25 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         formula = f"(latents - latents_mean) * {info.scaling_factor} / latents_std"
         for field in ("latents_mean", "latents_std"):
             lines.append(f"{field} = torch.tensor({list(getattr(info, field))}).view(1, -1, 1, 1)")
-    lines.append(f'latents = {formula}  # what a model is trained on, with table["label"]')
+    lines.append(
+        f"latents = {formula}  # what a model is trained on, with table[{json.dumps([*info.captions, 'label'][0])}]"
+    )
+    data_argument, conditions = shlex.quote(f"latents:{repo_id}"), f"classes | {len(info.id2label)}"
+    training = f"examples/train_tread.py --data {data_argument} --preset XL/2 --output_dir runs/xl2"
+    if info.captions:
+        conditions = f"captions | {as_text(', '.join(info.captions))}{', encoded' if info.text else ''}"
+        column = shlex.quote(info.captions[0])
+        training = f"examples/train_text_to_image_tread.py --data {data_argument} --caption_column {column} ..."
     text = _TEXT.format(
         title=as_text(name),
         repo_literal=json.dumps(repo_id),
-        data_argument=shlex.quote(f"latents:{repo_id}"),
+        training=training,
+        conditions=conditions,
         num_samples=info.num_samples,
-        resolution=info.resolution,
+        pixels=", ".join(f"{height}x{width}" for height, width in info.sizes),
+        rows=1 if info.latent_sizes else 4,
         crop=as_text(info.crop),
         source=as_text(", ".join(f"{key} {value}" for key, value in info.source.items() if value is not None)),
-        num_classes=len(info.id2label),
         flipped=", each also mirrored (`moments_flipped`)" if info.has_flipped else "",
         vae=as_text(info.vae["name_or_path"]),
         vae_class=as_text(info.vae["class_name"]),
@@ -88,8 +98,8 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         vae_revision=as_text(info.vae["revision"] or "not known"),
         formula=f"`{formula}`",
         content="mean and standard deviation of the posterior" if info.kind == "moments" else "latents",
-        shape="x".join(map(str, info.shape)),
-        sizes=f"{channels}, {size}, {size}",
+        shape=f"{channels} x height x width" if info.latent_sizes else "x".join(map(str, info.shape)),
+        sizes=f"{channels}, {height}, {width}",
         dtype=info.dtype,
         bits=", its bits stored as uint16" if bits else "",
         view=".view(torch.bfloat16)" if bits else "",

@@ -192,27 +192,29 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
     return images * 2 - 1 if _normalizes_itself(vae) else images
 
 
-def check_vae(vae, resolution: int) -> tuple[str, int, int]:
+def check_vae(vae, resolution: int | tuple[int, int]) -> tuple[str, int, int]:
     """Encodes and decodes an empty image, before any work starts.
 
     Args:
         vae: As for `encode_images`.
-        resolution: R, side of the images in pixels.
+        resolution: R, side of the images in pixels, or height and width.
 
     Returns:
-        "moments" or "latents", what `encode_moments` gives; C; S.
+        "moments" or "latents", what `encode_moments` gives; C; S, the longer side of the latents.
 
     Raises:
         ValueError: The VAE is none, or does not give images of this size back, or its config tells another size of
             latents than it makes.
     """
-    pixels = torch.zeros(1, 3, resolution, resolution, device=vae.device)
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    pixels = torch.zeros(1, 3, height, width, device=vae.device)
     name, factor = type(vae).__name__, spatial_compression(vae)
-    if resolution % factor:
-        raise ValueError(
-            f"Expected a --resolution that is a multiple of the VAE's downsampling, got {resolution}, which becomes "
-            f"{resolution // factor}: {name} makes one pixel of {factor}x{factor}."
-        )
+    for side in (height, width):
+        if side % factor:
+            raise ValueError(
+                f"Expected a --resolution that is a multiple of the VAE's downsampling, got {side}, which becomes "
+                f"{side // factor}: {name} makes one pixel of {factor}x{factor}."
+            )
     try:
         with torch.no_grad():
             posterior, _ = _encode(vae, pixels)
@@ -226,17 +228,17 @@ def check_vae(vae, resolution: int) -> tuple[str, int, int]:
         ValueError,
     ) as error:  # whatever a foreign model raises
         raise ValueError(
-            f"Expected a VAE that encodes and decodes single images of {resolution}x{resolution} pixels, got {name}, "
+            f"Expected a VAE that encodes and decodes single images of {height}x{width} pixels, got {name}, "
             f"which raises: {error}. Choose another --resolution or VAE."
         ) from error
-    size = resolution // factor
-    if latents.shape != (1, latent_channels(vae), size, size) or images.shape != pixels.shape:
+    expected = (latent_channels(vae), height // factor, width // factor)
+    if latents.shape != (1, *expected) or images.shape != pixels.shape:
         raise ValueError(
-            f"Expected a VAE that makes latents [{latent_channels(vae)}, {size}, {size}] of images of "
-            f"{resolution}x{resolution} pixels, and images of that size again, got {name}, which makes latents "
-            f"{list(latents.shape[1:])} and images {list(images.shape[1:])}. Choose another --resolution or VAE."
+            f"Expected a VAE that makes latents {list(expected)} of images of {height}x{width} pixels, and images of "
+            f"that size again, got {name}, which makes latents {list(latents.shape[1:])} and images "
+            f"{list(images.shape[1:])}. Choose another --resolution or VAE."
         )
-    return "latents" if posterior is None else "moments", *latents.shape[1:3]
+    return "latents" if posterior is None else "moments", expected[0], max(expected[1:])
 
 
 def pack_latents(latents: torch.Tensor, patch_size: int) -> torch.Tensor:

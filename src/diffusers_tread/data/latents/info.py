@@ -7,11 +7,15 @@ A folder of latents, which is a Hub data set as it lies there:
     data/train-00000-of-00128.arrow    Arrow streams: `moments` (and `moments_flipped`), flat, and `label`
     README.md                          the card
 
+Format 2 has captions or aspect-ratio buckets besides: columns of text, what a text encoder makes of them (text.py),
+and `height` and `width` of the latents, which are those of a shard.
+
 The letters of the shapes are those of codec.py.
 """
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +24,13 @@ from typing import Any
 import torch
 
 from .codec import LatentCodec
+from .text import COLUMN_DTYPES, MAX_VALUES, StoredText, is_count
 
 
 INFO = "latents.json"
-# bfloat16 is no Arrow type: its bits are stored as uint16.
-_COLUMN_DTYPES = {"float16": "float16", "bfloat16": "uint16", "float32": "float32"}
+_DTYPES = ("float16", "bfloat16", "float32")
 _SHARD_FILE = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*\.arrow", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MAX_VALUES = 2**31 - 1  # of a record: the length of an Arrow list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,9 @@ class LatentsInfo:
     latent_channels: int
     """C."""
     latent_size: int
-    """S, the side of the square latents."""
+    """S, the side of the square latents; with `latent_sizes` the longest side."""
     resolution: int
-    """Side of the images in pixels."""
+    """Side of the images in pixels; with `latent_sizes` the longest side."""
     scaling_factor: float
     """How training normalises latents, see `LatentCodec`; 1 with the others absent for values that already are."""
     shift_factor: float = 0.0
@@ -67,32 +70,39 @@ class LatentsInfo:
     has_flipped: bool = False
     """Whether each record also holds the mirrored image, in `moments_flipped`."""
     id2label: dict[int, str]
-    """Names of the classes 0 .. num_classes - 1."""
+    """Names of the classes 0 .. num_classes - 1; empty for latents with captions instead."""
+    captions: tuple[str, ...] = ()
+    """Columns with captions."""
+    text: StoredText | None = None
+    """What a text encoder made of the captions."""
+    latent_sizes: tuple[tuple[int, int], ...] = ()
+    """With aspect-ratio buckets the heights and widths of latents, of which each shard has one; () for squares."""
     num_samples: int
     """Records in all shards."""
     shards: tuple[dict[str, Any], ...]
-    """For each shard, in order: `file` (relative to the folder), `num_samples`, `size` in bytes, `sha256`."""
+    """For each shard, in order: `file` (relative to the folder), `num_samples`, `size` in bytes, `sha256`; with
+    `latent_sizes` its `latent_size`, one of them."""
     unreadable: tuple[str, ...] = ()
     """Images of the source that could not be read and are left out."""
     format_version: int = 1
-    """Of this description."""
+    """Of this description: 2 if it has captions or `latent_sizes`."""
 
     def __post_init__(self):
         if self.kind not in ("moments", "latents"):
             raise ValueError(f"Expected kind 'moments' or 'latents', got {self.kind!r}.")
-        if self.dtype not in _COLUMN_DTYPES:
-            raise ValueError(f"Expected dtype {' or '.join(map(repr, _COLUMN_DTYPES))}, got {self.dtype!r}.")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"Expected dtype {' or '.join(map(repr, _DTYPES))}, got {self.dtype!r}.")
         for name in ("latent_channels", "latent_size", "resolution", "num_samples"):
-            if not _is_count(getattr(self, name)):
+            if not is_count(getattr(self, name)):
                 raise ValueError(f"Expected an integer {name} >= 1, got {getattr(self, name)!r}.")
         channels, height, width = self.shape
-        if channels * height * width > _MAX_VALUES:
-            raise ValueError(f"Expected records of at most {_MAX_VALUES} values, got {list(self.shape)}.")
+        if channels * height * width > MAX_VALUES:
+            raise ValueError(f"Expected records of at most {MAX_VALUES} values, got {list(self.shape)}.")
         if len(self.codec.latents_mean or [0.0] * self.latent_channels) != self.latent_channels:
             raise ValueError(
                 f"Expected latents_mean of the {self.latent_channels} latent_channels, got {self.latents_mean}."
             )
-        if sorted(self.id2label) != list(range(len(self.id2label))) or not self.id2label:
+        if sorted(self.id2label) != list(range(len(self.id2label))) or not (self.id2label or self.captions):
             raise ValueError(f"Expected id2label with the classes 0, 1, ..., got {sorted(self.id2label)[:10]}.")
         for name, kind in (("vae", dict), ("source", dict), ("crop", str), ("has_flipped", bool)):
             if not isinstance(getattr(self, name), kind):
@@ -100,6 +110,28 @@ class LatentsInfo:
         for name, kinds in (("id2label", str), ("vae", (str, type(None)))):
             if wrong := [value for value in getattr(self, name).values() if not isinstance(value, kinds)]:
                 raise ValueError(f"Expected text in {name}, got {wrong[0]!r}.")
+        self._check_format_2()
+
+    def _check_format_2(self) -> None:
+        if (self.format_version == 2) != bool(self.captions or self.latent_sizes) or (self.text and not self.captions):
+            raise ValueError(
+                f"Expected format_version 2 for captions or latent_sizes, and text with captions only, got "
+                f"{self.format_version!r}, {self.captions!r} and {self.latent_sizes!r}."
+            )
+        if wrong := [
+            name for name in self.captions if not isinstance(name, str) or not name.isprintable() or not name
+        ]:
+            raise ValueError(f"Expected names of caption columns, got {wrong[0]!r}.")
+        if len(set(columns := self.columns())) != len(columns):
+            raise ValueError(f"Expected caption columns with names of their own, got {columns}. Rename them.")
+        sizes = self.latent_sizes
+        if any(len(size) != 2 or not all(map(is_count, size)) for size in sizes) or len(set(sizes)) != len(sizes):
+            raise ValueError(f"Expected latent_sizes, each a height and a width >= 1, once each, got {sizes}.")
+        if sizes and (max(map(max, sizes)) != self.latent_size or self.resolution % self.latent_size):
+            raise ValueError(
+                f"Expected the longest of the latent_sizes as latent_size, and a resolution that is a multiple of it, "
+                f"got {sizes}, {self.latent_size} and {self.resolution}."
+            )
 
     @property
     def codec(self) -> LatentCodec:
@@ -117,6 +149,17 @@ class LatentsInfo:
         channels = self.latent_channels * (2 if self.kind == "moments" else 1)
         return channels, self.latent_size, self.latent_size
 
+    def record_shape(self, place: int = 0) -> tuple[int, int, int]:
+        """[M, H, W], the shape of the records of a place in `latent_sizes`, or `shape` without these."""
+        return (self.shape[0], *self.latent_sizes[place]) if self.latent_sizes else self.shape
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Heights and widths of the images in pixels: ((R, R),) without buckets."""
+        factor = self.resolution // self.latent_size
+        buckets = tuple((height * factor, width * factor) for height, width in self.latent_sizes)
+        return buckets or ((self.resolution, self.resolution),)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
@@ -133,15 +176,19 @@ class LatentsInfo:
         try:
             values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
             version = values.get("format_version")
-            if version != 1 or not _is_count(version):
-                raise ValueError(f"format_version is {version!r}, not 1")
+            if version not in (1, 2) or not is_count(version):
+                raise ValueError(f"format_version is {version!r}, not 1 or 2")
             labels = {int(label): name for label, name in values["id2label"].items()}
             if len(labels) != len(values["id2label"]):
                 raise ValueError("id2label names a class twice")
             values["id2label"] = labels
-            for name in ("shards", "unreadable", "latents_mean", "latents_std"):
+            for name in ("shards", "unreadable", "latents_mean", "latents_std", "captions", "latent_sizes"):
                 if values.get(name) is not None:
                     values[name] = tuple(values[name])
+            if "latent_sizes" in values:
+                values["latent_sizes"] = tuple(map(tuple, values["latent_sizes"]))
+            if values.get("text") is not None:
+                values["text"] = StoredText(**values["text"])
             info = cls(**values)
             _check_shards(info)
             return info
@@ -153,26 +200,49 @@ class LatentsInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `latents.json`."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.format_version == 1:
+            for name in ("captions", "text", "latent_sizes"):
+                del values[name]
+        return values
+
+    def columns(self) -> list[str]:
+        """The names of a shard's columns."""
+        columns = ["moments", *(["moments_flipped"] if self.has_flipped else [])]
+        columns += [*(["height", "width"] if self.latent_sizes else []), *(["label"] if self.id2label else [])]
+        for caption in self.captions:
+            columns += [caption, *(self.text.columns(caption).values() if self.text else [])]
+        return columns
 
     def features(self):
         """The columns of a shard, `datasets.Features`."""
         import datasets
 
-        channels, height, width = self.shape
-        values = datasets.Sequence(datasets.Value(_COLUMN_DTYPES[self.dtype]), length=channels * height * width)
-        columns = {"moments": values} | ({"moments_flipped": values} if self.has_flipped else {})
+        # Lists as long as the square, or of any length where shards have other sizes than others.
+        length = -1 if self.latent_sizes else math.prod(self.shape)
+        values = datasets.Sequence(datasets.Value(COLUMN_DTYPES[self.dtype]), length=length)
         names = [self.id2label[label] for label in range(len(self.id2label))]
         # Names need not be unique (ImageNet has two cranes), but those of a ClassLabel must.
         names = names if len(set(names)) == len(names) else [f"{label} {name}" for label, name in enumerate(names)]
-        return datasets.Features({**columns, "label": datasets.ClassLabel(names=names)})
+        kinds = {"moments": values, "moments_flipped": values}
+        kinds |= {"height": datasets.Value("int32"), "width": datasets.Value("int32")}
+        kinds |= {"label": datasets.ClassLabel(names=names)} if names else {}
+        for caption in self.captions:
+            kinds[caption] = datasets.Value("string")
+            for name, column in (self.text.columns(caption) if self.text else {}).items():
+                dtype = COLUMN_DTYPES[self.text.arrays[name]["dtype"]]
+                kinds[column] = datasets.Sequence(datasets.Value(dtype))
+        return datasets.Features({name: kinds[name] for name in self.columns()})
 
 
 def _check_shards(info: LatentsInfo) -> None:
     """Raises ValueError for shards and images left out that no writer describes so."""
     if wrong := [name for name in info.unreadable if not isinstance(name, str)]:
         raise ValueError(f"expected names of unreadable images, got {wrong[0]!r}")
-    fields, files = {"file", "num_samples", "size", "sha256"}, set()
+    fields, files = (
+        {"file", "num_samples", "size", "sha256"} | ({"latent_size"} if info.latent_sizes else set()),
+        set(),
+    )
     for shard in info.shards:
         if not isinstance(shard, dict) or set(shard) != fields:
             raise ValueError(f"expected shards with {sorted(fields)}, got {shard!r}")
@@ -183,16 +253,16 @@ def _check_shards(info: LatentsInfo) -> None:
         if file in files:
             raise ValueError(f"the shard {file} is named twice")
         files.add(file)
-        if not _is_count(shard["num_samples"]) or not _is_count(shard["size"]):
+        if info.latent_sizes and shard["latent_size"] not in [list(size) for size in info.latent_sizes]:
+            raise ValueError(f"expected a latent_size of {file} among {info.latent_sizes}, got {shard!r}")
+        if not is_count(shard["num_samples"]) or not is_count(shard["size"]):
             raise ValueError(f"expected num_samples and size >= 1 of {file}, got {shard!r}")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise ValueError(f"expected the SHA-256 of {file} in hexadecimal digits, got {digest!r}")
+    if missing := {*info.latent_sizes} - {tuple(shard["latent_size"]) for shard in info.shards if info.latent_sizes}:
+        raise ValueError(f"expected a shard of every latent_size, got none of {sorted(missing)}")
     if (total := sum(shard["num_samples"] for shard in info.shards)) != info.num_samples:
         raise ValueError(f"the shards have {total} records and num_samples is {info.num_samples}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 """Reads folders of latents (info.py shows the layout), from disk or from the Hub, downloaded or streamed.
 
 A batch is {"moments": [B, M, S, S] of the stored dtype, "class_labels": [B] int64, "corrupt": []};
-`latents_from_moments` turns it into what a denoiser is trained on. The letters of the shapes are those of codec.py.
+`latents_from_moments` turns it into what a denoiser is trained on. With captions it has "captions", B texts, instead
+of labels, and "text", for each caption the arrays that its folder has of it (text.py); with aspect-ratio buckets
+moments are [B, M, H, W]. The letters of the shapes are those of codec.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +17,12 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch.utils.data import Dataset
 
 from ...seeds import derive_seed
+from ..captions import CaptionColumns
 from ..streaming import LOST, StreamingDataset
-from .arrow import RECORD_BATCH, open_shard
+from .arrow import RECORD_BATCH, find_misfit, open_shard
 from .codec import sample_moments
 from .info import INFO, LatentsInfo
+from .text import EMPTY, read_arrays
 from .writing import verify_latents
 
 
@@ -32,21 +36,27 @@ class LatentsDataset(Dataset):
         folder: The folder, whole: `latents.json` and every shard that it names.
         seed: The run's seed.
         random_flip: Whether to take the mirrored image's latents at random.
+        captions: The caption columns to read instead of labels.
 
     Raises:
         ValueError: A `latents.json` that does not hold together; shards that are missing, cut off, damaged or hold
             something else than it says, by name (checksums are for `verify_latents`); labels outside
-            [0, num_classes); `random_flip` of latents made without flips.
+            [0, num_classes); `random_flip` of latents made without flips; captions that are not there.
     """
 
-    def __init__(self, folder: str | Path, *, seed: int, random_flip: bool = False):
+    def __init__(
+        self, folder: str | Path, *, seed: int, random_flip: bool = False, captions: CaptionColumns | None = None
+    ):
         import datasets
 
         self.info = info = verify_latents(folder, checksums=False)
-        self.id2label, self.num_classes = info.id2label, len(info.id2label)
+        self.id2label = {} if captions else info.id2label
+        self.num_classes = len(self.id2label)
         self.channels, self.resolution = info.latent_channels, info.resolution
-        self.seed, self.random_flip = seed, random_flip
+        self.seed, self.random_flip, self.captions = seed, random_flip, captions
         _check_flip(info, random_flip)
+        _check_captions(info, captions)
+        self.empty_text = info.text.load_empty(folder) if info.text else None
 
         # Shards.
         shards = [open_shard(folder, shard, info) for shard in info.shards]
@@ -54,12 +64,19 @@ class LatentsDataset(Dataset):
         schema = info.features().arrow_schema
         self.dtype = schema.field("moments").type.value_type.to_pandas_dtype()
 
+        # Sizes, of which a batch has one.
+        self.bucket_ids = None
+        if info.latent_sizes:
+            places = [info.latent_sizes.index(tuple(shard["latent_size"])) for shard in info.shards]
+            self.bucket_ids = np.repeat(places, [shard["num_samples"] for shard in info.shards])
+
         # Labels.
-        labels = self.source.data.column("label").to_numpy()
-        if not 0 <= labels.min() <= labels.max() < self.num_classes:
-            raise ValueError(
-                f"Expected labels in [0, {self.num_classes}), got [{labels.min()}, {labels.max()}] in {folder}."
-            )
+        if not captions:
+            labels = self.source.data.column("label").to_numpy()
+            if not 0 <= labels.min() <= labels.max() < self.num_classes:
+                raise ValueError(
+                    f"Expected labels in [0, {self.num_classes}), got [{labels.min()}, {labels.max()}] in {folder}."
+                )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -67,12 +84,19 @@ class LatentsDataset(Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
         indices = np.array([index for _, index in keys])
         flips = np.array([self.random_flip and derive_seed(self.seed, "flip", *key) % 2 == 1 for key in keys])
-        moments, labels = np.empty((len(keys), *self.info.shape), self.dtype), np.empty(len(keys), np.int64)
+        shape = self.info.record_shape(0 if self.bucket_ids is None else self.bucket_ids[indices[0]])
+        moments, labels = np.empty((len(keys), *shape), self.dtype), np.empty(len(keys), np.int64)
         for column, rows in (("moments", np.flatnonzero(~flips)), ("moments_flipped", np.flatnonzero(flips))):
             if len(rows) > 0:
                 records = self.source[indices[rows]]  # slices of the shards: only what is copied is read
-                moments[rows], labels[rows] = _as_array(records[column], self.info), records["label"]
-        return {"moments": _as_tensor(moments, self.info), "class_labels": torch.from_numpy(labels), "corrupt": []}
+                moments[rows] = _as_array(records[column], shape)
+                if not self.captions:
+                    labels[rows] = records["label"]
+        batch = {"moments": _as_tensor(moments, self.info), "corrupt": []}
+        if not self.captions:
+            return batch | {"class_labels": torch.from_numpy(labels)}
+        places = [{"seed": self.seed, "epoch": epoch, "place": index} for epoch, index in keys]
+        return batch | _read_captions(self.source[indices], self.captions, places, self.info)
 
 
 class StreamingLatentsDataset(StreamingDataset):
@@ -81,24 +105,36 @@ class StreamingLatentsDataset(StreamingDataset):
     Args:
         source: A streamed `datasets` data set of the shards.
         info: What the shards hold.
+        captions: The caption columns to read instead of labels.
+        empty_text: The empty caption's arrays, if the folder has them.
         **options: `seed`, `random_flip` and `shuffle_buffer`, see `StreamingDataset`.
 
     Raises:
-        ValueError: `random_flip` of latents made without flips.
+        ValueError: `random_flip` of latents made without flips; captions that are not there.
     """
 
     value = "moments"
 
-    def __init__(self, source, *, info: LatentsInfo, random_flip: bool = False, **options: Any):
+    def __init__(
+        self,
+        source,
+        *,
+        info: LatentsInfo,
+        random_flip: bool = False,
+        captions: CaptionColumns | None = None,
+        empty_text: dict[str, torch.Tensor] | None = None,
+        **options: Any,
+    ):
         _check_flip(info, random_flip)
+        _check_captions(info, captions)
         super().__init__(
             source.with_format("arrow"),
-            id2label=info.id2label,
+            id2label={} if captions else info.id2label,
             resolution=info.resolution,
             random_flip=random_flip,
             **options,
         )
-        self.info, self.channels = info, info.latent_channels
+        self.info, self.channels, self.captions, self.empty_text = info, info.latent_channels, captions, empty_text
 
     def records(self, source) -> Iterator[Any]:
         # As Arrow tables, many at once: as Python lists, or one by one, `datasets` reads them far slower.
@@ -106,6 +142,8 @@ class StreamingLatentsDataset(StreamingDataset):
         while True:
             try:
                 table = next(tables, None)
+                if table is not None and (fault := find_misfit(table, self.info)):
+                    raise ValueError(f"it {fault}")
             except (ValueError, TypeError, KeyError) as error:  # what pyarrow and `datasets` raise for other columns
                 raise ValueError(
                     f"Expected shards as {INFO} describes them, got one that cannot be read ({error}). Download the "
@@ -116,14 +154,23 @@ class StreamingLatentsDataset(StreamingDataset):
             yield from (table.slice(row, 1) for row in range(len(table)))
 
     def read(self, record, *, name: str, flip: bool) -> dict[str, Any]:
-        moments = record["moments_flipped" if flip else "moments"]
-        return {"moments": _as_array(moments, self.info)[0], "class_labels": record["label"][0].as_py()}
+        shape = self.info.shape
+        if self.info.latent_sizes:
+            shape = (shape[0], *(record[side][0].as_py() for side in ("height", "width")))
+        item = {"moments": _as_array(record["moments_flipped" if flip else "moments"], shape)[0]}
+        return item if self.captions else item | {"class_labels": record["label"][0].as_py()}
+
+    def read_caption(self, record, **place: int) -> dict[str, Any]:
+        if not self.captions:
+            return {}
+        return _read_captions(record, self.captions, [{"seed": self.seed, **place}], self.info)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "moments": _as_tensor(np.stack([item["moments"] for item in items]), self.info),
-            "class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64),
-        }
+        batch = {"moments": _as_tensor(np.stack([item["moments"] for item in items]), self.info)}
+        if not self.captions:
+            return batch | {"class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64)}
+        names = ("captions", "text") if self.info.text else ("captions",)
+        return batch | {name: [value for item in items for value in item[name]] for name in names}
 
 
 def open_latents(
@@ -134,6 +181,7 @@ def open_latents(
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     cache_dir: str | None = None,
+    captions: CaptionColumns | None = None,
 ) -> LatentsDataset | StreamingLatentsDataset:
     """Opens latents and checks them before any work starts.
 
@@ -144,6 +192,7 @@ def open_latents(
         streaming: Whether to read a data set on the Hub without downloading it first, or a folder in sequence.
         shuffle_buffer: Records that the shuffle of a stream holds in memory.
         cache_dir: Where downloads are kept.
+        captions: The caption columns to read instead of labels.
 
     Raises:
         ValueError: There is no such folder or data set, or the Hub cannot be reached; and what `LatentsDataset`
@@ -151,11 +200,11 @@ def open_latents(
     """
     import datasets
 
-    common = {"seed": seed, "random_flip": random_flip}
+    common = {"seed": seed, "random_flip": random_flip, "captions": captions}
     folder, is_local = Path(name), Path(name).is_dir()
     if not streaming:
         if not is_local:
-            patterns = [INFO, "*.arrow"]
+            patterns = [INFO, EMPTY, "*.arrow"]
             folder = _ask_hub(
                 snapshot_download, name, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir
             )
@@ -178,6 +227,8 @@ def open_latents(
                 "Upload them again."
             )
         files = [f"hf://datasets/{name}@{repo.sha}/{shard['file']}" for shard in info.shards]
+        if info.text is not None:
+            folder = Path(_ask_hub(hf_hub_download, name, filename=EMPTY, **options)).parent
     source = datasets.load_dataset(
         "arrow",
         data_files={"train": files},
@@ -186,7 +237,8 @@ def open_latents(
         features=info.features(),
         cache_dir=cache_dir,
     )
-    return StreamingLatentsDataset(source, info=info, shuffle_buffer=shuffle_buffer, **common)
+    empty_text = info.text.load_empty(folder) if info.text else None
+    return StreamingLatentsDataset(source, info=info, empty_text=empty_text, shuffle_buffer=shuffle_buffer, **common)
 
 
 def latents_from_moments(
@@ -231,9 +283,27 @@ def _check_flip(info: LatentsInfo, random_flip: bool) -> None:
         )
 
 
-def _as_array(column, info: LatentsInfo) -> np.ndarray:
-    """An Arrow column of n records as [n, M, S, S], without a copy where it is in one piece."""
-    return column.combine_chunks().flatten().to_numpy().reshape(-1, *info.shape)
+def _check_captions(info: LatentsInfo, captions: CaptionColumns | None) -> None:
+    if captions is None and not info.id2label:
+        raise ValueError(f"Expected captions of {list(info.captions)}, got none. Name a --caption_column.")
+    if missing := set(captions.names if captions else ()) - set(info.captions):
+        raise ValueError(
+            f"Expected captions among {list(info.captions)}, those of these latents, got {sorted(missing)}. Make them "
+            "with examples/precompute_latents.py --caption_column."
+        )
+
+
+def _read_captions(table, captions: CaptionColumns, places: list[dict[str, int]], info: LatentsInfo) -> dict[str, Any]:
+    """For each record of a table the caption that is drawn for its place, and the arrays of that."""
+    names = {name: name for name in captions.names}
+    columns = [captions.choose(names, **place) for place in places]
+    captions = [table.column(column)[row].as_py() for row, column in enumerate(columns)]
+    return {"captions": captions} | ({"text": read_arrays(table, columns, info.text)} if info.text else {})
+
+
+def _as_array(column, shape: Sequence[int]) -> np.ndarray:
+    """An Arrow column of n records as [n, *shape], without a copy where it is in one piece."""
+    return column.combine_chunks().flatten().to_numpy().reshape(-1, *shape)
 
 
 def _as_tensor(values: np.ndarray, info: LatentsInfo) -> torch.Tensor:

@@ -16,10 +16,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...files import file_sha256, full_disk_explained, publish, write_json
+from ...files import file_sha256, full_disk_explained, publish, whole, write_json
 from ...settings import check_settings
 from .arrow import RECORD_BATCH, find_fault, regroup, to_table
 from .info import INFO, LatentsInfo
+from .text import EMPTY
 
 
 SETTINGS, UNFINISHED = "latents_config.json", "unfinished"
@@ -45,12 +46,14 @@ def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo
         ValueError: There is none; shards are missing, cut off or changed, with their names.
     """
     folder, info = Path(folder), LatentsInfo.load(folder)
+    if info.text is not None:
+        info.text.load_empty(folder)
     problems = {}
     for shard in tqdm(info.shards, desc="Verifying", unit="shard", disable=not checksums):
         path = folder / shard["file"]
         problem = _compare(path, shard, checksums=checksums)
         if problem is None and checksums:
-            problem = find_fault(path, info, num_samples=shard["num_samples"])
+            problem = find_fault(path, info, shard)
         if problem is not None:
             problems[shard["file"]] = problem
     if problems:
@@ -71,10 +74,22 @@ class LatentsWriter:
         info: What it will hold. Its `num_samples`, `shards` and `unreadable` are replaced by what is written.
         num_shards: Shards of the whole folder.
         max_unreadable: How many unreadable images may be left out.
+        size_places: For each shard the place of its latents' size in `info.latent_sizes`; None without buckets.
+        empty_text: Content of the empty caption's file, of a folder with encoded captions.
     """
 
-    def __init__(self, folder: str | Path, info: LatentsInfo, *, num_shards: int, max_unreadable: int = 0):
+    def __init__(
+        self,
+        folder: str | Path,
+        info: LatentsInfo,
+        *,
+        num_shards: int,
+        max_unreadable: int = 0,
+        size_places: Sequence[int] | None = None,
+        empty_text: bytes | None = None,
+    ):
         self.folder, self.info, self.max_unreadable = Path(folder), info, max_unreadable
+        self.size_places, self.empty_text = size_places or [0] * num_shards, empty_text
         self._left_out: list[str] = []  # by this process
         self.files = [f"data/train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
 
@@ -104,6 +119,9 @@ class LatentsWriter:
             write_json(self.folder / SETTINGS, settings)
             for name in ("data", UNFINISHED):  # after the settings, without which they are somebody else's
                 (self.folder / name).mkdir(exist_ok=True)
+            if self.empty_text is not None:
+                with whole(self.folder / EMPTY) as temporary:
+                    temporary.write_bytes(self.empty_text)
 
         # What a killed process left.
         for half in self.folder.rglob("*.tmp"):
@@ -119,11 +137,10 @@ class LatentsWriter:
         Args:
             shard: Its number.
             batches: Its records in order. Each has `names`, those of B images, and `unreadable`, those of images left
-                out; unless B is 0 also `moments` [B, M, S, S], `label` [B] integers and, if the folder has them,
-                `moments_flipped`.
+                out; unless B is 0 also what `to_table` reads.
 
         Raises:
-            ValueError: A value that is not finite in the folder's dtype; too many unreadable images, or nothing else.
+            ValueError: What `to_table` refuses; too many unreadable images, or nothing else.
             OSError: The disk is full.
         """
         import pyarrow as pa
@@ -151,6 +168,7 @@ class LatentsWriter:
                 temporary.unlink(missing_ok=True)
             size, sha256 = final.stat().st_size, file_sha256(final)
             record = {"file": self.files[shard], "num_samples": num_samples, "size": size, "sha256": sha256}
+            record |= self._latent_size(shard)
             source = _read_settings(self.folder)[_SOURCES][shard]
             write_json(self._record_path(shard), record | {"unreadable": unreadable, "source": source})
 
@@ -178,7 +196,7 @@ class LatentsWriter:
         problems = {}
         for shard, record in enumerate(tqdm(records, desc="Verifying", unit="shard")):
             path = self.folder / record["file"]
-            problem = _compare(path, record) or find_fault(path, self.info, num_samples=record["num_samples"])
+            problem = _compare(path, record) or find_fault(path, self.info, record)
             if problem:
                 problems[record["file"]] = problem
                 self._record_path(shard).unlink()
@@ -211,14 +229,21 @@ class LatentsWriter:
                 f"{unreadable[-1]}. Repair them, or raise --max_corrupt_images and run the command again."
             )
 
+    def _latent_size(self, shard: int) -> dict[str, list[int]]:
+        """What a shard's record says of its size, with buckets."""
+        sizes = self.info.latent_sizes
+        return {"latent_size": list(sizes[self.size_places[shard]])} if sizes else {}
+
     def _record_path(self, shard: int) -> Path:
         return self.folder / UNFINISHED / f"{Path(self.files[shard]).stem}.json"
 
     def _read_record(self, shard: int) -> dict[str, Any] | None:
         """What `write` noted of a shard; None if it is missing or damaged."""
         path, fields = self._record_path(shard), {"file", "num_samples", "size", "sha256", "unreadable", "source"}
+        size = self._latent_size(shard)
         try:
-            if set(record := json.loads(path.read_text(encoding="utf-8"))) == fields:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if set(record) == fields | set(size) and record | size == record:
                 return record
         except FileNotFoundError:
             return None

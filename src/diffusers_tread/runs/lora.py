@@ -1,0 +1,121 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What a LoRA's training adds to that of a whole transformer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
+
+from ..hub import CardDetails
+from .text import FROZEN_DTYPES, TextOutputs
+from .text_config import TextTrainConfig
+
+
+LORA = "lora"
+_TRAINED_WEIGHTS = "trained_weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraTrainConfig(TextTrainConfig):
+    """How a LoRA of a diffusers text-to-image transformer is trained.
+
+    Raises:
+        ValueError: As `TextTrainConfig`; a rank below 1; a new transformer, which a LoRA is no use for.
+    """
+
+    rank: int = 16
+    """Of the LoRA."""
+    lora_target_modules: str = "to_q,to_k,to_v,to_out.0"
+    """Names of the linear layers that it is put on."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"Expected --rank >= 1, got {self.rank}.")
+        if self.pretrained_model_name_or_path is None or self.transformer_values() is not None:
+            raise ValueError("Expected --pretrained_model_name_or_path alone: a LoRA is of a trained transformer.")
+
+
+def add_lora(config: LoraTrainConfig, accelerator: Accelerator, transformer: torch.nn.Module) -> Any:
+    """Freezes a transformer, in the precision of the run, and puts a LoRA on it, in float32; gives its `LoraConfig`.
+
+    Raises:
+        ValueError: No layer has one of the names.
+    """
+    from peft import LoraConfig
+
+    targets = config.lora_target_modules.split(",")
+    lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets)
+    transformer.requires_grad_(False)
+    if accelerator.mixed_precision in FROZEN_DTYPES:
+        transformer.to(FROZEN_DTYPES[accelerator.mixed_precision])
+    transformer.add_adapter(lora)
+    cast_training_params(transformer, dtype=torch.float32)
+    return lora
+
+
+def checkpoint_trained_weights_only(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
+    """Makes accelerate's checkpoints hold the trained weights instead of the whole model."""
+
+    def trained() -> dict[str, torch.Tensor]:
+        return {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+
+    def save(models: list, weights: list, folder: str) -> None:
+        if accelerator.is_main_process:
+            content = {name: weight.detach().contiguous() for name, weight in trained().items()}
+            save_file(content, Path(folder, _TRAINED_WEIGHTS))
+        weights.clear()
+
+    def load(models: list, folder: str) -> None:
+        state = load_file(Path(folder, _TRAINED_WEIGHTS))
+        if state.keys() != trained().keys():
+            raise ValueError(f"Expected a checkpoint of the same LoRA, got another in {folder}.")
+        transformer.load_state_dict(state, strict=False)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_lora(pipeline: DiffusionPipeline, folder: str | Path) -> None:
+    """Writes the LoRA of a pipeline's transformer as `load_lora_weights` takes it."""
+    from peft import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(pipeline.transformer)
+    type(pipeline).save_lora_weights(folder, transformer_lora_layers=layers)
+
+
+def export_lora(
+    pipeline: DiffusionPipeline, folder: str | Path, *, repo_id: str | None = None, card: CardDetails | None = None
+) -> Path:
+    """Writes the LoRA and a short card, as `export_text_pipeline` writes whole pipelines."""
+    folder, base = Path(folder), pipeline.config.get("_name_or_path")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_lora(pipeline, folder)
+    is_public = base is not None and not Path(base).exists()
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["diffusers", "diffusers-tread", "lora", "text-to-image", "tread"],
+        base_model=base if is_public else None,
+    )
+    about = "A LoRA that was trained with token routing ([TREAD](https://arxiv.org/abs/2501.04765)), for "
+    about += f"`{base if is_public else type(pipeline).__name__}`: `pipe.load_lora_weights({repo_id!r})`."
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id or folder.name}\n\n{about}\n").save(folder / "README.md")
+    return folder
+
+
+class LoraOutputs(TextOutputs):
+    """Of a LoRA's run: `lora` instead of `pipeline`, see `RunOutputs`."""
+
+    export, result = staticmethod(export_lora), LORA
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        save_lora(pipeline, folder)
