@@ -34,7 +34,7 @@ from diffusers import (
     PRXPipeline,
     PRXTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -45,6 +45,7 @@ from diffusers_tread.pictures import add_labels, caption_grid, save_image
 
 
 TEXT_WIDTH, CAPTION_TOKENS = 64, 24
+NUM_JUDGE_IMAGES, NUM_REAL_IMAGES = 8000, 2000  # to learn from, to be tried on
 REQUIRED = {"as trained on": 0.8, "never trained on": 0.7}
 TRANSFORMER = {"in_channels": 4, "patch_size": 2, "context_in_dim": TEXT_WIDTH, "hidden_size": 96, "mlp_ratio": 2.0}
 TRANSFORMER |= {"num_heads": 3, "depth": 10, "axes_dim": [16, 16]}
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = train(args)
 
     # Judge. It knows the handwriting, of all pairs; it is tried on that of others.
-    judge = train_judge(*draw(8000, known, is_seen=None, seed=2)[:2], args.judge_steps)
-    real_pixels, real_scenes, _ = draw(2000, others, is_seen=None, seed=3)
+    judge = train_judge(*draw(NUM_JUDGE_IMAGES, known, is_seen=None, seed=2)[:2], args.judge_steps)
+    real_pixels, real_scenes, _ = draw(NUM_REAL_IMAGES, others, is_seen=None, seed=3)
     verdicts = {("real images", ""): recognise(judge, real_pixels) == real_scenes}
 
     # Sample.
@@ -147,7 +148,7 @@ def save_parts(folder: Path, pixels: torch.Tensor, captions: list[str], vae_step
 def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level: it learns from the captions which bytes often stand together, and can spell any other word."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     options = {"special_tokens": ["<pad>", "</s>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     tokenizer.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=1000, show_progress=False, **options))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

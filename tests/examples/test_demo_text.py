@@ -34,6 +34,8 @@ def run(tmp_path_factory):
         patch.setattr(demo_text, "print", lambda *values, **_: lines.append(" ".join(map(str, values))), raising=False)
         patch.setattr(demo_text.subprocess, "run", run_here)
         patch.setattr(demo_text, "ThreadPoolExecutor", lambda max_workers: nullcontext(SimpleNamespace(map=map)))
+        patch.setattr(demo_text, "NUM_JUDGE_IMAGES", 40)
+        patch.setattr(demo_text, "NUM_REAL_IMAGES", 40)
         patch.setattr(demo_text, "TRANSFORMER", demo_text.TRANSFORMER | TINY)
         patch.setattr(demo_text, "TRAINING", demo_text.TRAINING | {"train_batch_size": 4})
         code = demo_text.main(["--output_dir", str(folder), "--num_inference_steps", "2", *FLAGS.split()])
@@ -65,8 +67,8 @@ def test_captions_of_the_training_have_no_pair_that_is_held_out_and_all_words(ru
     captions = [json.loads(line)["text"] for line in lines]
     assert len(captions) == 40
     known, _ = captioned_digits.split_handwriting()
-    _, seen, captions = captioned_digits.draw(2000, known, is_seen=True, seed=1)
-    _, unseen, others = captioned_digits.draw(500, known, is_seen=False, seed=1)
+    _, seen, captions = captioned_digits.draw(600, known, is_seen=True, seed=1)
+    _, unseen, others = captioned_digits.draw(200, known, is_seen=False, seed=1)
     pairs, held_out = ({tuple(pair) for pair in scenes[:, :2].tolist()} for scenes in (seen, unseen))
     assert len(pairs) == 40 and len(held_out) == 10 and not pairs & held_out
     assert {word for text in others for word in text.split()} <= {word for text in captions for word in text.split()}
