@@ -79,17 +79,17 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision(config.matmul_precision)
 
     # Everything is checked before anything is written.
-    pipeline = text.open_pipeline(config, accelerator)
+    pipeline, encoded_by = text.open_pipeline(config, accelerator)
     lora_config = lora.add_lora(config, accelerator, pipeline.transformer)
     routes = text.route_transformer(config, pipeline.transformer)
     encoder = PromptEncoder(pipeline, max_sequence_length=config.max_sequence_length)
     source, extractor = (
-        text.open_data(config, pipeline, accelerator),
+        text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),
     )
     denoiser = text.make_denoiser(config, pipeline, encoder, source)
     flops, flops_saved = text.count_flops(denoiser, is_routed=bool(routes))
-    settings = text.describe_run(config, accelerator, source, pipeline, encoder, flops_saved)
+    settings = text.describe_run(config, accelerator, source, pipeline, encoded_by, flops_saved)
     about = text.describe_text(config, source, settings, routes)
     accelerator.print(setup.settings_table(config, accelerator, settings, about))
     if config.dry_run:

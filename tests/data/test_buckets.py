@@ -1,8 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Batches of one of several sizes: which image goes where, in which order, and how a run goes on."""
 
+import sys
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -13,6 +15,7 @@ from diffusers_tread.data import (
     BucketBatchSampler,
     Buckets,
     EpochBatchSampler,
+    TrainingSource,
     center_crop,
     image_size,
     make_batches,
@@ -22,6 +25,10 @@ from diffusers_tread.data import (
 
 
 datasets = pytest.importorskip("datasets")
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_vaes import make_vae  # noqa: E402
+
+
 BUCKETS = Buckets(((16, 16), (12, 20), (20, 12)))
 
 
@@ -185,5 +192,17 @@ def test_sources_with_buckets_know_their_sizes_and_refuse_what_does_not_fit(fold
     with pytest.raises(ValueError, match="got 10 of 16x16, 5 of 12x20, 0 of 8x64"):
         open_source(f"folder:{folder}", buckets=Buckets(((16, 16), (12, 20), (8, 64))))
     for data in ("digits:", f"latents:{tmp_path}"):
-        with pytest.raises(ValueError, match="buckets"):
+        with pytest.raises(ValueError, match=r"\['buckets'\]"):
             open_source(data, buckets=BUCKETS)
+
+
+def test_a_vae_encodes_every_bucket_or_the_wrong_ones_are_named(folder):
+    dataset = open_training_data(train_data_dir=str(folder), buckets=BUCKETS)
+    source = TrainingSource(dataset, vae=make_vae("sd"))  # of 2 x 2 pixels it makes one
+    assert (source.latent_size, source.sizes) == (10, BUCKETS.sizes)
+    for batch in take(dataset, 6):
+        latents = source.to_latents(batch, device="cpu", generator=torch.Generator())
+        assert [2 * side for side in latents.shape[2:]] == list(batch["pixel_values"].shape[2:])
+    odd = open_training_data(train_data_dir=str(folder), buckets=Buckets(((16, 16), (11, 20))))
+    with pytest.raises(ValueError, match=r"multiples of the VAE's downsampling 2, got \[\(11, 20\)\]"):
+        TrainingSource(odd, vae=make_vae("sd"))

@@ -130,6 +130,20 @@ def test_classifier_free_and_sparse_guidance_equal_a_loop_by_hand(pipeline):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_image_depends_on_its_own_generator_alone(pipeline):
+    null = pipeline.name != "prx"  # whose classifier-free guidance takes one image
+    guided = GuidedPipeline(pipeline, SparseGuidance(SCALE, 0.25, 0.75, null_weak_branch=null))
+    prompt = PROMPTS[:1]
+    settings = {"num_inference_steps": 2, "output_type": "latent"} | SETTINGS[pipeline.name]
+    settings |= with_negative(pipeline.name, prompt) if null else {}
+
+    def latents(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return guided(prompt, num_images_per_prompt=len(seeds), generator=generators, **settings).images
+
+    torch.testing.assert_close(latents([1, 2])[1:], latents([2]), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("null", [False, True])
 def test_outside_the_interval_there_is_the_dense_prediction_with_the_prompt(pipeline, null):
     prompts = PROMPTS[:1]

@@ -128,6 +128,12 @@ class ImageDataset(Dataset):
             f"Expected at least one readable image, got {len(corrupt)} unreadable ones, such as {corrupt[0]}."
         )
 
+    def first_captions(self, most: int) -> list[str]:
+        """The captions of the first images in the first epoch."""
+        records = self.source.select_columns(self.captions.columns(self.source.features))
+        places = range(min(most, len(records)))
+        return [self.captions.choose(records[place], seed=self.seed, epoch=0, place=place) for place in places]
+
     def _from(self, index: int) -> Iterator[int]:
         """The images of a bucket from one on, around to the one before it."""
         yield index

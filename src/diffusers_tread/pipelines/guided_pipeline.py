@@ -40,7 +40,7 @@ class GuidedPipeline:
         ValueError: The pipeline or the guider cannot be used, alone or together, with the reason.
 
     Example:
-        >>> from diffusers_tread import SparseGuidance, TokenRoute, apply_token_routing
+        >>> from diffusers_tread import GuidedPipeline, SparseGuidance, TokenRoute, apply_token_routing
         >>> def sample(pipeline, prompt):
         ...     apply_token_routing(pipeline.transformer, TokenRoute(start=2, end=-4))
         ...     guider = SparseGuidance(guidance_scale=1.8, strong_ratio=0.1, weak_ratio=0.8)

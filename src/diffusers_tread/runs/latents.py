@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 
 from ..data import Buckets, CaptionColumns, LatentsInfo, LatentsWriter, check_vae
 from ..data.latents.card import latents_card
@@ -139,13 +138,8 @@ class CaptionStore:
             self.info, self.empty = describe_empty(encoder.identity(), encoder.encode([""])[0])
 
     def encode(self, captions: list[str]) -> list[dict[str, torch.Tensor]]:
-        """As the encoder does, without a warning for each caption that it cuts off: `count_too_long` says it once."""
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            return self.encoder.encode(captions)
-        finally:
-            logging.set_verbosity(verbosity)
+        """As the encoder does."""
+        return self.encoder.encode(captions)
 
     def digest(self) -> str:
         """A hash of all captions."""

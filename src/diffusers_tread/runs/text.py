@@ -22,7 +22,15 @@ from ..metrics import PromptImages
 from ..pictures import caption_grid
 from ..routing import TokenRoute
 from ..seeds import derive_seed
-from ..text import LENGTHS, PipelineDenoiser, PromptEncoder, load_pipeline, make_transformer, save_pipeline
+from ..text import (
+    LENGTHS,
+    PipelineDenoiser,
+    PromptEncoder,
+    load_pipeline,
+    make_transformer,
+    save_pipeline,
+    text_identity,
+)
 from . import setup
 from .ema import whole_weights
 from .outputs import RunOutputs
@@ -31,13 +39,17 @@ from .text_config import DEFAULT_ROUTES, TextTrainConfig
 
 
 logger = logging.getLogger(__name__)
+_COUNTED = 10_000  # captions whose length is looked at before the run
 FROZEN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def open_pipeline(config: TextTrainConfig, accelerator: Accelerator) -> DiffusionPipeline:
+def open_pipeline(config: TextTrainConfig, accelerator: Accelerator) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """The pipeline to train: a new transformer at its initialisation, the same in every process, or an old one.
 
     Its other parts are frozen, on the device, the text encoders in the precision of the run.
+
+    Returns:
+        The pipeline, and what tells its text encoders from others (JSON).
 
     Raises:
         ValueError: What `make_transformer` and `load_pipeline` refuse.
@@ -52,13 +64,14 @@ def open_pipeline(config: TextTrainConfig, accelerator: Accelerator) -> Diffusio
             parts=read_json(config.parts),
             scheduler=setup.make_objective(config).scheduler(),
         )
+    identity = text_identity(pipeline, max_sequence_length=config.max_sequence_length)  # in whatever precision it is
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module) and part is not pipeline.transformer:
             part.requires_grad_(False).eval().to(accelerator.device)
             if name.startswith("text_encoder") and accelerator.mixed_precision in FROZEN_DTYPES:
                 part.to(FROZEN_DTYPES[accelerator.mixed_precision])
     pipeline.transformer.to(accelerator.device).float()
-    return pipeline
+    return pipeline, identity
 
 
 def route_transformer(config: TextTrainConfig, transformer: torch.nn.Module) -> list[TokenRoute]:
@@ -67,15 +80,30 @@ def route_transformer(config: TextTrainConfig, transformer: torch.nn.Module) -> 
     return [] if routes == "none" else list(apply_token_routing(transformer, json.loads(routes)).routes)
 
 
-def open_data(config: TextTrainConfig, pipeline: DiffusionPipeline, accelerator: Accelerator) -> TrainingSource:
-    """Images with captions, encoded by the pipeline's VAE."""
+def open_data(
+    config: TextTrainConfig, encoder: PromptEncoder, text: dict[str, Any], accelerator: Accelerator
+) -> TrainingSource:
+    """Images with captions, encoded by the pipeline's VAE; says how many captions are too long.
+
+    Raises:
+        ValueError: Data without captions, or with text that another encoder made.
+    """
     if config.data == "digits:":
         raise ValueError("Expected --data with captions, such as folder:PATH or hub:NAME, got 'digits:', the default.")
-    vae = pipeline.components.get("vae")
+    vae = encoder.pipeline.components.get("vae")
     with accelerator.main_process_first():
         source = open_source(config.data, pretrained_vae_name_or_path=vae, **config.data_options())
     if not source.has_captions:
         raise ValueError(f"Expected data with captions, got {config.data}. See --caption_column.")
+    if source.info is not None and source.info.text is not None:
+        source.info.text.check_encoder(text)
+    elif hasattr(source.dataset, "first_captions"):  # no stream
+        captions = source.dataset.first_captions(_COUNTED)
+        if cut := encoder.count_too_long(captions):
+            accelerator.print(
+                f"{cut} of the first {len(captions)} captions are longer than the text encoders read and lose their "
+                "end. --max_sequence_length may be raised where the pipeline allows it."
+            )
     return source
 
 
@@ -132,7 +160,7 @@ def describe_run(
     accelerator: Accelerator,
     source: TrainingSource,
     pipeline: DiffusionPipeline,
-    encoder: PromptEncoder,
+    text: dict[str, Any],
     flops_saved: float | None,
 ) -> dict[str, Any]:
     """All that the run depends on (JSON)."""
@@ -143,7 +171,7 @@ def describe_run(
         "model": {key: value for key, value in model.items() if key[0] != "_"},
         "num_parameters": sum(one.numel() for one in pipeline.transformer.parameters() if one.requires_grad),
         "block_flops_saved": flops_saved,
-        "text": encoder.identity(),
+        "text": text,
     }
 
 

@@ -3,7 +3,7 @@
 
 from .building import PIPELINES, load_pipeline, make_transformer, register_text_pipeline, save_pipeline
 from .denoiser import PipelineDenoiser
-from .encoding import LENGTHS, PromptEncoder
+from .encoding import LENGTHS, PromptEncoder, text_identity
 
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "make_transformer",
     "register_text_pipeline",
     "save_pipeline",
+    "text_identity",
 ]

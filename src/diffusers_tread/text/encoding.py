@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 
@@ -43,8 +44,18 @@ class PromptEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Any, ...]:
-        """What `encode_prompt` returns for captions."""
-        encoded = self.pipeline.encode_prompt(captions, **self.options)
+        """What `encode_prompt` returns for captions; nothing is said of those that it cuts off."""
+        import transformers
+
+        loggers = [diffusers.utils.logging, transformers.utils.logging]
+        verbosity = [logger.get_verbosity() for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.set_verbosity_error()
+            encoded = self.pipeline.encode_prompt(captions, **self.options)
+        finally:
+            for logger, level in zip(loggers, verbosity, strict=True):
+                logger.set_verbosity(level)
         return tuple(encoded) if isinstance(encoded, (tuple, list)) else (encoded,)
 
     def encode(self, captions: list[str]) -> list[Encoded]:
@@ -81,12 +92,7 @@ class PromptEncoder:
 
     def identity(self) -> dict[str, Any]:
         """What its results depend on (JSON)."""
-        parts = {name: part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")}
-        return {
-            "pipeline_class": type(self.pipeline).__name__,
-            "max_sequence_length": self.max_sequence_length,
-            "text_encoders": {name: weights_fingerprint(part) for name, part in parts.items() if part is not None},
-        }
+        return text_identity(self.pipeline, max_sequence_length=self.max_sequence_length)
 
     def _limit(self, tokenizer) -> int:
         # CLIP's encoders have a length of their own, which no pipeline lets anybody set.
@@ -118,6 +124,16 @@ class PromptEncoder:
             length = max_sequence_length or (default and default.default)
             options |= {} if length in (None, inspect.Parameter.empty) else {name: length}
         return options
+
+
+def text_identity(pipeline, *, max_sequence_length: int | None) -> dict[str, Any]:
+    """What the results of a `PromptEncoder` depend on (JSON)."""
+    parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+    return {
+        "pipeline_class": type(pipeline).__name__,
+        "max_sequence_length": max_sequence_length,
+        "text_encoders": {name: weights_fingerprint(part) for name, part in parts.items() if part is not None},
+    }
 
 
 def _batch_axis(one: Any, two: Any) -> int | None:

@@ -1,0 +1,72 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""`PromptEncoder` against the pipelines' own encoding."""
+
+import pytest
+import torch
+from tiny_pipelines import PIPELINES
+
+from diffusers_tread.text import PromptEncoder
+
+
+CAPTIONS = ["a red square", "a blue square", ""]
+
+
+@pytest.fixture(scope="module", params=sorted(PIPELINES))
+def pipeline(request, tmp_path_factory):
+    pipeline = PIPELINES[request.param](tmp_path_factory.mktemp("parts"))
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipeline
+
+
+@torch.no_grad()
+def own_encoding(pipeline, captions):
+    if hasattr(pipeline, "text_encoder_3"):
+        return pipeline.encode_prompt(captions, None, None, do_classifier_free_guidance=False, max_sequence_length=256)
+    if hasattr(pipeline, "text_encoder_2"):
+        return pipeline.encode_prompt(captions, None, max_sequence_length=512)
+    return pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+
+
+def assert_equal(given, expected):
+    assert len(given) == len(expected)
+    for one, other in zip(given, expected, strict=True):
+        assert one is None and other is None or torch.equal(one, other)
+
+
+def test_a_batch_is_encoded_as_the_pipeline_does_and_comes_back_from_its_samples(pipeline, capfd):
+    encoder, expected = PromptEncoder(pipeline), own_encoding(pipeline, CAPTIONS)
+    capfd.readouterr()
+    assert_equal(encoder(CAPTIONS), expected)
+    samples = encoder.encode(CAPTIONS)
+    assert_equal(encoder.collate(samples, device="cpu"), expected)
+    assert "truncated" not in capfd.readouterr().err  # `count_too_long` says it once
+    swapped = encoder.collate([samples[1], samples[0]], device="cpu")
+    assert torch.equal(swapped[0], expected[0][[1, 0]])
+
+
+def test_short_captions_are_filled_up_with_zeros(pipeline):
+    encoder = PromptEncoder(pipeline)
+    long, short = encoder.encode(CAPTIONS[:2])
+    short = {name: value[:3] if value.ndim > 1 else value for name, value in short.items()}
+    embeds = encoder.collate([long, short], device="cpu")[0]
+    assert embeds.shape[1] == long["0"].shape[0]
+    assert torch.equal(embeds[1, :3], short["0"]) and not embeds[1, 3:].any()
+
+
+def test_captions_that_lose_their_end_are_counted(pipeline):
+    length = 4 if "PRX" not in type(pipeline).__name__ else None
+    encoder = PromptEncoder(pipeline, max_sequence_length=length)
+    words = "red blue " * (2 if length else 200)  # T5's stand-in has a token per word, and one for the end
+    assert encoder.count_too_long(["red", words, words]) == 2
+
+
+def test_another_encoder_or_length_is_another_identity(pipeline):
+    encoder = PromptEncoder(pipeline)
+    before = encoder.identity()
+    assert before == PromptEncoder(pipeline).identity()
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters()).add_(1)
+    assert before["text_encoders"] != encoder.identity()["text_encoders"]
+    assert PromptEncoder(pipeline, max_sequence_length=4).identity()["max_sequence_length"] == 4
