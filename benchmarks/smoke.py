@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Runs benchmarks one after the other in one process, narrow and without compiling: do they start with their flags?
+"""Runs benchmarks one after the other in one process, small and without compiling: do they start with their flags?
 
     echo 'first train_step.py --presets S/8 --tokens 16 --repeats 2' | python benchmarks/smoke.py
 
@@ -22,7 +22,7 @@ from diffusers_tread import TREADTransformer2DModel
 def main(lines: Iterable[str]) -> int:
     """Gives the exit status."""
     torch.compiler.set_stance("force_eager")
-    TREADTransformer2DModel._presets["S/8"] |= {"num_attention_heads": 2, "attention_head_dim": 32}  # a sixth as wide
+    TREADTransformer2DModel._presets["S/8"] |= {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6}
     failed = []
     for line in lines:
         name, script, *flags = shlex.split(line)

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import struct
 from itertools import islice
 
 import pyarrow as pa
@@ -263,8 +264,8 @@ BLANK = lists(["a", " ", "c"])
         ("height", lists([3, 3, 2]), "other sizes"),
         ("short", lists(["a", "", "c"]), "records without 'short'"),
         ("short", lists(["a", None, "c"]), "records without values"),
-        ("long.0", lists([[1] * 4, [1] * 4, [1] * 5]), "another length of 'long.0'"),
-        ("long.1", lists([[float("nan")] * 6] * 3), "not finite"),
+        ("long.0", lists([b"x" * 8, b"x" * 8, b"x" * 12]), "another length of 'long.0'"),
+        ("long.1", lists([struct.pack("<6f", *[float("nan")] * 6)] * 3), "not finite"),
         ("short", BLANK, "records without 'short'"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_tread import SparseGuidance
 from diffusers_tread.data.latents import LatentsInfo
 from diffusers_tread.data.latents.card import latents_card
 from diffusers_tread.hub import CardDetails, model_card
@@ -51,7 +52,10 @@ def check(text, plain):
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return make_pipeline()
+    """With a guider of constant ratios: each other one of a sampling is a count of FLOPs, in every card."""
+    pipeline = make_pipeline()
+    pipeline.guider = SparseGuidance(strong_ratio=0.3, weak_ratio=0.8)
+    return pipeline
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -1,16 +1,19 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """`PipelineDenoiser` against calls of the transformers written out by hand."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
+import test_guided_pipeline_layouts as layouts
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 from tiny_pipelines import PIPELINES
 from tiny_transformers import make
 
 from diffusers_tread import FlowMatchingObjective, RoutingCall, apply_token_routing
+from diffusers_tread.text import PIPELINES as PIPELINES_BY_TRANSFORMER
 from diffusers_tread.text import PipelineDenoiser, PromptEncoder
 
 
@@ -113,7 +116,54 @@ def test_what_cannot_be_trained_is_refused(pipeline):
         PipelineDenoiser(pipeline, text=PromptEncoder(pipeline)([""]), latents_shape=(8, 8, 8), pixels_per_latent=2)
 
 
-def test_pipelines_with_other_timesteps_and_signs():
+class Predicted(Exception):
+    """Ends a pipeline's own call."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in PIPELINES_BY_TRANSFORMER.values() if name in layouts.NAMES])
+def test_every_pipeline_of_the_table_predicts_as_its_own_call_does(name):
+    """Lumina 2 counts time backwards and negates, Qwen-Image packs, Sana has its own time, and so on."""
+    tiny, own = layouts.Pipeline(name), {}
+    pipeline, encode = tiny.pipeline, type(tiny.pipeline).encode_prompt
+    if name in ("PixArtSigmaPipeline", "SanaPipeline"):
+        options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        pipeline.scheduler = DPMSolverMultistepScheduler(**options)
+
+    # The first step of the pipeline's own call, on its embeddings.
+    def encoding(*args, **kwargs):
+        own["text"] = encode(pipeline, *args, **kwargs)
+        return own["text"]
+
+    def stepping(model_output, timestep, sample, **kwargs):
+        own.update(prediction=model_output, timestep=timestep, latents=sample)
+        raise Predicted
+
+    pipeline.encode_prompt, pipeline.scheduler.step = encoding, stepping
+    with pytest.raises(Predicted):
+        tiny.sample()
+    del pipeline.encode_prompt, pipeline.scheduler.step
+
+    # The same through the denoiser.
+    latents, pack = own["latents"], getattr(pipeline, "_pack_latents", None)
+    if pack is not None:
+        side = math.isqrt(latents.shape[1])
+        shape = (1, latents.shape[2] // 4, 2 * side, 2 * side)
+        order = pack(torch.arange(latents.numel()).view(shape), *shape).flatten()
+        latents = torch.empty(latents.numel()).scatter_(0, order, latents.flatten()).view(shape)
+    denoiser = PipelineDenoiser(
+        pipeline, latents_shape=latents.shape[1:], text=own["text"], pixels_per_latent=64 // latents.shape[2]
+    )
+    timestep = own["timestep"].reshape(1).float()
+    with torch.no_grad():
+        prediction = denoiser(latents, timestep, own["text"]).sample
+        other = denoiser(latents, timestep / 2, own["text"]).sample
+    assert not torch.allclose(prediction, other)
+    prediction = prediction if pack is None else pack(prediction, *prediction.shape)
+    torch.testing.assert_close(prediction, own["prediction"].float())
+
+
+def test_each_sample_has_its_timestep_where_time_is_counted_otherwise():
     """Lumina 2 counts time backwards and negates; AuraFlow takes t in [0, 1] and a mask."""
     logging.disable_progress_bar()
     from diffusers import AuraFlowPipeline, Lumina2Pipeline

@@ -174,10 +174,10 @@ def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: Capti
     latents = values * info.torch_dtype.itemsize * (1 + info.has_flipped) / 2**30
     if text is None or text.encoder is None:
         return f"Latents take {latents:.3g} GiB."
-    size, cut = num_images * text.bytes_per_image() / 2**30, text.count_too_long()
+    size, cut, num_captions = text.bytes_per_image() * num_images, text.count_too_long(), num_images * len(text.names)
     return (
-        f"Text takes about {size:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_images * len(text.names)} "
-        "captions are longer than the text encoder reads and lose their end."
+        f"Text takes about {size / 2**30:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_captions} captions are "
+        "longer than the text encoder reads and lose their end."
     )
 
 

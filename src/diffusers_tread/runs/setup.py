@@ -79,6 +79,7 @@ class UnseenSource(TrainingSource):
         is_latent = config.data.startswith("latents:") or config.pretrained_vae_name_or_path is not None
         self.num_classes, self.resolution, self.name, self.vae = config.num_classes, config.resolution, None, None
         self.id2label = {}
+        self.buckets, self.has_captions, self.info = config.buckets(), False, None
         # As the VAEs of Stable Diffusion have it.
         self.channels, self.latent_size = (4, config.resolution // 8) if is_latent else (3, config.resolution)
 
@@ -193,9 +194,12 @@ def describe_run(
         model: On the meta device.
 
     Raises:
-        ValueError: The loss terms do not fit the model, or the length of the run is not known.
+        ValueError: The loss terms or the sizes of images do not fit the model, or the length of the run is not known.
     """
     make_terms(config, model)  # raises for a model that they do not fit
+    step = source.resolution // source.latent_size * model.config.patch_size
+    if wrong := [size for size in source.sizes if any(side % step for side in size)]:
+        raise ValueError(f"Expected buckets with sides that are multiples of {step} for this model, got {wrong}.")
     return common_settings(config, accelerator, source) | {
         "num_classes": model.config.num_classes,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),

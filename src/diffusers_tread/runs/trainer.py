@@ -92,7 +92,8 @@ class TrainingLoop(ABC):
         flops: dict[bool, int] | None,
     ):
         self.config, self.accelerator, self.source, self.settings = config, accelerator, source, settings
-        self.run, self.stop, self.flops, self.max_steps = run, stop, flops, settings["max_train_steps"]
+        self.run, self.stop, self.max_steps = run, stop, settings["max_train_steps"]
+        self.flops = flops if len(source.sizes) == 1 else None  # which are of images of one size
         self.objective = setup.make_objective(config)
 
         # Model and optimiser.

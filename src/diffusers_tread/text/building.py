@@ -26,8 +26,13 @@ PIPELINES = {
     "SanaTransformer2DModel": "SanaPipeline",
     "ChromaTransformer2DModel": "ChromaPipeline",
     "CogView4Transformer2DModel": "CogView4Pipeline",
+    "BriaTransformer2DModel": "BriaPipeline",
+    "OvisImageTransformer2DModel": "OvisImagePipeline",
 }
 """The pipeline of diffusers that a transformer of its is trained for, by class names."""
+
+# Whose calls scale noise and inputs by their scheduler, which diffusers' flow matching schedulers cannot.
+_WITH_SOLVER = ("PixArtSigmaPipeline", "SanaPipeline")
 
 
 def register_text_pipeline(transformer: str, pipeline: str) -> None:
@@ -75,7 +80,7 @@ def load_pipeline(
         transformer: A new one, of whose class the pipeline is; None for that of `pretrained`.
         parts: Where other parts lie, such as {"vae": "folder", "text_encoder": ["repository", "subfolder"]}; None for
             one that the pipeline does without.
-        scheduler: Of a pipeline with a new transformer.
+        scheduler: Of a pipeline with a new transformer; PixArt and Sana get a solver of the same shift.
 
     Raises:
         ValueError: A part that the pipeline needs is missing, none of it, or cannot be loaded.
@@ -84,6 +89,10 @@ def load_pipeline(
         raise ValueError("Expected a pretrained pipeline, the config of a transformer, or both, got neither.")
     given = {} if transformer is None else {"transformer": transformer, "scheduler": scheduler}
     kind = DiffusionPipeline if transformer is None else getattr(diffusers, PIPELINES[type(transformer).__name__])
+    if kind.__name__ in _WITH_SOLVER:
+        given["scheduler"] = diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=scheduler.config.shift
+        )
     try:
         if pretrained is not None:
             base = DiffusionPipeline.load_config(pretrained)

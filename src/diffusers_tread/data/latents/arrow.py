@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .info import INFO, LatentsInfo
-from .text import to_storage
+from .text import from_bytes, to_bytes
 
 
 # Rows per record batch: few enough that a random read touches little, many enough to find it quickly.
@@ -43,9 +43,10 @@ def to_table(batch: dict[str, Any], info: LatentsInfo):
     for column, value in (("height", height), ("width", width)) if info.latent_sizes else ():
         columns[column] = pa.array(np.full(len(names), value, dtype=np.int32))
     for column in ("moments", "moments_flipped")[: 1 + info.has_flipped]:
-        values = list(batch[column].to(info.torch_dtype).flatten(1))  # B of M*H*W
+        values = batch[column].to(info.torch_dtype).flatten(1)  # B M*H*W
         advice = "Write bfloat16 or float32; if that does not help, run the VAE in float32."
-        columns[column] = _to_lists(values, schema.field(column).type, names=names, advice=advice)
+        _check_finite(values, names=names, advice=advice)
+        columns[column] = _to_lists(values, schema.field(column).type)
 
     # Captions.
     for caption in info.captions:
@@ -60,24 +61,30 @@ def to_table(batch: dict[str, Any], info: LatentsInfo):
         for arrays in records:
             info.text.check(arrays)
         for name, column in info.text.columns(caption).items():
-            values, advice = [arrays[name] for arrays in records], "Run the text encoder in bfloat16 or float32."
-            columns[column] = _to_lists(values, schema.field(column).type, names=names, advice=advice)
+            values = [arrays[name] for arrays in records]
+            _check_finite(values, names=names, advice="Run the text encoder in bfloat16 or float32.")
+            columns[column] = pa.array(map(to_bytes, values), type=pa.large_binary())
     return pa.table(columns, schema=schema)
 
 
-def _to_lists(values: list[torch.Tensor], type, *, names: list[str], advice: str):
-    """Some tensors as lists of an Arrow type, checked to be finite."""
+def _check_finite(values: Iterable[torch.Tensor], *, names: list[str], advice: str) -> None:
+    """Raises ValueError, with its name, for the first of some tensors that is not finite."""
+    for name, part in zip(names, values, strict=True):
+        if not part.isfinite().all():
+            dtype = str(part.dtype).removeprefix("torch.")
+            raise ValueError(f"Expected finite values in {dtype}, got others for {name}. {advice}")
+
+
+def _to_lists(values: torch.Tensor, type):
+    """A tensor [B, n] as B lists of an Arrow type, bfloat16 as its bits."""
     import pyarrow as pa
 
-    finite = [not part.is_floating_point() or bool(part.isfinite().all()) for part in values]
-    if not all(finite):
-        dtype = str(values[0].dtype).removeprefix("torch.")
-        raise ValueError(f"Expected finite values in {dtype}, got others for {names[finite.index(False)]}. {advice}")
-    flat = pa.array(np.concatenate([to_storage(part) for part in values]))
+    flat = values.cpu().contiguous().view(-1)
+    flat = pa.array((flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy())
     if pa.types.is_fixed_size_list(type):
         return pa.FixedSizeListArray.from_arrays(flat, type=type)
-    ends = np.cumsum([0, *[part.numel() for part in values]], dtype=np.int64)
-    return pa.ListArray.from_arrays(pa.array(ends, type=pa.int32()), flat, type=type)
+    ends = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(ends), flat, type=type)
 
 
 def regroup(tables: Iterable[Any]) -> Iterator[Any]:
@@ -147,11 +154,11 @@ def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) 
         ):
             return "has latents of another length than their height and width say"
     for caption in info.captions:
-        # Lengths are differences of offsets: where none is negative, all texts and lists lie in their buffers.
+        # Lengths are differences of offsets: where none is negative, all texts and bytes lie in their buffers.
         if (pc.binary_length(table.column(caption)).to_numpy() < 1).any():
             return f"has records without {caption!r}"
         for name, column in (info.text.columns(caption) if info.text else {}).items():
-            its_lengths = lengths(column)
+            its_lengths = pc.binary_length(table.column(column)).to_numpy()
             if (its_lengths < 0).any() or (its_lengths % info.text.row_size(name)).any():
                 return f"has another length of {column!r} than its shape"
     return None
@@ -195,7 +202,12 @@ def _find_wrong_values(batch, column: str, info: LatentsInfo) -> str | None:
         return f"has labels outside [0, {len(info.id2label)})" if wrong else None
     if column in ("height", "width"):
         return None
-    return None if _is_finite(values.flatten().to_numpy()).all() else "has values that are not finite"
+    if column in ("moments", "moments_flipped"):
+        finite = _is_finite(values.flatten().to_numpy()).all()
+    else:
+        dtype = info.text.dtype(column.rpartition(".")[2])
+        finite = all(from_bytes(value.as_buffer(), dtype).isfinite().all() for value in values)
+    return None if finite else "has values that are not finite"
 
 
 def _is_finite(values: np.ndarray) -> np.ndarray:

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from .codec import LatentCodec
-from .text import COLUMN_DTYPES, MAX_VALUES, StoredText, is_count
+from .text import MAX_VALUES, StoredText, is_count
 
 
 INFO = "latents.json"
-_DTYPES = ("float16", "bfloat16", "float32")
+# bfloat16 is no Arrow type: its bits are stored as uint16.
+_COLUMN_DTYPES = {"float16": "float16", "bfloat16": "uint16", "float32": "float32"}
 _SHARD_FILE = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*\.arrow", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -90,8 +91,8 @@ class LatentsInfo:
     def __post_init__(self):
         if self.kind not in ("moments", "latents"):
             raise ValueError(f"Expected kind 'moments' or 'latents', got {self.kind!r}.")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"Expected dtype {' or '.join(map(repr, _DTYPES))}, got {self.dtype!r}.")
+        if self.dtype not in _COLUMN_DTYPES:
+            raise ValueError(f"Expected dtype {' or '.join(map(repr, _COLUMN_DTYPES))}, got {self.dtype!r}.")
         for name in ("latent_channels", "latent_size", "resolution", "num_samples"):
             if not is_count(getattr(self, name)):
                 raise ValueError(f"Expected an integer {name} >= 1, got {getattr(self, name)!r}.")
@@ -220,7 +221,7 @@ class LatentsInfo:
 
         # Lists as long as the square, or of any length where shards have other sizes than others.
         length = -1 if self.latent_sizes else math.prod(self.shape)
-        values = datasets.Sequence(datasets.Value(COLUMN_DTYPES[self.dtype]), length=length)
+        values = datasets.Sequence(datasets.Value(_COLUMN_DTYPES[self.dtype]), length=length)
         names = [self.id2label[label] for label in range(len(self.id2label))]
         # Names need not be unique (ImageNet has two cranes), but those of a ClassLabel must.
         names = names if len(set(names)) == len(names) else [f"{label} {name}" for label, name in enumerate(names)]
@@ -229,9 +230,8 @@ class LatentsInfo:
         kinds |= {"label": datasets.ClassLabel(names=names)} if names else {}
         for caption in self.captions:
             kinds[caption] = datasets.Value("string")
-            for name, column in (self.text.columns(caption) if self.text else {}).items():
-                dtype = COLUMN_DTYPES[self.text.arrays[name]["dtype"]]
-                kinds[column] = datasets.Sequence(datasets.Value(dtype))
+            for column in self.text.columns(caption).values() if self.text else ():
+                kinds[column] = datasets.Value("large_binary")
         return datasets.Features({name: kinds[name] for name in self.columns()})
 
 

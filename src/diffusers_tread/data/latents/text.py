@@ -2,9 +2,10 @@
 """What text encoders make of captions, stored beside latents.
 
 A caption becomes some named arrays [L, ...], as `PromptEncoder.encode` gives them; L is the caption's own, such as its
-number of tokens, and the rest of the shape that of all captions. A shard has them as flat lists, for the caption
-column "long" and the array "0" in its column "long.0". The arrays of the empty caption, which training puts in the
-place of some, lie in `text_empty.safetensors`.
+number of tokens, and the rest of the shape that of all captions. A shard has their values as bytes, little-endian as
+safetensors has them, for the caption column "long" and the array "0" in its column "long.0". As lists of numbers the
+shuffle of a stream would copy them one by one. The arrays of the empty caption, which training puts in the place of
+some, lie in `text_empty.safetensors`.
 """
 
 import hashlib
@@ -21,12 +22,8 @@ from ...settings import list_changes
 
 
 EMPTY = "text_empty.safetensors"
-# The types of Arrow, which has no bfloat16 and packs booleans.
-COLUMN_DTYPES = {
-    "float16": "float16", "bfloat16": "uint16", "float32": "float32", "int64": "int64", "int32": "int32",
-    "bool": "uint8",
-}  # fmt: skip
-MAX_VALUES = 2**31 - 1  # of a list of Arrow
+DTYPES = ("float16", "bfloat16", "float32", "int64", "int32", "bool")
+MAX_VALUES = 2**31 - 1  # of a list of Arrow, and of an array for each of its L
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +47,8 @@ class StoredText:
         for name, array in self.arrays.items():
             if not name.isidentifier() and not name.isdecimal():
                 raise ValueError(f"Expected names of arrays such as 0 or prompt_embeds, got {name!r}.")
-            if set(array) != {"dtype", "shape"} or array["dtype"] not in COLUMN_DTYPES:
-                raise ValueError(f"Expected dtype {' or '.join(COLUMN_DTYPES)} and shape of {name}, got {array!r}.")
+            if set(array) != {"dtype", "shape"} or array["dtype"] not in DTYPES:
+                raise ValueError(f"Expected dtype {' or '.join(DTYPES)} and shape of {name}, got {array!r}.")
             first, *rest = array["shape"]
             if first is not None or not all(is_count(size) for size in rest) or math.prod(rest) > MAX_VALUES:
                 raise ValueError(f"Expected shape [null, sizes >= 1 ...] of {name}, got {array['shape']!r}.")
@@ -62,9 +59,13 @@ class StoredText:
         """For each array of a caption column the name of its column in a shard."""
         return {name: f"{caption}.{name}" for name in self.arrays}
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of an array."""
+        return getattr(torch, self.arrays[name]["dtype"])
+
     def row_size(self, name: str) -> int:
-        """Values of an array for each of its L."""
-        return math.prod(self.arrays[name]["shape"][1:])
+        """Bytes of an array for each of its L."""
+        return math.prod(self.arrays[name]["shape"][1:]) * self.dtype(name).itemsize
 
     def check(self, arrays: dict[str, torch.Tensor]) -> None:
         """Raises ValueError for arrays with other names, dtypes or shapes."""
@@ -125,11 +126,16 @@ def describe_arrays(arrays: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]
     }
 
 
-def to_storage(values: torch.Tensor) -> np.ndarray:
-    """The values of a tensor, flat, as Arrow takes them: bfloat16 as its bits, booleans as bytes."""
-    values = values.detach().cpu().contiguous().view(-1)
-    stored = {torch.bfloat16: torch.uint16, torch.bool: torch.uint8}.get(values.dtype, values.dtype)
-    return values.view(stored).numpy()
+def to_bytes(values: torch.Tensor) -> bytes:
+    """The values of a tensor as a shard has them."""
+    return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(content, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `to_bytes`, flat, of a buffer, which is copied."""
+    values = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+    # Not a view of bytes as booleans, which must be 0 or 1.
+    return values.bool() if dtype == torch.bool else values.view(dtype)
 
 
 def read_arrays(table, rows_captions: Sequence[str], text: StoredText) -> list[dict[str, torch.Tensor]]:
@@ -140,25 +146,15 @@ def read_arrays(table, rows_captions: Sequence[str], text: StoredText) -> list[d
         rows_captions: For each the caption column.
         text: Of the folder.
     """
-    chunks = {
-        column: _rows(table.column(column)) for name in set(rows_captions) for column in text.columns(name).values()
-    }
     records = []
     for row, caption in enumerate(rows_captions):
         arrays = {}
         for name, column in text.columns(caption).items():
-            dtype, (_, *rest) = getattr(torch, text.arrays[name]["dtype"]), text.arrays[name]["shape"]
-            values = torch.from_numpy(np.array(chunks[column][row]))  # a copy: the shard is mapped read-only
-            # Not a view of bytes as booleans, which must be 0 or 1.
-            values = values.bool() if dtype == torch.bool else values.view(dtype)
-            arrays[name] = values.view(-1, *rest)
+            _, *rest = text.arrays[name]["shape"]
+            content = table.column(column)[row].as_buffer()
+            arrays[name] = from_bytes(content, text.dtype(name)).view(-1, *rest)
         records.append(arrays)
     return records
-
-
-def _rows(column) -> list[np.ndarray]:
-    """The lists of a column, not copied."""
-    return [chunk[row].values.to_numpy() for chunk in column.chunks for row in range(len(chunk))]
 
 
 def is_count(value: Any) -> bool:
