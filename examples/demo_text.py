@@ -3,8 +3,9 @@
 
 The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say
 so. A fifth of the pairs of digit and ink are never trained on, such as a red zero. The demo makes a small VAE, a
-byte-level tokenizer and a text encoder that stays at its random weights; examples/train_text_to_image_tread.py trains
-the transformer. What is sampled is the plain diffusers pipeline that it saved.
+byte-level tokenizer and a text encoder that stays at its random weights. examples/precompute_latents.py encodes images
+and captions, examples/train_text_to_image_tread.py trains the transformer, both as they are. What is sampled is the
+plain diffusers pipeline that the training saved.
 
 A judge, a small network that learnt the four attributes from real images of all pairs, says how often a sample shows
 what its prompt says. The exit code is 1 if that is too seldom. A run that was interrupted goes on where it stopped.
@@ -51,8 +52,6 @@ TRANSFORMER = {"in_channels": 4, "patch_size": 2, "context_in_dim": TEXT_WIDTH, 
 TRANSFORMER |= {"num_heads": 3, "depth": 10, "axes_dim": [16, 16]}
 ROUTES = [{"start": 2, "end": -4}]
 TRAINING = {
-    "caption_column": "text",
-    "resolution": SIZE,
     "routes": json.dumps(ROUTES),
     "dense_fraction": 0.2,
     "train_batch_size": 32,
@@ -60,7 +59,6 @@ TRAINING = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 100,
     "adam_beta2": 0.99,
-    "use_ema": True,
     "ema_decay": 0.998,
     "logging_steps": 50,
     "checkpoints_total_limit": 1,
@@ -80,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("outputs/demo-text"), help="Images, parts, run, picture.")
     add("--num_train_images", type=int, default=8000, help="Images to train on.")
-    add("--max_train_steps", type=int, default=3000, help="Optimiser steps of the training.")
+    add("--max_train_steps", type=int, default=2500, help="Optimiser steps of the training.")
     add("--vae_steps", type=int, default=800, help="Optimiser steps of the VAE.")
     add("--judge_steps", type=int, default=500, help="Optimiser steps of the judge.")
     add("--num_images", type=int, default=200, help="Samples to judge, per way of sampling and kind of prompt.")
@@ -102,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     save_folder(args.output_dir / "images", pixels, captions)
     if not (args.output_dir / "parts").exists():
         save_parts(args.output_dir / "parts", pixels, captions, args.vae_steps)
+    encode(args)
     folder = train(args)
 
     # Judge. It knows the handwriting, of all pairs; it is tried on that of others.
@@ -203,20 +202,32 @@ def fit(
     network.eval().requires_grad_(False)
 
 
+def encode(args: argparse.Namespace) -> None:
+    """Latents of the images and what the text encoder makes of their captions, once for all epochs."""
+    folder = args.output_dir
+    flags = {"data": f"folder:{folder / 'images'}", "output_dir": folder / "latents", "resolution": SIZE}
+    flags |= {"pretrained_vae_name_or_path": folder / "parts" / "vae", "caption_column": "text"}
+    flags |= {"pretrained_text_pipeline": folder / "parts", "cache_text_embeddings": True, "text_dtype": "float32"}
+    run_script("precompute_latents.py", **flags)
+
+
 def train(args: argparse.Namespace) -> Path:
-    """The training script in its own process; returns the folder of the finished pipeline."""
-    run = args.output_dir / "run"
-    flags = {"data": f"folder:{args.output_dir / 'images'}", "output_dir": run} | TRAINING
-    flags["pretrained_model_name_or_path"] = args.output_dir / "parts"
-    flags["transformer_config_name_or_path"] = args.output_dir / "parts" / "transformer"
-    flags |= {"max_train_steps": args.max_train_steps}
-    command = [sys.executable, str(Path(__file__).with_name("train_text_to_image_tread.py"))]
+    """Returns the folder of the finished pipeline."""
+    run, parts = args.output_dir / "run", args.output_dir / "parts"
+    flags = {"data": f"latents:{args.output_dir / 'latents'}", "output_dir": run, "use_ema": True}
+    flags |= {"pretrained_model_name_or_path": parts, "transformer_config_name_or_path": parts / "transformer"}
+    run_script("train_text_to_image_tread.py", max_train_steps=args.max_train_steps, **flags, **TRAINING)
+    return run / "pipeline"
+
+
+def run_script(name: str, **flags) -> None:
+    """Another example in its own process, with one thread. Raises SystemExit with its code if that is not 0."""
+    command = [sys.executable, str(Path(__file__).with_name(name))]
     command += [word for flag, value in flags.items() if value is not True for word in (f"--{flag}", str(value))]
     command += [f"--{flag}" for flag, value in flags.items() if value is True]
     print(f"$ {shlex.join(command)}", flush=True)
     if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
         raise SystemExit(code)
-    return run / "pipeline"
 
 
 # -------------------------------------------------------------------------------------------------- samples, the judge

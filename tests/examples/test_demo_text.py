@@ -4,11 +4,13 @@
 import json
 import re
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import captioned_digits
 import demo_text
 import PIL.Image
+import precompute_latents
 import pytest
 import torch
 import train_text_to_image_tread
@@ -27,7 +29,8 @@ def run(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("demo"), []
 
     def run_here(command, env):
-        call(train_text_to_image_tread, *command[2:])
+        scripts = {"precompute_latents": precompute_latents, "train_text_to_image_tread": train_text_to_image_tread}
+        call(scripts[Path(command[1]).stem], *command[2:])
         return SimpleNamespace(returncode=0)
 
     with pytest.MonkeyPatch.context() as patch:
