@@ -46,6 +46,7 @@ from diffusers_tread.pictures import add_labels, caption_grid, save_image
 
 
 TEXT_WIDTH, CAPTION_TOKENS = 64, 24
+VAE_STEPS, JUDGE_STEPS = 800, 500
 NUM_JUDGE_IMAGES, NUM_REAL_IMAGES = 8000, 2000  # to learn from, to be tried on
 REQUIRED = {"as trained on": 0.8, "never trained on": 0.7}
 TRANSFORMER = {"in_channels": 4, "patch_size": 2, "context_in_dim": TEXT_WIDTH, "hidden_size": 96, "mlp_ratio": 2.0}
@@ -79,8 +80,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("outputs/demo-text"), help="Images, parts, run, picture.")
     add("--num_train_images", type=int, default=8000, help="Images to train on.")
     add("--max_train_steps", type=int, default=2500, help="Optimiser steps of the training.")
-    add("--vae_steps", type=int, default=800, help="Optimiser steps of the VAE.")
-    add("--judge_steps", type=int, default=500, help="Optimiser steps of the judge.")
     add("--num_images", type=int, default=200, help="Samples to judge, per way of sampling and kind of prompt.")
     add("--num_inference_steps", type=int, default=20, help="Steps of the sampler.")
     args = parser.parse_args(argv)
@@ -99,12 +98,12 @@ def main(argv: list[str] | None = None) -> int:
     pixels, _, captions = draw(args.num_train_images, known, is_seen=True, seed=1)
     save_folder(args.output_dir / "images", pixels, captions)
     if not (args.output_dir / "parts").exists():
-        save_parts(args.output_dir / "parts", pixels, captions, args.vae_steps)
+        save_parts(args.output_dir / "parts", pixels, captions)
     encode(args)
     folder = train(args)
 
     # Judge. It knows the handwriting, of all pairs; it is tried on that of others.
-    judge = train_judge(*draw(NUM_JUDGE_IMAGES, known, is_seen=None, seed=2)[:2], args.judge_steps)
+    judge = train_judge(*draw(NUM_JUDGE_IMAGES, known, is_seen=None, seed=2)[:2])
     real_pixels, real_scenes, _ = draw(NUM_REAL_IMAGES, others, is_seen=None, seed=3)
     verdicts = {("real images", ""): recognise(judge, real_pixels) == real_scenes}
 
@@ -128,12 +127,12 @@ def main(argv: list[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------- pipeline, training
 
 
-def save_parts(folder: Path, pixels: torch.Tensor, captions: list[str], vae_steps: int) -> None:
+def save_parts(folder: Path, pixels: torch.Tensor, captions: list[str]) -> None:
     """A pipeline that only lacks a trained transformer."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(captions)
     pipeline = PRXPipeline(
-        vae=train_vae(pixels, vae_steps),
+        vae=train_vae(pixels),
         tokenizer=tokenizer,
         text_encoder=make_text_encoder(len(tokenizer)),
         transformer=PRXTransformer2DModel(**TRANSFORMER),
@@ -164,7 +163,7 @@ def make_text_encoder(vocab_size: int) -> T5EncoderModel:
     return encoder.eval()
 
 
-def train_vae(pixels: torch.Tensor, num_steps: int) -> AutoencoderKL:
+def train_vae(pixels: torch.Tensor) -> AutoencoderKL:
     """Images to latents [B, 4, S/4, S/4]."""
     vae = AutoencoderKL(
         block_out_channels=[16, 16, 32], down_block_types=["DownEncoderBlock2D"] * 3, norm_num_groups=8,
@@ -177,7 +176,7 @@ def train_vae(pixels: torch.Tensor, num_steps: int) -> AutoencoderKL:
         posterior = vae.encode(images).latent_dist
         return F.l1_loss(vae.decode(posterior.sample()).sample, images) + 1e-5 * posterior.kl().mean()
 
-    fit(vae, loss, pixels, num_steps=num_steps, batch_size=24, learning_rate=3e-3)
+    fit(vae, loss, pixels, num_steps=VAE_STEPS, batch_size=24, learning_rate=3e-3)
 
     # Latents of about unit variance.
     with torch.no_grad():
@@ -266,7 +265,7 @@ def sample(
     return torch.cat([images.read(start, min(start + 25, len(images))) for start in starts])
 
 
-def train_judge(pixels: torch.Tensor, scenes: torch.Tensor, num_steps: int) -> nn.Module:
+def train_judge(pixels: torch.Tensor, scenes: torch.Tensor) -> nn.Module:
     """A convolutional network with a logit for each value of each attribute."""
     torch.manual_seed(1)
     layers, channels = [], 3
@@ -282,7 +281,7 @@ def train_judge(pixels: torch.Tensor, scenes: torch.Tensor, num_steps: int) -> n
         logits = judge(to_floats(batch)).split(counts, dim=1)
         return sum(F.cross_entropy(one, target) for one, target in zip(logits, targets.T, strict=True))
 
-    fit(judge, loss, pixels, scenes, num_steps=num_steps, batch_size=128, learning_rate=2e-3)
+    fit(judge, loss, pixels, scenes, num_steps=JUDGE_STEPS, batch_size=128, learning_rate=2e-3)
     return judge
 
 

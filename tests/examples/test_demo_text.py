@@ -19,7 +19,7 @@ from runs import call
 
 
 pytestmark = pytest.mark.slow
-FLAGS = "--num_train_images 40 --max_train_steps 2 --vae_steps 2 --judge_steps 2 --num_images 12"
+FLAGS = "--num_train_images 40 --max_train_steps 2 --num_images 12"
 TINY = {"hidden_size": 32, "num_heads": 1, "depth": 7}
 
 
@@ -37,8 +37,8 @@ def run(tmp_path_factory):
         patch.setattr(demo_text, "print", lambda *values, **_: lines.append(" ".join(map(str, values))), raising=False)
         patch.setattr(demo_text.subprocess, "run", run_here)
         patch.setattr(demo_text, "ThreadPoolExecutor", lambda max_workers: nullcontext(SimpleNamespace(map=map)))
-        patch.setattr(demo_text, "NUM_JUDGE_IMAGES", 40)
-        patch.setattr(demo_text, "NUM_REAL_IMAGES", 40)
+        for name, value in {"VAE_STEPS": 2, "JUDGE_STEPS": 2, "NUM_JUDGE_IMAGES": 40, "NUM_REAL_IMAGES": 40}.items():
+            patch.setattr(demo_text, name, value)
         patch.setattr(demo_text, "TRANSFORMER", demo_text.TRANSFORMER | TINY)
         patch.setattr(demo_text, "TRAINING", demo_text.TRAINING | {"train_batch_size": 4})
         code = demo_text.main(["--output_dir", str(folder), "--num_inference_steps", "2", *FLAGS.split()])
