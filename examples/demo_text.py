@@ -14,6 +14,7 @@ Shapes: B images, S their side, A the four attributes.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -55,7 +56,7 @@ ROUTES = [{"start": 2, "end": -4}]
 TRAINING = {
     "routes": json.dumps(ROUTES),
     "dense_fraction": 0.2,
-    "objective_config": json.dumps({"shift": 3.0}),  # much noise, where the words decide which digit it will be
+    "objective_config": json.dumps({"shift": 3.0}),  # more noise: there the words decide the digit
     "train_batch_size": 32,
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
@@ -241,21 +242,21 @@ def to_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 def sample_all(args: argparse.Namespace, folder: Path, prompts: dict) -> dict[tuple[str, str], torch.Tensor]:
     """Images [B, 3, S, S] uint8 by kind of prompt and way of sampling, from the same noise; two at a time."""
-    keys = list(itertools.product(prompts, SAMPLINGS))
-    pipelines = [DiffusionPipeline.from_pretrained(folder) for _ in keys]  # diffusers does not load in threads
+    keys, pipeline = list(itertools.product(prompts, SAMPLINGS)), DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
 
-    def sample_one(key: tuple[str, str], pipeline: DiffusionPipeline) -> torch.Tensor:
-        return sample(pipeline, prompts[key[0]][1], SAMPLINGS[key[1]], args.num_inference_steps)
+    def sample_one(key: tuple[str, str]) -> torch.Tensor:
+        own = copy.deepcopy(pipeline)  # a scheduler serves one sampling at a time
+        return sample(own, prompts[key[0]][1], SAMPLINGS[key[1]], args.num_inference_steps)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(keys, pool.map(sample_one, keys, pipelines), strict=True))
+        return dict(zip(keys, pool.map(sample_one, keys), strict=True))
 
 
 def sample(
     pipeline: DiffusionPipeline, prompts: list[str], guidance: float | SparseGuidance, num_steps: int
 ) -> torch.Tensor:
     """[B, 3, S, S] uint8. An image follows from its prompt and its place, whatever is in the batch around it."""
-    pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": num_steps, "call_options": {"use_resolution_binning": False}}
     if isinstance(guidance, SparseGuidance):
         apply_token_routing(pipeline.transformer, ROUTES)
