@@ -1,5 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions: for demo_text.py.
+"""scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions, and what judges them.
+
+For demo_text.py.
 
 Shapes: B images, S their side, A the four attributes.
 """
@@ -12,12 +14,14 @@ import numpy as np
 import PIL.Image
 import PIL.ImageColor
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from torch import nn
 
 from diffusers_tread.files import whole
 
 
-SIZE = 32
+SIZE, JUDGE_STEPS = 32, 500
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INKS = {"red": "#e12323", "green": "#148c32", "blue": "#283ce1", "purple": "#8c28aa", "black": "#141419"}
 PAPERS = {"white": "#f5f5f5", "yellow": "#fad750", "pink": "#faa5c3", "cyan": "#78dce6"}
@@ -104,3 +108,51 @@ def save_folder(folder: Path, pixels: torch.Tensor, captions: list[str]) -> None
 
 def to_images(pixels: torch.Tensor) -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
+
+
+def to_floats(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 to [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def train_judge(pixels: torch.Tensor, scenes: torch.Tensor) -> nn.Module:
+    """A convolutional network with a logit for each value of each attribute."""
+    torch.manual_seed(1)
+    layers, channels = [], 3
+    for out_channels in (32, 64, 128):
+        layers.append(nn.Conv2d(channels, out_channels, kernel_size=3, stride=2, padding=1))
+        layers += [nn.GroupNorm(8, out_channels), nn.GELU()]
+        channels = out_channels
+    counts = [len(values) for values in ATTRIBUTES.values()]
+    judge = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(96), nn.GELU(), nn.Linear(96, sum(counts)))
+    judge(torch.zeros(1, 3, SIZE, SIZE))  # so that the lazy layer has its weights
+
+    def loss(batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = judge(to_floats(batch)).split(counts, dim=1)
+        return sum(F.cross_entropy(one, target) for one, target in zip(logits, targets.T, strict=True))
+
+    fit(judge, loss, pixels, scenes, num_steps=JUDGE_STEPS, batch_size=128, learning_rate=2e-3)
+    return judge
+
+
+def recognise(judge: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """The scenes [B, A] that the judge sees in images."""
+    logits = torch.cat([judge(to_floats(batch)) for batch in pixels.split(500)])
+    parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
+    return torch.stack([part.argmax(dim=1) for part in parts], dim=1)
+
+
+def fit(
+    network: nn.Module, loss, *tensors: torch.Tensor, num_steps: int, batch_size: int, learning_rate: float
+) -> None:
+    """Trains a network on random batches of the tensors, of which `loss` makes a scalar; it is frozen then."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 20, 2 * (1 - step / num_steps), 1))
+    for _ in range(num_steps):
+        chosen = torch.randint(len(tensors[0]), (batch_size,))
+        loss(*(tensor[chosen] for tensor in tensors)).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    network.eval().requires_grad_(False)

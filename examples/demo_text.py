@@ -28,7 +28,18 @@ from pathlib import Path
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from captioned_digits import ATTRIBUTES, SIZE, draw, save_folder, split_handwriting, to_images
+from captioned_digits import (
+    ATTRIBUTES,
+    SIZE,
+    draw,
+    fit,
+    recognise,
+    save_folder,
+    split_handwriting,
+    to_floats,
+    to_images,
+    train_judge,
+)
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -47,7 +58,7 @@ from diffusers_tread.pictures import add_labels, caption_grid, save_image
 
 
 TEXT_WIDTH, CAPTION_TOKENS = 64, 24
-VAE_STEPS, JUDGE_STEPS = 800, 500
+VAE_STEPS = 800
 NUM_JUDGE_IMAGES, NUM_REAL_IMAGES = 8000, 2000  # to learn from, to be tried on
 REQUIRED = {"as trained on": 0.8, "never trained on": 0.7}
 TRANSFORMER = {"in_channels": 4, "patch_size": 2, "context_in_dim": TEXT_WIDTH, "hidden_size": 96, "mlp_ratio": 2.0}
@@ -188,22 +199,6 @@ def train_vae(pixels: torch.Tensor) -> AutoencoderKL:
     return vae
 
 
-def fit(
-    network: nn.Module, loss, *tensors: torch.Tensor, num_steps: int, batch_size: int, learning_rate: float
-) -> None:
-    """Trains a network on random batches of the tensors, of which `loss` makes a scalar; it is frozen then."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 20, 2 * (1 - step / num_steps), 1))
-    for _ in range(num_steps):
-        chosen = torch.randint(len(tensors[0]), (batch_size,))
-        loss(*(tensor[chosen] for tensor in tensors)).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    network.eval().requires_grad_(False)
-
-
 def encode(args: argparse.Namespace) -> None:
     """Latents of the images and what the text encoder makes of their captions, once for all epochs."""
     folder = args.output_dir
@@ -232,12 +227,7 @@ def run_script(name: str, **flags) -> None:
         raise SystemExit(code)
 
 
-# -------------------------------------------------------------------------------------------------- samples, the judge
-
-
-def to_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 to [-1, 1]."""
-    return pixels.float() / 127.5 - 1
+# ----------------------------------------------------------------------------------------------------------- samples
 
 
 def sample_all(args: argparse.Namespace, folder: Path, prompts: dict) -> dict[tuple[str, str], torch.Tensor]:
@@ -266,33 +256,6 @@ def sample(
     images = PromptImages(pipeline, prompts, **options)
     starts = range(0, len(images), 25)
     return torch.cat([images.read(start, min(start + 25, len(images))) for start in starts])
-
-
-def train_judge(pixels: torch.Tensor, scenes: torch.Tensor) -> nn.Module:
-    """A convolutional network with a logit for each value of each attribute."""
-    torch.manual_seed(1)
-    layers, channels = [], 3
-    for out_channels in (32, 64, 128):
-        layers.append(nn.Conv2d(channels, out_channels, kernel_size=3, stride=2, padding=1))
-        layers += [nn.GroupNorm(8, out_channels), nn.GELU()]
-        channels = out_channels
-    counts = [len(values) for values in ATTRIBUTES.values()]
-    judge = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(96), nn.GELU(), nn.Linear(96, sum(counts)))
-    judge(torch.zeros(1, 3, SIZE, SIZE))  # so that the lazy layer has its weights
-
-    def loss(batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = judge(to_floats(batch)).split(counts, dim=1)
-        return sum(F.cross_entropy(one, target) for one, target in zip(logits, targets.T, strict=True))
-
-    fit(judge, loss, pixels, scenes, num_steps=JUDGE_STEPS, batch_size=128, learning_rate=2e-3)
-    return judge
-
-
-def recognise(judge: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The scenes [B, A] that the judge sees in images."""
-    logits = torch.cat([judge(to_floats(batch)) for batch in pixels.split(500)])
-    parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
-    return torch.stack([part.argmax(dim=1) for part in parts], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- report

@@ -37,7 +37,8 @@ def run(tmp_path_factory):
         patch.setattr(demo_text, "print", lambda *values, **_: lines.append(" ".join(map(str, values))), raising=False)
         patch.setattr(demo_text.subprocess, "run", run_here)
         patch.setattr(demo_text, "ThreadPoolExecutor", lambda max_workers: nullcontext(SimpleNamespace(map=map)))
-        for name, value in {"VAE_STEPS": 2, "JUDGE_STEPS": 2, "NUM_JUDGE_IMAGES": 40, "NUM_REAL_IMAGES": 40}.items():
+        patch.setattr(captioned_digits, "JUDGE_STEPS", 2)
+        for name, value in {"VAE_STEPS": 2, "NUM_JUDGE_IMAGES": 40, "NUM_REAL_IMAGES": 40}.items():
             patch.setattr(demo_text, name, value)
         patch.setattr(demo_text, "TRANSFORMER", demo_text.TRANSFORMER | TINY)
         patch.setattr(demo_text, "TRAINING", demo_text.TRAINING | {"train_batch_size": 4})
