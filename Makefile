@@ -30,7 +30,7 @@ PLAIN := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_C
 PLAIN += TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.venv/inductor-plain"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-avatars bench bench-gpu test test-plain test-oldest style quality clean
+.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-plain test-oldest style quality clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ demo: .venv/.installed ## train, sample and save a small TREAD model on real ima
 
 demo-avatars: .venv/.installed ## likewise on avatars of twenty classes; takes longer
 	.venv/bin/python examples/demo_avatars.py
+
+demo-text: .venv/.installed ## train a text-to-image model on captioned digits, ask it for pairs that it never saw
+	.venv/bin/python examples/demo_text.py
 
 bench: .venv/.installed ## measure everything on the CPU in under ten minutes; wants a quiet machine
 	$(BENCH)/train_step.py --repeats 4 --output $(RESULTS)/train_step_cpu.json
