@@ -145,7 +145,7 @@ if __name__ == "__main__":
     modules = {entry.get("script", "train_tread") for entry in plan}
     if "train_tread" in modules:
         modules |= TRAINING
-    if "transformers:" in sys.argv[1]:
+    if "transformers:" in sys.argv[1] or "alignment" in sys.argv[1]:
         modules |= EXTRACTOR
     if "--prompts" in sys.argv[1]:
         modules |= SD3

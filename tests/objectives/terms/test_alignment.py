@@ -4,16 +4,17 @@
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from diffusers_tread import FlowMatchingObjective, RoutingCall, TREADTransformer2DModel
-from diffusers_tread.objectives import AlignmentLoss, DenoiserWithHeads
+from diffusers_tread.objectives import AlignmentLoss, DenoiserWithHeads, ForwardRecord
 from diffusers_tread.objectives.terms.vision_encoder import VisionEncoder
 
 
 transformers = pytest.importorskip("transformers")
-SIZES = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 SIZES |= {"image_size": 12, "patch_size": 4}
 TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
 TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -41,7 +42,7 @@ def make(dinov2, *, weight=0.5, until_step=None, blocks=(0, 2, 4), **config):
     """A model, its term, and the two as they are trained."""
     torch.manual_seed(1)
     model = TREADTransformer2DModel(
-        num_attention_heads=1, attention_head_dim=8, num_layers=6, in_channels=3, sample_size=8, num_classes=4,
+        num_attention_heads=1, attention_head_dim=8, num_layers=8, in_channels=3, sample_size=8, num_classes=4,
         objective="flow", **{"routes": ROUTES} | config,
     ).train()  # fmt: skip
     for parameter in model.parameters():
@@ -50,6 +51,16 @@ def make(dinov2, *, weight=0.5, until_step=None, blocks=(0, 2, 4), **config):
         model, encoder=dinov2, blocks=list(blocks), projector_dim=10, weight=weight, until_step=until_step
     )
     return model, term, DenoiserWithHeads(model, [term])
+
+
+def normalised(images, size):
+    """Images in [-1, 1] as an encoder gets them; resized by Pillow to (width, height)."""
+    resized = [
+        [np.array(PIL.Image.fromarray(channel).resize(size, PIL.Image.Resampling.BICUBIC)) for channel in image]
+        for image in images.numpy()
+    ]
+    pixels = (torch.tensor(np.array(resized)) + 1) / 2
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def loss_of(denoiser, terms, *, images=True, step=0, enabled=None):
@@ -62,20 +73,38 @@ def loss_of(denoiser, terms, *, images=True, step=0, enabled=None):
     )
 
 
+def silu(x):
+    """And its derivative."""
+    sigmoid = 1 / (1 + np.exp(-x))
+    return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+
+
 def numpy_alignment(tokens, features, projector):
-    """Of one sample: 1 - cos over its tokens, and the derivative by the projector's last bias; float64."""
+    """Of one sample: 1 - cos over its tokens, its derivatives by the projector's last bias and by tokens; float64."""
     (w1, b1), (w2, b2), (w3, b3) = [
         (layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()) for layer in projector[::2]
     ]
-    losses, gradients = [], []
+    losses, by_bias, by_token = [], [], []
     for token, feature in zip(tokens, features, strict=True):
-        hidden = w1 @ token + b1
-        hidden = w2 @ (hidden / (1 + np.exp(-hidden))) + b2
-        z = w3 @ (hidden / (1 + np.exp(-hidden))) + b3
+        first, slope1 = silu(w1 @ token + b1)
+        second, slope2 = silu(w2 @ first + b2)
+        z = w3 @ second + b3
         y, length = feature / np.linalg.norm(feature), np.linalg.norm(z)
         losses.append(1 - z @ y / length)
-        gradients.append(-(y - (z @ y) * z / length**2) / length)
-    return np.mean(losses), np.mean(gradients, axis=0)
+        by_bias.append(-(y - (z @ y) * z / length**2) / length / len(tokens))
+        by_token.append(w1.T @ (slope1 * (w2.T @ (slope2 * (w3.T @ by_bias[-1])))))
+    return np.mean(losses), np.sum(by_bias, axis=0), np.array(by_token)
+
+
+def gradient_by_tokens(term, block, output, latents):
+    """Of the term itself, by the tokens after a block as they were."""
+    tokens = {index: hidden.detach().requires_grad_() for index, hidden in output.hidden_states.items()}
+    record = ForwardRecord(
+        latents=latents, noisy=latents, timestep=torch.zeros(3), target=latents, prediction=latents,
+        denoise=lambda prediction: prediction, conditions={}, kept_token_ids=output.kept_token_ids, images=latents,
+        projected_states={index: term.heads[index](hidden) for index, hidden in tokens.items()},
+    )  # fmt: skip
+    return torch.autograd.grad(term(record).sum(), tokens[block])[0]
 
 
 @pytest.mark.parametrize("enabled", [None, False])
@@ -89,10 +118,9 @@ def test_loss_and_gradient_equal_their_formula_dense_and_on_the_kept_tokens(dino
 
     # The encoder on the clean images, resized to 4x6 patches of 4 pixels.
     latents = torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(7)).clamp(-1, 1)
-    pixels = torch.nn.functional.interpolate(latents, (16, 24), mode="bicubic", align_corners=False)
-    pixels = ((pixels + 1) / 2 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     with torch.no_grad():
-        features = transformers.Dinov2Model.from_pretrained(dinov2).eval()(pixel_values=pixels).last_hidden_state
+        encoder = transformers.Dinov2Model.from_pretrained(dinov2).eval()
+        features = encoder(pixel_values=normalised(latents, (24, 16))).last_hidden_state
     features = features[:, 1:].double().numpy()
 
     (output,), expected = recorded, np.zeros(3)
@@ -101,13 +129,14 @@ def test_loss_and_gradient_equal_their_formula_dense_and_on_the_kept_tokens(dino
         tokens = output.hidden_states[block].detach().double().numpy()
         ids = None if route is None else kept[route]
         assert tokens.shape[1] == (24 if ids is None else {0: 12, 1: 18}[route])
-        gradients = []
+        gradients, by_tokens = [], gradient_by_tokens(term, block, output, latents)
         for sample in range(3):
             places = range(24) if ids is None else ids[sample].tolist()
             target = [features[sample, place] for place in places]
-            one, gradient = numpy_alignment(tokens[sample], target, term.heads[block])
+            one, gradient, by_token = numpy_alignment(tokens[sample], target, term.heads[block])
             expected[sample] += 0.5 * one / 3
             gradients.append(0.5 * gradient / 3)
+            np.testing.assert_allclose(by_tokens[sample], 0.5 * by_token / 3, rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(term.heads[block][4].bias.grad, np.sum(gradients, axis=0), rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose((loss - plain).detach(), expected, rtol=1e-4, atol=1e-5)
 
@@ -160,11 +189,10 @@ def test_the_features_are_the_patches_of_the_image_resized_to_the_grid(name, tmp
     images = torch.rand(2, 3, 20, 30, generator=torch.Generator().manual_seed(0)) * 2 - 1
     encoder = VisionEncoder.from_pretrained(folder)
     features = encoder(images, (4, 6))
-    assert features.shape == (2, 24, 12) and features.dtype == torch.float32
+    assert features.shape == (2, 24, 16) and features.dtype == torch.float32
 
-    # Another image in one place changes no other shape; the tokens that come first are no patches.
-    pixels = torch.nn.functional.interpolate(images, (16, 24), mode="bicubic", antialias=True)
-    pixels = ((pixels + 1) / 2 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    # The tokens that come first are no patches.
+    pixels = normalised(images, (24, 16))
     vision, first = getattr(model.eval(), "vision_model", model), {"dinov2": 1, "registers": 4, "dinov3": 3, "clip": 1}
     options = {"interpolate_pos_encoding": True} if name in ("siglip", "clip") else {}
     expected = vision(pixel_values=pixels, **options).last_hidden_state[:, first.get(name, 0) :]
@@ -202,9 +230,9 @@ def test_an_encoder_of_one_size_sees_it_and_its_features_are_resized():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"blocks": [6]}, "Expected different blocks among 0 to 5 to align"),
-        ({"blocks": [1, 1]}, "Expected different blocks among 0 to 5 to align"),
-        ({"blocks": []}, "Expected different blocks among 0 to 5 to align"),
+        ({"blocks": [8]}, "Expected different blocks among 0 to 7 to align"),
+        ({"blocks": [1, 1]}, "Expected different blocks among 0 to 7 to align"),
+        ({"blocks": []}, "Expected different blocks among 0 to 7 to align"),
         ({"projector_dim": 0}, "Expected projector_dim >= 1"),
         ({"weight": -1.0}, "Expected weight to be a finite number >= 0"),
         ({"until_step": 0}, "Expected until_step >= 1"),

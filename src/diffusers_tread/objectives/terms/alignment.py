@@ -112,7 +112,8 @@ class AlignmentLoss(LossTerm):
         if projected is None:
             raise ValueError("Expected a DenoiserWithHeads, which has the projectors of the alignment, got none.")
         if self.until_step is not None and record.step >= self.until_step:
-            return torch.stack([0.0 * projected[block].float().mean(dim=(1, 2)) for block in self.projectors]).sum(dim=0)
+            means = [projected[block].float().mean(dim=(1, 2)) for block in self.projectors]
+            return 0.0 * torch.stack(means).sum(dim=0)
         if record.images is None:
             raise ValueError("Expected the images of the latents, which the alignment looks at, got none.")
 
