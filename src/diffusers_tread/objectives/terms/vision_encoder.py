@@ -79,14 +79,15 @@ class VisionEncoder:
         Raises:
             ValueError: The encoder gives fewer tokens than patches.
         """
-        self.model.to(images.device)
+        if self.mean.device != images.device:  # once: a copy to an accelerator waits for it
+            self.model.to(images.device)
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         grid = grid_size if self.takes_any_size else self.own_grid
 
         # Resize and normalise.
         size = [side * self.patch_size for side in grid]
         pixels = F.interpolate(images.float(), size, mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        pixels = ((pixels + 1) / 2 - mean) / std
+        pixels = ((pixels + 1) / 2 - self.mean) / self.std
 
         # Class and register tokens come first.
         tokens = self.model(pixel_values=pixels.to(self.dtype), **self.options).last_hidden_state  # B L E
