@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from diffusers_tread.distributed import on_main_process
 from diffusers_tread.flops import training_flops
 from diffusers_tread.hub import open_repo
+from diffusers_tread.objectives import DenoiserWithHeads
 from diffusers_tread.runs import setup
 from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.runs.outputs import ClassOutputs
@@ -36,9 +37,12 @@ class Trainer(TrainingLoop):
             model.enable_gradient_checkpointing()
         if config.compile:
             model.compile_repeated_blocks(dynamic=False)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if any(term.heads for term in self.terms):
+            model = DenoiserWithHeads(model, self.terms)
         super().__init__(config, accelerator, source, model, settings, flops=flops, **context)
         self.outputs = ClassOutputs(
-            config, accelerator, source, settings, run=self.run, weights=self.weights, names=self.names,
+            config, accelerator, source, settings, run=self.run, weights=self.weights[: len(names)], names=names,
             scheduler=self.objective.scheduler(), extractor=extractor, step=self.step,
         )  # fmt: skip
 
@@ -48,6 +52,7 @@ class Trainer(TrainingLoop):
             latents, conditions, routing = self.next_batch(micro_step)
             options = {"generator": self.generator, "routing": routing}
             options["terms"] = [*self.terms, *self.watching]
+            options |= {"images": self.images, "step": self.step}
             with accelerator.accumulate(self.model):
                 loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
                 accelerator.backward(loss)
@@ -91,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
 
     # The run.
-    with open_run(config, accelerator, settings, argv) as context:
+    with open_run(config, accelerator, settings, argv, fixed_settings=("model", "heads")) as context:
         model = setup.make_model(config, source)
         trainer = Trainer(config, accelerator, source, model, settings, extractor=extractor, **context)
         trainer.train()

@@ -15,6 +15,8 @@ from .hooks import (
 )
 from .models import TREADMamba2DModel, TREADRWKV2DModel, TREADTransformer2DModel, register_denoiser
 from .objectives import (
+    AlignmentLoss,
+    DenoiserWithHeads,
     EDMObjective,
     EpsilonObjective,
     FlowMatchingObjective,
@@ -35,10 +37,12 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "AlignmentLoss",
     "BlockSpec",
     "Branch",
     "BranchGuidance",
     "CfgLayout",
+    "DenoiserWithHeads",
     "EDMHeunScheduler",
     "EDMObjective",
     "EpsilonObjective",

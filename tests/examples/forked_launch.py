@@ -148,7 +148,7 @@ if __name__ == "__main__":
         modules |= TRAINING
     if "train_text_to_image_tread" in modules:
         modules |= SD3 | TEXT
-    if "transformers:" in sys.argv[1]:
+    if "transformers:" in sys.argv[1] or "alignment" in sys.argv[1]:
         modules |= EXTRACTOR
     if "--prompts" in sys.argv[1]:
         modules |= SD3

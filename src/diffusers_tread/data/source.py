@@ -34,6 +34,8 @@ class TrainingSource:
 
     info: LatentsInfo | None = None
     """Of stored latents."""
+    has_images = True
+    """Whether `images` gives what the batches show."""
     has_captions = False
     """Whether batches have captions instead of class labels; `num_classes` is 0 then."""
     buckets: Buckets | None = None
@@ -76,6 +78,10 @@ class TrainingSource:
         pixel_values = batch["pixel_values"].to(device, non_blocking=True)
         return pixel_values if self.vae is None else encode_images(self.vae, pixel_values, generator=generator)
 
+    def images(self, batch: dict[str, Any], *, device: torch.device) -> torch.Tensor:
+        """The images of a batch, [B, 3 or 1, height, width] in [-1, 1] on the device, if it `has_images`."""
+        return batch["pixel_values"].to(device, non_blocking=True)
+
     def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the denoiser is told, by the names of its arguments, on the CPU; of data with captions these."""
         name = "captions" if self.has_captions else "class_labels"
@@ -84,6 +90,8 @@ class TrainingSource:
 
 class LatentsSource(TrainingSource):
     """Latents that were stored with `LatentsWriter`, see `TrainingSource`; the VAE decodes samples."""
+
+    has_images = False
 
     def __init__(self, dataset: TrainingData, *, vae=None, name: str | None = None):
         super().__init__(dataset, name=name)

@@ -28,3 +28,6 @@ class DenoiserOutput(BaseOutput):
     hidden_states: dict[int, torch.Tensor] | None = None
     """By the index of the block, the tokens after each block of `hidden_states_at`: [B, N, D], or [B, K, D] of the
     kept tokens for a block in a route that was taken."""
+
+    projected_states: dict[int, torch.Tensor] | None = None
+    """By the index of the block, what `DenoiserWithHeads` made of the tokens after it."""

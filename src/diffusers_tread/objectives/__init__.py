@@ -4,11 +4,21 @@ from .edm import EDMObjective
 from .epsilon import EpsilonObjective
 from .flow import FlowMatchingObjective
 from .registry import OBJECTIVES, find_objective, register_objective
-from .terms import LOSS_TERMS, ForwardRecord, LossTerm, ReconstructionLoss, register_loss_term
+from .terms import (
+    LOSS_TERMS,
+    AlignmentLoss,
+    DenoiserWithHeads,
+    ForwardRecord,
+    LossTerm,
+    ReconstructionLoss,
+    register_loss_term,
+)
 
 
 __all__ = [
+    "AlignmentLoss",
     "CorruptedLatents",
+    "DenoiserWithHeads",
     "EDMObjective",
     "EpsilonObjective",
     "FlowMatchingObjective",

@@ -83,6 +83,8 @@ class Objective(ABC):
         generator: torch.Generator | None = None,
         routing: RoutingCall | None = None,
         terms: Sequence[LossTerm] = (),
+        images: torch.Tensor | None = None,
+        step: int | None = None,
         **conditions: Any,
     ) -> torch.Tensor:
         """The loss of each sample: the mean squared error of the network's own output, and `terms`.
@@ -97,6 +99,8 @@ class Objective(ABC):
             generator: As in `corrupt`.
             routing: How the forward routes, handed to the denoiser; None leaves it to what surrounds the call.
             terms: Added to the denoising loss.
+            images: [B, 3 or 1, height, width] in [-1, 1], those that the latents are of, for terms that want them.
+            step: Optimiser steps done before this one, for terms that end.
             **conditions: Handed to the denoiser, such as `class_labels` [B]. Labels are not looked at: check them
                 where they come from.
 
@@ -143,6 +147,9 @@ class Objective(ABC):
             conditions=conditions,
             kept_token_ids=getattr(output, "kept_token_ids", None),
             hidden_states=getattr(output, "hidden_states", None),
+            projected_states=getattr(output, "projected_states", None),
+            images=images,
+            step=step,
         )
         losses = [term(record) for term in terms]
         if not any(term.replaces_denoising for term in terms):

@@ -320,5 +320,7 @@ def settle_buckets(
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         latents, zero = torch.zeros(1, *latents_shape, device=device), torch.zeros(1, device=device)
-        model(latents, zero, **conditions).sample.sum().backward()
+        output = model(latents, zero, **conditions)
+        projected = getattr(output, "projected_states", None) or {}
+        sum((one.sum() for one in projected.values()), output.sample.sum()).backward()
         model.zero_grad()

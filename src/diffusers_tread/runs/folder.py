@@ -182,10 +182,10 @@ def _check_checkpoint(
 ) -> None:
     before, step = read_state(checkpoint).get("settings", {}), read_manifest(checkpoint).step
     for key in fixed_settings:
-        if before.get(key) != settings[key]:
+        if before.get(key) != settings.get(key):
             raise ValueError(
-                f"Expected the {key} settings of {checkpoint}, {before.get(key)}, got {settings[key]}. Restore them "
-                "or use another --output_dir."
+                f"Expected the {key} settings of {checkpoint}, {before.get(key)}, got {settings.get(key)}. Restore "
+                "them or use another --output_dir."
             )
     # What is finished must not be given out as a run of other settings.
     changes = list_changes(before, settings, free=free_settings)

@@ -79,7 +79,8 @@ class UnseenSource(TrainingSource):
                 f"Expected --resolution and --num_classes for a --dry_run without the data, got "
                 f"{config.resolution} and {config.num_classes}, and no data at {config.data}."
             )
-        is_latent = config.data.startswith("latents:") or config.pretrained_vae_name_or_path is not None
+        self.has_images = not config.data.startswith("latents:")
+        is_latent = not self.has_images or config.pretrained_vae_name_or_path is not None
         self.num_classes, self.resolution, self.name, self.vae = config.num_classes, config.resolution, None, None
         self.id2label = {}
         self.buckets, self.has_captions, self.info = config.buckets(), False, None
@@ -131,11 +132,17 @@ def make_objective(config: RunConfig, source: TrainingSource | None) -> Objectiv
 
 
 def make_terms(config: TrainConfig, model: torch.nn.Module) -> list[LossTerm]:
-    """The terms of --loss_terms for a model, which is not wrapped. Raises ValueError for unknown ones."""
+    """The terms of --loss_terms for a model, which is not wrapped; their heads are the same in every process.
+
+    Raises:
+        ValueError: For unknown ones, and those that do not fit the model.
+    """
     settings = read_json(config.loss_terms)
     if unknown := sorted(set(settings) - set(LOSS_TERMS)):
         raise ValueError(f"Expected terms among {list(LOSS_TERMS)} in --loss_terms, got {unknown}.")
-    return [LOSS_TERMS[name].for_model(model, **values) for name, values in settings.items()]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(config.seed, "heads"))
+        return [LOSS_TERMS[name].for_model(model, **values) for name, values in settings.items()]
 
 
 def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
@@ -215,21 +222,38 @@ def describe_run(
         model: On the meta device.
 
     Raises:
-        ValueError: The loss terms, the optimiser or the sizes of images do not fit the model, or the length of the
-            run is not known.
+        ValueError: The loss terms, the optimiser or the sizes of images do not fit the model, the terms want images
+            that the data do not have, or the length of the run is not known.
     """
-    make_terms(config, model)  # raises for a model that they do not fit
-    make_optimizer(config, model)  # likewise
+    with accelerator.main_process_first():  # one process downloads what they look with
+        heads = describe_heads(make_terms(config, model), source)
+    make_optimizer(config, model)  # raises for a model that it does not fit
     step = source.resolution // source.latent_size * model.config.get("patch_size", 1)
     if wrong := [size for size in source.sizes if any(side % step for side in size)]:
         raise ValueError(f"Expected buckets with sides that are multiples of {step} for this model, got {wrong}.")
-    return common_settings(config, accelerator, source) | {
+    settings = common_settings(config, accelerator, source) | {
         "num_classes": model.config.num_classes,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "block_flops_saved": block_flops_saved(model),
         "model_class": type(model).__name__,
         "model": {key: value for key, value in json.loads(model.to_json_string()).items() if key[0] != "_"},
     }
+    return settings | ({"heads": heads} if heads else {})
+
+
+def describe_heads(terms: Sequence[LossTerm], source: TrainingSource) -> dict[str, list[list[int]]]:
+    """The shapes of what is trained beside a model, by the block (JSON).
+
+    Raises:
+        ValueError: A term wants images and the data have none.
+    """
+    if any(term.wants_images for term in terms) and not source.has_images:
+        raise ValueError(
+            "Expected data with images for the loss terms, which look at them, got stored latents. Train on folder: "
+            "or hub:, with --pretrained_vae_name_or_path for latents, or leave the term out."
+        )
+    heads = [(str(block), head) for term in terms for block, head in term.heads.items()]
+    return {block: [list(parameter.shape) for parameter in head.parameters()] for block, head in heads}
 
 
 def common_settings(config: RunConfig, accelerator: Accelerator, source: TrainingSource) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data import TrainingSource
+from ..objectives import LossTerm
 from ..routing import RoutingCall
 from ..seeds import derive_seed
 from . import setup
@@ -79,6 +80,8 @@ class TrainingLoop(ABC):
     """
 
     outputs: RunOutputs
+    terms: Sequence[LossTerm] = ()
+    """Of the loss."""
 
     def __init__(
         self,
@@ -191,7 +194,10 @@ class TrainingLoop(ABC):
         return every is not None and (self.step % every == 0 or self.step == self.max_steps)
 
     def next_batch(self, micro_step: int) -> tuple[torch.Tensor, dict[str, Any], RoutingCall]:
-        """Latents, conditions and how to route; seeds the generator. All draws are functions of where the run is."""
+        """Latents, conditions and how to route; seeds the generator. All draws are functions of where the run is.
+
+        `images` are those of the latents, where a term of the loss looks at them.
+        """
         seed = partial(derive_seed, self.config.seed, self.step, micro_step, self.accelerator.process_index)
         batch = next(self.batches)
         self.position = batch.get("position")
@@ -199,6 +205,8 @@ class TrainingLoop(ABC):
         conditions = self.conditions(batch, torch.Generator().manual_seed(seed("labels")))
         self.generator.manual_seed(seed("noise"))
         latents = self.source.to_latents(batch, device=self.accelerator.device, generator=self.generator)
+        wants_images = any(term.wants_images for term in self.terms)
+        self.images = self.source.images(batch, device=self.accelerator.device) if wants_images else None
         return latents, conditions, RoutingCall(enabled=None if self.is_routed else False, seed=seed("routing"))
 
     def log(self, progress: tqdm, loss: float, images_per_second: float) -> None:

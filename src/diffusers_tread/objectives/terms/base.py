@@ -5,8 +5,9 @@ Shapes: B batch, C channels, H and W latent size, N tokens, K kept tokens, D wid
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,16 @@ class ForwardRecord:
     hidden_states: dict[int, torch.Tensor] | None = None
     """The tokens after the blocks of `LossTerm.hidden_states_at`: [B, N, D], inside a route [B, K, D]."""
 
+    projected_states: dict[int, torch.Tensor] | None = None
+    """What the networks of `LossTerm.heads` made of the tokens after their blocks: [B, N, ...], inside a route
+    [B, K, ...]."""
+
+    images: torch.Tensor | None = None
+    """[B, 3 or 1, height, width] in [-1, 1], the images that the latents are of, for terms that want them."""
+
+    step: int | None = None
+    """Optimiser steps done before this one, if told."""
+
 
 class LossTerm(ABC):
     """A term that `Objective.loss` adds to the denoising loss.
@@ -52,6 +63,13 @@ class LossTerm(ABC):
 
     hidden_states_at: tuple[int, ...] = ()
     """Indices of the blocks whose output the term wants in the record."""
+
+    heads: Mapping[int, torch.nn.Module] = MappingProxyType({})
+    """By the index of the block: a network on the block's tokens that is trained with the denoiser and not saved with
+    it. `DenoiserWithHeads` calls it."""
+
+    wants_images: ClassVar[bool] = False
+    """Whether the term looks at the record's `images`."""
 
     replaces_denoising: ClassVar[bool] = False
     """Whether the term has the denoising loss in it, so that it is not added once more."""

@@ -2,6 +2,7 @@
 """The terms of a loss by name."""
 
 from ...registry import add_entry
+from .alignment import AlignmentLoss
 from .base import LossTerm
 from .reconstruction import ReconstructionLoss
 
@@ -19,3 +20,4 @@ def register_loss_term(name: str, term: type[LossTerm]) -> None:
 
 
 register_loss_term("reconstruction", ReconstructionLoss)
+register_loss_term("alignment", AlignmentLoss)

@@ -1,0 +1,56 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""A denoiser together with the networks that its loss terms train beside it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .base import LossTerm
+
+
+class DenoiserWithHeads(torch.nn.Module):
+    """What is trained where terms have `heads`: one module, so that Accelerate wraps, clips and saves all of it.
+
+    The heads are called in its forward, as DDP and FSDP2 want it, and always, because DDP waits for every gradient.
+    The denoiser comes first among the parameters and is what is exported.
+
+    Args:
+        denoiser: Gives the tokens after blocks, `forward(..., hidden_states_at=...)`; it is not changed.
+        terms: Of its loss.
+
+    Raises:
+        ValueError: Two terms have a head at the same block.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, terms: Sequence[LossTerm]):
+        super().__init__()
+        heads = [(str(block), head) for term in terms for block, head in term.heads.items()]
+        if len(dict(heads)) < len(heads):
+            raise ValueError(f"Expected one head at a block, got heads at {[int(block) for block, _ in heads]}.")
+        self.denoiser, self.heads = denoiser, torch.nn.ModuleDict(heads)
+        self._no_split_modules = getattr(denoiser, "_no_split_modules", None)  # FSDP's units
+
+    @property
+    def config(self) -> Any:
+        """The denoiser's."""
+        return self.denoiser.config
+
+    def forward(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, *, hidden_states_at: Iterable[int] = (), **options
+    ) -> Any:
+        """The denoiser's output, with `projected_states`.
+
+        Args:
+            hidden_states: [B, C, H, W].
+            timestep: [B].
+            hidden_states_at: Blocks whose tokens are wanted besides.
+            **options: The denoiser's others.
+        """
+        wanted = sorted({*hidden_states_at, *map(int, self.heads)})
+        output = self.denoiser(hidden_states, timestep, hidden_states_at=wanted, **options)
+        # As an item, which also sets the attribute: copies of the output are made of its items.
+        output["projected_states"] = {
+            int(block): head(output.hidden_states[int(block)]) for block, head in self.heads.items()
+        }
+        return output
