@@ -32,7 +32,8 @@ def test_a_stopped_run_of_muon_goes_on_exactly_and_not_with_another_optimiser(ar
     with interrupting(train_tread.Trainer, "next_batch", lambda trainer, micro_step: trainer.step == 3):
         train(*argv, tmp_path / "stopped")
     with pytest.raises(ValueError, match="Expected the optimizer settings of .*muon, got adamw"):
-        train(*argv, tmp_path / "stopped", "--optimizer", "adamw", "--resume_from_checkpoint", "latest")
+        adamw = ["--optimizer", "adamw", "--muon_learning_rate", 1e-3, "--muon_weight_decay", 0]
+        train(*argv, tmp_path / "stopped", *adamw, "--resume_from_checkpoint", "latest")
     train(*argv, tmp_path / "stopped")
     assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
 

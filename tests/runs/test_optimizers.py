@@ -134,7 +134,8 @@ def test_muon_trains_attention_and_mlp_of_the_blocks_and_adamw_all_else(model):
 def test_only_matrices_and_kernels_decay(name, optimizer):
     model = make_backbone(name)
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
-    flags = {"learning_rate": 0.5, "adam_weight_decay": 0.1, "muon_learning_rate": 0.5, "muon_weight_decay": 0.1}
+    flags = {"learning_rate": 0.5, "adam_weight_decay": 0.1}
+    flags |= {"muon_learning_rate": 0.5, "muon_weight_decay": 0.1} if optimizer == "muon" else {}
     optimizer = make_optimizer(RunConfig(optimizer=optimizer, **flags), model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
