@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
 
     # The run.
-    with open_run(config, accelerator, settings, argv, fixed_settings=("model", "heads")) as context:
+    with open_run(config, accelerator, settings, argv, fixed_settings=("model", "optimizer", "heads")) as context:
         model = setup.make_model(config, source)
         trainer = Trainer(config, accelerator, source, model, settings, extractor=extractor, **context)
         trainer.train()
