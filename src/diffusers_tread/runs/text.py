@@ -114,16 +114,19 @@ def make_denoiser(
     config: TextTrainConfig, encoder: PromptEncoder, source: TrainingSource, accelerator: Accelerator
 ) -> PipelineDenoiser:
     """The pipeline as what is trained. Raises ValueError for parts that do not fit each other or the data."""
-    height, width = max(source.sizes)
-    factor = source.resolution // source.latent_size
+    factor, text = source.resolution // source.latent_size, encoder([""])
+    shape, *others = [(source.channels, *(side // factor for side in size)) for size in sorted(source.sizes)[::-1]]
     with accelerator.autocast():  # in which it is tried
-        return PipelineDenoiser(
+        denoiser = PipelineDenoiser(
             encoder.pipeline,
-            latents_shape=(source.channels, height // factor, width // factor),
-            text=encoder([""]),
+            latents_shape=shape,
+            text=text,
             pixels_per_latent=factor,
             call_options=read_json(config.call_options),
         )
+        for other in others:
+            denoiser.try_shape(other, text)
+    return denoiser
 
 
 def text_conditions(
@@ -211,6 +214,10 @@ class TextOutputs(RunOutputs):
         super().__init__(*args, **options)
         self.pipeline, self.make_transformer = pipeline, make_transformer
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.source.sizes[0]  # the first bucket
+
     def make_pipeline(self) -> DiffusionPipeline:
         with init_empty_weights():
             transformer = self.make_transformer()
@@ -246,7 +253,7 @@ class TextOutputs(RunOutputs):
         save_pipeline(pipeline, folder)
 
     def _images(self, pipeline: DiffusionPipeline, prompts: list[str], **options: Any) -> PromptImages:
-        height, width = self.source.sizes[0]
+        height, width = self.image_size
         parameters = inspect.signature(type(pipeline).__call__).parameters
         call_options = {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
         for name in LENGTHS:
