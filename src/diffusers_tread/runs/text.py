@@ -66,6 +66,9 @@ def open_pipeline(
             parts=read_json(config.parts),
             scheduler=setup.make_objective(config).scheduler(),
         )
+    if transformer is not None and "default_sample_size" in pipeline.config and config.resolution:  # PRX's
+        pipeline.register_to_config(default_sample_size=config.resolution)
+        pipeline.default_sample_size = config.resolution
     identity = text_identity(pipeline, max_sequence_length=config.max_sequence_length)  # in whatever precision it is
     frozen_dtype = FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
     for name, part in pipeline.components.items():
