@@ -178,7 +178,11 @@ class PipelineDenoiser(torch.nn.Module):
             ValueError: Transformer, latents and text do not fit each other.
         """
         latents = torch.zeros(1, *latents_shape, device=self.transformer.device)
+        patch_size = self.transformer.config.get("patch_size", 1)
         try:
+            # PRX before diffusers 0.42 leaves out what is no whole patch.
+            if isinstance(patch_size, int) and any(side % patch_size for side in latents_shape[1:]):
+                raise ValueError(f"patches of {patch_size}x{patch_size} do not fill these latents")
             with torch.no_grad(), token_routing(self.transformer, enabled=False) if self.is_routed else nullcontext():
                 prediction = self._predict(latents, text, timestep=torch.zeros(1, device=latents.device))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
