@@ -157,3 +157,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def forget_local_paths(folder: str | Path) -> None:
+    """Takes out of a saved pipeline's configs where it was loaded from, if that is a folder of this machine."""
+    for path in [*Path(folder).glob("*/*config.json"), Path(folder, "model_index.json")]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        place = Path(content.get("_name_or_path") or "-")
+        if place.is_absolute() or place.exists():
+            write_json(path, content | {"_name_or_path": None})

@@ -5,6 +5,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -20,6 +21,8 @@ pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
 import train_text_to_image_lora_tread as example  # noqa: E402
 from tiny_pipelines import PIPELINES  # noqa: E402
+
+from diffusers_tread.runs.lora import add_lora  # noqa: E402
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -133,3 +136,8 @@ def test_bad_flags_are_refused_before_anything_is_written(base, photos, tmp_path
     with pytest.raises(ValueError, match=message):
         train(*flags(base, photos, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_class_without_loras_is_refused():
+    with pytest.raises(ValueError, match="that takes LoRAs, got Linear"):
+        add_lora(SimpleNamespace(), SimpleNamespace(distributed_type="NO"), torch.nn.Linear(1, 1))

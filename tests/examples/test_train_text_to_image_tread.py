@@ -20,6 +20,7 @@ pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
 import precompute_latents  # noqa: E402
 import train_text_to_image_tread  # noqa: E402
+from tiny_models import save_extractor, save_noise  # noqa: E402
 from tiny_pipelines import PIPELINES  # noqa: E402
 
 
@@ -136,6 +137,8 @@ def test_a_transformer_is_trained_further_from_its_weights(bases, photos, tmp_pa
     before = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
     after = weights(tmp_path / "run")
     assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+    configs = list((tmp_path / "run" / "pipeline").rglob("*.json"))
+    assert configs and not any(str(base) in config.read_text() for config in configs)  # no path of this machine
 
 
 def test_captions_reach_the_model_but_for_those_that_are_dropped(bases, photos, tmp_path, monkeypatch):
@@ -154,16 +157,25 @@ def test_captions_reach_the_model_but_for_those_that_are_dropped(bases, photos, 
     assert abs(captions.count("") - 0.3 * 60) < 4 * (60 * 0.3 * 0.7) ** 0.5
 
 
-def test_a_bucket_for_each_shape_and_grids_of_prompts(bases, photos, tmp_path):
+def test_a_bucket_for_each_shape_and_samples_of_prompts(bases, photos, tmp_path):
     for index in range(3):
         PIL.Image.new("RGB", (40, 20), "red").save(photos / f"wide-{index}.png")
     lines = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
     lines += [{"file_name": f"wide-{index}.png", "text": "red", "short": "red"} for index in range(3)]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    changes = {"resolution": None, "aspect_ratio_buckets": "16,16;16,32", "validation_steps": 5}
+    changes = {"resolution": None, "aspect_ratio_buckets": "16,16;14,28"}
+    with pytest.raises(ValueError, match="do not fit each other"):
+        train(*flags(bases["sd3"], photos, tmp_path / "run", **changes))
+    save_noise(tmp_path / "reference", 9, 16, 32)
+    save_extractor(tmp_path / "network")
+    changes |= {"aspect_ratio_buckets": "16,32;16,16", "validation_steps": 5, "eval_steps": 5, "eval_num_samples": 7}
+    changes |= {"eval_reference": tmp_path / "reference", "eval_prompts": '["red"]', "eval_inference_steps": 1}
+    changes |= {"eval_feature_extractor": f"transformers:{tmp_path / 'network'}"}
     changes |= {"validation_prompts": '["a red square"]', "num_validation_images": 1, "validation_inference_steps": 1}
     train(*flags(bases["sd3"], photos, tmp_path / "run", **changes))
     assert (tmp_path / "run" / "samples" / "step-0000005.png").exists()
+    assert [record["step"] for record in json.loads((tmp_path / "run" / "metrics.json").read_text())] == [5]
+    train(*flags(bases["sd3"], photos, tmp_path / "run", **changes | {"validation_prompts": '["blue"]'}))  # is free
 
 
 def test_stored_captions_train_as_exactly(bases, photos, tmp_path):
@@ -200,6 +212,8 @@ def test_stored_captions_train_as_exactly(bases, photos, tmp_path):
         ({"transformer_config_name_or_path": '{"_class_name": "PRXTransformer2DModel", "dept": 3}'}, "dept"),
         ({"transformer_config_name_or_path": None, "pretrained_model_name_or_path": None}, "none of them"),
         ({"pretrained_model_name_or_path": None}, "--parts|got none for"),
+        ({"resolution": 14}, "do not fit each other.*sides"),
+        ({"validation_steps": 5, "validation_prompts": '["a", " "]'}, "Expected texts in --validation_prompts"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(bases, photos, tmp_path, changes, message):
@@ -219,5 +233,8 @@ def test_parts_that_do_not_fit_are_refused(bases, photos, tmp_path):
     pipe.save_pretrained(tmp_path / "ddim")
     changes = {"transformer_config_name_or_path": None}
     with pytest.raises(ValueError, match="for flow matching.*DDIMScheduler"):
+        train(*flags(tmp_path / "ddim", photos, tmp_path / "run", **changes))
+    (tmp_path / "ddim" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": []}')
+    with pytest.raises(ValueError, match="with a transformer at .*, got 'StableDiffusionPipeline'"):
         train(*flags(tmp_path / "ddim", photos, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()

@@ -82,7 +82,14 @@ def test_the_card_of_latents(name):
     def card(name):
         info = {field.name: 1 for field in dataclasses.fields(LatentsInfo)}
         info |= {"kind": "moments", "dtype": "float32", "shape": (4, 8, 8), "shards": (), "unreadable": ()}
-        info |= {"latents_mean": None, "latents_std": None}
+        info |= {
+            "latents_mean": None,
+            "latents_std": None,
+            "captions": (),
+            "text": None,
+            "latent_sizes": (),
+            "sizes": (),
+        }
         info |= {"id2label": {0: name}, "source": {"name": name}, "crop": name}
         info["vae"] = {key: name for key in ("name_or_path", "class_name", "dtype", "revision")}
         fake = type("Info", (), info)()

@@ -23,7 +23,9 @@ from diffusers_tread.runs.lora import export_lora  # noqa: E402
 def test_an_exported_pipeline_loads_and_its_card_says_what_it_is(tmp_path, kind):
     pipeline = PIPELINES[kind](tmp_path / "parts")
     details = CardDetails(
-        dataset="ant/photos", samples=PIL.Image.new("RGB", (8, 8)), training={"proportion_empty_prompts": 0.1}
+        dataset="ant/photos",
+        samples=PIL.Image.new("RGB", (8, 8)),
+        training={"proportion_empty_prompts": 0.1, "resolution": 64},
     )
     for _ in range(2):  # the second replaces the first
         export_text_pipeline(pipeline, tmp_path / "pushed", repo_id="ant/model", card=details)
@@ -33,6 +35,7 @@ def test_an_exported_pipeline_loads_and_its_card_says_what_it_is(tmp_path, kind)
     card = ModelCard.load(tmp_path / "pushed" / "README.md")
     assert card.data.pipeline_tag == "text-to-image" and card.data.datasets == ["ant/photos"]
     assert 'from_pretrained("ant/model")' in card.text and "captions dropped" in card.text
+    assert 'pipe("a prompt", height=64, width=64)' in card.text
     assert not list((tmp_path / "pushed").rglob("*.py")) and (tmp_path / "pushed" / "samples.png").exists()
 
 

@@ -104,6 +104,19 @@ def test_latents_that_are_no_squares_are_told_their_size(pipeline):
     assert wide.shape == (2, 4, 4, 12)
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_the_timesteps_stay_on_the_device(name, tmp_path):
+    """Which those pipelines give as the scheduler has them; nothing of the meta device can be copied off it."""
+    pipeline = PIPELINES[name](tmp_path / "parts")
+    text = PromptEncoder(pipeline)([""])
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to("meta")
+    text = tuple(one.to("meta") if isinstance(one, torch.Tensor) else one for one in text)
+    denoiser = PipelineDenoiser(pipeline, text=text, latents_shape=(4, 8, 8), pixels_per_latent=2)
+    assert denoiser(LATENTS[:1].to("meta"), TIMESTEP[:1].to("meta"), text).sample.shape == (1, 4, 8, 8)
+
+
 def test_what_cannot_be_trained_is_refused(pipeline):
     if not pipeline.transformer.config.get("guidance_embeds"):
         with pytest.raises(ValueError, match="guidance_embeds"):
@@ -114,6 +127,8 @@ def test_what_cannot_be_trained_is_refused(pipeline):
     pipeline.scheduler = scheduler
     with pytest.raises(ValueError, match="do not fit each other"):
         PipelineDenoiser(pipeline, text=PromptEncoder(pipeline)([""]), latents_shape=(8, 8, 8), pixels_per_latent=2)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        PipelineDenoiser(pipeline, text=PromptEncoder(pipeline)([""]), latents_shape=(4, 8, 7), pixels_per_latent=2)
 
 
 class Predicted(Exception):

@@ -76,3 +76,31 @@ def test_another_encoder_or_length_is_another_identity(pipeline):
     else:  # PRX before diffusers 0.42
         with pytest.raises(ValueError, match="Expected no max_sequence_length"):
             PromptEncoder(pipeline, max_sequence_length=4)
+
+
+class Stub:
+    """A pipeline with masks as Qwen-Image has them, and with defaults of its call as Sana."""
+
+    device, components = torch.device("cpu"), {}
+
+    def __call__(self, prompt=None, instruction="Enhance:", max_sequence_length=3):
+        raise NotImplementedError
+
+    def encode_prompt(self, prompt, device=None, instruction=None, max_sequence_length=9):
+        self.asked = instruction, max_sequence_length
+        lengths = torch.tensor([len(one.split()) + 1 for one in prompt])
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        return mask[..., None].float(), None if mask.all() else mask
+
+
+def test_a_caption_is_encoded_as_by_the_pipelines_own_call():
+    pipeline = Stub()
+    PromptEncoder(pipeline)(["a red square"])
+    assert pipeline.asked == ("Enhance:", 3)
+    PromptEncoder(pipeline, max_sequence_length=5)
+    assert pipeline.asked == ("Enhance:", 5)
+
+
+def test_captions_whose_masks_would_be_lost_are_not_stored():
+    with pytest.raises(ValueError, match="stored one by one, got Stub"):
+        PromptEncoder(Stub()).encode(["a red square", "red"])

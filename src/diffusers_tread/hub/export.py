@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ..files import replace_folder
+from ..files import forget_local_paths, replace_folder
 from ..models import DENOISERS
 from ..objectives import OBJECTIVES
 from .bundle import bundle_module
@@ -73,7 +73,7 @@ def export_for_hub(
     try:
         pipeline.save_pretrained(temporary, variant=variant)
         _add_code(temporary, type(pipeline))
-        _forget_local_paths(temporary)
+        forget_local_paths(temporary)
         readme.save(temporary / "README.md")
         if card.samples is not None:
             card.samples.save(temporary / SAMPLES)
@@ -149,13 +149,6 @@ def _add_code(folder: Path, kind: type[DiffusionPipeline]) -> None:
                 # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/configuration_utils.py
                 _update(config, auto_map={"AutoModel": f"{name}.{entry[1]}"}, _use_default_values=["auto_map"])
     _update(folder / "model_index.json", **index)
-
-
-def _forget_local_paths(folder: Path) -> None:
-    """Takes out where a component was loaded from, if that is a folder of this machine."""
-    for path in folder.glob("*/*config.json"):
-        if Path(json.loads(path.read_text()).get("_name_or_path") or "-").exists():
-            _update(path, _name_or_path=None)
 
 
 def _update(path: Path, **entries: Any) -> None:

@@ -56,6 +56,7 @@ def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardD
         datasets=[details.dataset] if is_on_hub else None,
         model_name=title,
     )
+    size = (details.training or {}).get("resolution")  # not always what the pipeline takes
     facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,
         "transformer": type(pipeline.transformer).__name__,
@@ -69,6 +70,7 @@ def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardD
         title=as_text(title),
         repo_id=as_code(repo_id),
         samples=f"\n![Samples]({SAMPLES})\n" if details.samples is not None else "",
+        options=f", height={size}, width={size}" if size else "",
         facts="\n".join(table_row(name, value) for name, value in facts.items()),
         training=training_table(details),
     )

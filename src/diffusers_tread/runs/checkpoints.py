@@ -314,7 +314,7 @@ def settle_buckets(
 
     Args:
         model: As Accelerate prepared it; nothing happens to one that is not DDP's.
-        latents_shape: [C, S, S] that it is trained on.
+        latents_shape: [C, H, W] that it is trained on.
         device: Its device.
         conditions: What it is told of one sample.
     """

@@ -24,6 +24,7 @@ FREE_FIELDS = (
     *("validation_steps", "num_validation_images", "validation_inference_steps", "validation_guidance_scale"),
     *("eval_steps", "eval_reference", "eval_feature_extractor", "eval_feature_extractor_weights"),
     *("eval_num_samples", "eval_batch_size", "eval_inference_steps", "eval_guidance_scale"),
+    *("validation_prompts", "eval_prompts"),
     *("dataloader_num_workers", "cache_dir", "max_corrupt_images"),
 )
 _POSITIVE = (

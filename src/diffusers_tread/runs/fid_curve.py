@@ -32,7 +32,7 @@ class FIDCurve:
         step: The step that the run goes on from; records of later ones are forgotten.
         extractor: The network whose features are compared.
         reference: An `.npz` file with statistics or images, or a folder of images.
-        image_size: Side of the samples in pixels, which images of the reference must have.
+        image_size: Height and width of the samples in pixels, which images of the reference must have.
         num_samples: Of a measurement, over all processes.
         batch_size: Samples per process and forward.
         sampling: How samples are made, for the records.
@@ -49,7 +49,7 @@ class FIDCurve:
         step: int,
         extractor: FeatureExtractor,
         reference: str,
-        image_size: int,
+        image_size: tuple[int, int],
         num_samples: int,
         batch_size: int,
         sampling: dict[str, Any],
@@ -64,7 +64,7 @@ class FIDCurve:
             metrics=("fid",),
             batch_size=batch_size,
             store_dir=self.output_dir / STORE,
-            image_size=(image_size, image_size),
+            image_size=image_size,
         )
         records = _read_records(self.output_dir / RECORDS) if accelerator.is_main_process else []
         self.records = [record for record in broadcast_object_list([records])[0] if record["step"] <= step]

@@ -51,12 +51,15 @@ def add_lora(config: LoraTrainConfig, accelerator: Accelerator, transformer: tor
     """Freezes a transformer and puts a LoRA on it, in float32; gives its `LoraConfig`.
 
     Raises:
-        ValueError: No layer has one of the names; FSDP, which cannot shard what is frozen with what is not.
+        ValueError: No layer has one of the names; a class that diffusers has no LoRAs for; FSDP, which cannot shard
+            what is frozen with what is not.
     """
     from peft import LoraConfig
 
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("Expected one process or DDP for a LoRA, got FSDP. The frozen weights stay whole.")
+    if not hasattr(transformer, "add_adapter"):
+        raise ValueError(f"Expected a transformer that takes LoRAs, got {type(transformer).__name__}, which does not.")
     targets = config.lora_target_modules.split(",")
     lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets)
     transformer.requires_grad_(False)

@@ -72,11 +72,16 @@ class RunOutputs(ABC):
                 step=step,
                 extractor=extractor,
                 reference=config.eval_reference,
-                image_size=source.resolution,
+                image_size=self.image_size,
                 num_samples=config.eval_num_samples,
                 batch_size=config.eval_batch_size,
                 sampling=self.sampling,
             )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of samples in pixels."""
+        return (self.source.resolution,) * 2
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -67,6 +67,9 @@ def open_pipeline(
             parts=read_json(config.parts),
             scheduler=setup.make_objective(config, None).scheduler(),
         )
+    if transformer is not None and "default_sample_size" in pipeline.config and config.resolution:  # PRX's
+        pipeline.register_to_config(default_sample_size=config.resolution)
+        pipeline.default_sample_size = config.resolution
     identity = text_identity(pipeline, max_sequence_length=config.max_sequence_length)  # in whatever precision it is
     frozen_dtype = FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
     for name, part in pipeline.components.items():
@@ -115,16 +118,19 @@ def make_denoiser(
     config: TextTrainConfig, encoder: PromptEncoder, source: TrainingSource, accelerator: Accelerator
 ) -> PipelineDenoiser:
     """The pipeline as what is trained. Raises ValueError for parts that do not fit each other or the data."""
-    height, width = max(source.sizes)
-    factor = source.resolution // source.latent_size
+    factor, text = source.resolution // source.latent_size, encoder([""])
+    shape, *others = [(source.channels, *(side // factor for side in size)) for size in sorted(source.sizes)[::-1]]
     with accelerator.autocast():  # in which it is tried
-        return PipelineDenoiser(
+        denoiser = PipelineDenoiser(
             encoder.pipeline,
-            latents_shape=(source.channels, height // factor, width // factor),
-            text=encoder([""]),
+            latents_shape=shape,
+            text=text,
             pixels_per_latent=factor,
             call_options=read_json(config.call_options),
         )
+        for other in others:
+            denoiser.try_shape(other, text)
+    return denoiser
 
 
 def text_conditions(
@@ -213,6 +219,10 @@ class TextOutputs(RunOutputs):
         super().__init__(*args, **options)
         self.pipeline, self.make_transformer = pipeline, make_transformer
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.source.sizes[0]  # the first bucket
+
     def make_pipeline(self) -> DiffusionPipeline:
         with init_empty_weights():
             transformer = self.make_transformer()
@@ -248,7 +258,7 @@ class TextOutputs(RunOutputs):
         save_pipeline(pipeline, folder)
 
     def _images(self, pipeline: DiffusionPipeline, prompts: list[str], **options: Any) -> PromptImages:
-        height, width = self.source.sizes[0]
+        height, width = self.image_size
         parameters = inspect.signature(type(pipeline).__call__).parameters
         call_options = {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
         for name in LENGTHS:

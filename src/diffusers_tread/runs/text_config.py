@@ -23,6 +23,9 @@ class TextTrainConfig(RunConfig):
         ValueError: As `RunConfig`; caption columns or texts that are none; no transformer, or two.
     """
 
+    dry_run: bool = False
+    """Print the settings and write nothing in the output folder; pipeline and data are loaded for it."""
+
     # Data.
     caption_column: str = "text"
     """Column with captions, or several with probabilities, such as long:0.8,short:0.2."""
@@ -94,8 +97,8 @@ class TextTrainConfig(RunConfig):
             found = json.loads(text) if is_list else Path(text).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise ValueError(f"Expected --{field} as a JSON list or a text file, got {text!r} ({error}).") from error
-        found = [prompt for prompt in found if prompt] if not is_list else found
-        if not all(isinstance(prompt, str) for prompt in found):
+        found = [prompt for prompt in found if prompt.strip()] if not is_list else found
+        if not all(isinstance(prompt, str) and prompt.strip() for prompt in found):
             raise ValueError(f"Expected texts in --{field}, got {found}.")
         return found
 

@@ -112,7 +112,8 @@ class TrainingLoop(ABC):
         # Resume.
         state = {"global_step": 0, "samples_seen": 0}
         if run.checkpoint is not None:
-            shape = (source.channels, *[source.latent_size] * 2)
+            factor = source.resolution // source.latent_size
+            shape = (source.channels, *(side // factor for side in source.sizes[0]))
             settle_buckets(self.model, shape, accelerator.device, self.null_conditions())
             state = load_checkpoint(accelerator, run.checkpoint, ema=self.ema, ema_names=self.names)
             accelerator.print(f"Resuming from {run.checkpoint}.")

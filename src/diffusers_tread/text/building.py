@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 
-from ..files import write_json
+from ..files import forget_local_paths, write_json
 from ..registry import add_entry
 
 
@@ -96,8 +96,7 @@ def load_pipeline(
     try:
         if pretrained is not None:
             base = DiffusionPipeline.load_config(pretrained)
-            name = base["_class_name"] if transformer is None else kind.__name__
-            kind = getattr(diffusers, name)
+            kind = _class_to_train(pretrained, base) if transformer is None else kind
         parameters = dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
         if unknown := sorted(set(parts or {}) - set(parameters)):
             raise ValueError(f"Expected parts of {kind.__name__} among {sorted(parameters)}, got {unknown}.")
@@ -118,13 +117,14 @@ def load_pipeline(
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
-    """Saves a pipeline so that it can be loaded again.
+    """Saves a pipeline so that it can be loaded again, without the folders of this machine that it came from.
 
     diffusers loads the text encoder of PRX as a class of its own. What it saves of that names a class that it does not
     have, and a config without the part for the encoder that it looks for:
     https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/prx/__init__.py
     """
     pipeline.save_pretrained(folder)
+    forget_local_paths(folder)
     index = Path(folder, "model_index.json")
     content = json.loads(index.read_text(encoding="utf-8"))
     for name, entry in content.items():
@@ -133,6 +133,17 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
             config = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, {"encoder": dict(config)} | config)
     write_json(index, content)
+
+
+def _class_to_train(pretrained: str, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
+    """The class that a `model_index.json` names, before anything large is fetched."""
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is None or "transformer" not in index:
+        raise ValueError(
+            f"Expected a pipeline of diffusers with a transformer at {pretrained!r}, got "
+            f"{index.get('_class_name')!r}. Those that are known: {sorted(PIPELINES.values())}."
+        )
+    return kind
 
 
 def _load_part(name: str, place: Any, parameter: inspect.Parameter) -> Any:

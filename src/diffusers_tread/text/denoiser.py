@@ -139,13 +139,16 @@ class PipelineDenoiser(torch.nn.Module):
         if "timestep" not in asked:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             raise _Called(given, dict(zip(names, args, strict=False)) | kwargs)
-        timestep = asked["timestep"].to(given.device) / self.timestep_divisor + self.timestep_offset
+        # On the device, where the scheduler's is not.
+        timestep = asked["timestep"] / self.timestep_divisor + self.timestep_offset
         if named:
             return args, kwargs | {self.timestep_name: timestep}
         return (*args[:place], timestep, *args[place + 1 :]), kwargs
 
     def _try_out(self, latents_shape: Sequence[int], text: tuple[Any, ...]) -> dict[str, Any]:
         """Finds how the pipeline makes the transformer's timestep of the scheduler's, which must be linear."""
+        self.timestep_divisor, self.timestep_offset = 1.0, 0.0
+        self.try_shape(latents_shape, text)
         latents, values = torch.zeros(1, *latents_shape, device=self.transformer.device), []
         for probe in _PROBES:
             self.pipeline.scheduler.probe = probe
@@ -162,9 +165,24 @@ class PipelineDenoiser(torch.nn.Module):
             )
         self.timestep_divisor = round((_PROBES[2] - _PROBES[0]) / (high - low), 6)
         self.timestep_offset = round(low - _PROBES[0] / self.timestep_divisor, 6)
+        return inputs
 
-        # Once through all of it, for the shapes.
+    def try_shape(self, latents_shape: Sequence[int], text: tuple[Any, ...]) -> None:
+        """Predicts once, for the shapes.
+
+        Args:
+            latents_shape: [C, H, W] of some latents.
+            text: Of one caption.
+
+        Raises:
+            ValueError: Transformer, latents and text do not fit each other.
+        """
+        latents = torch.zeros(1, *latents_shape, device=self.transformer.device)
+        patch_size = self.transformer.config.get("patch_size", 1)
         try:
+            # PRX before diffusers 0.42 leaves out what is no whole patch.
+            if isinstance(patch_size, int) and any(side % patch_size for side in latents_shape[1:]):
+                raise ValueError(f"patches of {patch_size}x{patch_size} do not fill these latents")
             with torch.no_grad(), token_routing(self.transformer, enabled=False) if self.is_routed else nullcontext():
                 prediction = self._predict(latents, text, timestep=torch.zeros(1, device=latents.device))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -172,14 +190,13 @@ class PipelineDenoiser(torch.nn.Module):
             raise ValueError(
                 f"Expected a {type(self.transformer).__name__} for latents {list(latents_shape)} and texts {shapes}, "
                 f"got parts that do not fit each other: {error}. Compare its config with the VAE's and the text "
-                "encoders' widths."
+                "encoders' widths, and the sides of the images with its patches."
             ) from error
         if prediction.shape != latents.shape:
             raise ValueError(
                 f"Expected predictions {list(latents.shape)}, got {list(prediction.shape)}: transformer and VAE do "
                 "not fit each other. Compare their numbers of channels."
             )
-        return inputs
 
 
 class _Predicted(Exception):

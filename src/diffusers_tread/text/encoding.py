@@ -3,6 +3,7 @@
 
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import diffusers
@@ -59,7 +60,17 @@ class PromptEncoder:
         return tuple(encoded) if isinstance(encoded, (tuple, list)) else (encoded,)
 
     def encode(self, captions: list[str]) -> list[Encoded]:
-        """The same caption by caption, on the CPU."""
+        """The same caption by caption, on the CPU.
+
+        Raises:
+            ValueError: The pipeline masks only some batches, so that its captions cannot be put together again.
+        """
+        if self._drops_masks:
+            raise ValueError(
+                f"Expected a pipeline whose encoded captions can be stored one by one, got "
+                f"{type(self.pipeline).__name__}, which gives a mask only where captions differ in length. Encode "
+                "them in each step instead."
+            )
         encoded, samples = self(captions), [{} for _ in captions]
         for place, (value, axis) in enumerate(zip(encoded, self.axes, strict=True)):
             for index, sample in enumerate(samples):
@@ -94,9 +105,15 @@ class PromptEncoder:
         """What its results depend on (JSON)."""
         return text_identity(self.pipeline, max_sequence_length=self.max_sequence_length)
 
+    @cached_property
+    def _drops_masks(self) -> bool:
+        """Whether it leaves out the mask of a batch of equally long captions, as Qwen-Image does."""
+        pairs = zip(self([""]), self(["", "a caption of several words"]), strict=True)
+        return any(one is None and other is not None for one, other in pairs)
+
     def _limit(self, tokenizer) -> int:
         # CLIP's encoders have a length of their own, which no pipeline lets anybody set.
-        asked = next((self.options[name] for name in LENGTHS if name in self.options), tokenizer.model_max_length)
+        asked = next((self.options[name] for name in LENGTHS if self.options.get(name)), tokenizer.model_max_length)
         return tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else asked
 
     def _find_options(self, max_sequence_length: int | None) -> dict[str, Any]:
@@ -107,23 +124,22 @@ class PromptEncoder:
         parameters = inspect.signature(kind.encode_prompt).parameters
         others = list(parameters.items())[2:]
         options = {name: None for name, one in others if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+        # What `__call__` would say, such as the length or Sana's instruction: not always the same default.
+        called = inspect.signature(kind.__call__).parameters
+        shared = {name: called[name].default for name, _ in others if name in called and "prompt" not in name}
+        options |= {name: default for name, default in shared.items() if default is not inspect.Parameter.empty}
         if "do_classifier_free_guidance" in parameters:
             options["do_classifier_free_guidance"] = False
         if "device" in parameters:
             options["device"] = self.pipeline.device
 
-        # The length that `__call__` would take.
         name = next((name for name in LENGTHS if name in parameters), None)
         if max_sequence_length is not None and name is None:
             raise ValueError(
                 f"Expected no max_sequence_length for {kind.__name__}, whose length is fixed, got "
                 f"{max_sequence_length}. Leave it out."
             )
-        if name is not None:
-            default = inspect.signature(kind.__call__).parameters.get(name)
-            length = max_sequence_length or (default and default.default)
-            options |= {} if length in (None, inspect.Parameter.empty) else {name: length}
-        return options
+        return options if max_sequence_length is None else options | {name: max_sequence_length}
 
 
 def text_identity(pipeline, *, max_sequence_length: int | None) -> dict[str, Any]:
