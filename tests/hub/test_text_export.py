@@ -22,6 +22,7 @@ from diffusers_tread.runs.lora import export_lora  # noqa: E402
 @pytest.mark.parametrize("kind", ["sd3", "prx"])
 def test_an_exported_pipeline_loads_and_its_card_says_what_it_is(tmp_path, kind):
     pipeline = PIPELINES[kind](tmp_path / "parts")
+    training = {"proportion_empty_prompts": 0.1, "pretrained_model_name_or_path": "ant/base"}
     details = CardDetails(
         dataset="ant/photos",
         samples=PIL.Image.new("RGB", (8, 8)),
@@ -36,6 +37,7 @@ def test_an_exported_pipeline_loads_and_its_card_says_what_it_is(tmp_path, kind)
     assert card.data.pipeline_tag == "text-to-image" and card.data.datasets == ["ant/photos"]
     assert 'from_pretrained("ant/model")' in card.text and "captions dropped" in card.text
     assert 'pipe("a prompt", height=64, width=64)' in card.text
+    assert card.data.base_model == "ant/base"
     assert not list((tmp_path / "pushed").rglob("*.py")) and (tmp_path / "pushed" / "samples.png").exists()
 
 

@@ -54,6 +54,7 @@ def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardD
         pipeline_tag="text-to-image",
         tags=["diffusers", "diffusers-tread", "text-to-image", "tread", "token-routing"],
         datasets=[details.dataset] if is_on_hub else None,
+        base_model=_base_model(details),
         model_name=title,
     )
     size = (details.training or {}).get("resolution")  # not always what the pipeline takes
@@ -75,3 +76,11 @@ def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardD
         training=training_table(details),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _base_model(details: CardDetails) -> str | None:
+    """The public model whose transformer was trained further, whose licence holds on."""
+    training = details.training or {}
+    name = training.get("pretrained_model_name_or_path")
+    is_new = training.get("preset") or training.get("transformer_config_name_or_path")
+    return None if name is None or is_new or Path(name).exists() else name

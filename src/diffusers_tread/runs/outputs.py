@@ -75,7 +75,7 @@ class RunOutputs(ABC):
                 image_size=self.image_size,
                 num_samples=config.eval_num_samples,
                 batch_size=config.eval_batch_size,
-                sampling=self.sampling,
+                sampling={**self.sampling, **self.sampled},
             )
 
     @property
@@ -92,6 +92,11 @@ class RunOutputs(ABC):
             "guidance_scale": config.eval_guidance_scale,
             "seed": config.seed,
         }
+
+    @property
+    def sampled(self) -> dict[str, Any]:
+        """What samples are of, for the records of the FID."""
+        return {}
 
     @abstractmethod
     def make_pipeline(self) -> DiffusionPipeline:

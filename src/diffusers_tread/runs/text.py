@@ -2,6 +2,7 @@
 """What a text-to-image run makes of its config, and of its weights."""
 
 import copy
+import hashlib
 import inspect
 import json
 import logging
@@ -222,6 +223,11 @@ class TextOutputs(RunOutputs):
     @property
     def image_size(self) -> tuple[int, int]:
         return self.source.sizes[0]  # the first bucket
+
+    @property
+    def sampled(self) -> dict[str, Any]:
+        prompts = json.dumps(self.config.prompts("eval_prompts"))
+        return {"prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest()}
 
     def make_pipeline(self) -> DiffusionPipeline:
         with init_empty_weights():

@@ -96,6 +96,8 @@ class PromptEncoder:
         """How many captions lose their end: each tokenizer counts, the longest limit decides."""
         names = [name for name in self.pipeline.components if name.startswith("tokenizer")]
         tokenizers = [one for name in names if (one := self.pipeline.components[name]) is not None]
+        if not tokenizers:  # of a pipeline that calls it otherwise
+            return 0
         limits = [self._limit(tokenizer) for tokenizer in tokenizers]
         longest = max(range(len(tokenizers)), key=limits.__getitem__)
         lengths = tokenizers[longest](list(captions), truncation=False, verbose=False)["input_ids"]
