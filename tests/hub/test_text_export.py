@@ -22,11 +22,11 @@ from diffusers_tread.runs.lora import export_lora  # noqa: E402
 @pytest.mark.parametrize("kind", ["sd3", "prx"])
 def test_an_exported_pipeline_loads_and_its_card_says_what_it_is(tmp_path, kind):
     pipeline = PIPELINES[kind](tmp_path / "parts")
-    training = {"proportion_empty_prompts": 0.1, "pretrained_model_name_or_path": "ant/base"}
+    training = {"proportion_empty_prompts": 0.1, "resolution": 64, "pretrained_model_name_or_path": "ant/base"}
     details = CardDetails(
         dataset="ant/photos",
         samples=PIL.Image.new("RGB", (8, 8)),
-        training={"proportion_empty_prompts": 0.1, "resolution": 64},
+        training=training,
     )
     for _ in range(2):  # the second replaces the first
         export_text_pipeline(pipeline, tmp_path / "pushed", repo_id="ant/model", card=details)
