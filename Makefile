@@ -17,6 +17,8 @@ SAME := claims data/damaged_records data/latent_shards data/latent_sources data/
 SAME += examples/demo_avatars examples/make_avatars examples/stopping metrics/feature_statistics metrics/feature_store
 SAME += metrics/frechet metrics/not_finite metrics/npz metrics/precision_recall models/transformer_compile routing/ops
 SAME += routing/route routing/subset runs/branches runs/folder runs/overwrite runs/signals
+SAME += data/buckets data/captions data/latents_with_captions examples/evaluate_prompts examples/precompute_captions
+SAME += examples/train_alignment examples/train_muon runs/optimizers runs/shift
 PYTEST_ARGS ?=
 
 BENCH := .venv/bin/python benchmarks
@@ -30,7 +32,7 @@ PLAIN := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_C
 PLAIN += TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.venv/inductor-plain"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-plain test-oldest style quality clean
+.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -68,13 +70,16 @@ bench-gpu: .venv/.installed ## test and measure on a GPU, made for an H200; want
 	$(BENCH)/report.py
 
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
-	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 -m "not long" $(PYTEST_ARGS)
+
+test-long: .venv/.installed ## run the tests that make test leaves out, of two processes that are stopped and go on
+	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 -m long $(PYTEST_ARGS)
 
 test-plain: .venv/.installed ## run the tests without the processor's newer instructions
-	$(TEST_ENVIRONMENT) $(PLAIN) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(TEST_ENVIRONMENT) $(PLAIN) .venv/bin/python -m pytest -n 2 -m "not long" $(PYTEST_ARGS)
 
 test-oldest: .venv-oldest/.installed ## likewise with the oldest supported diffusers, without slow tests and benchmarks
-	$(TEST_ENVIRONMENT) .venv-oldest/bin/python -m pytest -n 2 -m "not slow" --ignore tests/benchmarks \
+	$(TEST_ENVIRONMENT) .venv-oldest/bin/python -m pytest -n 2 -m "not slow and not long" --ignore tests/benchmarks \
 		$(foreach name,$(SAME),--ignore $(dir tests/$(name))test_$(notdir $(name)).py) $(PYTEST_ARGS)
 
 style: .venv/.installed ## format the code and repair what ruff can repair

@@ -134,7 +134,7 @@ def test_an_interrupted_evaluation_goes_on_and_other_scorers_are_refused(argv, m
         run(*words, "--scorer_file", material / "other.py")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_go_on_after_a_kill_and_give_what_one_process_gives(argv, tmp_path):
     kill = {"at": ["diffusers_tread.files.publish"], "matching": "features/images/batch-000001"}
     runs = [("one", 1, None), ("other", 1, kill), ("other", 2, None)]

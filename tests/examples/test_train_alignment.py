@@ -90,7 +90,7 @@ def test_the_encoder_sees_the_images_that_the_latents_are_made_of(run, tmp_path,
         assert torch.equal(pixels, images) and images.shape == (2, 3, 8, 8) and grid_size == (2, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_of_two_processes_end_bitwise_like_others(run, tmp_path):
     """With DDP and with FSDP2, killed in the fifth step, after a checkpoint."""
     kinds = {"ddp": {"processes": 2}, "fsdp": {"processes": 2, "fsdp": True}}

@@ -52,7 +52,7 @@ def test_a_stopped_run_of_muon_goes_on_exactly_and_not_with_another_optimiser(ar
     assert seen == [[(0.005, 0.02), (0.005, 0.0), (0.03, 0.0), (0.03, 0.0)]] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_and_shards_of_fsdp2_go_on_exactly_and_agree(argv, tmp_path):
     plan, kinds = [], {"ddp": {"processes": 2}, "fsdp": {"processes": 2, "fsdp": True}}
     for name, options in kinds.items():

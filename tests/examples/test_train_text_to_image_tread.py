@@ -93,6 +93,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_a_plain_pipeline_with_the_same_bits(bases, photos, tmp_path):
     plan, entry = [], {"script": "train_text_to_image_tread"}
     kill = {"at": ["train_text_to_image_tread.Trainer.next_batch"], "count": 4}
@@ -115,7 +116,7 @@ def test_a_killed_run_ends_as_a_plain_pipeline_with_the_same_bits(bases, photos,
         assert np.array_equal(image.ravel(), np.fromfile(folder / "image.bin", dtype=np.float32))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_resume_bit_for_bit(bases, photos, tmp_path):
     kill = {"at": ["train_text_to_image_tread.Trainer.next_batch"], "count": 4, "rank": 1}
     plan = []
