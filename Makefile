@@ -12,13 +12,17 @@ CITATION := cffconvert==2.0.0
 # The oldest supported releases, for `make test-oldest`.
 OLDEST ?= diffusers==0.36.0 "huggingface_hub<1" "transformers<5"
 # What `make test-oldest` leaves to `make test`, since those releases make no difference to it: formulas, files and folders
-# of our own, signals, drawings, torch's compiler. All that loads, routes, trains, samples, exports or pushes stays.
+# of our own, signals, drawings, torch's compiler, documents. What loads, routes and samples models of diffusers stays, and
+# of training, export and pushes what goes through its pipelines.
 SAME := claims data/damaged_records data/latent_shards data/latent_sources data/reading data/untrusted_latents
 SAME += examples/demo_avatars examples/make_avatars examples/stopping metrics/feature_statistics metrics/feature_store
 SAME += metrics/frechet metrics/not_finite metrics/npz metrics/precision_recall models/transformer_compile routing/ops
 SAME += routing/route routing/subset runs/branches runs/folder runs/overwrite runs/signals
 SAME += data/buckets data/captions data/latents_with_captions examples/evaluate_prompts examples/precompute_captions
 SAME += examples/train_alignment examples/train_muon runs/optimizers runs/shift
+SAME += additions docs flops full_disk packaging examples/import_latents examples/import_refusals examples/train_latents
+SAME += models/mamba_facts models/rwkv_facts models/mamba_tread_2d models/rwkv_tread_2d models/transformer_modern
+SAME += models/transformer_prefix objectives/terms/reconstruction objectives/terms/alignment routing/router routing/rows
 PYTEST_ARGS ?=
 
 BENCH := .venv/bin/python benchmarks
@@ -72,7 +76,7 @@ bench-gpu: .venv/.installed ## test and measure on a GPU, made for an H200; want
 test: .venv/.installed ## run the tests; more flags in PYTEST_ARGS
 	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 -m "not long" $(PYTEST_ARGS)
 
-test-long: .venv/.installed ## run the tests that make test leaves out, of two processes that are stopped and go on
+test-long: .venv/.installed ## run the tests that make test leaves out: two processes that are stopped and go on, compilers, smoke runs
 	$(TEST_ENVIRONMENT) .venv/bin/python -m pytest -n 2 -m long $(PYTEST_ARGS)
 
 test-plain: .venv/.installed ## run the tests without the processor's newer instructions

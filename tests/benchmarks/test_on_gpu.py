@@ -38,7 +38,7 @@ def environment(tmp_path):
     return os.environ | settings
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_every_part_starts_and_reports(environment, tmp_path):
     pytest.importorskip("datasets")

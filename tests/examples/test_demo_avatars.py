@@ -18,7 +18,7 @@ import train_tread
 from runs import call
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 FLAGS = "--num_train_images 40 --num_judge_images 80 --max_train_steps 8 --num_images 40 --num_inference_steps 2"
 
 QUICK = {

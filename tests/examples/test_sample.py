@@ -139,7 +139,7 @@ def test_slerp_is_scipy_s_and_keeps_the_norm():
     assert sample.slerp(start, end, 0.5).norm() > 0.9 * start.norm() > 1.2 * ((start + end) / 2).norm()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_and_killed_runs_give_what_one_process_gives(argv, tmp_path):
     """Killed alone at a random image, then one of two processes at another, then left to finish."""
     image = random.Random(os.urandom(8)).randrange(1, 12)

@@ -90,7 +90,7 @@ def test_a_training_that_is_told_to_stop_finishes_its_step_and_the_command_it_na
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_of_which_one_is_told_stop_at_the_same_step_and_go_on(flags, tmp_path):
     stop = {"at": ["train_tread.Trainer.train_step"], "count": 3, "rank": 1, "send": "SIGTERM"}
     runs = [("whole", None), ("stopped", stop), ("stopped", None)]

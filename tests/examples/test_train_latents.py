@@ -127,7 +127,7 @@ def test_the_pipeline_gets_the_vae_that_made_the_latents(argv, data, tmp_path):
     assert pipeline("bee", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_end_bitwise_like_others_that_also_sampled_and_measured(argv, evaluation, tmp_path):
     """In two processes with DDP and in two with FSDP2, each killed in the middle of a random step."""
     step, plan = random.Random(os.urandom(8)).randrange(1, 10), []

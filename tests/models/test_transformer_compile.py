@@ -105,7 +105,7 @@ def _seeded(model, args, seed=3):
         return model(*args)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_numbers(make_model, inputs):
     model = make_model(num_layers=3, attention_head_dim=4, mlp_ratio=1.0, routes=[{"start": 0, "end": 0}]).train()
