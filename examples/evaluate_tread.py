@@ -317,7 +317,7 @@ def evaluate_scales(config: EvaluationConfig, state: PartialState, output_dir: P
         if values is not None:
             rows.append({"guidance_scale": scale, **values})
             write_json(output_dir / "guidance_scales.json", rows)
-            name = "fid" if "fid" in values else next(iter(values))
+            name = next(iter(values))  # the first of the metrics
             points = [(row["guidance_scale"], row[name]) for row in rows]
             save_curve(points, output_dir / "guidance_scales.png", x_label="guidance scale", y_label=name)
 
