@@ -53,6 +53,6 @@ def test_a_pushed_lora_loads_in_its_base(tmp_path):
     card = ModelCard.load(tmp_path / "hub" / "README.md")
     assert "lora" in card.data.tags and str(tmp_path) not in card.content
     plain = DiffusionPipeline.from_pretrained(tmp_path / "base")
-    plain.load_lora_weights(tmp_path / "hub")
+    plain.load_lora_weights(tmp_path / "hub", weight_name="pytorch_lora_weights.safetensors")
     names = [name for name, _ in plain.transformer.named_parameters() if "lora" in name]
     assert names and len(names) == sum("lora" in name for name, _ in pipeline.transformer.named_parameters())
