@@ -38,7 +38,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
     r"""Euler-Maruyama's method for the reverse SDE of flow matching, one model call per step.
 
     dx = [v - w(t) / 2 * score] dt + sqrt(w(t)) dW, from t = 1 to 0, has the same distribution at each t as the ODE
-    dx = v dt, whatever w >= 0 (arXiv 2401.08740, Section 2). With x_t = (1 - t) x + t noise the score is
+    dx = v dt, whatever w >= 0 (arXiv 2401.08740). With x_t = (1 - t) x + t noise the score is
     -(x_t + (1 - t) v) / t. The last of the N steps, from `last_step_size` to 0, follows the drift and adds no noise.
 
     REPA's published sampler has N = 250, `last_step_size=0.04` and w(t) = 2 t; SiT's code has the same last step and
