@@ -2,7 +2,8 @@
 # What needs a GPU, in one go, on a machine that has torch, accelerate and transformers but perhaps no registry.
 #
 #     bash benchmarks/on_gpu.sh checks speed       # about six minutes on an H200: the tests marked gpu, then the timings
-#     bash benchmarks/on_gpu.sh rest               # the script's loop, memory
+#     bash benchmarks/on_gpu.sh scripts            # the tests of the training scripts, which take the GPU they find
+#     bash benchmarks/on_gpu.sh rest               # the script's loop, text-to-image steps, alignment, memory
 #     bash benchmarks/on_gpu.sh evidence           # dense against routed on avatars (DATA=FILE.npz), five minutes
 #     DEVICE=cpu SMOKE=1 bash benchmarks/on_gpu.sh checks speed    # does it start? tiny models, nothing compiled
 #
@@ -42,13 +43,13 @@ bench() { # seconds, name, script, flags ...
 if [ -n "${SMOKE:-}" ]; then
     large="--presets S/8" base="--presets S/8" preset=S/8 short=16 long=64 suffix=smoke
     speed="--repeats 2 --warmup 1" few=$speed batches=(2 2 2 2) dtype=float32 runs=1 turn=2
-    many="-n 0 -k checkpoint"
+    many="-n 0 -k checkpoint" scripts="-n 0 -k stopped_run_of_muon" texts=prx-s
     evidence="--seeds 0 --width 32 --heads 1 --depth 6 --steps 10 --evaluations 2 --samples_at 1 --num_samples 20"
     evidence+=" --judge_steps 10 --heldout_per_level 4 --sampling_steps 2 --batch_size 4"
 else
     large="--presets XL/2" base="--presets B/2,S/2" preset=XL/2 short=256 long=1024 suffix=gpu
     speed="--repeats 15 --warmup 3" few="--repeats 5 --warmup 1" batches=(128 256 32 64) dtype=bfloat16 runs=10 turn=10
-    many="-n 6"
+    many="-n 12" scripts="-n 14" texts=prx-s,sd3-s
     evidence="--dtype bfloat16 --compile --seeds 0,1,2 --width 384 --heads 6 --steps 900 --batch_size 256 --lr 1e-3"
     evidence+=" --samples_at 2 --num_samples 2000 --eval_batch_size 1000 --heldout_per_level 200 --judge_steps 600"
     evidence+=" --warmup 3 --time_limit 330"
@@ -58,6 +59,10 @@ for what in "$@"; do
     case $what in
     checks)
         part 150 tests_gpu $python -m pytest tests/gpu tests/models/test_transformer_{features,citizen}.py -m gpu -q $many --durations 5
+        ;;
+    scripts)
+        part 200 tests_scripts $python -m pytest tests/examples/test_{train_*,sample,evaluate_tread}.py -m "not long" -q \
+            $scripts --durations 5
         ;;
     speed)
         bench 150 train_step_$suffix train_step.py $large --tokens $short --batch_size "${batches[0]}" --modes eager,blocks \
@@ -78,6 +83,9 @@ for what in "$@"; do
     rest)
         bench 90 training_loop_$suffix training_loop.py --preset $preset --tokens $short --batch_size "${batches[0]}" \
             --steps_per_turn $turn --compile --dtype $dtype $few
+        bench 60 text_step_$suffix text_step.py --presets $texts --tokens $long --batch_size "${batches[2]}" --dtype $dtype $speed
+        bench 60 alignment_step_$suffix alignment_step.py --preset $preset --tokens $short --batch_size "${batches[0]}" \
+            --dtype $dtype $few
         [ -n "${SMOKE:-}" ] || bench 300 memory_gpu memory.py --dtype $dtype --preset $preset --batch_sizes 8,32 \
             --check_batch_size 64 --search
         ;;
