@@ -14,7 +14,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-export OUT=${OUT:-benchmarks/results} PYTHONPATH=src:.site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OUT=${OUT:-benchmarks/results} PYTHONPATH="$PWD/src:$PWD/.site" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 if ! $python -c 'import diffusers' 2>/dev/null; then
     $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site .whl/*.whl || exit
@@ -58,7 +58,7 @@ fi
 for what in "$@"; do
     case $what in
     checks)
-        part 150 tests_gpu $python -m pytest tests/gpu tests/models/test_transformer_{features,citizen}.py -m gpu -q $many --durations 5
+        part 150 tests_gpu $python -m pytest tests/gpu tests/models/test_transformer_features.py -m gpu -v $many --durations 5
         ;;
     scripts)
         part 200 tests_scripts $python -m pytest tests/examples/test_{train_*,sample,evaluate_tread}.py -m "not long" -q \

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import DTYPES, finish_report, latent_size, make_parser, set_up, start_report, summary, time_in_turns
 
-from diffusers_tread import FlowMatchingObjective, RoutingCall, apply_token_routing
+from diffusers_tread import FlowMatchingObjective, RoutingCall, apply_token_routing, compile_blocks
 from diffusers_tread.flops import flop_ceiling, training_flops
 from diffusers_tread.runs.text_config import TEXT_PRESETS
 from diffusers_tread.text import PIPELINES, PipelineDenoiser, make_transformer
@@ -36,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=2, help="Images per step.")
     add("--dtype", choices=sorted(DTYPES), default="float32", help="Below float32 by autocast; weights stay float32.")
     add("--end", type=int, default=-4, help="Last block of the route, which begins at 2; half the tokens skip it.")
+    add("--compile", action="store_true", help="Compile the blocks by `compile_blocks`.")
     args = parser.parse_args(argv)
     set_up(args)
     args.presets = args.presets.split(",")
@@ -60,6 +61,9 @@ def measure(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     transformer = make_transformer(TEXT_PRESETS[preset]).to(args.device)
     route = apply_token_routing(transformer, {"start": 2, "end": args.end}).routes[0]
+    if args.compile:
+        torch.compiler.reset()  # the graphs of earlier rows would count towards dynamo's limit
+        compile_blocks(transformer, dynamic=False)
     side = latent_size(f"x/{transformer.config.patch_size}", args.tokens)
     text = make_text(transformer, args.batch_size, args.device)
     denoiser = make_denoiser(transformer, side, make_text(transformer, 1, args.device))

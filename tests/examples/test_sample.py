@@ -65,7 +65,9 @@ def test_images_are_the_samples_that_are_evaluated(argv, folder, tmp_path, label
     evaluated = make_images(folder, seed=5, guidance_scale=2.5, random_labels=labels == "--random_labels")
     for start in range(0, 10, 4):
         for index, image in enumerate(evaluated.read(start, min(start + 4, 10)), start=start):
-            np.testing.assert_array_equal(pixels(tmp_path / f"samples/images/{index:06d}.png"), image[0].numpy())
+            found = pixels(tmp_path / f"samples/images/{index:06d}.png").astype(int)
+            # The script takes an accelerator where there is one; here the CPU samples.
+            np.testing.assert_allclose(found, image[0].int(), rtol=0, atol=int(torch.accelerator.is_available()))
     assert [path.name for path in sorted((tmp_path / "samples").glob("*.png"))] == ["images-000000.png"]
     sheet = pixels(tmp_path / "samples/images-000000.png")
     if labels == "--random_labels":

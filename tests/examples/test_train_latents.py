@@ -100,7 +100,7 @@ def test_each_batch_is_a_new_sample_of_the_stored_posterior_shifted_and_scaled(a
 
     def watch(trainer, micro_step):
         latents, conditions, routing = next_batch(trainer, micro_step)
-        seen.append((trainer.step, micro_step, latents, conditions["class_labels"]))
+        seen.append((trainer.step, micro_step, latents.cpu(), conditions["class_labels"].cpu()))
         return latents, conditions, routing
 
     monkeypatch.setattr(train_tread.Trainer, "next_batch", watch)
