@@ -52,7 +52,7 @@ class Trainer(TrainingLoop):
             latents, conditions, routing = self.next_batch(micro_step)
             options = {"generator": self.generator, "routing": routing}
             options["terms"] = [*self.terms, *self.watching]
-            options |= {"images": self.images, "step": self.step}
+            options |= {"images": self.images, "image_features": self.image_features, "step": self.step}
             with accelerator.accumulate(self.model):
                 loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
                 accelerator.backward(loss)
