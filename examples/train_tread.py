@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     source, extractor = setup.open_data(config, accelerator), setup.open_feature_extractor(config, accelerator)
     setup.make_objective(config, source)
     with init_empty_weights():
-        settings = setup.describe_run(config, accelerator, source, setup.make_model(config, source))
+        model = setup.make_model(config, source)
+    settings = setup.describe_run(config, accelerator, source, model)
     about = setup.describe_classes(config, settings)
     accelerator.print(setup.settings_table(config, accelerator, settings, about))
     if config.dry_run:
