@@ -7,6 +7,7 @@ mirrored image in `features_flipped`.
 Shapes: B batch, h and w latent size, P patch size, N = (h / P) * (w / P) tokens, E the encoder's width.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,3 +96,24 @@ class StoredFeatures:
         for row, content in zip(values, column, strict=True):
             row[:] = np.frombuffer(content.as_buffer(), np.uint16)
         return torch.from_numpy(values).view(self.torch_dtype).unflatten(1, shape)
+
+
+class FeatureReading:
+    """What data sets of latents have in common, memory-mapped and streamed."""
+
+    reads_features = False
+
+    def with_features(self):
+        """The same records with a vision encoder's features, which cost more to read than the latents.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.info.patch_features is None:
+            raise ValueError(
+                "Expected latents with a vision encoder's features, got none. Make them with "
+                "examples/precompute_latents.py --pretrained_vision_encoder."
+            )
+        dataset = copy.copy(self)
+        dataset.reads_features = True
+        return dataset

@@ -8,7 +8,6 @@ moments are [B, M, H, W]. A data set `with_features` adds "features" [B, N, E] o
 or the mirrored image that the moments are of (features.py). The letters of the shapes are those of codec.py.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,34 +22,13 @@ from ..captions import CaptionColumns
 from ..streaming import LOST, StreamingDataset
 from .arrow import RECORD_BATCH, find_misfit, open_shard
 from .codec import sample_moments
-from .features import COLUMNS
+from .features import COLUMNS, FeatureReading
 from .info import INFO, LatentsInfo
 from .text import EMPTY, read_arrays
 from .writing import verify_latents
 
 
-class _WithFeatures:
-    """What both kinds of reading have in common."""
-
-    reads_features = False
-
-    def with_features(self):
-        """The same records with a vision encoder's features, which cost more to read than the latents.
-
-        Raises:
-            ValueError: There are none.
-        """
-        if self.info.patch_features is None:
-            raise ValueError(
-                "Expected latents with a vision encoder's features, got none. Make them with "
-                "examples/precompute_latents.py --pretrained_vision_encoder."
-            )
-        dataset = copy.copy(self)
-        dataset.reads_features = True
-        return dataset
-
-
-class LatentsDataset(_WithFeatures, Dataset):
+class LatentsDataset(FeatureReading, Dataset):
     """A folder of latents, memory-mapped: what is not asked for is not read, and no copy stays in memory.
 
     Whole batches are asked for by (epoch, index) pairs, because the flip depends on both. Safe in forked and spawned
@@ -130,7 +108,7 @@ class LatentsDataset(_WithFeatures, Dataset):
         return batch | _read_captions(self.source[indices], self.captions, places, self.info)
 
 
-class StreamingLatentsDataset(_WithFeatures, StreamingDataset):
+class StreamingLatentsDataset(FeatureReading, StreamingDataset):
     """A folder or repository of latents as a stream.
 
     Args:
