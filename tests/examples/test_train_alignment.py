@@ -118,13 +118,22 @@ def test_stored_features_train_as_the_images_do_up_to_their_rounding(run, precom
 
     losses, step = [], train_tread.Trainer.train_step
     monkeypatch.setattr(train_tread.Trainer, "train_step", lambda one: losses.append(loss := step(one)) or loss)
+    alignment = {"encoder": str(tmp_path / "dinov2"), "blocks": [0, 4], "projector": "conv", "spatial_norm": 0.6}
     options = {"max_train_steps": 2, "random_flip": True, "dense_fraction": 0.5, "gradient_accumulation_steps": 1}
+    options["loss_terms"] = json.dumps({"alignment": alignment})
     train(*run("images", **options), "--pretrained_vae_name_or_path", tmp_path / "vae")
     monkeypatch.setattr(VisionEncoder, "__call__", None)  # nothing looks any more
     train(*run("stored", **options, data=f"latents:{tmp_path / 'latents'}"))
     images, stored = torch.stack(losses).split(2)
     torch.testing.assert_close(images, stored, atol=1e-3, rtol=0)
     assert not torch.equal(images, stored)  # in what float16 leaves of the features
+
+    # The convolutions are averaged, and not saved with the model.
+    model, ema, pipeline = weights_of(tmp_path / "stored")
+    assert model["heads.4.conv.weight"].shape == ema["heads.0.conv.weight"].shape == (16, 16, 3, 3)
+    assert set(model) - {f"denoiser.{name}" for name in pipeline} == {
+        f"heads.{block}.conv.{part}" for block in (0, 4) for part in ("weight", "bias")
+    }
 
 
 def test_each_flip_has_its_own_features_and_killed_runs_end_with_the_same_bytes(precompute, run, tmp_path):

@@ -247,7 +247,7 @@ def describe_heads(terms: Sequence[LossTerm], source: TrainingSource) -> dict[st
     Raises:
         ValueError: A term wants images and the data have none, nor what it takes instead.
     """
-    stored = getattr(source.info, "patch_features", None)
+    stored = getattr(getattr(source, "info", None), "patch_features", None)
     for term in terms if not source.has_images else ():
         if term.wants_images and (stored is None or term.stored_features is None):
             raise ValueError(
