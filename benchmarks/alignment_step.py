@@ -6,7 +6,8 @@
 
 The step is that of examples/train_tread.py from latents and images on: the encoder on the images, forward, backward,
 AdamW. The encoders are DINOv2 with random weights and 14 pixels for each token; the aligned block lies in the default
-route. "ended" is a step after `until_step`: the projector runs, the encoder does not. All kinds of step take turns.
+route. With the last encoder's features stored, no encoder runs: "stored" has the same MLP, "conv" iREPA's convolution
+after the last block before the route. "ended" is a step after `until_step`, of the MLP. All kinds of step take turns.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from diffusers_tread import FlowMatchingObjective, RoutingCall
 from diffusers_tread.flops import training_flops
 from diffusers_tread.models import make_denoiser
 from diffusers_tread.objectives import AlignmentLoss, DenoiserWithHeads
-from diffusers_tread.objectives.terms.alignment import make_projector
+from diffusers_tread.objectives.terms.alignment import ConvProjector, make_projector
 from diffusers_tread.objectives.terms.vision_encoder import VisionEncoder
 
 
 # Widths of vision transformers with twelve blocks and heads of 64.
 ENCODERS = {"tiny": 192, "small": 384, "base": 768}
+STORED = ("stored", "conv")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,12 +61,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = make_denoiser(args.preset, sample_size=side, objective=FlowMatchingObjective.name)
     model.to(args.device).train()
     terms = {name: make_term(model, ENCODERS[name], args) for name in args.encoders}
-    terms["ended"] = dataclasses.replace(terms[args.encoders[-1]], until_step=1)
+    last = terms[args.encoders[-1]]
+    terms["stored"], terms["conv"] = last, with_convolution(model, last, args)
+    terms["ended"] = dataclasses.replace(last, until_step=1)
 
     # Steps, and their FLOPs for an image.
     kinds = {"routed": None, "dense": False}
     for name, term in {"bare": None, **terms}.items():
-        step = make_step(model, term, args)
+        step = make_step(model, term, args, is_stored=name in STORED)
         for kind, enabled in kinds.items():
             steps[name, kind] = partial(step, enabled)
             ratio = {} if enabled is None else {"selection_ratio": 0.0}
@@ -90,18 +94,27 @@ def make_term(model: torch.nn.Module, width: int, args: argparse.Namespace) -> A
     return AlignmentLoss(encoder=encoder, projectors={args.block: projector}, **options)
 
 
-def make_step(model: torch.nn.Module, term: AlignmentLoss | None, args: argparse.Namespace):
+def with_convolution(model: torch.nn.Module, term: AlignmentLoss, args: argparse.Namespace) -> AlignmentLoss:
+    """The term with a convolution after the last block before the route."""
+    projector = ConvProjector(model.patch_embedding.out_channels, term.encoder.width).to(args.device)
+    return dataclasses.replace(term, projectors={term.routes[0].start - 1: projector})
+
+
+def make_step(model: torch.nn.Module, term: AlignmentLoss | None, args: argparse.Namespace, *, is_stored: bool):
     """A function that takes one training step on a fixed batch, routed as its argument says."""
     terms, config, device = [] if term is None else [term], model.config, torch.device(args.device)
     denoiser = DenoiserWithHeads(model, terms) if terms else model
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, fused=True)
     latents = torch.randn(args.batch_size, config.in_channels, *[config.sample_size] * 2, device=device)
-    images = torch.rand(args.batch_size, 3, *[8 * config.sample_size] * 2, device=device) * 2 - 1
+    seen = {"images": torch.rand(args.batch_size, 3, *[8 * config.sample_size] * 2, device=device) * 2 - 1}
+    if is_stored:
+        shape = args.batch_size, args.tokens, term.encoder.width
+        seen = {"image_features": torch.randn(shape, dtype=torch.float16, device=device)}
     labels = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
     objective, seeds = FlowMatchingObjective(), itertools.count(args.seed)
 
     def step(enabled: bool | None) -> None:
-        options = {"routing": RoutingCall(enabled=enabled, seed=next(seeds)), "images": images, "step": 1}
+        options = {"routing": RoutingCall(enabled=enabled, seed=next(seeds)), "step": 1, **seen}
         with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "float32"):
             loss = objective.loss(denoiser, latents, class_labels=labels, terms=terms, **options).mean()
         loss.backward()
@@ -117,12 +130,12 @@ def added_flops(
     """Of the projector, forward and backward, and of the encoder's forward, for one image."""
     if term is None:
         return 0
-    (projector,) = term.projectors.values()
+    ((block, projector),) = term.projectors.items()
     (route,) = model.token_router.routes
-    is_routed = kind == "routed" and route.start <= args.block <= route.end
+    is_routed = kind == "routed" and route.start <= block <= route.end
     tokens = args.tokens * (1 - route.selection_ratio if is_routed else 1)
-    flops = 6 * tokens * sum(layer.weight.numel() for layer in projector[::2])
-    if name != "ended":
+    flops = 6 * tokens * sum(weight.numel() for weight in projector.parameters() if weight.dim() > 1)
+    if name not in ("ended", *STORED):
         side = int(args.tokens**0.5)
         with FlopCounterMode(display=False) as counter:
             term.encoder(torch.zeros(1, 3, 8, 8, device=args.device), (side, side))

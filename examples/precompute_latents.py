@@ -40,6 +40,7 @@ from diffusers_tread.distributed import on_main_process
 from diffusers_tread.hub import open_repo
 from diffusers_tread.runs.latents import (
     CaptionStore,
+    FeatureStore,
     LatentsConfig,
     describe_latents,
     load_prompt_encoder,
@@ -80,6 +81,12 @@ class PrecomputeConfig(LatentsConfig):
     """What the text encoders compute in and is stored of them."""
     max_sequence_length: int | None = None
     """Tokens of a caption; None for the pipeline's own limit."""
+    pretrained_vision_encoder: str | None = None
+    """A DINOv2, DINOv3, SigLIP or CLIP, whose patch features are stored for the alignment of a training."""
+    features_dtype: Literal["float16", "bfloat16"] = "float16"
+    """What is stored of them."""
+    features_patch_size: int = 2
+    """Patch size of the model to be trained: it gets one feature for each of its tokens."""
     aspect_ratio_buckets: str | None = None
     """Sizes of images such as "256,256;224,288;288,224", heights first, instead of --resolution."""
     cache_dir: str | None = None
@@ -125,7 +132,7 @@ class PrecomputeConfig(LatentsConfig):
             raise ValueError("Expected --cache_text_embeddings with the flags of the text encoder, got none.")
         if self.data.partition(":")[0] not in ("folder", "hub") or not self.data.partition(":")[2]:
             raise ValueError(f"Expected --data folder:PATH or hub:NAME, got {self.data!r}.")
-        check_at_least(self, 1, "shard_size", "batch_size", "max_sequence_length")
+        check_at_least(self, 1, "shard_size", "batch_size", "max_sequence_length", "features_patch_size")
         check_at_least(self, 0, "max_corrupt_images", "dataloader_num_workers")
 
 
@@ -198,12 +205,28 @@ def open_captions(config: PrecomputeConfig, source, state: PartialState) -> Capt
     return CaptionStore(source, config.captions, encoder)
 
 
+def open_features(config: PrecomputeConfig, state: PartialState) -> FeatureStore | None:
+    """The vision encoder, if what it makes of the images is to be stored."""
+    if config.pretrained_vision_encoder is None:
+        return None
+    with state.main_process_first():
+        return FeatureStore(
+            config.pretrained_vision_encoder, dtype=config.features_dtype, patch_size=config.features_patch_size
+        )
+
+
 def make_writer(
-    config: PrecomputeConfig, source, id2label: dict[int, str], vae: LoadedVAE, text: CaptionStore | None
+    config: PrecomputeConfig,
+    source,
+    id2label: dict[int, str],
+    vae: LoadedVAE,
+    text: CaptionStore | None,
+    features: FeatureStore | None,
 ) -> tuple[LatentsWriter, list[Sequence[int]]]:
     """What the folder will hold, and for each of its shards the rows of the source."""
     known = {"source": describe_source(config, source), "id2label": id2label, "num_samples": len(source)}
     known |= {"has_flipped": config.flip, "captions": text.names if text else (), "text": text and text.info}
+    known["patch_features"] = features and features.info
     info = describe_latents(config, vae, buckets=config.buckets, **known)
     rows_of_sizes = [range(len(source))]
     if config.buckets is not None:
@@ -238,7 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     place = {"subfolder": config.vae_subfolder, "revision": config.vae_revision}
     vae = load_vae(config.pretrained_vae_name_or_path, **place, dtype=config.vae_dtype, device=state.device)
     text = None if config.captions is None else open_captions(config, source, state)
-    writer, plan = make_writer(config, source, id2label, vae, text)
+    features = open_features(config, state)
+    writer, plan = make_writer(config, source, id2label, vae, text, features)
     settings = {
         "num_images": len(source),
         "shard_size": config.shard_size,
@@ -269,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             label_column=config.label_column,
             batch_size=config.batch_size,
             encode_captions=text and text.encode,
+            encode_features=features and features.encode,
             background=config.background,
             num_workers=config.dataloader_num_workers,
             progress=f"Encoding, process 1 of {state.num_processes}" if state.is_main_process else None,

@@ -52,7 +52,7 @@ class Trainer(TrainingLoop):
             latents, conditions, routing = self.next_batch(micro_step)
             options = {"generator": self.generator, "routing": routing}
             options["terms"] = [*self.terms, *self.watching]
-            options |= {"images": self.images, "step": self.step}
+            options |= {"images": self.images, "image_features": self.image_features, "step": self.step}
             with accelerator.accumulate(self.model):
                 loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
                 accelerator.backward(loss)
@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     source, extractor = setup.open_data(config, accelerator), setup.open_feature_extractor(config, accelerator)
     setup.make_objective(config, source)
     with init_empty_weights():
-        settings = setup.describe_run(config, accelerator, source, setup.make_model(config, source))
+        model = setup.make_model(config, source)
+    settings = setup.describe_run(config, accelerator, source, model)
     about = setup.describe_classes(config, settings)
     accelerator.print(setup.settings_table(config, accelerator, settings, about))
     if config.dry_run:

@@ -16,5 +16,6 @@ def test_the_alignment_adds_the_flops_of_encoder_and_projector(small_s):
     assert share["bare", "routed"] == share["bare", "dense"] == 1.0
     assert 1 < share["ended", "dense"] < share["tiny", "dense"]
     assert share["ended", "routed"] < share["ended", "dense"]  # of half the tokens
+    assert share["stored", "routed"] == share["ended", "routed"] and share["conv", "dense"] > 1
     with pytest.raises(ValueError, match="Expected --encoders among"):
         alignment_step.main(["--encoders", "huge"])

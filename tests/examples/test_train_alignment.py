@@ -4,14 +4,15 @@
 import json
 from functools import partial
 
+import precompute_latents
 import pytest
 import torch
 import train_tread
-from runs import assert_bitwise_equal, call, interrupting, launch, weights_of
+from runs import assert_bitwise_equal, call, files_of, interrupting, launch, weights_of
 from tiny_models import SIZE, save_extractor, save_noise, save_vae
 
 from diffusers_tread import TREADPipeline
-from diffusers_tread.data import TrainingSource
+from diffusers_tread.data import LatentsInfo, TrainingSource, open_source
 from diffusers_tread.objectives.terms.vision_encoder import VisionEncoder
 
 
@@ -88,6 +89,90 @@ def test_the_encoder_sees_the_images_that_the_latents_are_made_of(run, tmp_path,
     train(*run("run", max_train_steps=1, random_flip=True), "--pretrained_vae_name_or_path", tmp_path / "vae")
     for pixels, (images, grid_size) in zip(encoded, seen, strict=True):
         assert torch.equal(pixels.to(images.device), images) and images.shape == (2, 3, 8, 8) and grid_size == (2, 2)
+
+
+# Features that are stored with latents.
+
+
+@pytest.fixture
+def precompute(tmp_path, run):
+    """Makes latents of a name of these images, with both flips and DINOv2's features."""
+    save_vae(tmp_path / "vae")
+
+    def make(name, *more):
+        argv = ["--data", f"folder:{tmp_path / 'images'}", "--pretrained_vae_name_or_path", tmp_path / "vae"]
+        argv += ["--output_dir", tmp_path / name, "--resolution", 8, "--dtype", "float32", "--flip"]
+        argv += ["--shard_size", 4, "--batch_size", 2, "--pretrained_vision_encoder", tmp_path / "dinov2"]
+        call(precompute_latents, *argv, *more)
+        return LatentsInfo.load(tmp_path / name)
+
+    return make
+
+
+def test_stored_features_train_as_the_images_do_up_to_their_rounding(run, precompute, tmp_path, monkeypatch, capsys):
+    info = precompute("latents")
+    assert info.patch_features.shape((4, 4)) == (4, 16) and info.patch_features.dtype == "float16"
+    size = "0.25 KiB"  # 4 tokens of 16 numbers, twice
+    assert f"{size} per image" in capsys.readouterr().out
+    assert "0.125 KiB each" in (tmp_path / "latents" / "README.md").read_text()
+
+    losses, step = [], train_tread.Trainer.train_step
+    monkeypatch.setattr(train_tread.Trainer, "train_step", lambda one: losses.append(loss := step(one)) or loss)
+    alignment = {"encoder": str(tmp_path / "dinov2"), "blocks": [0, 4], "projector": "conv", "spatial_norm": 0.6}
+    options = {"max_train_steps": 2, "random_flip": True, "dense_fraction": 0.5, "gradient_accumulation_steps": 1}
+    options["loss_terms"] = json.dumps({"alignment": alignment})
+    train(*run("images", **options), "--pretrained_vae_name_or_path", tmp_path / "vae")
+    monkeypatch.setattr(VisionEncoder, "__call__", None)  # nothing looks any more
+    train(*run("stored", **options, data=f"latents:{tmp_path / 'latents'}"))
+    images, stored = torch.stack(losses).split(2)
+    torch.testing.assert_close(images, stored, atol=1e-3, rtol=0)
+    assert not torch.equal(images, stored)  # in what float16 leaves of the features
+
+    # The convolutions are averaged, and not saved with the model.
+    model, ema, pipeline = weights_of(tmp_path / "stored")
+    assert model["heads.4.conv.weight"].shape == ema["heads.0.conv.weight"].shape == (16, 16, 3, 3)
+    assert set(model) - {f"denoiser.{name}" for name in pipeline} == {
+        f"heads.{block}.conv.{part}" for block in (0, 4) for part in ("weight", "bias")
+    }
+
+
+def test_each_flip_has_its_own_features_and_killed_runs_end_with_the_same_bytes(precompute, run, tmp_path):
+    info = precompute("whole", "--features_dtype", "bfloat16")
+    with interrupting(precompute_latents.LatentsWriter, "write", lambda writer, shard, batches: shard == 1):
+        precompute("killed", "--features_dtype", "bfloat16")
+    precompute("killed", "--features_dtype", "bfloat16")
+    whole, killed = (
+        {path: content for path, content in files_of(tmp_path / name).items() if path != "README.md"}
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
+
+    # Against the encoder on the images as training has them.
+    encoder = VisionEncoder.from_pretrained(str(tmp_path / "dinov2"))
+    pixels = open_source(f"folder:{tmp_path / 'images'}", resolution=8)
+    images = torch.cat([pixels.dataset[0, index]["pixel_values"][None] for index in range(6)])
+    expected = torch.cat([encoder(images, (2, 2)), encoder(images.flip(-1), (2, 2))]).bfloat16()
+    source, seen = open_source(f"latents:{tmp_path / 'whole'}", random_flip=True), set()
+    batches = source.batches(batch_size=2, seed=0, features=True)
+    for batch in (next(batches) for _ in range(20)):
+        for features in source.image_features(batch, device=torch.device("cpu")):
+            distance, place = (features.float() - expected.float()).abs().amax(dim=(1, 2)).min(dim=0)
+            assert distance < 0.05
+            seen.add(place.item())
+    assert seen == set(range(12)) and info.patch_features.encoder == encoder.identity()
+
+
+def test_stored_features_that_do_not_fit_are_refused_before_anything_is_written(run, precompute, tmp_path):
+    precompute("latents")
+    data = {"data": f"latents:{tmp_path / 'latents'}"}
+    with pytest.raises(ValueError, match="dinov2, patch size 2.*patch_size: 2 there, 4 now"):
+        train(*run("run", **data, model_config_name_or_path={**SIZE, "patch_size": 4, "routes": ROUTES}))
+    (tmp_path / "dinov2" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    with pytest.raises(ValueError, match="the encoder and the patches of the features that are stored.*encoder.mean"):
+        train(*run("run", **data))
+    with pytest.raises(ValueError, match="Expected a vision encoder"):
+        precompute("other", "--pretrained_vision_encoder", "nowhere")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "other").exists()
 
 
 @pytest.mark.long

@@ -82,6 +82,10 @@ class TrainingSource:
         """The images of a batch, [B, 3 or 1, height, width] in [-1, 1] on the device, if it `has_images`."""
         return batch["pixel_values"].to(device, non_blocking=True)
 
+    def image_features(self, batch: dict[str, Any], *, device: torch.device) -> torch.Tensor:
+        """What was stored of the images, [B, N, E] on the device, of `batches(features=True)` where `info` has it."""
+        return batch["features"].to(device, non_blocking=True)
+
     def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the denoiser is told, by the names of its arguments, on the CPU; of data with captions these."""
         name = "captions" if self.has_captions else "class_labels"
@@ -105,6 +109,9 @@ class LatentsSource(TrainingSource):
         codec = [self.info.shift_factor, self.info.scaling_factor, self.info.latents_mean, self.info.latents_std]
         content = [self.info.kind, *codec, [shard["sha256"] for shard in self.info.shards]]
         return {"latents": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
+
+    def batches(self, *, features: bool = False, **options: Any) -> Iterator[dict[str, Any]]:
+        return make_batches(self.dataset.with_features() if features else self.dataset, **options)
 
     def to_latents(self, batch: dict[str, Any], *, device: torch.device, generator: torch.Generator) -> torch.Tensor:
         moments = batch["moments"].to(device, non_blocking=True)

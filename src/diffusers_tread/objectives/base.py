@@ -84,6 +84,7 @@ class Objective(ABC):
         routing: RoutingCall | None = None,
         terms: Sequence[LossTerm] = (),
         images: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         step: int | None = None,
         **conditions: Any,
     ) -> torch.Tensor:
@@ -100,6 +101,7 @@ class Objective(ABC):
             routing: How the forward routes, handed to the denoiser; None leaves it to what surrounds the call.
             terms: Added to the denoising loss.
             images: [B, 3 or 1, height, width] in [-1, 1], those that the latents are of, for terms that want them.
+            image_features: [B, N, E], what a vision encoder made of them, for terms that take it instead.
             step: Optimiser steps done before this one, for terms that end.
             **conditions: Handed to the denoiser, such as `class_labels` [B]. Labels are not looked at: check them
                 where they come from.
@@ -149,6 +151,7 @@ class Objective(ABC):
             hidden_states=getattr(output, "hidden_states", None),
             projected_states=getattr(output, "projected_states", None),
             images=images,
+            image_features=image_features,
             step=step,
         )
         losses = [term(record) for term in terms]

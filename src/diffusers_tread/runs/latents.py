@@ -16,10 +16,12 @@ from diffusers import DiffusionPipeline
 from ..data import Buckets, CaptionColumns, LatentsInfo, LatentsWriter, check_vae
 from ..data.latents.card import latents_card
 from ..data.latents.codec import spatial_compression
+from ..data.latents.features import StoredFeatures
 from ..data.latents.text import describe_empty
 from ..data.latents.vae import LoadedVAE
 from ..files import whole
 from ..hub import upload_folder
+from ..objectives.terms.vision_encoder import VisionEncoder
 from ..text import PromptEncoder
 from .parsing import check_at_least
 
@@ -87,7 +89,8 @@ def describe_latents(
     fields |= {"resolution": resolution, "vae": vae.identity, "shards": (), **dataclasses.asdict(vae.codec)}
     if buckets is not None:
         fields["latent_sizes"] = tuple((height // factor, width // factor) for height, width in sizes)
-    fields["format_version"] = 2 if buckets is not None or known.get("captions") else 1
+    is_format_2 = buckets is not None or known.get("captions") or known.get("patch_features")
+    fields["format_version"] = 2 if is_format_2 else 1
     return LatentsInfo(**(fields | known))
 
 
@@ -160,6 +163,41 @@ class CaptionStore:
         return sum(values.nbytes for values in arrays) / len(first) * len(self.names)
 
 
+class FeatureStore:
+    """What a vision encoder makes of images, for a folder of latents.
+
+    Args:
+        name: As `VisionEncoder.from_pretrained` takes it.
+        dtype: What is stored.
+        patch_size: P, of the denoiser that is to be aligned.
+
+    Raises:
+        ValueError: There is no such encoder.
+    """
+
+    def __init__(self, name: str, *, dtype: str, patch_size: int):
+        self.encoder = encoder = VisionEncoder.from_pretrained(name)
+        self.info = StoredFeatures(
+            encoder=encoder.identity(),
+            name_or_path=name,
+            revision=encoder.revision,
+            encoder_dtype=str(encoder.dtype).removeprefix("torch."),
+            dtype=dtype,
+            width=encoder.width,
+            patch_size=patch_size,
+        )
+
+    def encode(self, images: torch.Tensor, latent_size: Sequence[int]) -> torch.Tensor:
+        """[B, N, E] of the stored dtype, for each P x P of the latents of a height and width.
+
+        Args:
+            images: [B, 3, height, width] in [-1, 1].
+            latent_size: h and w of their latents.
+        """
+        height, width = (side // self.info.patch_size for side in latent_size)
+        return self.encoder(images, (height, width)).to(self.info.torch_dtype)
+
+
 def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: CaptionStore | None) -> str:
     """What to say before the long work: the room that a folder will take, and captions that are too long.
 
@@ -171,13 +209,18 @@ def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: Capti
     info, shards = writer.info, list(zip(plan, writer.size_places, strict=True))
     num_images = sum(len(rows) for rows in plan)
     values = sum(len(rows) * math.prod(info.record_shape(place)) for rows, place in shards)
-    latents = values * info.torch_dtype.itemsize * (1 + info.has_flipped) / 2**30
+    latents, features = values * info.torch_dtype.itemsize * (1 + info.has_flipped) / 2**30, ""
+    if info.patch_features is not None:
+        sizes = [(len(rows), *info.record_shape(place)[1:]) for rows, place in shards]
+        total = sum(rows * info.patch_features.num_bytes(*size) for rows, *size in sizes) * (1 + info.has_flipped)
+        features = f" The vision encoder's features take {total / 2**30:.3g} GiB, {total / num_images / 1024:.4g} KiB "
+        features += "per image."
     if text is None or text.encoder is None:
-        return f"Latents take {latents:.3g} GiB."
+        return f"Latents take {latents:.3g} GiB.{features}"
     size, cut, num_captions = text.bytes_per_image() * num_images, text.count_too_long(), num_images * len(text.names)
     return (
         f"Text takes about {size / 2**30:.3g} GiB, latents {latents:.3g} GiB. {cut} of {num_captions} captions are "
-        "longer than the text encoder reads and lose their end."
+        f"longer than the text encoder reads and lose their end.{features}"
     )
 
 

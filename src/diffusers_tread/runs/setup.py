@@ -245,13 +245,18 @@ def describe_heads(terms: Sequence[LossTerm], source: TrainingSource) -> dict[st
     """The shapes of what is trained beside a model, by the block (JSON).
 
     Raises:
-        ValueError: A term wants images and the data have none.
+        ValueError: A term wants images and the data have none, nor what it takes instead.
     """
-    if any(term.wants_images for term in terms) and not source.has_images:
-        raise ValueError(
-            "Expected data with images for the loss terms, which look at them, got stored latents. Train on folder: "
-            "or hub:, with --pretrained_vae_name_or_path for latents, or leave the term out."
-        )
+    stored = getattr(getattr(source, "info", None), "patch_features", None)
+    for term in terms if not source.has_images else ():
+        if term.wants_images and (stored is None or term.stored_features is None):
+            raise ValueError(
+                "Expected data with images for the loss terms, which look at them, got stored latents. Train on "
+                "folder: or hub:, with --pretrained_vae_name_or_path for latents, make latents with "
+                "--pretrained_vision_encoder, or leave the term out."
+            )
+        if term.wants_images:
+            stored.check_wanted(term.stored_features)
     heads = [(str(block), head) for term in terms for block, head in term.heads.items()]
     return {block: [list(parameter.shape) for parameter in head.parameters()] for block, head in heads}
 

@@ -122,7 +122,10 @@ class TrainingLoop(ABC):
         self.lr_scheduler = setup.make_lr_scheduler(config, self.optimizer, group_settings, **progress)
 
         # Data and generator.
+        self.wants_images = any(term.wants_images for term in self.terms)
+        stored = {} if source.has_images or not self.wants_images else {"features": True}
         self.batches = source.batches(
+            **stored,
             batch_size=config.train_batch_size,
             seed=config.seed,
             rank=accelerator.process_index,
@@ -197,7 +200,8 @@ class TrainingLoop(ABC):
     def next_batch(self, micro_step: int) -> tuple[torch.Tensor, dict[str, Any], RoutingCall]:
         """Latents, conditions and how to route; seeds the generator. All draws are functions of where the run is.
 
-        `images` are those of the latents, where a term of the loss looks at them.
+        `images` are those of the latents, where a term of the loss looks at them, or `image_features` what was stored
+        of them.
         """
         seed = partial(derive_seed, self.config.seed, self.step, micro_step, self.accelerator.process_index)
         batch = next(self.batches)
@@ -206,8 +210,11 @@ class TrainingLoop(ABC):
         conditions = self.conditions(batch, torch.Generator().manual_seed(seed("labels")))
         self.generator.manual_seed(seed("noise"))
         latents = self.source.to_latents(batch, device=self.accelerator.device, generator=self.generator)
-        wants_images = any(term.wants_images for term in self.terms)
-        self.images = self.source.images(batch, device=self.accelerator.device) if wants_images else None
+        source, device, self.images, self.image_features = self.source, self.accelerator.device, None, None
+        if self.wants_images and source.has_images:
+            self.images = source.images(batch, device=device)
+        elif self.wants_images:
+            self.image_features = source.image_features(batch, device=device)
         return latents, conditions, RoutingCall(enabled=None if self.is_routed else False, seed=seed("routing"))
 
     def log(self, progress: tqdm, loss: float, images_per_second: float) -> None:

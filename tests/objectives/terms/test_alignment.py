@@ -10,6 +10,7 @@ import torch
 
 from diffusers_tread import FlowMatchingObjective, RoutingCall, TREADTransformer2DModel
 from diffusers_tread.objectives import AlignmentLoss, DenoiserWithHeads, ForwardRecord
+from diffusers_tread.objectives.terms.alignment import ConvProjector, normalize_features
 from diffusers_tread.objectives.terms.vision_encoder import VisionEncoder
 
 
@@ -38,7 +39,7 @@ def dinov2(tmp_path_factory):
     return save(model, tmp_path_factory.mktemp("dinov2"))
 
 
-def make(dinov2, *, weight=0.5, until_step=None, blocks=(0, 2, 4), **config):
+def make(dinov2, *, blocks=(0, 2, 4), settings=None, **config):
     """A model, its term, and the two as they are trained."""
     torch.manual_seed(1)
     model = TREADTransformer2DModel(
@@ -47,9 +48,8 @@ def make(dinov2, *, weight=0.5, until_step=None, blocks=(0, 2, 4), **config):
     ).train()  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    term = AlignmentLoss.for_model(
-        model, encoder=dinov2, blocks=list(blocks), projector_dim=10, weight=weight, until_step=until_step
-    )
+    settings = {"projector_dim": 10} if settings is None else settings
+    term = AlignmentLoss.for_model(model, encoder=dinov2, blocks=list(blocks), **settings)
     return model, term, DenoiserWithHeads(model, [term])
 
 
@@ -73,6 +73,10 @@ def loss_of(denoiser, terms, *, images=True, step=0, enabled=None):
     )
 
 
+def project(head, hidden):
+    return head(hidden, columns=6) if isinstance(head, ConvProjector) else head(hidden)
+
+
 def silu(x):
     """And its derivative."""
     sigmoid = 1 / (1 + np.exp(-x))
@@ -88,12 +92,38 @@ def numpy_alignment(tokens, features, projector):
     for token, feature in zip(tokens, features, strict=True):
         first, slope1 = silu(w1 @ token + b1)
         second, slope2 = silu(w2 @ first + b2)
-        z = w3 @ second + b3
-        y, length = feature / np.linalg.norm(feature), np.linalg.norm(z)
-        losses.append(1 - z @ y / length)
-        by_bias.append(-(y - (z @ y) * z / length**2) / length / len(tokens))
+        loss, slope = numpy_cosine(w3 @ second + b3, feature, len(tokens))
+        losses.append(loss)
+        by_bias.append(slope)
         by_token.append(w1.T @ (slope1 * (w2.T @ (slope2 * (w3.T @ by_bias[-1])))))
     return np.mean(losses), np.sum(by_bias, axis=0), np.array(by_token)
+
+
+def numpy_cosine(z, feature, count):
+    """1 - cos of one of `count` tokens, and the mean's derivative by z."""
+    y, length = feature / np.linalg.norm(feature), np.linalg.norm(z)
+    return 1 - z @ y / length, -(y - (z @ y) * z / length**2) / length / count
+
+
+def numpy_conv_alignment(tokens, features, conv, columns):
+    """Of one sample: the mean of 1 - cos over a grid, its derivatives by bias, weight and tokens; float64."""
+    weight, bias = (one.detach().double().numpy() for one in (conv.weight, conv.bias))
+    rows, losses = len(tokens) // columns, []
+    by_bias, by_weight, by_token = np.zeros_like(bias), np.zeros_like(weight), np.zeros_like(tokens)
+    for row, column in np.ndindex(rows, columns):
+        seen = [  # the place in the kernel and the token, of what is inside
+            ((i, j), (row + i - 1) * columns + column + j - 1)
+            for i, j in np.ndindex(3, 3)
+            if 0 <= row + i - 1 < rows and 0 <= column + j - 1 < columns
+        ]
+        z = bias + sum(weight[:, :, i, j] @ tokens[token] for (i, j), token in seen)
+        loss, slope = numpy_cosine(z, features[row * columns + column], len(tokens))
+        losses.append(loss)
+        by_bias += slope
+        for (i, j), token in seen:
+            by_weight[:, :, i, j] += np.outer(slope, tokens[token])
+            by_token[token] += weight[:, :, i, j].T @ slope
+    return np.mean(losses), by_bias, by_weight, by_token
 
 
 def gradient_by_tokens(term, block, output, latents):
@@ -102,7 +132,7 @@ def gradient_by_tokens(term, block, output, latents):
     record = ForwardRecord(
         latents=latents, noisy=latents, timestep=torch.zeros(3), target=latents, prediction=latents,
         denoise=lambda prediction: prediction, conditions={}, kept_token_ids=output.kept_token_ids, images=latents,
-        projected_states={index: term.heads[index](hidden) for index, hidden in tokens.items()},
+        projected_states={index: project(term.heads[index], hidden) for index, hidden in tokens.items()},
     )  # fmt: skip
     return torch.autograd.grad(term(record).sum(), tokens[block])[0]
 
@@ -141,6 +171,67 @@ def test_loss_and_gradient_equal_their_formula_dense_and_on_the_kept_tokens(dino
     np.testing.assert_allclose((loss - plain).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("enabled", [None, False])
+def test_a_convolution_sees_the_grid_dense_and_that_of_the_kept_rows(dinov2, enabled):
+    settings = {"projector": "conv", "spatial_norm": 0.6}
+    routes = [ROUTES[0] | {"unit": "row"}, ROUTES[1]]
+    model, term, denoiser = make(dinov2, blocks=(0, 2), settings=settings, routes=routes)
+    recorded, looked = [], []
+    denoiser.register_forward_hook(lambda module, args, output: recorded.append(output))
+    look = term.encoder.model.register_forward_hook(lambda module, args, output: looked.append(output))
+    plain, loss = loss_of(model, [], enabled=enabled), loss_of(denoiser, [term], enabled=enabled)
+    loss.sum().backward()
+    look.remove()
+
+    # iREPA's normalisation of the features, over all tokens.
+    (output,), (teacher,) = recorded, looked
+    features = teacher.last_hidden_state[:, 1:].double().numpy()
+    features = features - 0.6 * features.mean(axis=1, keepdims=True)
+    features = features / (features.std(axis=1, keepdims=True, ddof=1) + 1e-6)
+
+    latents = torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(7)).clamp(-1, 1)
+    kept, expected = None if enabled is False else output.kept_token_ids[0], np.zeros(3)
+    for block in (0, 2):
+        tokens, conv = output.hidden_states[block].detach().double().numpy(), term.heads[block].conv
+        assert tokens.shape[1] == (24 if kept is None or block == 0 else 12)  # of 4 rows with 6 tokens
+        by_tokens, by_bias, by_weight = gradient_by_tokens(term, block, output, latents), 0, 0
+        for sample in range(3):
+            places = slice(None) if kept is None or block == 0 else kept[sample].numpy()
+            one, bias, weight, token = numpy_conv_alignment(tokens[sample], features[sample][places], conv, columns=6)
+            expected[sample] += 0.25 * one
+            by_bias, by_weight = by_bias + 0.25 * bias, by_weight + 0.25 * weight
+            np.testing.assert_allclose(by_tokens[sample], 0.25 * token, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(conv.bias.grad, by_bias, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(conv.weight.grad, by_weight, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose((loss - plain).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_normalised_features_have_no_common_part_left_and_a_deviation_of_one():
+    features = torch.randn(2, 24, 5) * torch.rand(5) + 3
+    normal = normalize_features(features, gamma=1.0)
+    torch.testing.assert_close(normal.mean(dim=1), torch.zeros(2, 5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normal.std(dim=1), torch.ones(2, 5), atol=1e-3, rtol=0)
+    scaled = normalize_features(features, gamma=0.0)
+    torch.testing.assert_close(scaled, features / features.std(dim=1, keepdim=True), atol=1e-3, rtol=0)
+
+
+def test_stored_features_take_the_place_of_the_images(dinov2):
+    model, term, denoiser = make(dinov2, settings={"projector_dim": 10, "spatial_norm": 1.0})
+    latents = torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(7)).clamp(-1, 1)
+    given = {"image_features": term.encoder(latents, (4, 6)).half()}
+    options = {"routing": RoutingCall(seed=3), "class_labels": torch.tensor([0, 4, 1]), "terms": [term]}
+    look, term.encoder.model = term.encoder.model, None
+    loss = FlowMatchingObjective().loss(
+        denoiser, latents, generator=torch.Generator().manual_seed(0), **options, **given
+    )
+    term.encoder.model = look
+    torch.testing.assert_close(loss, loss_of(denoiser, [term]), atol=1e-3, rtol=1e-3)
+    assert not torch.equal(loss, loss_of(denoiser, [term]))  # which is rounding
+    wanted = term.stored_features
+    assert wanted["patch_size"] == 2 and wanted["encoder"]["class_name"] == "Dinov2Model"
+    assert wanted["encoder"] == VisionEncoder(look.bfloat16(), mean=MEAN, std=STD).identity()
+
+
 def test_tokens_get_a_gradient_through_the_projector_and_the_encoder_none(dinov2):
     model, term, denoiser = make(dinov2, blocks=[2])
     without = torch.autograd.grad(loss_of(model, []).sum(), model.transformer_blocks[2].parameters())
@@ -154,7 +245,7 @@ def test_tokens_get_a_gradient_through_the_projector_and_the_encoder_none(dinov2
 
 
 def test_after_its_last_step_nothing_is_added_and_the_projectors_still_have_gradients(dinov2):
-    model, term, denoiser = make(dinov2, until_step=2)
+    model, term, denoiser = make(dinov2, settings={"projector_dim": 10, "until_step": 2})
     plain = loss_of(model, [])
     assert (loss_of(denoiser, [term], step=1) - plain).min() > 0.01
     loss = loss_of(denoiser, [term], step=2)
@@ -236,6 +327,10 @@ def test_an_encoder_of_one_size_sees_it_and_its_features_are_resized():
         ({"projector_dim": 0}, "Expected projector_dim >= 1"),
         ({"weight": -1.0}, "Expected weight to be a finite number >= 0"),
         ({"until_step": 0}, "Expected until_step >= 1"),
+        ({"projector": "cnn"}, "Expected projector 'mlp' or 'conv'"),
+        ({"projector": "conv"}, 'got 2 in the route 1 to 2. Align at a block outside.*projector "mlp"'),
+        ({"projector": "conv", "blocks": [0], "projector_dim": 8}, "Expected no projector_dim"),
+        ({"spatial_norm": 1.5}, r"Expected spatial_norm in \[0, 1\]"),
         ({"encoder": "no/such-encoder"}, "Expected a vision encoder with safetensors"),
     ],
 )

@@ -24,7 +24,8 @@ def to_table(batch: dict[str, Any], info: LatentsInfo):
 
     Args:
         batch: `moments` (and `moments_flipped`) [B, M, H, W] of one size, B `names`; where the folder has them,
-            `label` [B], and for each caption column `captions`, B texts, and `text`, B dicts of arrays.
+            `label` [B], for each caption column `captions`, B texts, and `text`, B dicts of arrays, and `features`
+            (and `features_flipped`) [B, N, E].
         info: Of the folder.
 
     Raises:
@@ -47,6 +48,13 @@ def to_table(batch: dict[str, Any], info: LatentsInfo):
         advice = "Write bfloat16 or float32; if that does not help, run the VAE in float32."
         _check_finite(values, names=names, advice=advice)
         columns[column] = _to_lists(values, schema.field(column).type)
+
+    # Features.
+    for column in info.feature_columns():
+        values = batch[column].to(info.patch_features.torch_dtype)
+        _check_finite(values, names=names, advice="Store features in bfloat16: --features_dtype bfloat16.")
+        packed = info.patch_features.pack(values, (height, width))
+        columns[column] = pa.array(packed, type=pa.large_binary())
 
     # Captions.
     for caption in info.captions:
@@ -129,7 +137,7 @@ def open_shard(folder: str | Path, shard: dict[str, Any], info: LatentsInfo):
 
 
 def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) -> str | None:
-    """What of the lengths of lists and texts does not fit a folder, if anything; no values are read.
+    """What of the lengths of lists, texts and features does not fit a folder, if anything; no values are read.
 
     Args:
         table: A `pyarrow.Table` of the folder's schema.
@@ -143,6 +151,7 @@ def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) 
 
     if any(column.null_count for column in table.columns):
         return "has records without values"
+    heights, widths = info.shape[1:]
     if info.latent_sizes:
         heights, widths = (table.column(name).to_numpy() for name in ("height", "width"))
         found = set(zip(heights.tolist(), widths.tolist(), strict=True))
@@ -153,6 +162,10 @@ def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) 
             (lengths(column) != expected).any() for column in ("moments", "moments_flipped")[: 1 + info.has_flipped]
         ):
             return "has latents of another length than their height and width say"
+    for column in info.feature_columns():
+        its_lengths = pc.binary_length(table.column(column)).to_numpy()
+        if (its_lengths != info.patch_features.num_bytes(heights, widths)).any():
+            return f"has another length of {column!r} than one feature for each patch"
     for caption in info.captions:
         # Lengths are differences of offsets: where none is negative, all texts and bytes lie in their buffers.
         if (pc.binary_length(table.column(caption)).to_numpy() < 1).any():
@@ -202,7 +215,10 @@ def _find_wrong_values(batch, column: str, info: LatentsInfo) -> str | None:
         return f"has labels outside [0, {len(info.id2label)})" if wrong else None
     if column in ("height", "width"):
         return None
-    if column in ("moments", "moments_flipped"):
+    if column in info.feature_columns():
+        dtype = info.patch_features.torch_dtype
+        finite = all(from_bytes(value.as_buffer(), dtype).isfinite().all() for value in values)
+    elif column in ("moments", "moments_flipped"):
         finite = _is_finite(values.flatten().to_numpy()).all()
     else:
         dtype = info.text.dtype(column.rpartition(".")[2])

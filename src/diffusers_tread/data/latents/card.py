@@ -2,6 +2,7 @@
 """The card of a folder of latents, its README.md on the Hub."""
 
 import json
+import math
 import shlex
 
 from huggingface_hub import DatasetCard, DatasetCardData
@@ -22,7 +23,7 @@ latent diffusion models with diffusers-tread.
 | {conditions} |
 | VAE | {vae}, {vae_class}, run in {vae_dtype}, revision {vae_revision} |
 | a record | {content}, {shape}, {dtype}{bits} |
-| training uses | {formula} |
+{features}| training uses | {formula} |
 | left out as unreadable | {num_unreadable} |
 
 `latents.json` holds all of this and the SHA-256 of every shard.
@@ -81,7 +82,18 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         conditions = f"captions | {as_text(', '.join(info.captions))}{', encoded' if info.text else ''}"
         column = shlex.quote(info.captions[0])
         training = f"examples/train_text_to_image_tread.py --data {data_argument} --caption_column {column} ..."
+    features = ""
+    if (stored := info.patch_features) is not None:
+        size = stored.num_bytes(*(max(info.latent_sizes, key=math.prod) if info.latent_sizes else info.shape[1:]))
+        features = (
+            f"| features | column `features`{' and `features_flipped`' if info.has_flipped else ''}: {stored.width} "
+            f"numbers for each {stored.patch_size}x{stored.patch_size} of the latents, row by row, {stored.dtype} as "
+            f"bytes, {'at most ' if info.latent_sizes else ''}{size / 1024:.4g} KiB each, by "
+            f"{as_text(stored.name_or_path)}, run in {as_text(stored.encoder_dtype)}, revision "
+            f"{as_text(stored.revision or 'not known')} |\n"
+        )
     text = _TEXT.format(
+        features=features,
         title=as_text(name),
         repo_literal=json.dumps(repo_id),
         training=training,

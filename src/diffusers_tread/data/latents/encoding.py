@@ -31,6 +31,7 @@ def encode_shards(
     label_column: str,
     batch_size: int,
     encode_captions: Callable[[list[str]], list[dict[str, torch.Tensor]]] | None = None,
+    encode_features: Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor] | None = None,
     background: str = "white",
     num_workers: int = 0,
     progress: str | None = None,
@@ -50,6 +51,8 @@ def encode_shards(
         label_column: The column with class labels, if the folder has some.
         batch_size: B, images per forward.
         encode_captions: What a folder with `text` stores of captions: `PromptEncoder.encode`.
+        encode_features: What a folder with `patch_features` stores of images [B, 3, height, width] with latents of a
+            height and width: [B, N, E].
         background: Colour behind transparent images, see `load_image`.
         num_workers: Processes that decode images.
         progress: What the progress bar says; None for no bar.
@@ -76,7 +79,8 @@ def encode_shards(
     with tqdm(total=num_images, desc=progress, unit="images", disable=progress is None) as bar:
         for shard, its_batches in zip(shards, batches, strict=True):
             records = islice(loader, len(its_batches))
-            records = _encode(vae, records, info=info, label_column=label_column, encode_captions=encode_captions)
+            encoders = {"encode_captions": encode_captions, "encode_features": encode_features}
+            records = _encode(vae, records, info=info, label_column=label_column, **encoders)
             writer.write(shard, _counted(records, bar))
 
 
@@ -156,7 +160,7 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _encode(
-    vae, batches: Iterable[dict[str, Any]], *, info: LatentsInfo, label_column: str, encode_captions
+    vae, batches: Iterable[dict[str, Any]], *, info: LatentsInfo, label_column: str, encode_captions, encode_features
 ) -> Iterator[dict[str, Any]]:
     """Batches of images as `to_table` reads them."""
     for batch in batches:
@@ -166,6 +170,8 @@ def _encode(
             encoded["moments"] = encode_moments(vae, pixels)
             if info.has_flipped:
                 encoded["moments_flipped"] = encode_moments(vae, pixels.flip(-1))
+            for column, images in zip(info.feature_columns(), (pixels, pixels.flip(-1)), strict=False):
+                encoded[column] = encode_features(images, tuple(encoded["moments"].shape[2:]))
             if info.id2label:
                 encoded["label"] = others[label_column]
             encoded["captions"] = {caption: others[caption] for caption in info.captions}

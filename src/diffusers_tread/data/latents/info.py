@@ -7,8 +7,9 @@ A folder of latents, which is a Hub data set as it lies there:
     data/train-00000-of-00128.arrow    Arrow streams: `moments` (and `moments_flipped`), flat, and `label`
     README.md                          the card
 
-Format 2 has captions or aspect-ratio buckets besides: columns of text, what a text encoder makes of them (text.py),
-and `height` and `width` of the latents, which are those of a shard.
+Format 2 has captions, aspect-ratio buckets or a vision encoder's features besides: columns of text, what a text
+encoder makes of them (text.py), `height` and `width` of the latents, which are those of a shard, and what a vision
+encoder makes of the images (features.py).
 
 The letters of the shapes are those of codec.py.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from .codec import LatentCodec
+from .features import COLUMNS, StoredFeatures
 from .text import MAX_VALUES, StoredText, is_count
 
 
@@ -78,6 +80,8 @@ class LatentsInfo:
     """What a text encoder made of the captions."""
     latent_sizes: tuple[tuple[int, int], ...] = ()
     """With aspect-ratio buckets the heights and widths of latents, of which each shard has one; () for squares."""
+    patch_features: StoredFeatures | None = None
+    """What a vision encoder made of the images."""
     num_samples: int
     """Records in all shards."""
     shards: tuple[dict[str, Any], ...]
@@ -86,7 +90,7 @@ class LatentsInfo:
     unreadable: tuple[str, ...] = ()
     """Images of the source that could not be read and are left out."""
     format_version: int = 1
-    """Of this description: 2 if it has captions or `latent_sizes`."""
+    """Of this description: 2 if it has captions, `latent_sizes` or `patch_features`."""
 
     def __post_init__(self):
         if self.kind not in ("moments", "latents"):
@@ -114,10 +118,11 @@ class LatentsInfo:
         self._check_format_2()
 
     def _check_format_2(self) -> None:
-        if (self.format_version == 2) != bool(self.captions or self.latent_sizes) or (self.text and not self.captions):
+        is_format_2 = bool(self.captions or self.latent_sizes or self.patch_features)
+        if (self.format_version == 2) != is_format_2 or (self.text and not self.captions):
             raise ValueError(
-                f"Expected format_version 2 for captions or latent_sizes, and text with captions only, got "
-                f"{self.format_version!r}, {self.captions!r} and {self.latent_sizes!r}."
+                f"Expected format_version 2 for captions, latent_sizes or patch_features, text with captions only, "
+                f"got {self.format_version!r}, {self.captions!r}, {self.latent_sizes!r} and {self.patch_features!r}."
             )
         if wrong := [
             name for name in self.captions if not isinstance(name, str) or not name.isprintable() or not name
@@ -133,6 +138,18 @@ class LatentsInfo:
                 f"Expected the longest of the latent_sizes as latent_size, and a resolution that is a multiple of it, "
                 f"got {sizes}, {self.latent_size} and {self.resolution}."
             )
+        if self.patch_features is not None:
+            self._check_features(self.patch_features)
+
+    def _check_features(self, features: StoredFeatures) -> None:
+        sizes = self.latent_sizes or (self.shape[1:],)
+        if wrong := [size for size in sizes if any(side % features.patch_size for side in size)]:
+            raise ValueError(
+                f"Expected latents with sides that are multiples of the features' patch_size {features.patch_size}, "
+                f"got {list(wrong[0])}. Take a --features_patch_size that divides them."
+            )
+        if any(features.num_bytes(*size) > MAX_VALUES for size in sizes):
+            raise ValueError(f"Expected features of an image in at most {MAX_VALUES} bytes, got {features}.")
 
     @property
     def codec(self) -> LatentCodec:
@@ -190,6 +207,8 @@ class LatentsInfo:
                 values["latent_sizes"] = tuple(map(tuple, values["latent_sizes"]))
             if values.get("text") is not None:
                 values["text"] = StoredText(**values["text"])
+            if values.get("patch_features") is not None:
+                values["patch_features"] = StoredFeatures(**values["patch_features"])
             info = cls(**values)
             _check_shards(info)
             return info
@@ -205,15 +224,22 @@ class LatentsInfo:
         if self.format_version == 1:
             for name in ("captions", "text", "latent_sizes"):
                 del values[name]
+        if self.patch_features is None:  # as before there were any
+            del values["patch_features"]
         return values
 
     def columns(self) -> list[str]:
         """The names of a shard's columns."""
         columns = ["moments", *(["moments_flipped"] if self.has_flipped else [])]
         columns += [*(["height", "width"] if self.latent_sizes else []), *(["label"] if self.id2label else [])]
+        columns += self.feature_columns()
         for caption in self.captions:
             columns += [caption, *(self.text.columns(caption).values() if self.text else [])]
         return columns
+
+    def feature_columns(self) -> list[str]:
+        """The names of those with a vision encoder's features, which `features` does not mean."""
+        return [] if self.patch_features is None else list(COLUMNS[: 1 + self.has_flipped])
 
     def features(self):
         """The columns of a shard, `datasets.Features`."""
@@ -228,6 +254,7 @@ class LatentsInfo:
         kinds = {"moments": values, "moments_flipped": values}
         kinds |= {"height": datasets.Value("int32"), "width": datasets.Value("int32")}
         kinds |= {"label": datasets.ClassLabel(names=names)} if names else {}
+        kinds |= {column: datasets.Value("large_binary") for column in COLUMNS}
         for caption in self.captions:
             kinds[caption] = datasets.Value("string")
             for column in self.text.columns(caption).values() if self.text else ():

@@ -4,7 +4,8 @@
 A batch is {"moments": [B, M, S, S] of the stored dtype, "class_labels": [B] int64, "corrupt": []};
 `latents_from_moments` turns it into what a denoiser is trained on. With captions it has "captions", B texts, instead
 of labels, and "text", for each caption the arrays that its folder has of it (text.py); with aspect-ratio buckets
-moments are [B, M, H, W]. The letters of the shapes are those of codec.py.
+moments are [B, M, H, W]. A data set `with_features` adds "features" [B, N, E] of the stored dtype, those of the image
+or the mirrored image that the moments are of (features.py). The letters of the shapes are those of codec.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,13 @@ from ..captions import CaptionColumns
 from ..streaming import LOST, StreamingDataset
 from .arrow import RECORD_BATCH, find_misfit, open_shard
 from .codec import sample_moments
+from .features import COLUMNS, FeatureReading
 from .info import INFO, LatentsInfo
 from .text import EMPTY, read_arrays
 from .writing import verify_latents
 
 
-class LatentsDataset(Dataset):
+class LatentsDataset(FeatureReading, Dataset):
     """A folder of latents, memory-mapped: what is not asked for is not read, and no copy stays in memory.
 
     Whole batches are asked for by (epoch, index) pairs, because the flip depends on both. Safe in forked and spawned
@@ -86,20 +88,27 @@ class LatentsDataset(Dataset):
         flips = np.array([self.random_flip and derive_seed(self.seed, "flip", *key) % 2 == 1 for key in keys])
         shape = self.info.record_shape(0 if self.bucket_ids is None else self.bucket_ids[indices[0]])
         moments, labels = np.empty((len(keys), *shape), self.dtype), np.empty(len(keys), np.int64)
+        features, stored = None, self.info.patch_features
+        if self.reads_features:
+            features = torch.empty(len(keys), *stored.shape(shape[1:]), dtype=stored.torch_dtype)
         for column, rows in (("moments", np.flatnonzero(~flips)), ("moments_flipped", np.flatnonzero(flips))):
             if len(rows) > 0:
                 records = self.source[indices[rows]]  # slices of the shards: only what is copied is read
                 moments[rows] = _as_array(records[column], shape)
                 if not self.captions:
                     labels[rows] = records["label"]
+                if self.reads_features:
+                    column = COLUMNS[column == "moments_flipped"]
+                    features[torch.from_numpy(rows)] = stored.unpack(records[column], shape[1:])
         batch = {"moments": _as_tensor(moments, self.info), "corrupt": []}
+        batch |= {"features": features} if self.reads_features else {}
         if not self.captions:
             return batch | {"class_labels": torch.from_numpy(labels)}
         places = [{"seed": self.seed, "epoch": epoch, "place": index} for epoch, index in keys]
         return batch | _read_captions(self.source[indices], self.captions, places, self.info)
 
 
-class StreamingLatentsDataset(StreamingDataset):
+class StreamingLatentsDataset(FeatureReading, StreamingDataset):
     """A folder or repository of latents as a stream.
 
     Args:
@@ -158,6 +167,8 @@ class StreamingLatentsDataset(StreamingDataset):
         if self.info.latent_sizes:
             shape = (shape[0], *(record[side][0].as_py() for side in ("height", "width")))
         item = {"moments": _as_array(record["moments_flipped" if flip else "moments"], shape)[0]}
+        if self.reads_features:
+            item["features"] = self.info.patch_features.unpack(record[COLUMNS[flip]], shape[1:])[0]
         return item if self.captions else item | {"class_labels": record["label"][0].as_py()}
 
     def read_caption(self, record, **place: int) -> dict[str, Any]:
@@ -167,6 +178,8 @@ class StreamingLatentsDataset(StreamingDataset):
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         batch = {"moments": _as_tensor(np.stack([item["moments"] for item in items]), self.info)}
+        if self.reads_features:
+            batch["features"] = torch.stack([item["features"] for item in items])
         if not self.captions:
             return batch | {"class_labels": torch.tensor([item["class_labels"] for item in items], dtype=torch.int64)}
         names = ("captions", "text") if self.info.text else ("captions",)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from .alignment import AlignmentLoss
 from .base import ForwardRecord, LossTerm
-from .heads import DenoiserWithHeads
+from .heads import DenoiserWithHeads, GridHead
 from .reconstruction import ReconstructionLoss
 from .registry import LOSS_TERMS, register_loss_term
 
@@ -10,6 +10,7 @@ __all__ = [
     "AlignmentLoss",
     "DenoiserWithHeads",
     "ForwardRecord",
+    "GridHead",
     "LOSS_TERMS",
     "LossTerm",
     "ReconstructionLoss",

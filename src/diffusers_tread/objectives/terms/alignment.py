@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Representation alignment (REPA, arXiv 2410.06940), in a route on the kept tokens.
+"""Representation alignment (REPA, arXiv 2410.06940; iREPA, 2512.10794), in a route on the kept tokens.
 
 Shapes: B batch, N tokens, K kept tokens, D the denoiser's width, E the encoder's.
 """
@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from ...routing import TokenRoute
 from ...routing.ops import take_tokens
 from .base import ForwardRecord, LossTerm
+from .heads import GridHead
 from .vision_encoder import VisionEncoder
 
 
@@ -29,13 +31,14 @@ class AlignmentLoss(LossTerm):
     keeps, with the features at their places; else over all.
 
     Raises:
-        ValueError: A field out of range.
+        ValueError: A field out of range; a projector that looks at neighbours at a block in a route of tokens.
     """
 
     wants_images: ClassVar[bool] = True
 
     encoder: VisionEncoder
-    """What the tokens are compared with; it sees the images without noise."""
+    """What the tokens are compared with; it sees the images without noise, or saw them when its features were
+    stored."""
 
     projectors: Mapping[int, nn.Module]
     """By the index of a block the projector of its tokens, D to E."""
@@ -52,15 +55,33 @@ class AlignmentLoss(LossTerm):
     until_step: int | None = None
     """Steps with alignment, at least 1; None for all. The projectors go on without a gradient."""
 
+    spatial_norm: float | None = None
+    """gamma of iREPA's `normalize_features`, in [0, 1]; None for the features as they are."""
+
     def __post_init__(self):
         if not (isinstance(self.weight, (int, float)) and 0 <= self.weight < math.inf):
             raise ValueError(f"Expected weight to be a finite number >= 0, got {self.weight!r}. Use 0.5.")
         if self.until_step is not None and not (isinstance(self.until_step, int) and self.until_step >= 1):
             raise ValueError(f"Expected until_step >= 1, or null for all steps, got {self.until_step!r}.")
+        gamma = self.spatial_norm
+        if gamma is not None and not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
+            raise ValueError(f"Expected spatial_norm in [0, 1], or null for none, got {gamma!r}.")
+        for block, projector in self.projectors.items():
+            around = [route for route in self.routes if route.start <= block <= route.end and route.unit == "token"]
+            if around and isinstance(projector, GridHead):
+                raise ValueError(
+                    f'Expected blocks outside of routes of tokens for the projector "conv", whose kept tokens have no '
+                    f"neighbours, got {block} in the route {around[0].start} to {around[0].end}. Align at a block "
+                    'outside of the route, route rows, or use the projector "mlp".'
+                )
 
     @property
     def heads(self) -> Mapping[int, nn.Module]:
         return self.projectors
+
+    @property
+    def stored_features(self) -> Mapping[str, Any]:
+        return {"encoder": self.encoder.identity(), "patch_size": self.patch_size}
 
     @classmethod
     def for_model(
@@ -69,7 +90,9 @@ class AlignmentLoss(LossTerm):
         *,
         encoder: str,
         blocks: Sequence[int],
-        projector_dim: int = 2048,
+        projector: str = "mlp",
+        projector_dim: int | None = None,
+        spatial_norm: float | None = None,
         weight: float = 0.5,
         until_step: int | None = None,
     ) -> "AlignmentLoss":
@@ -79,7 +102,9 @@ class AlignmentLoss(LossTerm):
             model: Of this package.
             encoder: Repository on the Hub, or a folder, as `VisionEncoder.from_pretrained` takes it.
             blocks: Indices of the blocks, 0-based, after which tokens are aligned; REPA's depth 8 is 7 here.
-            projector_dim: Width of the projectors' two hidden layers.
+            projector: "mlp", REPA's `make_projector`, or "conv", iREPA's `ConvProjector`.
+            projector_dim: Width of the two hidden layers of "mlp"; None for 2048.
+            spatial_norm: As the field.
             weight: As the field.
             until_step: As the field.
 
@@ -95,16 +120,22 @@ class AlignmentLoss(LossTerm):
             )
         if not blocks or len(set(blocks)) < len(blocks) or not set(blocks) <= set(range(num_layers)):
             raise ValueError(f"Expected different blocks among 0 to {num_layers - 1} to align, got {blocks}.")
-        if not (isinstance(projector_dim, int) and projector_dim >= 1):
+        if projector not in ("mlp", "conv"):
+            raise ValueError(f"Expected projector 'mlp' or 'conv', got {projector!r}.")
+        if projector_dim is not None and not (isinstance(projector_dim, int) and projector_dim >= 1):
             raise ValueError(f"Expected projector_dim >= 1, got {projector_dim!r}. Use 2048.")
+        if projector_dim is not None and projector == "conv":
+            raise ValueError(f'Expected no projector_dim for "conv", which has no hidden layer, got {projector_dim}.')
         teacher, width = VisionEncoder.from_pretrained(encoder), model.patch_embedding.out_channels
+        make = ConvProjector if projector == "conv" else partial(make_projector, hidden_dim=projector_dim or 2048)
         return cls(
             encoder=teacher,
-            projectors={block: make_projector(width, projector_dim, teacher.width) for block in blocks},
+            projectors={block: make(width, out_dim=teacher.width) for block in blocks},
             routes=tuple(model.token_router.routes),
             patch_size=patch_size,
             weight=weight,
             until_step=until_step,
+            spatial_norm=spatial_norm,
         )
 
     def __call__(self, record: ForwardRecord) -> torch.Tensor:
@@ -114,12 +145,9 @@ class AlignmentLoss(LossTerm):
         if self.until_step is not None and record.step >= self.until_step:
             means = [projected[block].float().mean(dim=(1, 2)) for block in self.projectors]
             return 0.0 * torch.stack(means).sum(dim=0)
-        if record.images is None:
-            raise ValueError("Expected the images of the latents, which the alignment looks at, got none.")
 
         # The encoder's feature for each token, then per block those of the tokens that went through it.
-        grid_size = tuple(side // self.patch_size for side in record.latents.shape[2:])
-        features = self.encoder(record.images, grid_size)  # B N E
+        features = self._features(record)  # B N E
         losses = []
         for block in self.projectors:
             ids = self._kept_token_ids(block, record)
@@ -127,12 +155,58 @@ class AlignmentLoss(LossTerm):
             losses.append(1 - F.cosine_similarity(projected[block].float(), target, dim=-1).mean(dim=1))
         return self.weight * torch.stack(losses).mean(dim=0)
 
+    def _features(self, record: ForwardRecord) -> torch.Tensor:
+        """[B, N, E] float32, those that were stored, or else of the images; normalised if that is asked for."""
+        features = record.image_features
+        if features is None:
+            if record.images is None:
+                raise ValueError("Expected the images of the latents, which the alignment looks at, got none.")
+            grid_size = tuple(side // self.patch_size for side in record.latents.shape[2:])
+            features = self.encoder(record.images, grid_size)
+        features = features.float()
+        return features if self.spatial_norm is None else normalize_features(features, gamma=self.spatial_norm)
+
     def _kept_token_ids(self, block: int, record: ForwardRecord) -> torch.Tensor | None:
         """[B, K], those of the route around a block; None where all tokens went through it."""
         for route, ids in zip(self.routes, record.kept_token_ids or (), strict=False):
             if route.start <= block <= route.end:
                 return ids
         return None
+
+
+def normalize_features(features: torch.Tensor, *, gamma: float) -> torch.Tensor:
+    """iREPA's spatial normalisation (arXiv 2512.10794), of each channel over all tokens of an image, routed or not.
+
+    Args:
+        features: [B, N, E], N at least 2.
+        gamma: Share of the mean that is taken away. It leaves less of what all tokens of the image have in common.
+
+    Returns:
+        [B, N, E], (x - gamma mean(x)) / (std(x) + 1e-6), with the unbiased deviation.
+    """
+    mean, std = features.mean(dim=1, keepdim=True), features.std(dim=1, keepdim=True)  # B 1 E
+    return (features - gamma * mean) / (std + 1e-6)
+
+
+class ConvProjector(GridHead):
+    """iREPA's (arXiv 2512.10794): one 3x3 convolution over the grid of tokens with zeros around it.
+
+    In a route of rows the grid is that of the kept rows, each next to the kept one above and below it however many
+    are routed away between them, which is how the blocks of such a route see them.
+
+    Args:
+        width: D.
+        out_dim: E.
+    """
+
+    def __init__(self, width: int, out_dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, out_dim, kernel_size=3, padding=1)
+
+    def forward(self, tokens: torch.Tensor, columns: int) -> torch.Tensor:
+        """[B, rows * columns, D] to [B, rows * columns, E], both row by row."""
+        maps = tokens.transpose(1, 2).unflatten(2, (-1, columns))  # B D rows columns
+        return self.conv(maps).flatten(2).transpose(1, 2)
 
 
 def make_projector(width: int, hidden_dim: int, out_dim: int) -> nn.Sequential:

@@ -51,6 +51,9 @@ class ForwardRecord:
     images: torch.Tensor | None = None
     """[B, 3 or 1, height, width] in [-1, 1], the images that the latents are of, for terms that want them."""
 
+    image_features: torch.Tensor | None = None
+    """[B, N, E], what `LossTerm.stored_features` describes, which was stored of the images, instead of `images`."""
+
     step: int | None = None
     """Optimiser steps done before this one, if told."""
 
@@ -66,10 +69,14 @@ class LossTerm(ABC):
 
     heads: Mapping[int, torch.nn.Module] = MappingProxyType({})
     """By the index of the block: a network on the block's tokens that is trained with the denoiser and not saved with
-    it. `DenoiserWithHeads` calls it."""
+    it. `DenoiserWithHeads` calls it; one that looks at neighbours is a `GridHead`."""
 
     wants_images: ClassVar[bool] = False
-    """Whether the term looks at the record's `images`."""
+    """Whether the term looks at the record's `images`, or at its `image_features` where it has `stored_features`."""
+
+    stored_features: Mapping[str, Any] | None = None
+    """What `image_features` must be to do instead of `images`: the identity of the `encoder` and the `patch_size` of
+    the tokens; None if only images do."""
 
     replaces_denoising: ClassVar[bool] = False
     """Whether the term has the denoising loss in it, so that it is not added once more."""

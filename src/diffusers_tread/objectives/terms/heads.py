@@ -9,6 +9,13 @@ import torch
 from .base import LossTerm
 
 
+class GridHead(torch.nn.Module):
+    """A head that looks at a token's neighbours: it is called as `head(tokens, columns)`.
+
+    The tokens are [B, rows * columns, D], row by row; in a route of rows the rows are those that are kept.
+    """
+
+
 class DenoiserWithHeads(torch.nn.Module):
     """What is trained where terms have `heads`: one module, so that Accelerate wraps, clips and saves all of it.
 
@@ -49,8 +56,9 @@ class DenoiserWithHeads(torch.nn.Module):
         """
         wanted = sorted({*hidden_states_at, *map(int, self.heads)})
         output = self.denoiser(hidden_states, timestep, hidden_states_at=wanted, **options)
-        # As an item, which also sets the attribute: copies of the output are made of its items.
-        output["projected_states"] = {
-            int(block): head(output.hidden_states[int(block)]) for block, head in self.heads.items()
-        }
+        columns, projected = hidden_states.shape[-1] // getattr(self.config, "patch_size", 1), {}
+        for block, head in self.heads.items():
+            grid = {"columns": columns} if isinstance(head, GridHead) else {}
+            projected[int(block)] = head(output.hidden_states[int(block)], **grid)
+        output["projected_states"] = projected  # as an item, which also sets the attribute: copies are made of items
         return output

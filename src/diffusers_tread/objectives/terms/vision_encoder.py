@@ -5,9 +5,15 @@ Shapes: B batch, N tokens, L tokens of the encoder, E the encoder's width.
 """
 
 import inspect
+import re
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+
+from ...fingerprint import weights_fingerprint
 
 
 class VisionEncoder:
@@ -19,12 +25,13 @@ class VisionEncoder:
         model: Its config has `patch_size`, `image_size` and `hidden_size`; its patches come last among its tokens.
         mean: Of each channel of images in [0, 1], as its processor has it.
         std: Likewise.
+        revision: The commit of its repository, if known.
 
     Raises:
         ValueError: The model has no patches.
     """
 
-    def __init__(self, model: torch.nn.Module, *, mean: list[float], std: list[float]):
+    def __init__(self, model: torch.nn.Module, *, mean: list[float], std: list[float], revision: str | None = None):
         self.model = model.requires_grad_(False).eval()
         patch_size, image_size = (getattr(model.config, name, None) for name in ("patch_size", "image_size"))
         parameters = inspect.signature(model.forward).parameters
@@ -33,6 +40,7 @@ class VisionEncoder:
                 f"Expected a vision transformer that takes images in square patches, got {type(model).__name__}. Use "
                 "a DINOv2, DINOv3, SigLIP or CLIP."
             )
+        self.revision, self.normalization = revision, {"mean": list(mean), "std": list(std)}
         self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean, std))
         self.patch_size, self.width, self.dtype = patch_size, model.config.hidden_size, next(model.parameters()).dtype
         side = (image_size if isinstance(image_size, int) else min(image_size)) // patch_size
@@ -65,7 +73,16 @@ class VisionEncoder:
                 f"Expected a vision encoder with safetensors and a preprocessor_config.json at {repository!r}, got "
                 f"{error}"
             ) from error
-        return cls(getattr(model, "vision_model", model), mean=mean, std=std)  # CLIP's and SigLIP's other tower goes
+        cached = None if Path(repository).exists() else try_to_load_from_cache(repository, "config.json")
+        commit = re.search(r"/snapshots/([0-9a-f]{40})/", cached if isinstance(cached, str) else "")
+        vision_model = getattr(model, "vision_model", model)  # CLIP's and SigLIP's other tower goes
+        return cls(vision_model, mean=mean, std=std, revision=commit[1] if commit else None)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others wherever it lies (JSON): features of encoders with the same one are the same, but
+        for rounding. Its weights count in bfloat16, in which accelerators have them."""
+        fingerprint = weights_fingerprint(self.model, dtype=torch.bfloat16)
+        return {"class_name": type(self.model).__name__, "fingerprint": fingerprint, **self.normalization}
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
