@@ -208,7 +208,7 @@ class TrainingLoop(ABC):
         latents = self.source.to_latents(batch, device=self.accelerator.device, generator=self.generator)
         wants_images = any(term.wants_images for term in self.terms)
         self.images = self.source.images(batch, device=self.accelerator.device) if wants_images else None
-        return latents, conditions, RoutingCall(enabled=None if self.is_routed else False, seed=seed("routing"))
+        return latents, conditions, RoutingCall(selection_ratio=None if self.is_routed else 0.0, seed=seed("routing"))
 
     def log(self, progress: tqdm, loss: float, images_per_second: float) -> None:
         """Tells the trackers and the progress bar how the run goes."""
