@@ -64,6 +64,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         "class_embedding",
         "norm",
         "^proj_out",
+        "route_fusions",
     ]
 
     @classmethod
