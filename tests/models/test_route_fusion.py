@@ -120,6 +120,8 @@ def test_a_dropped_path_runs_no_block_of_the_route(name, inputs):
     with token_routing(model, path_drop=True):
         assert torch.equal(weak, model(*inputs).sample) and not torch.equal(weak, strong.sample)
     assert ran == [4, 5, 0, 4, 5]
+    routed = model(*inputs, routing=RoutingCall(selection_ratio=0.75), hidden_states_at=(3, 4)).hidden_states
+    assert routed[3].shape == (3, 4, 16) and routed[4].shape == (3, 16, 16)  # four kept tokens, all again
     with pytest.raises(ValueError, match=r"0 to 5 but for a path that is dropped, got \[3\]"):
         model(*inputs, routing=DROP, hidden_states_at=(3, 4))
 
