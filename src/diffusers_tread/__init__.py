@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 from typing import TYPE_CHECKING, Any
 
-from .guiders import Branch, BranchGuidance, RatioSchedule, SparseGuidance, register_guider
+from .guiders import Branch, BranchGuidance, PathDropGuidance, RatioSchedule, SparseGuidance, register_guider
 from .hooks import (
     BlockSpec,
     ModelSpec,
@@ -53,6 +53,7 @@ __all__ = [
     "LossTerm",
     "ModelSpec",
     "Objective",
+    "PathDropGuidance",
     "RatioSchedule",
     "ReconstructionLoss",
     "RoutedStack",

@@ -169,7 +169,9 @@ def guidance_flops(
     def branch_flops(branch: Branch) -> Flops:
         if branch not in counted:
             shares = shared_prefix and branch.shares_prefix and getattr(model, "_supports_prefix", False)
-            counted[branch] = counters[branch.denoiser].forward(branch.selection_ratio, with_prefix=shares)
+            counted[branch] = counters[branch.denoiser].forward(
+                branch.selection_ratio, path_drop=branch.path_drop, with_prefix=shares
+            )
         return counted[branch]
 
     guider, steps = copy.deepcopy(guider), []
@@ -196,11 +198,18 @@ class _Counter:
             for block in stack:
                 block.forward = _CountedBlock(block, self, is_ours=isinstance(stack, RoutedStack))
 
-    def forward(self, selection_ratio: float | None, *, with_prefix: bool = False, backward: bool = False) -> Flops:
+    def forward(
+        self,
+        selection_ratio: float | None,
+        *,
+        path_drop: bool = False,
+        with_prefix: bool = False,
+        backward: bool = False,
+    ) -> Flops:
         """Of one forward, without the blocks of the prefix if that is given, and its backward."""
-        given = {}
+        given = {"path_drop": True} if path_drop else {}
         if with_prefix:
-            given["prefix"] = self._call(0.0, return_prefix=True).prefix
+            given["prefix"] = self._call(0.0, return_prefix=True).prefix.detach()
         counts = self._count(selection_ratio, backward=backward, **given)
         attention = sum(flops for operation, flops in counts.items() if str(operation).startswith(_ATTENTION))
         return Flops(linear=sum(counts.values()) - attention, attention=attention)
@@ -220,10 +229,10 @@ class _Counter:
         counts, self.counter = dict(self.counter.flop_counts["Global"]), None
         return counts
 
-    def _call(self, selection_ratio: float | None, **given: Any) -> Any:
-        if hasattr(self.model, "token_router") or selection_ratio:
+    def _call(self, selection_ratio: float | None, *, path_drop: bool = False, **given: Any) -> Any:
+        if hasattr(self.model, "token_router") or selection_ratio or path_drop:
             get_token_router(self.model)
-            given["routing"] = RoutingCall(enabled=True, selection_ratio=selection_ratio)
+            given["routing"] = RoutingCall(enabled=True, selection_ratio=selection_ratio, path_drop=path_drop)
         try:
             with sdpa_kernel(SDPBackend.MATH):
                 return self.model(**self.inputs, **given)

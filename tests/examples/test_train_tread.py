@@ -21,7 +21,14 @@ from runs import assert_bitwise_equal, call, interrupting, launch, weights_of
 from tiny_models import SIZE, cut_off, save_noise, save_vae
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_tread import EDMHeunScheduler, SparseGuidance, TokenRouter, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import (
+    EDMHeunScheduler,
+    PathDropGuidance,
+    SparseGuidance,
+    TokenRouter,
+    TREADPipeline,
+    TREADTransformer2DModel,
+)
 from diffusers_tread.flops import training_flops
 from diffusers_tread.objectives import base
 from diffusers_tread.runs import samples, setup, trainer
@@ -465,6 +472,22 @@ def test_a_delayed_route_trains_and_guides(config, tmp_path):
         return pipe(1, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
 
     assert not torch.equal(images(routes), images([{"start": 2, "end": 2}]))
+
+
+def test_a_fused_route_with_path_drop_resumes_exactly_and_guides(config, tmp_path):
+    """Stopped in the dense end, where paths are dropped as well."""
+    routes = [{"start": 1, "end": 1, "selection_ratio": 0.75, "rejoin": "fuse", "path_drop": 0.5}]
+    options = {"max_train_steps": 6, "checkpointing_steps": 2, "lr_warmup_steps": 0}
+    argv = ["--config", config(**options), "--routes", json.dumps(routes), "--dense_fraction", 0.5, "--output_dir"]
+    train(*argv, tmp_path / "whole")
+    with interrupting(train_tread.Trainer, "next_batch", lambda trainer, micro_step: trainer.step == 5):
+        train(*argv, tmp_path / "stopped")
+    train(*argv, tmp_path / "stopped")
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
+
+    pipe = TREADPipeline.from_pretrained(tmp_path / "whole" / "pipeline", guider=PathDropGuidance())
+    assert pipe.transformer.config.routes == routes and pipe.transformer.route_fusions["0"].mask.any()
+    assert torch.isfinite(pipe(1, num_inference_steps=2, output_type="pt").images).all()
 
 
 def test_the_options_of_the_papers_first_version_train(config, folder, tmp_path):

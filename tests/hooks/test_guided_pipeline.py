@@ -11,6 +11,7 @@ from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 from diffusers_tread import (
     FlowSDEScheduler,
     GuidedPipeline,
+    PathDropGuidance,
     RatioSchedule,
     SparseGuidance,
     TokenRoute,
@@ -209,6 +210,7 @@ def test_what_cannot_be_guided_is_refused_with_the_reason(pipeline):
     sparse, both = SparseGuidance(SCALE, 0.25, 0.75), SparseGuidance(SCALE, 0.25, 0.75, null_weak_branch=True)
     for guider, message in [
         (ClassifierFreeGuidance(), "Expected a SparseGuidance"),
+        (PathDropGuidance(), "Expected a SparseGuidance for .*, got PathDropGuidance"),
         (SparseGuidance(0.5, 0.25, 0.75, null_weak_branch=True), "guidance_scale >= 1"),
         (SparseGuidance(2.0, 0.25, 0.75, weak_checkpoint=True), "Expected a second denoiser"),
     ]:

@@ -498,6 +498,7 @@ def test_functions_for_routed_models_refuse_others(function):
         (TokenRoute(start=1, end=4), "transformer_blocks", "inside the model's 3 blocks"),
         ([], None, "at least one route"),
         ({"start": 1, "end": 4, "rejoin": "sum"}, None, "rejoin='state' in the routes of Flux.*, got .*rejoin='sum'"),
+        ({"start": 1, "end": 4, "rejoin": "fuse"}, None, "whose files have the weights of a fusion"),
         ({"start": 2, "end": 4, "rejoin_from": 1}, None, "routes of Flux.* and no rejoin_from, got .*rejoin_from=1"),
         (ROUTE, "no_blocks", r"such as \['transformer_blocks', 'single_transformer_blocks'\], got 'no_blocks'"),
         ("2-4", None, "Expected a TokenRoute"),

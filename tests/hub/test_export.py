@@ -26,6 +26,7 @@ _MODEL = [
     "models.modeling_outputs",
     "models.transformer_tread_2d",
     "routing.ops",
+    "routing.fusion",
     "routing.stack",
     *_ROUTING,
 ]

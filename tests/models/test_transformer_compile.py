@@ -43,6 +43,7 @@ def test_compiled_training_equals_eager_and_never_recompiles(
 ):
     if options:
         routes = [{"start": 0, "end": 0, **options}, {"start": 2, "end": 2, "rejoin_from": 1}]
+        routes.append({"start": 1, "end": 1, "rejoin": "fuse", "path_drop": 0.5})
         model = make_model(num_layers=5, routes=routes).train()
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -18,6 +18,7 @@ ROUTES = {
     "from the first block": [{"start": 0, "end": 1, "rejoin": "input"}],
     "delayed": [{"start": 2, "end": 3, "rejoin_from": 1}],
     "delayed to the input": [{"start": 2, "end": 3, "rejoin_from": 0}],
+    "fused": [{"start": 2, "end": 3, "rejoin": "fuse"}, {"start": 4, "end": 5, "rejoin": "fuse"}],
     "two delayed": [{"start": 3, "end": 3, "rejoin_from": 2}, {"start": 4, "end": 4, "rejoin_from": 1}],
     "delayed to between": [{"start": 1, "end": 2}, {"start": 4, "end": 4, "rejoin_from": 3}],
 }

@@ -59,16 +59,20 @@ def numpy_forward(model, latents, timestep, labels, kept_token_ids=()):
     condition = silu(time + w["class_embedding.weight"][labels.numpy()])
 
     # Blocks, where the kept tokens leave the sequence before the route's start and come back after its end. A routed
-    # token comes back as the state it had, as its input to the network, or as their sum, or as an earlier state.
+    # token comes back as the state it had, as its input to the network, or as their sum, or as an earlier state; or
+    # all are fused. Ids of None: the route's blocks are left out.
     x_input, x_before = x, []
     for index in range(config.num_layers):
         x_before.append(x)
-        for route, ids in zip(config.routes or [], kept_token_ids, strict=False):
+        routes = list(zip(config.routes or [], kept_token_ids, strict=False))
+        for route, ids in routes:
             if index == route["start"]:
-                everything = {"state": x, "input": x_input, "sum": x + x_input}[route.get("rejoin", "state")].copy()
+                states = {"state": x, "input": x_input, "sum": x + x_input, "fuse": x}
+                everything = states[route.get("rejoin", "state")].copy()
                 everything = x_before[route["rejoin_from"]].copy() if "rejoin_from" in route else everything
-                x = np.stack([x[b, ids[b].numpy()] for b in range(batch)])
+                x = x if ids is None else np.stack([x[b, ids[b].numpy()] for b in range(batch)])
         name = f"transformer_blocks.{index}"
+        before = x
         shift1, scale1, gate1, shift2, scale2, gate2 = np.split(linear(condition, f"{name}.modulation"), 6, 1)
         y = norm(x) * (1 + scale1[:, None]) + shift1[:, None]
         q, k, v = (
@@ -82,11 +86,15 @@ def numpy_forward(model, latents, timestep, labels, kept_token_ids=()):
         y = linear(norm(x) * (1 + scale2[:, None]) + shift2[:, None], f"{name}.ff.net.0.proj")
         y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
         x = x + gate2[:, None] * linear(y, f"{name}.ff.net.2")
-        for route, ids in zip(config.routes or [], kept_token_ids, strict=False):
+        for number, (route, ids) in enumerate(routes):
+            if ids is None and route["start"] <= index <= route["end"]:
+                x = before
             if index == route["end"]:
-                for b in range(batch):
-                    everything[b, ids[b].numpy()] = x[b]
-                x = everything
+                fuses = route.get("rejoin") == "fuse"
+                after = np.tile(w[f"route_fusions.{number}.mask"], (*x_input.shape[:2], 1)) if fuses else everything
+                for b in range(batch if ids is not None else 0):
+                    after[b, ids[b].numpy()] = x[b]
+                x = linear(np.concatenate([everything, after], 2), f"route_fusions.{number}.proj") if fuses else after
 
     # Output.
     shift, scale = np.split(linear(condition, "modulation_out"), 2, 1)
@@ -387,7 +395,7 @@ def test_routes_are_kept_in_the_config_as_plain_absolute_values(make_model):
         ([{"start": 1, "end": 4}], "at least two blocks"),
         ([{"start": 2, "end": 1}], "empty route"),
         ([{"start": 1, "end": 2, "selection_ratio": 1.0}], "selection ratio"),
-        ([{"start": 1, "end": 2, "rejoin": "x_T"}], "Expected rejoin 'state', 'input' or 'sum'"),
+        ([{"start": 1, "end": 2, "rejoin": "x_T"}], "Expected rejoin 'state', 'input', 'sum' or 'fuse'"),
         ("all", "Expected a TokenRoute"),
     ],
 )

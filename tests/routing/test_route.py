@@ -70,7 +70,13 @@ def test_two_blocks_after_the_rejoin_warn(end):
         ("start", [2.0, None, True], "block index"),
         ("end", ["8"], "block index"),
         ("rejoin_from", ["1", 1.0, False], "`rejoin_from` to be a block index"),
-        ("rejoin", ["x_T", "both", "", None, True, ["state"]], "Expected rejoin 'state', 'input' or 'sum', got"),
+        (
+            "rejoin",
+            ["x_T", "both", "", None, True, ["state"]],
+            "Expected rejoin 'state', 'input', 'sum' or 'fuse', got",
+        ),
+        ("path_drop", [1, 1.0, -0.1, math.nan, True, "0.1", None], r"Expected path_drop in \[0, 1\)"),
+        ("path_drop", [0.1], "Expected rejoin='fuse' with path_drop=0.1, got 'state'. Leave path_drop out"),
         ("magnitude_mix", [1.1, -1.1, math.nan, "0.5", True, None], r"Expected magnitude_mix in \[-1, 1\], got"),
     ],
 )
@@ -89,7 +95,10 @@ def test_a_route_cannot_be_changed_nor_given_by_position():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rejoin": "input"}, {"magnitude_mix": -0.5}, {"rejoin": "sum", "magnitude_mix": 1}, {"rejoin_from": 0}],
+    [
+        *({}, {"rejoin": "input"}, {"magnitude_mix": -0.5}, {"rejoin": "sum", "magnitude_mix": 1}),
+        *({"rejoin_from": 0}, {"rejoin": "fuse"}, {"rejoin": "fuse", "path_drop": 0.1}),
+    ],
 )
 def test_routes_survive_json_and_resolving(options):
     route = TokenRoute(start=2, end=-4, selection_ratio=0.75, **options)
@@ -111,7 +120,12 @@ def test_states_that_tokens_did_not_have_when_the_route_began_are_refused(rejoin
         TokenRoute(start=2, end=8, rejoin_from=rejoin_from).resolve(12)
 
 
-@pytest.mark.parametrize("rejoin", ["input", "sum"])
+def test_two_blocks_after_a_fusion_are_what_its_paper_has():
+    with warnings.catch_warnings(action="error"):
+        assert TokenRoute(start=2, end=-3, rejoin="fuse").resolve(12).end == 9
+
+
+@pytest.mark.parametrize("rejoin", ["input", "sum", "fuse"])
 def test_a_route_has_one_way_to_rejoin(rejoin):
     with pytest.raises(ValueError, match="Expected rejoin='state' with rejoin_from=0.*Leave one of them out"):
         TokenRoute(start=2, end=8, rejoin=rejoin, rejoin_from=0)

@@ -27,6 +27,9 @@ class Branch:
     denoiser: Literal["main", "guidance"] = "main"
     """Who runs it: the denoiser that is sampled from, or the one that guides it, such as an earlier checkpoint."""
 
+    path_drop: bool = False
+    """Whether the blocks of routes with rejoin "fuse" are left out, see `RoutingCall.path_drop`."""
+
     shares_prefix: bool = False
     """Whether it has the denoiser, condition and inputs of the first branch, so that all blocks in front of the first
     route compute the same."""
@@ -45,7 +48,7 @@ class BranchGuidance(BaseGuidance):
     """A guider of diffusers that says what it runs by `branches`, and combines by `forward`.
 
     `TREADPipeline` and `guidance_flops` read the branches. Other loops, diffusers' modular pipelines among them, use
-    it as any guider: `prepare_models` sets the ratio of a branch for the thread, and `cleanup_models` takes it back.
+    it as any guider: `prepare_models` sets the routing of a branch for the thread, and `cleanup_models` takes it back.
     The step that `set_state` told belongs to the guider: loops that run side by side each take a `copy.copy` of it, as
     `TREADPipeline` does.
 
@@ -84,16 +87,18 @@ class BranchGuidance(BaseGuidance):
         """
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
-        """Sets the branch's ratio in this thread; call `cleanup_models` after the forward, also on error.
+        """Sets the branch's routing in this thread; call `cleanup_models` after the forward, also on error.
 
         Raises:
-            ValueError: The denoiser has no routes and the branch a ratio, or the branch wants another denoiser than
-                the first one.
+            ValueError: The denoiser has no routes and the branch a ratio, or none whose path the branch could drop,
+                or the branch wants another denoiser than the first one.
         """
         self.cleanup_models(denoiser)  # what a caller left behind that failed in between
         index = self._count_prepared
         branch, router = self.branches()[index], get_token_router(denoiser)
         check_routes(denoiser, branch.selection_ratio)
+        if branch.path_drop:
+            router.check_path_drop()
         if index == 0:
             self._prepared.first_router = router
         elif branch.denoiser == "guidance" and router is self._prepared.first_router:
@@ -103,11 +108,11 @@ class BranchGuidance(BaseGuidance):
             )
         self._count_prepared += 1
         self._prepared.routing.enter_context(
-            token_routing(denoiser, enabled=True, selection_ratio=branch.selection_ratio)
+            token_routing(denoiser, enabled=True, selection_ratio=branch.selection_ratio, path_drop=branch.path_drop)
         )
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
-        """Takes the branch's ratio back."""
+        """Takes the branch's routing back."""
         self._prepared.routing.close()
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:

@@ -4,6 +4,7 @@
 from diffusers import BaseGuidance
 
 from ..registry import add_entry
+from .path_drop_guidance import PathDropGuidance
 from .sparse_guidance import SparseGuidance
 
 
@@ -20,3 +21,4 @@ def register_guider(guider: type[BaseGuidance]) -> None:
 
 
 register_guider(SparseGuidance)
+register_guider(PathDropGuidance)

@@ -132,7 +132,7 @@ def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
     dense, routed = forward_flops(model, selection_ratio=0.0).total, forward_flops(model).total
     routes = [
         f"blocks {route.start} to {route.end} of {router.num_layers} (from 0, both included) without "
-        f"{route.selection_ratio:.0%} of the {route.unit}s"
+        f"{route.selection_ratio:.0%} of the {route.unit}s{', fused after them' if route.rejoin == 'fuse' else ''}"
         for route in router.routes
     ]
     facts = {

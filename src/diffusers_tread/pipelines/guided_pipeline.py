@@ -86,7 +86,7 @@ class GuidedPipeline:
     def _check(self) -> None:
         guider, name = self.guider, type(self.pipeline).__name__
         # Not by its class: a guider from the Hub brings code of its own.
-        if not hasattr(guider, "null_weak_branch"):
+        if not hasattr(guider, "weak_ratio"):
             raise ValueError(f"Expected a SparseGuidance for {name}, got {type(guider).__name__}.")
         if self.guidance_transformer is self.pipeline.transformer:
             raise ValueError(

@@ -95,7 +95,7 @@ class GuidedPrediction:
     ) -> "list[torch.Tensor] | tuple[torch.Tensor, ...]":
         """The prediction of each branch."""
         # Dense branches that differ in the condition alone are one forward.
-        if all(branch.denoiser == "main" and branch.selection_ratio == 0.0 for branch in branches):
+        if all(branch == Branch(condition=branch.condition) for branch in branches):
             dense = RoutingCall(enabled=False)
             return self._run_together([labels[branch.condition] for branch in branches], latents, timestep, dense)
 
@@ -107,7 +107,7 @@ class GuidedPrediction:
                 raise ValueError("Expected a guidance_transformer, which a branch of the guider runs, got None.")
             asked = {"return_prefix": True} if shares and index == 0 else {}
             asked |= {"prefix": prefix} if shares and branch.shares_prefix else {}
-            routing = RoutingCall(enabled=True, selection_ratio=branch.selection_ratio)
+            routing = RoutingCall(enabled=True, selection_ratio=branch.selection_ratio, path_drop=branch.path_drop)
             output = self._run(
                 self.denoisers[branch.denoiser],
                 latents,
@@ -186,7 +186,9 @@ class GuidedPrediction:
                 generator = generator * (len(latents) // len(generator))  # for each half of classifier-free guidance
             seed = draw_routing_seed(generator, device=latents.device)
         ratio = None if routing is None else routing.selection_ratio
-        call = RoutingCall(enabled=is_routing, selection_ratio=ratio, seed=seed)
+        # Never None, with which a model in training mode draws samples. Not all code from the Hub knows it.
+        path_drop = bool(getattr(router.resolve(routing), "path_drop", False))
+        call = RoutingCall(enabled=is_routing, selection_ratio=ratio, seed=seed, path_drop=path_drop)
         is_caching = getattr(transformer, "is_cache_enabled", False)
         if is_caching and self.batch_size not in (None, len(latents)):
             transformer._reset_stateful_cache()  # guidance began or ended: what it keeps is of another batch

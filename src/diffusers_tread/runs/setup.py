@@ -311,7 +311,10 @@ def describe_classes(config: TrainConfig, settings: dict[str, Any]) -> dict[str,
 
 def describe_routes(routes: Sequence[TokenRoute]) -> list[str]:
     """Routes for the eye."""
-    return [f"{one.selection_ratio:.0%} of the {one.unit}s skip blocks {one.start} to {one.end}" for one in routes]
+    texts = [f"{one.selection_ratio:.0%} of the {one.unit}s skip blocks {one.start} to {one.end}" for one in routes]
+    fused = [", fused after them" if one.rejoin == "fuse" else "" for one in routes]
+    drops = [f", {one.path_drop:.0%} of the samples all of them" if one.path_drop else "" for one in routes]
+    return ["".join(parts) for parts in zip(texts, fused, drops, strict=True)]
 
 
 def settings_table(

@@ -215,7 +215,7 @@ class TrainingLoop(ABC):
             self.images = source.images(batch, device=device)
         elif self.wants_images:
             self.image_features = source.image_features(batch, device=device)
-        return latents, conditions, RoutingCall(enabled=None if self.is_routed else False, seed=seed("routing"))
+        return latents, conditions, RoutingCall(selection_ratio=None if self.is_routed else 0.0, seed=seed("routing"))
 
     def log(self, progress: tqdm, loss: float, images_per_second: float) -> None:
         """Tells the trackers and the progress bar how the run goes."""
