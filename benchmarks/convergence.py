@@ -253,12 +253,16 @@ class Evaluation:
         self.last_images: np.ndarray | None = None
         """[classes, H, W, 3] uint8, the first sample of each class with the first guidance scale."""
 
+    def has_samples(self, run: Run, number: int) -> bool:
+        """Whether samples are judged at the evaluation of this number."""
+        return number in self.samples_at
+
     def __call__(self, run: Run, number: int) -> dict[str, Any]:
         """What a point of the report has of the evaluation of this number, 0 at the start."""
         losses = self.heldout_loss(run.averaged)
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         point = {"heldout_loss": total, "heldout_losses": losses}
-        if number not in self.samples_at:
+        if not self.has_samples(run, number):
             return point
         point["samples"] = {}
         for scale in self.args.guidance_scales:

@@ -1,0 +1,349 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Adds the pieces of the recipe of 2026 to dense and routed models, one by one, and says what each is worth.
+
+    python benchmarks/convergence.py --make_data outputs/avatars32.npz
+    python benchmarks/recipe.py --data outputs/avatars32.npz --device cuda --dtype bfloat16 --compile --workers 6 \\
+        --output benchmarks/results/recipe_gpu.json
+
+A variant is a base, "dense", "tread" (the default route) or "sprint" (SPRINT's sparse middle), and pieces: "modern"
+(the blocks), "align" (representation alignment on the kept tokens, with a teacher that this script trains on the
+training images), "muon" and "delayed" (the route). All variants of a seed see the same images, times and noise.
+
+First the learning rates are chosen, AdamW's for the first routed variant and Muon's for the first with it, by the
+held-out loss after a few steps of a seed that counts for nothing else. Then the steps of all variants take turns on
+the idle device: these times are the ones that are compared. Then the runs, several at once, a seed of all variants
+before the next seed. The learning rate does not fall, so that averaged weights can be judged at any step; each variant
+is trained for --steps and, if it is faster than the dense one, until it has taken as long. A variant that fails is
+reported and the others go on; the exit status is 1. The output is written at each evaluation.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DTYPES, finish_report, make_parser, set_up, start_report, summary, time_in_turns, write_whole
+from convergence import describe_data
+from convergence_data import Images
+from convergence_train import BASELINE, to_device
+from profile_step import profile_step
+from recipe_report import equal_time_step, plot, summarise, table
+from recipe_train import Recipe, RecipeEvaluation, RecipeRun, train_teacher
+from recipe_workers import Shared, Task, Workers, prepare_compiler
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+VARIANTS = "dense,tread,tread+modern,tread+modern+align,tread+modern+align+muon,tread+modern+align+muon+delayed"
+VARIANTS += ",sprint,sprint+modern+align+muon"
+ALONE = "dense+modern,dense+align,dense+muon,tread+align,tread+muon,tread+delayed"
+SWEEP_SEED = 1000  # of no reported run
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, repeats=7, warmup=1)
+    group = parser.add_argument_group("what is compared").add_argument
+    group("--data", type=Path, help="NPZ file that convergence.py makes.")
+    group("--variants", default=VARIANTS, help="By commas.")
+    group("--alone", default=ALONE, help="More of them, which are timed with the others and trained after them.")
+    group("--seeds", default="0,1,2", help="Of weights and draws, by commas.")
+    group("--workers", type=int, default=0, help="Processes that train at once on the device; 0 for this one alone.")
+    group("--time_limit", type=float, help="Seconds after which no run starts that would not be done by then.")
+
+    group = parser.add_argument_group("model and training").add_argument
+    group("--width", type=int, default=256, help="Channels of a token.")
+    group("--depth", type=int, default=12, help="Blocks.")
+    group("--heads", type=int, default=4, help="Of attention.")
+    group("--patch_size", type=int, default=2, help="Pixels on a token's side.")
+    group("--steps", type=int, default=400, help="Optimiser steps.")
+    group("--batch_size", type=int, default=256, help="Images per step.")
+    group("--warmup_steps", type=int, default=50, help="Steps in which the learning rate rises.")
+    group("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to it.")
+    group("--ema_decay", type=float, default=0.999, help="Of the averaged weights, reached after a warm-up.")
+    group("--label_drop", type=float, default=0.1, help="Share of labels that become the null class.")
+    group("--lrs", default="5e-4,1e-3,2e-3", help="AdamW's learning rates to choose from, by commas.")
+    group("--muon_lrs", default="5e-4,1e-3,2e-3", help="Muon's, scaled to match AdamW's updates.")
+    group("--sweep_steps", type=int, default=150, help="After which the rates are compared.")
+
+    group = parser.add_argument_group("alignment").add_argument
+    group("--align_block", type=int, default=3, help="After which tokens are aligned, 0-based, or the route's first.")
+    group("--align_weight", type=float, default=0.5, help="Of the alignment.")
+    group("--projector_dim", type=int, default=512, help="Width of the projector's hidden layers.")
+    group("--teacher_steps", type=int, default=600, help="Optimiser steps of the teacher.")
+    group("--teacher_batch_size", type=int, default=256, help="Its images per step.")
+
+    group = parser.add_argument_group("judging").add_argument
+    group("--evaluations", type=int, default=8, help="Times the averaged weights are judged, evenly, but the start.")
+    group("--samples_at", type=int, default=2, help="At how many of them, evenly, samples are judged as well.")
+    group("--heldout_per_level", type=int, default=100, help="Held-out images for each of ten noise levels.")
+    group("--num_samples", type=int, default=1000, help="Samples, and real images in their place.")
+    group("--sampling_steps", type=int, default=20, help="Of Euler's method.")
+    group("--guidance_scales", default="1,1.5", help="Of classifier-free guidance, by commas; 1 is none.")
+    group("--eval_batch_size", type=int, default=500, help="Images.")
+    group("--judge_steps", type=int, default=600, help="Optimiser steps of the classifier.")
+
+    group = parser.add_argument_group("machine and output").add_argument
+    group("--dtype", choices=sorted(DTYPES), default="float32", help="Below float32 by autocast.")
+    group("--compile", action="store_true", help="Compile the blocks.")
+    group("--steps_per_turn", type=int, default=5, help="Steps that are timed together.")
+    group("--from_json", type=Path, metavar="FILE", help="Print and plot that report instead of training.")
+    group("--plot", type=Path, help="PNG file to write; by default none.")
+    args = parser.parse_args(argv)
+
+    for name, kind in (("lrs", float), ("muon_lrs", float), ("seeds", int), ("guidance_scales", float)):
+        setattr(args, name, [kind(value) for value in getattr(args, name).split(",")])
+    args.variants, args.alone = args.variants.split(","), [name for name in args.alone.split(",") if name]
+    args.model, args.decay, args.lr, args.muon_lr = None, 0.0, args.lrs[0], args.muon_lrs[0]
+    set_up(args)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if args.from_json is None and args.data is None:
+        raise ValueError("Expected --data FILE, got none. Make one with convergence.py --make_data FILE.")
+    names = [*args.variants, *args.alone]
+    if len(set(names)) < len(names) or len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"Expected each variant and each seed once, got {names} and {args.seeds}.")
+    if args.variants[0] != BASELINE or args.seeds[:1] == [] or SWEEP_SEED in args.seeds:
+        raise ValueError(f"Expected {BASELINE} first in --variants and seeds other than {SWEEP_SEED}.")
+    if not 1 <= args.samples_at <= args.evaluations <= args.steps:
+        raise ValueError(
+            f"Expected 1 <= --samples_at <= --evaluations <= --steps, got {args.samples_at}, {args.evaluations} and "
+            f"{args.steps}."
+        )
+    for name in names:
+        Recipe.parse(name, depth=args.depth)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Does what the flags ask for; gives the report.
+
+    Raises:
+        SystemExit: A variant failed; the report has been written.
+    """
+    args = parse_args(argv)
+    if args.from_json is not None:
+        report = json.loads(args.from_json.read_text(encoding="utf-8"))
+        report["summary"] = summarise(report)
+    else:
+        report = compare_recipes(args, argv)
+    print(table(report))
+    if args.plot is not None and report["summary"]:
+        plot(report, args.plot)
+    if report["failures"]:
+        raise SystemExit(1)
+    return report
+
+
+def compare_recipes(args: argparse.Namespace, argv: list[str] | None) -> dict[str, Any]:
+    """Chooses rates, times steps and trains; gives the report."""
+    start, report = time.perf_counter(), start_report("recipe.py", argv)
+    workers = Workers(args.workers)
+    prepare_compiler()
+
+    # Data, judge and teacher, once for all processes.
+    images = Images.load(args.data)
+    data = to_device(images, args.device)
+    evaluate = RecipeEvaluation(args, data=data, num_classes=len(images.class_names))
+    teacher, told = train_teacher(args, data["train_images"])
+    shared = Shared(images=data["train_images"], labels=data["train_labels"], evaluate=evaluate, teacher=teacher)
+    report |= {"data": describe_data(args.data, images), "judge": evaluate.judge.report, "teacher": told}
+    report |= {"sweep": [], "steps": {}, "runs": [], "failures": [], "left_out": [], "summary": {}}
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "from_json")}
+    finish_report(report, argparse.Namespace(**settings))
+
+    with tempfile.TemporaryDirectory() as folder:
+        workers.share(args, shared, Path(folder) / "shared.pt")
+        study = Study(args, report, shared=shared, workers=workers, start=start)
+        study.prepare()
+        study.time_steps()
+        study.train()
+        workers.close()
+    return report
+
+
+class Study:
+    """The phases of the benchmark, which add to one report.
+
+    Args:
+        args: Flags; its `lr` and `muon_lr` are set by the sweep.
+        report: What is filled and written.
+        shared: What all trainings use.
+        workers: Who trains.
+        start: When it began, `time.perf_counter`.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, report: dict[str, Any], *, shared: Shared, workers: Workers, start: float
+    ):
+        self.args, self.report, self.shared, self.workers, self.start = args, report, shared, workers, start
+        names = [*args.variants, *args.alone]
+        self.recipes = {name: Recipe.parse(name, depth=args.depth) for name in names}
+        self.runs: dict[str, RecipeRun] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.start
+
+    def prepare(self) -> None:
+        """Counts the FLOPs and takes first steps of each variant here, while the workers sweep the rates."""
+        with ThreadPoolExecutor(1) as thread:
+            sweep = thread.submit(self.sweep)
+            if not self.args.workers:
+                sweep.result()  # this process does it
+            for name in self.recipes:
+                self.attempt(f"prepare {name}", self.make_run, name)
+            sweep.result()
+        self.save()
+
+    def make_run(self, name: str) -> None:
+        """Makes the run of a variant whose steps are timed."""
+        run = Task(args=self.args, recipe=self.recipes[name], seed=self.args.seed).run(self.shared)
+        run.model.train()
+        self.recipes[name] = dataclasses.replace(self.recipes[name], step_flops=count_flops(run))
+        for step in range(2):
+            run.step(step)
+        if not run.loss_sum.isfinite():
+            raise ValueError(f"Expected a finite loss after two steps, got {run.loss_sum.item()}.")
+        self.runs[name] = run
+        print(f"{self.seconds:6.0f} s  {name}: {self.recipes[name].step_flops / 1e12:.3f} TFLOP a step", flush=True)
+
+    # ----------------------------------------------------------------------------------------------------------- rates
+
+    def sweep(self) -> None:
+        """Chooses the learning rates: AdamW's, then Muon's with it."""
+        for flag, piece in (("lr", "tread"), ("muon_lr", "muon")):
+            name = next((name for name in self.recipes if piece in name.split("+")), None)
+            if name is None:
+                continue
+            tasks = [self.sweep_task(name, flag, rate) for rate in getattr(self.args, f"{flag}s")]
+            for task, message in self.workers.run(tasks, lambda task: True):
+                row = {"variant": name, "flag": flag, "rate": getattr(task.args, flag)}
+                if "error" in message:
+                    self.report["sweep"].append(row | {"heldout_loss": None, "error": message["error"]})
+                elif message.get("point", {}).get("step") == task.args.steps:
+                    self.report["sweep"].append(row | {"heldout_loss": message["point"]["heldout_loss"]})
+            rows = [row for row in self.report["sweep"] if row["flag"] == flag and row["heldout_loss"] is not None]
+            if rows:
+                setattr(self.args, flag, min(rows, key=lambda row: row["heldout_loss"])["rate"])
+            print(f"{self.seconds:6.0f} s  {flag} {getattr(self.args, flag):g} of {rows}", flush=True)
+
+    def sweep_task(self, name: str, flag: str, rate: float) -> Task:
+        changed = {flag: rate, "steps": self.args.sweep_steps, "evaluations": 1, "samples_at": 0}
+        args = argparse.Namespace(**vars(self.args) | changed)
+        return Task(args=args, recipe=self.recipes[name], seed=SWEEP_SEED)
+
+    # ----------------------------------------------------------------------------------------------------------- times
+
+    def time_steps(self) -> None:
+        """Times the steps of all variants in turns, and then what the GPU's kernels take of them."""
+        turns = {name: self.make_turn(run) for name, run in self.runs.items()}
+        for name, seconds in time_in_turns(turns, self.args).items():
+            values = summary([one / self.args.steps_per_turn for one in seconds])
+            self.report["steps"][name] = {"seconds": values, "flops": self.recipes[name].step_flops}
+        if torch.device(self.args.device).type == "cuda":
+            one = argparse.Namespace(device=self.args.device, repeats=1)
+            for name, run in self.runs.items():
+                kernels = self.attempt(f"profile {name}", profile_step, lambda run=run: run.step(0), 0, one) or {}
+                self.report["steps"][name]["kernel_seconds"] = sum(kernels.values()) or None
+        self.runs.clear()
+        self.save()
+        print(f"{self.seconds:6.0f} s  timed {len(turns)} variants", flush=True)
+
+    def make_turn(self, run: RecipeRun) -> Callable[[], None]:
+        steps = itertools.cycle(range(self.args.steps))
+
+        def turn() -> None:
+            for _ in range(self.args.steps_per_turn):
+                run.step(next(steps))
+
+        return turn
+
+    # ------------------------------------------------------------------------------------------------------------ runs
+
+    def train(self) -> None:
+        """Trains all variants with all seeds, those that show a piece alone last."""
+        tasks = [
+            Task(args=self.args, recipe=self.with_equal_time(name), seed=seed)
+            for names in (self.args.variants, self.args.alone)
+            for seed, name in itertools.product(self.args.seeds, names)
+            if name in self.report["steps"]
+        ]
+        runs: dict[tuple[str, int], dict[str, Any]] = {}
+        for task, message in self.workers.run(tasks, lambda task: self.may_start(task, runs)):
+            key = task.recipe.name, task.seed
+            if key not in runs:
+                runs[key] = {"variant": key[0], "seed": key[1], "finished": False, "points": []}
+                self.report["runs"].append(runs[key])
+            self.take(runs[key], message)
+        self.report["left_out"] = [
+            f"{task.recipe.name}, seed {task.seed}" for task in tasks if (task.recipe.name, task.seed) not in runs
+        ]
+        self.save()
+        print(f"{self.seconds:6.0f} s  done; left out: {', '.join(self.report['left_out']) or 'nothing'}", flush=True)
+
+    def with_equal_time(self, name: str) -> Recipe:
+        return dataclasses.replace(self.recipes[name], equal_time_step=equal_time_step(self.report, name))
+
+    def may_start(self, task: Task, runs: dict[tuple[str, int], dict[str, Any]]) -> bool:
+        """Whether a run that takes as long as the longest one so far would end within the limit."""
+        expected = max((run.get("wall_seconds", 0.0) for run in runs.values()), default=0.0)
+        return self.args.time_limit is None or self.seconds + expected <= self.args.time_limit
+
+    def take(self, run: dict[str, Any], message: dict[str, Any]) -> None:
+        """Adds a message to a run and writes the report."""
+        name = f"{run['variant']}, seed {run['seed']}"
+        run.setdefault("started_at", self.seconds)
+        if point := message.get("point"):
+            run["points"].append(point)
+            distances = {scale: round(one["distance"], 2) for scale, one in point.get("samples", {}).items()}
+            told = f"step {point['step']}: held-out loss {point['heldout_loss']:.4f} {distances or ''}"
+        else:
+            run["wall_seconds"] = self.seconds - run["started_at"]
+            run["finished"] = message.get("finished", False)
+            told = message.get("error", "finished")
+            self.report["failures"] += [] if run["finished"] else [{"what": name, "error": told}]
+        print(f"{self.seconds:6.0f} s  {name}, {told}", flush=True)
+        if "point" not in message or "samples" in message["point"]:
+            self.save()
+
+    def attempt(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's result; None where it fails, which is reported."""
+        try:
+            return function(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            self.report["failures"].append({"what": what, "error": f"{type(error).__name__}: {error}"})
+            return None
+
+    def save(self) -> None:
+        self.report["settings"] |= {"lr": self.args.lr, "muon_lr": self.args.muon_lr}
+        self.report["summary"] = summarise(self.report)
+        if self.args.output is not None:
+            write_whole(self.args.output, (json.dumps(self.report, indent=2) + "\n").encode())
+
+
+def count_flops(run: RecipeRun) -> int:
+    """Of a routed step with teacher, projector and optimiser, attention decomposed; the run takes it, not compiled."""
+    torch.compiler.set_stance("force_eager")
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            run.step(0)
+    finally:
+        torch.compiler.set_stance("default")
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    main()

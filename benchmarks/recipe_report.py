@@ -1,0 +1,168 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What recipe.py found: curves over seeds, what variants reach at equal steps and at equal time, what a step costs."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from common import write_whole
+from convergence_report import curve, draw_band, form, spread
+from convergence_train import BASELINE
+
+
+Report = dict[str, Any]
+WHERE = {"equal_steps": "at equal steps", "equal_time": "at equal time"}
+
+
+def summarise(report: Report) -> dict[str, Any]:
+    """Per variant with finished runs its curve over the seeds, and the points at equal steps and at equal time."""
+    finished = [run for run in report["runs"] if run["finished"]]
+    summary = {}
+    for name in dict.fromkeys(run["variant"] for run in finished):
+        own = [run for run in finished if run["variant"] == name]
+        steps = {"equal_steps": report["settings"]["steps"], "equal_time": equal_time_step(report, name)}
+        summary[name] = {
+            "seeds": [run["seed"] for run in own],
+            "step_seconds": report["steps"][name]["seconds"]["median"],
+            "curve": curve(own),
+            **{where: reached(own, step) for where, step in steps.items() if step is not None},
+        }
+    return summary
+
+
+def equal_time_step(report: Report, name: str) -> int | None:
+    """The step at which a variant has trained as long as the dense one; None where that one was not timed."""
+    medians = {one: row["seconds"]["median"] for one, row in report["steps"].items()}
+    if BASELINE not in medians:
+        return None
+    return max(round(report["settings"]["steps"] * medians[BASELINE] / medians[name]), 1)
+
+
+def reached(runs: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """Loss and distances of the runs after a step at which they were judged, over the seeds."""
+    points = [next(point for point in run["points"] if point["step"] == step) for run in runs]
+    return {"step": step} | {
+        "heldout_loss": spread(point["heldout_loss"] for point in points),
+        "distance": {
+            scale: spread(point["samples"][scale]["distance"] for point in points) for scale in points[0]["samples"]
+        },
+    }
+
+
+def table(report: Report) -> str:
+    """Two tables as Markdown, what was learned and what a step costs, and what the numbers are of."""
+    return f"{learning_table(report)}\n\n{cost_table(report)}\n\n{conditions(report)}"
+
+
+def learning_table(report: Report) -> str:
+    scales = [f"{scale:g}" for scale in report["settings"]["guidance_scales"]]
+    columns = ["variant", "seeds"]
+    for where in WHERE.values():
+        columns += [f"steps, {where}", "held-out loss"]
+        columns += ["Fréchet distance" if scale == "1" else f"with CFG {scale}" for scale in scales]
+    lines = [columns, ["---"] * len(columns)]
+    for name, own in report["summary"].items():
+        cells = [name, str(len(own["seeds"]))]
+        for where in WHERE:
+            if where not in own:
+                cells += ["-"] * (2 + len(scales))
+                continue
+            cells += [str(own[where]["step"]), form(own[where]["heldout_loss"], "{:.4f}")]
+            cells += [form(own[where]["distance"][scale], "{:.2f}") for scale in scales]
+        lines.append(cells)
+    return as_markdown(lines)
+
+
+def cost_table(report: Report) -> str:
+    """Each variant's step beside that of its base without pieces."""
+    columns = ["variant", "step, ms", "over its base", "kernels, ms", "over its base's", "GFLOP an image", "over"]
+    lines = [columns, ["---"] * len(columns)]
+    for name, row in report["steps"].items():
+        base = report["steps"].get(name.split("+")[0], row)
+        seconds, quartiles = (
+            row["seconds"]["median"],
+            [row["seconds"][f"{one}_quartile"] for one in ("first", "third")],
+        )
+        ratio = f"{seconds / base['seconds']['median']:.2f}"
+        cells = [name, f"{1e3 * seconds:.1f} ({1e3 * quartiles[0]:.1f} to {1e3 * quartiles[1]:.1f})", ratio]
+        kernels, of_base = row.get("kernel_seconds"), base.get("kernel_seconds")
+        cells += [f"{1e3 * kernels:.1f}", f"{kernels / of_base:.2f}"] if kernels and of_base else ["-", "-"]
+        per_image = row["flops"] / report["settings"]["batch_size"]
+        cells += [f"{per_image / 1e9:.2f}", f"{row['flops'] / base['flops']:.2f}"]
+        lines.append(cells)
+    return as_markdown(lines)
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def conditions(report: Report) -> str:
+    """Sentences on what the tables' numbers are of."""
+    data, judge, settings = report["data"], report["judge"], report["settings"]
+    told = (
+        f"{data['train_images']:,} images of {data['size']} pixels in {data['classes']} classes, width "
+        f"{settings['width']}, {settings['depth']} blocks, batch {settings['batch_size']}, {settings['dtype']}, "
+        f"{'compiled blocks' if settings['compile'] else 'not compiled'}. Means over seeds, in brackets least and "
+        f"most. Distances are of {judge['samples']:,} samples of {settings['sampling_steps']} steps in a small "
+        f"classifier's features (real images: {judge['distance_of_real_images']:.2f}). Equal time is that of "
+        f"{settings['steps']:,} dense steps by the step times below, medians of {settings['repeats']} turns of "
+        f"{settings['steps_per_turn']} steps with their quartiles, one process, nothing else on the device. Pieces "
+        f"are compared with the base that they are added to, in FLOPs with teacher, projector and Muon. "
+        f"{rates(report)}"
+    )
+    if report["failures"]:
+        told += f" Failed: {'; '.join(one['what'] for one in report['failures'])}."
+    return told
+
+
+def rates(report: Report) -> str:
+    """How the learning rates were chosen."""
+    parts = []
+    for flag, name in (("lr", "AdamW's rate"), ("muon_lr", "Muon's")):
+        rows = sorted((row for row in report["sweep"] if row["flag"] == flag), key=lambda row: row["rate"])
+        if not rows:
+            continue
+        losses = ", ".join(
+            f"{row['rate']:g}: " + ("failed" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}")
+            for row in rows
+        )
+        parts.append(f"{name} is {report['settings'][flag]:g} (held-out loss of {rows[0]['variant']} with {losses})")
+    if not parts:
+        return f"AdamW's rate is {report['settings']['lr']:g}."
+    return f"After {report['settings']['sweep_steps']} steps of another seed the best rates were taken: " + (
+        f"{'; '.join(parts)}."
+    )
+
+
+def plot(report: Report, path: Path) -> None:
+    """Held-out loss and Fréchet distance against steps and against time, bands over seeds."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(15, 10), layout="constrained")
+    axes = figure.subplots(2, 2)
+    (scale,) = [f"{scale:g}" for scale in report["settings"]["guidance_scales"]][:1]
+    for number, (name, own) in enumerate(report["summary"].items()):
+        points = own["curve"][1:]
+        judged = [point for point in points if "samples" in point]
+        style = {"color": f"C{number % 10}", "marker": ".", "linestyle": ["-", "--", ":"][number // 10]}
+        for column, seconds in enumerate((1, own["step_seconds"])):
+            losses = [point["heldout_loss"] for point in points]
+            distances = [point["samples"][scale]["distance"] for point in judged]
+            draw_band(axes[0, column], [seconds * point["step"] for point in points], losses, label=name, **style)
+            draw_band(axes[1, column], [seconds * point["step"] for point in judged], distances, label=name, **style)
+
+    guided = "" if scale == "1" else f", CFG {scale}"
+    for row, label in enumerate(("held-out loss", f"Fréchet distance{guided}")):
+        for axis, unit in zip(axes[row], ("steps", "seconds of steps on an idle device"), strict=True):
+            axis.set_xlabel(unit)
+            axis.set_ylabel(label)
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.grid(alpha=0.3, which="both")
+    axes[0, 1].legend(fontsize="small")
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
+    write_whole(path, buffer.getvalue())
