@@ -387,7 +387,7 @@ def test_routes_are_kept_in_the_config_as_plain_absolute_values(make_model):
         ([{"start": 1, "end": 4}], "at least two blocks"),
         ([{"start": 2, "end": 1}], "empty route"),
         ([{"start": 1, "end": 2, "selection_ratio": 1.0}], "selection ratio"),
-        ([{"start": 1, "end": 2, "rejoin": "x_T"}], "Expected rejoin 'state', 'input' or 'sum'"),
+        ([{"start": 1, "end": 2, "rejoin": "x_T"}], "Expected rejoin 'state', 'input', 'sum' or 'fuse'"),
         ("all", "Expected a TokenRoute"),
     ],
 )

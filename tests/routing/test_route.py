@@ -70,7 +70,11 @@ def test_two_blocks_after_the_rejoin_warn(end):
         ("start", [2.0, None, True], "block index"),
         ("end", ["8"], "block index"),
         ("rejoin_from", ["1", 1.0, False], "`rejoin_from` to be a block index"),
-        ("rejoin", ["x_T", "both", "", None, True, ["state"]], "Expected rejoin 'state', 'input' or 'sum', got"),
+        (
+            "rejoin",
+            ["x_T", "both", "", None, True, ["state"]],
+            "Expected rejoin 'state', 'input', 'sum' or 'fuse', got",
+        ),
         ("magnitude_mix", [1.1, -1.1, math.nan, "0.5", True, None], r"Expected magnitude_mix in \[-1, 1\], got"),
     ],
 )

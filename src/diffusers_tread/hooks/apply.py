@@ -59,11 +59,13 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
     router = TokenRouter(routes, num_layers=len(blocks))
     if not router.routes:
         raise ValueError("Expected at least one route, got none. Use TokenRoute(start=2, end=-4).")
-    # What earlier blocks were given is not at hand here, and need not have the routed blocks' layout.
+    # What earlier blocks were given is not at hand here, and need not have the routed blocks' layout. A fusion would
+    # be weights that the model's class and files do not have.
     if any(route.rejoin != "state" or route.rejoin_from is not None for route in router.routes):
         raise ValueError(
             f"Expected rejoin='state' in the routes of {type(model).__name__} and no rejoin_from, got "
-            f"{list(router.routes)}. Leave both out: they are for the denoisers of this package."
+            f"{list(router.routes)}. Leave both out: they are for the denoisers of this package, whose forward holds "
+            "earlier states and whose files have the weights of a fusion."
         )
 
     _check_units(model, router, spec, blocks, specs)

@@ -22,7 +22,18 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_utils import ModelMixin
 
-from ..routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, check_can_route, default_route, hook_names
+from ..routing import (
+    RoutedStack,
+    RoutingCall,
+    TokenRoute,
+    TokenRouter,
+    check_can_drop_path,
+    check_can_fuse,
+    check_can_route,
+    default_route,
+    hook_names,
+    make_fusions,
+)
 from .modeling_outputs import DenoiserOutput
 
 
@@ -104,6 +115,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         routes = default_route(config.num_layers, self._route_unit) if config.routes == "default" else config.routes
         self.token_router = TokenRouter(routes, num_layers=config.num_layers)
         self.register_to_config(routes=[route.to_dict() for route in self.token_router.routes] or None)
+        self.route_fusions = make_fusions(self.token_router.routes, dim)
 
         self.out_channels = config.in_channels if config.out_channels is None else config.out_channels
         patch_size = config.patch_size
@@ -146,7 +158,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 every step wait for the device: the pipeline and the training script check.
             kept_token_ids: Per route the ids of the kept tokens, [B, K] int64 in [0, N), sorted ascending, each once,
                 or None for a route not taken, as `TokenRouter.plan` gives them; whole rows for RWKV. Scans and shifts
-                take the tokens in this order. None: the token router decides.
+                take the tokens in this order. None: the token router decides, on dropped paths too.
             return_dict: Whether to return a `DenoiserOutput` or a tuple.
             routing: How this forward routes; what it leaves open, `token_routing` and the router's defaults decide.
             prefix: [B, N, D], the tokens in front of the first route's first block, as another forward with the same
@@ -163,8 +175,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
         Raises:
             ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size, both
-                `kept_token_ids` and `routing`, a routed forward with a cache or context parallelism; else as
-                `RoutedStack.forward`.
+                `kept_token_ids` and `routing`, a routed forward with a cache or context parallelism, any with a cache
+                where a route is fused, a dropped path with group offloading; else as `RoutedStack.forward`.
         """
         height, width = self._check_inputs(hidden_states, class_labels, kept_token_ids, routing)
         # Made contiguous once: the residual stream keeps its layout, and layer norms and products would copy it each.
@@ -177,12 +189,13 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         conditioning = self._embed_conditioning(timestep, class_labels, hidden_states)  # B D
 
         # Blocks.
+        path_drops = None
         if kept_token_ids is None:
-            kept_token_ids = self.token_router.plan(
-                tokens, training=self.training, call=routing, grid_size=(height, width)
-            )
-        if kept_token_ids is not None:
-            check_can_route(self)
+            router, how = self.token_router, {"training": self.training, "call": routing}
+            how["seed"] = router.forward_seed(tokens.device, routing) if router.is_dropping(**how) else None
+            kept_token_ids = router.plan(tokens, **how, grid_size=(height, width))
+            path_drops = router.plan_drops(tokens, **how)
+        self._check_setup(kept_token_ids, path_drops)
         per_token, shared = self._block_arguments(tokens, conditioning, height, width)
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         tokens, prefix, hidden_states_after = self.transformer_blocks(
@@ -191,6 +204,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             per_token=per_token,
             routes=self.token_router.routes,
             kept_token_ids=kept_token_ids,
+            fusions=self.route_fusions,
+            path_drops=path_drops,
             prefix=prefix,
             return_prefix=return_prefix,
             hidden_states_at=hidden_states_at,
@@ -285,6 +300,17 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             raise ValueError("Expected kept_token_ids or routing, got both. Leave one out.")
         return height // patch_size, width // patch_size
 
+    def _check_setup(
+        self, kept_token_ids: list[torch.Tensor | None] | None, path_drops: "list[torch.Tensor | bool] | None"
+    ) -> None:
+        """Raises ValueError for what others put on the model, such as caches, and its routes do not go with."""
+        if self.route_fusions:
+            check_can_fuse(self)
+        if kept_token_ids is not None:
+            check_can_route(self)
+        if path_drops is not None and any(drop is True for drop in path_drops):
+            check_can_drop_path(self)
+
     def _init_weights(self) -> None:
         """DiT's initialisation (arXiv 2212.09748, section 3.2 and appendix A); the zeros come last."""
         # Query, key and value are drawn as the one matrix that they are, as in DiT, SiT and TREAD's reference.
@@ -298,6 +324,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         nn.init.normal_(self.class_embedding.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_2.weight, std=0.02)
+
+        for fusion in self.route_fusions.values():
+            fusion.reset_parameters()
 
         # adaLN-Zero: every block is the identity, the output 0.
         for module in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:

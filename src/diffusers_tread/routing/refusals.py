@@ -20,6 +20,25 @@ def check_can_route(denoiser: torch.nn.Module) -> None:
         )
 
 
+def check_can_fuse(denoiser: torch.nn.Module) -> None:
+    """Raises ValueError if `denoiser`, a route of which ends in a fusion, has a cache."""
+    if has_cache(denoiser):
+        raise ValueError(
+            "Expected a model without a cache where a route has rejoin='fuse': caches add up what blocks change, and "
+            "the fusion between them is none. Use model.disable_cache() or take off the cache's hooks."
+        )
+
+
+def check_can_drop_path(denoiser: torch.nn.Module) -> None:
+    """Raises ValueError if the blocks of `denoiser` are moved to the device in the order of another forward."""
+    # As in `pipelines.guided_prediction`, where the blocks in front of a route are left out.
+    if "group_offloading" in hook_names(denoiser):
+        raise ValueError(
+            "Expected a model without group offloading where a path is dropped: it fetches blocks in the order of its "
+            "first forward, whichever are left out. Use another offloading, or another guider."
+        )
+
+
 def has_cache(model: torch.nn.Module) -> bool:
     """Whether a cache of diffusers is on the model, by `enable_cache` or, unless it is being compiled, by a function
     such as `apply_first_block_cache`."""

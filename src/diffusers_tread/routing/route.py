@@ -13,7 +13,8 @@ from typing import Any, Literal
 class TokenRoute:
     """A route r(start -> end): routed tokens skip blocks start..end and rejoin after `end` in the state they had.
 
-    `rejoin` and `magnitude_mix` are options of the paper's first version (arXiv 2501.04765v1).
+    `rejoin` "input" or "sum" and `magnitude_mix` are options of the paper's first version (arXiv 2501.04765v1);
+    `rejoin` "fuse" and `path_drop` are SPRINT's (arXiv 2510.21986).
 
     Example:
         >>> from diffusers_tread import TokenRoute
@@ -30,9 +31,11 @@ class TokenRoute:
     selection_ratio: float = 0.5
     """Share of tokens routed **away** from blocks start..end, in [0, 1). 0.0 is dense. The paper trains with 0.5."""
 
-    rejoin: Literal["state", "input", "sum"] = "state"
+    rejoin: Literal["state", "input", "sum", "fuse"] = "state"
     """What a routed token is after `end`: its "state" before `start` (v1's x_D_last), its "input" to the model's first
-    block (v1's x_T), or the "sum" of both. The final paper has "state"."""
+    block (v1's x_T), or the "sum" of both. The final paper has "state". With "fuse" all tokens, kept or not, go on as
+    a learned linear map of their state before `start` and after `end`, where a mask vector stands for the routed ones,
+    in dense forwards too (`RouteFusion`). SPRINT has start=2, end=-3 and a selection ratio of 0.75 with it."""
 
     rejoin_from: int | None = None
     """With rejoin "state": a routed token comes back in the state it had before this block, 0-based, up to `start`,
@@ -49,13 +52,20 @@ class TokenRoute:
     """What is kept or routed as a whole: single tokens, or rows of the token grid. The kept rows are again a grid,
     which blocks that convolve, shift or scan over it need. The papers route tokens."""
 
+    path_drop: float = 0.0
+    """With rejoin "fuse": share of the samples, in [0, 1), of which a forward in training mode puts the mask vector in
+    place of all tokens after `end`, chosen by the seed as the kept tokens are. It trains the weak branch of
+    `PathDropGuidance`. SPRINT has 0.05 to 0.1."""
+
     def __post_init__(self):
         for name in ("start", "end") if self.rejoin_from is None else ("start", "end", "rejoin_from"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise ValueError(f"Expected `{name}` to be a block index (int), got {getattr(self, name)!r}.")
         check_selection_ratio(self.selection_ratio)
-        if self.rejoin not in ("state", "input", "sum"):
-            raise ValueError(f"Expected rejoin 'state', 'input' or 'sum', got {self.rejoin!r}. The paper has 'state'.")
+        if self.rejoin not in ("state", "input", "sum", "fuse"):
+            raise ValueError(
+                f"Expected rejoin 'state', 'input', 'sum' or 'fuse', got {self.rejoin!r}. The paper has 'state'."
+            )
         if self.rejoin_from is not None and self.rejoin != "state":
             raise ValueError(
                 f"Expected rejoin='state' with rejoin_from={self.rejoin_from}, got {self.rejoin!r}. Leave one of them "
@@ -64,6 +74,14 @@ class TokenRoute:
         check_magnitude_mix(self.magnitude_mix)
         if self.unit not in ("token", "row"):
             raise ValueError(f"Expected unit 'token' or 'row', got {self.unit!r}. The papers route tokens.")
+        is_number = isinstance(self.path_drop, (int, float)) and not isinstance(self.path_drop, bool)
+        if not is_number or not 0.0 <= self.path_drop < 1.0:
+            raise ValueError(f"Expected path_drop in [0, 1), a share of the samples, got {self.path_drop!r}.")
+        if self.path_drop > 0.0 and self.rejoin != "fuse":
+            raise ValueError(
+                f"Expected rejoin='fuse' with path_drop={self.path_drop}, got {self.rejoin!r}. Leave path_drop out: "
+                "without a fusion nothing stands for a path that is dropped."
+            )
 
     def resolve(self, num_layers: int) -> "TokenRoute":
         """The same route with absolute indices, checked against a model of `num_layers` blocks.
@@ -76,7 +94,7 @@ class TokenRoute:
                 `rejoin_from` lies outside the model or behind `start`.
 
         Warns:
-            UserWarning: Fewer than three blocks are left after the rejoin.
+            UserWarning: Fewer than three blocks are left after the rejoin, unless that is a fusion.
         """
         start = self.start + num_layers if self.start < 0 else self.start
         end = self.end + num_layers if self.end < 0 else self.end
@@ -99,7 +117,7 @@ class TokenRoute:
                 f"Expected at least two blocks after the route, got end={self.end} in a model of {num_layers} blocks, "
                 f"which leaves {num_layers - 1 - end}. {remedy} (the paper leaves three)."
             )
-        if end == largest_end:
+        if end == largest_end and self.rejoin != "fuse":  # SPRINT leaves two
             warnings.warn(
                 f"The route ends at block {end} of {num_layers}: only two blocks are left after the rejoin. The paper "
                 "leaves three; shorter tails hurt the samples.",
@@ -134,6 +152,8 @@ class TokenRoute:
             del values["magnitude_mix"]
         if self.unit == "token":
             del values["unit"]
+        if self.path_drop == 0.0:
+            del values["path_drop"]
         return values
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from .route import TokenRoute, check_magnitude_mix, check_selection_ratio, num_kept_tokens, resolve_routes
 from .rows import check_grid, count_forced, rows_as_tokens, tokens_of_rows
-from .subset import magnitude_priority, random_priority, select_kept_tokens, subset_hashes
+from .subset import choose_samples, magnitude_priority, random_priority, select_kept_tokens, subset_hashes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +63,11 @@ class RoutingCall:
     magnitude_mix: float | None = None
     """Overrides `TokenRoute.magnitude_mix` of every route, in [-1, 1]."""
 
+    path_drop: bool | None = None
+    """Of routes with rejoin "fuse": True leaves their blocks out and puts the mask vector in place of all tokens that
+    they would give, the weak branch of `PathDropGuidance`; False does so for no sample. Said by nobody, each route
+    does for its share `TokenRoute.path_drop` of the samples in training mode, unless `enabled` is False."""
+
     def __post_init__(self):
         if self.enabled is not None and not isinstance(self.enabled, bool):
             raise ValueError(f"Expected enabled to be True, False or None, got {self.enabled!r}.")
@@ -70,6 +75,8 @@ class RoutingCall:
             check_selection_ratio(self.selection_ratio)
         if self.magnitude_mix is not None:
             check_magnitude_mix(self.magnitude_mix)
+        if self.path_drop is not None and not isinstance(self.path_drop, bool):
+            raise ValueError(f"Expected path_drop to be True, False or None, got {self.path_drop!r}.")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise ValueError(
                 f"Expected a torch.Generator or None, got {self.generator!r}. For one generator per sample, use "
@@ -140,15 +147,36 @@ class TokenRouter:
         self._surroundings = _Surroundings()
 
     def resolve(self, call: RoutingCall | None = None) -> ResolvedCall:
-        """What holds for a forward with this call: what it says itself, then `token_routing`, then `defaults`."""
+        """What holds for a forward with this call: what it says itself, then `token_routing`, then `defaults`.
+
+        Raises:
+            ValueError: As `check_path_drop`, where the path is to be dropped.
+        """
         layers = (*(() if call is None else (call,)), *self._surroundings.calls, self.defaults)
-        return ResolvedCall(**{name: _first_said([getattr(one, name) for one in layers]) for name in _FIELDS})
+        said = ResolvedCall(**{name: _first_said([getattr(one, name) for one in layers]) for name in _FIELDS})
+        if said.path_drop:
+            self.check_path_drop()
+        return said
 
     def is_routing(self, training: bool, call: RoutingCall | None = None) -> bool:
         """Whether a forward with this mode and call takes any route."""
         said = self.resolve(call)
         asked = training or said.selection_ratio is not None if said.enabled is None else said.enabled
-        return asked and any(_ratio(route, said) > 0.0 for route in self.routes)
+        return asked and any(_ratio(route, said) > 0.0 and not _skips(route, said) for route in self.routes)
+
+    def is_dropping(self, training: bool, call: RoutingCall | None = None) -> bool:
+        """Whether a forward with this mode and call drops the path of a random share of the samples."""
+        said = self.resolve(call)
+        asked = training and said.path_drop is None and said.enabled is not False
+        return asked and any(route.path_drop > 0.0 for route in self.routes)
+
+    def check_path_drop(self) -> None:
+        """Raises ValueError unless the model has a route whose blocks can be left out."""
+        if not any(route.rejoin == "fuse" for route in self.routes):
+            raise ValueError(
+                f"Expected a route with rejoin='fuse', whose path can be dropped, got {list(self.routes)}. Use a "
+                "denoiser of this package that was trained with one, or no path drop."
+            )
 
     def has_same_subsets(self, call: RoutingCall | None = None) -> bool:
         """Whether all samples of a batch keep the same tokens, whatever the batch."""
@@ -178,7 +206,8 @@ class TokenRouter:
 
         Returns:
             None for a dense forward; else per route the ids of the kept tokens, [B, K] int64 sorted ascending, or None
-            for a route that keeps all. Of h rows of w columns K is w * `num_kept_tokens(h, ratio)`.
+            for a route that keeps all, or whose path `path_drop=True` drops. Of h rows of w columns K is
+            w * `num_kept_tokens(h, ratio)`.
 
         Raises:
             ValueError: `seed` or `force_keep` does not fit the batch, or a route of rows has no grid of N tokens.
@@ -188,8 +217,7 @@ class TokenRouter:
         said = self.resolve(call)
         batch_size, num_tokens = hidden_states.shape[:2]
         seed = self.forward_seed(hidden_states.device, call) if seed is None else seed
-        if seed.dim() == 1 and seed.shape[0] != batch_size:
-            raise ValueError(f"Expected one routing seed per sample ({batch_size}), got {seed.shape[0]}.")
+        _check_seed(seed, batch_size)
         force_keep = said.force_keep
         if force_keep is not None:
             if force_keep.shape not in ((num_tokens,), (batch_size, num_tokens)):
@@ -201,6 +229,9 @@ class TokenRouter:
 
         kept_token_ids = []
         for index, route in enumerate(self.routes):
+            if _skips(route, said):
+                kept_token_ids.append(None)
+                continue
             if route.unit == "token":
                 kept_token_ids.append(_choose(route, index, said, seed, hidden_states, force_keep))
                 continue
@@ -210,6 +241,41 @@ class TokenRouter:
             row_ids = _choose(route, index, said, seed, rows, forced, frames=grid[0], row_width=grid[-1])
             kept_token_ids.append(None if row_ids is None else tokens_of_rows(row_ids, grid))
         return kept_token_ids if any(ids is not None for ids in kept_token_ids) else None
+
+    def plan_drops(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        training: bool,
+        call: RoutingCall | None = None,
+        seed: torch.Tensor | None = None,
+    ) -> "list[torch.Tensor | bool] | None":
+        """Chooses the samples of one forward that go without the blocks of routes with rejoin "fuse".
+
+        Args:
+            hidden_states: [B, N, D], of which only B and the device count.
+            training: The denoiser's mode.
+            call: The forward's `routing`.
+            seed: What `plan` was given; needed where `is_dropping`.
+
+        Returns:
+            None for a forward without path drop; else per route True (all samples), False (none), or [B] bool.
+
+        Raises:
+            ValueError: `seed` does not fit the batch.
+        """
+        said = self.resolve(call)
+        if said.path_drop:
+            return [_skips(route, said) for route in self.routes]
+        if not self.is_dropping(training, call):
+            return None
+        batch_size = hidden_states.shape[0]
+        _check_seed(seed, batch_size)
+        return [
+            route.path_drop > 0.0
+            and choose_samples(seed, route_index=index, batch_size=batch_size, share=route.path_drop)
+            for index, route in enumerate(self.routes)
+        ]
 
     def forward_seed(self, device: "torch.device | str", call: RoutingCall | None = None) -> torch.Tensor:
         """The seed of one forward: the one that was given, else a fresh one. int64, [] or [B]."""
@@ -339,6 +405,16 @@ def _choose(
     else:
         priority = magnitude_priority(hashes, tokens, magnitude_mix=mix, force_keep=force_keep)
     return select_kept_tokens(priority, num_kept)
+
+
+def _check_seed(seed: torch.Tensor, batch_size: int) -> None:
+    if seed.dim() == 1 and seed.shape[0] != batch_size:
+        raise ValueError(f"Expected one routing seed per sample ({batch_size}), got {seed.shape[0]}.")
+
+
+def _skips(route: TokenRoute, said: ResolvedCall) -> bool:
+    """Whether the blocks of a route are not run."""
+    return bool(said.path_drop) and route.rejoin == "fuse"
 
 
 def _ratio(route: TokenRoute, said: ResolvedCall) -> float:

@@ -4,7 +4,8 @@
 Shapes: B batch, N tokens, K kept tokens, D width.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ class RoutedStack(nn.ModuleList):
         *shared: Any,
         routes: Sequence[TokenRoute] = (),
         kept_token_ids: list[torch.Tensor | None] | None = None,
+        fusions: Mapping[str, torch.nn.Module] | None = None,
+        path_drops: "list[torch.Tensor | bool] | None" = None,
         per_token: Sequence[torch.Tensor | None] = (),
         prefix: torch.Tensor | None = None,
         return_prefix: bool = False,
@@ -61,6 +64,8 @@ class RoutedStack(nn.ModuleList):
             shared: What every block gets as it is, such as the conditioning.
             routes: The model's routes, `TokenRouter.routes`.
             kept_token_ids: The plan: per route [B, K] int64, or None for a route not taken; None for a dense forward.
+            fusions: The `RouteFusion` of each route with `rejoin="fuse"`, by its index, as `make_fusions` gives them.
+            path_drops: What of those routes is dropped, `TokenRouter.plan_drops`.
             per_token: Arguments with an entry for each token, [B, N, ...] or [1, N, ...], such as rotary tables:
                 inside a route a block gets those of its kept tokens. None stays None, but for the last: then the
                 blocks give `(tokens, made)`, and what the first made, [B, N, D], is the last argument of the others.
@@ -72,19 +77,19 @@ class RoutedStack(nn.ModuleList):
 
         Raises:
             ValueError: `kept_token_ids` or `prefix` that does not fit the routes and the tokens; a prefix without
-                routes; the index of a block that there is not.
+                routes; a route without its fusion; the index of a block that there is not or that is not run.
         """
         wanted, per_token = set(hidden_states_at), list(per_token)
         makes = bool(per_token) and per_token[-1] is None
         in_prefix = _states_in_prefix(routes)
         num_parts = 1 + makes + len(in_prefix)
-        self._check(tokens, routes, kept_token_ids, prefix, return_prefix, wanted, num_parts)
-        taken = zip(routes, kept_token_ids, strict=True) if kept_token_ids is not None else ()
-        starts = {route.start: (route, ids) for route, ids in taken if ids is not None}
+        self._check(tokens, routes, kept_token_ids, prefix, return_prefix, num_parts)
+        starts = {one.route.start: one for one in _taken_routes(routes, kept_token_ids, fusions or {}, path_drops)}
+        self._check_wanted(wanted, 0 if prefix is None else routes[0].start, starts.values())
         prefix_end = routes[0].start if prefix is not None or return_prefix else None
-        held_at = {route.rejoin_from for route, _ in starts.values()} | set(in_prefix if return_prefix else ())
+        held_at = {one.route.rejoin_from for one in starts.values()} | set(in_prefix if return_prefix else ())
 
-        states, arguments, hidden_states, route = {0: tokens}, per_token, {}, None  # in front of blocks: B N D
+        states, arguments, hidden_states, taken = {0: tokens}, per_token, {}, None  # in front of blocks: B N D
         for index, block in enumerate(self):
             # The prefix.
             if prefix is not None and index < prefix_end:
@@ -103,13 +108,15 @@ class RoutedStack(nn.ModuleList):
 
             # A route begins: the kept tokens go on alone.
             if index in starts:
-                route, ids = starts[index]
-                rejoining = _rejoining_tokens(route, states, tokens)  # B N D
-                tokens = take_tokens(tokens, ids)  # B K D
-                arguments = [_take_each(one, ids) for one in per_token]
+                taken = starts[index]
+                rejoining = _rejoining_tokens(taken.route, states, tokens)  # B N D
+                if taken.ids is not None:
+                    tokens = take_tokens(tokens, taken.ids)  # B K D
+                    arguments = [_take_each(one, taken.ids) for one in per_token]
 
-            run = block if checkpoint is None else partial(checkpoint, block)
-            tokens = run(tokens, *shared, *arguments)
+            if taken is None or taken.is_run:
+                run = block if checkpoint is None else partial(checkpoint, block)
+                tokens = run(tokens, *shared, *arguments)
             if isinstance(tokens, tuple):
                 tokens, made = tokens
                 per_token[-1] = made if per_token[-1] is None else per_token[-1]
@@ -117,8 +124,8 @@ class RoutedStack(nn.ModuleList):
                 hidden_states[index] = tokens
 
             # It ends: all tokens are together again.
-            if route is not None and index == route.end:
-                tokens, arguments, route = put_tokens(rejoining, ids, tokens), per_token, None  # B N D
+            if taken is not None and index == taken.route.end:
+                tokens, arguments, taken = taken.rejoin(rejoining, tokens, checkpoint), per_token, None  # B N D
         return StackOutput(tokens, prefix, hidden_states)
 
     def _check(
@@ -128,7 +135,6 @@ class RoutedStack(nn.ModuleList):
         kept_token_ids: list[torch.Tensor | None] | None,
         prefix: torch.Tensor | None,
         return_prefix: bool,
-        wanted: set[int],
         num_parts: int,
     ) -> None:
         """Compares shapes and types, nothing that waits for the device."""
@@ -155,9 +161,60 @@ class RoutedStack(nn.ModuleList):
                 f"Expected a prefix {list(shape)}, as return_prefix=True gave it for these inputs, got "
                 f"{list(prefix.shape)}."
             )
-        first = 0 if prefix is None else routes[0].start
-        if wrong := sorted(wanted - set(range(first, len(self)))):
-            raise ValueError(f"Expected indices of blocks that run, {first} to {len(self) - 1}, got {wrong}.")
+
+    def _check_wanted(self, wanted: set[int], first: int, taken: Iterable["_TakenRoute"]) -> None:
+        left_out = [range(one.route.start, one.route.end + 1) for one in taken if not one.is_run]
+        if wrong := sorted(wanted - set(range(first, len(self))).difference(*left_out)):
+            raise ValueError(
+                f"Expected indices of blocks that run, {first} to {len(self) - 1} but for a path that is dropped, got "
+                f"{wrong}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _TakenRoute:
+    """A route that does something in a forward."""
+
+    route: TokenRoute
+    ids: torch.Tensor | None
+    """[B, K] int64, the kept tokens; None for all."""
+    fusion: torch.nn.Module | None
+    drop: "torch.Tensor | bool" = False
+    """Of `TokenRouter.plan_drops`."""
+
+    @property
+    def is_run(self) -> bool:
+        return self.drop is not True
+
+    def rejoin(
+        self, rejoining: torch.Tensor, tokens: torch.Tensor, checkpoint: Callable[..., Any] | None
+    ) -> torch.Tensor:
+        """[B, N, D] of what the tokens rejoin as and the kept ones after the last block, [B, K, D]."""
+        if self.fusion is None:
+            return put_tokens(rejoining, self.ids, tokens)
+        fuse = self.fusion if checkpoint is None else partial(checkpoint, self.fusion)
+        is_dropped = self.drop if isinstance(self.drop, torch.Tensor) else None
+        return fuse(rejoining, tokens if self.is_run else None, self.ids, is_dropped)
+
+
+def _taken_routes(
+    routes: Sequence[TokenRoute],
+    kept_token_ids: list[torch.Tensor | None] | None,
+    fusions: Mapping[str, torch.nn.Module],
+    path_drops: "list[torch.Tensor | bool] | None",
+) -> list[_TakenRoute]:
+    """Those with tokens to route away, and those with a fusion, whose end is one in dense forwards too."""
+    taken = []
+    for index, route in enumerate(routes):
+        ids = None if kept_token_ids is None else kept_token_ids[index]
+        if route.rejoin != "fuse" and ids is not None:
+            taken.append(_TakenRoute(route=route, ids=ids, fusion=None))
+        elif route.rejoin == "fuse":
+            if str(index) not in fusions:
+                raise ValueError(f"Expected fusions with a RouteFusion for route {index}, got {list(fusions)}.")
+            drop = False if path_drops is None else path_drops[index]
+            taken.append(_TakenRoute(route=route, ids=ids, fusion=fusions[str(index)], drop=drop))
+    return taken
 
 
 def _describe_ids(ids: Any) -> str:
@@ -175,7 +232,8 @@ def _states_in_prefix(routes: Sequence[TokenRoute]) -> list[int]:
 
 
 def _rejoining_tokens(route: TokenRoute, states: dict[int, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """[B, N, D]: as what the routed tokens come back after the route, see `TokenRoute.rejoin` and `rejoin_from`."""
+    """[B, N, D]: as what the routed tokens come back after the route, see `TokenRoute.rejoin` and `rejoin_from`, or
+    what all are fused with."""
     if route.rejoin_from is not None:
         return states[route.rejoin_from]
     if route.rejoin == "input":

@@ -25,14 +25,24 @@ def subset_hashes(seed: torch.Tensor, *, route_index: int, batch_size: int, num_
     Returns:
         [B, N] int64.
     """
-    rows = torch.arange(batch_size, device=seed.device) if seed.dim() == 0 else torch.zeros_like(seed)  # B
+    state = _sample_hashes(seed, route_index, batch_size)  # B
     positions = torch.arange(num_tokens, device=seed.device)  # N
-
-    state = _mix(seed & _MASK_32)
-    state = _mix(state ^ ((seed >> 32) & _MASK_32))
-    state = _mix(state ^ route_index)
-    state = _mix(state ^ rows)  # B
     return _mix(state.unsqueeze(1) ^ _mix(positions + 1))  # B N
+
+
+def choose_samples(seed: torch.Tensor, *, route_index: int, batch_size: int, share: float) -> torch.Tensor:
+    """Which samples of a batch an event of probability `share` happens to; independent of the tokens that are kept.
+
+    Args:
+        seed: As in `subset_hashes`.
+        route_index: Which route of the model.
+        batch_size: B.
+        share: In [0, 1].
+
+    Returns:
+        [B] bool.
+    """
+    return _mix(_sample_hashes(seed, route_index, batch_size)) < round(share * 2**32)
 
 
 def select_kept_tokens(priority: torch.Tensor, num_kept: int) -> torch.Tensor:
@@ -91,6 +101,15 @@ def magnitude_priority(
     uniform = (hashes >> 8).float() * 2.0**-24  # B N, exact
     priority = (1.0 - abs(magnitude_mix)) * uniform + abs(magnitude_mix) * magnitude
     return priority if force_keep is None else priority + 2.0 * force_keep
+
+
+def _sample_hashes(seed: torch.Tensor, route_index: int, batch_size: int) -> torch.Tensor:
+    """[B] int64 in [0, 2**32)."""
+    rows = torch.arange(batch_size, device=seed.device) if seed.dim() == 0 else torch.zeros_like(seed)  # B
+    state = _mix(seed & _MASK_32)
+    state = _mix(state ^ ((seed >> 32) & _MASK_32))
+    state = _mix(state ^ route_index)
+    return _mix(state ^ rows)
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
