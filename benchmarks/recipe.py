@@ -49,7 +49,7 @@ SWEEP_SEED = 1000  # of no reported run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__, repeats=7, warmup=1)
+    parser = make_parser(__doc__, repeats=5, warmup=1)
     group = parser.add_argument_group("what is compared").add_argument
     group("--data", type=Path, help="NPZ file that convergence.py makes.")
     group("--variants", default=VARIANTS, help="By commas.")
@@ -63,14 +63,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group("--depth", type=int, default=12, help="Blocks.")
     group("--heads", type=int, default=4, help="Of attention.")
     group("--patch_size", type=int, default=2, help="Pixels on a token's side.")
-    group("--steps", type=int, default=400, help="Optimiser steps.")
+    group("--steps", type=int, default=300, help="Optimiser steps.")
     group("--batch_size", type=int, default=256, help="Images per step.")
     group("--warmup_steps", type=int, default=50, help="Steps in which the learning rate rises.")
     group("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to it.")
     group("--ema_decay", type=float, default=0.999, help="Of the averaged weights, reached after a warm-up.")
     group("--label_drop", type=float, default=0.1, help="Share of labels that become the null class.")
-    group("--lrs", default="5e-4,1e-3,2e-3", help="AdamW's learning rates to choose from, by commas.")
-    group("--muon_lrs", default="5e-4,1e-3,2e-3", help="Muon's, scaled to match AdamW's updates.")
+    group("--lrs", default="5e-4,1e-3,2e-3,4e-3", help="AdamW's learning rates to choose from, by commas.")
+    group("--muon_lrs", default="5e-4,1e-3,2e-3,4e-3", help="Muon's, scaled to match AdamW's updates.")
     group("--sweep_steps", type=int, default=150, help="After which the rates are compared.")
 
     group = parser.add_argument_group("alignment").add_argument
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group("--teacher_batch_size", type=int, default=256, help="Its images per step.")
 
     group = parser.add_argument_group("judging").add_argument
-    group("--evaluations", type=int, default=8, help="Times the averaged weights are judged, evenly, but the start.")
+    group("--evaluations", type=int, default=6, help="Times the averaged weights are judged, evenly, but the start.")
     group("--samples_at", type=int, default=2, help="At how many of them, evenly, samples are judged as well.")
     group("--heldout_per_level", type=int, default=100, help="Held-out images for each of ten noise levels.")
     group("--num_samples", type=int, default=1000, help="Samples, and real images in their place.")

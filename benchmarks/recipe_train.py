@@ -74,8 +74,8 @@ class Recipe(Variant):
 
     def stops(self, args: argparse.Namespace) -> list[int]:
         """Evenly until the last step of all, and where equal time ends."""
-        even = [round(args.steps * number / args.evaluations) for number in range(1, args.evaluations + 1)]
-        return sorted({*even, self.equal_time_step or args.steps})
+        even = dataclasses.replace(self, equal_time_step=None)
+        return sorted({*Variant.stops(even, args), self.equal_time_step or args.steps})
 
 
 def make_route(base: str, *, depth: int, is_delayed: bool) -> TokenRoute:
@@ -141,12 +141,15 @@ class RecipeRun(Run):
 
 
 class RecipeEvaluation(Evaluation):
-    """Samples are judged at some of the even evaluations, and where equal time ends."""
+    """Judges samples of the first scale at some of the even evaluations, of all where equal steps and time end."""
 
-    def has_samples(self, run: Run, number: int) -> bool:
-        even = {round(run.args.steps * number / run.args.samples_at) for number in range(1, run.args.samples_at + 1)}
-        wanted = even | {run.variant.equal_time_step or run.args.steps} if run.args.samples_at else set()
-        return number > 0 and run.variant.stops(run.args)[number - 1] in wanted
+    def scales(self, run: Run, number: int) -> list[float]:
+        if number == 0 or not run.args.samples_at:
+            return []
+        step, steps, count = run.variant.stops(run.args)[number - 1], run.args.steps, run.args.samples_at
+        if step in (steps, run.variant.equal_time_step):
+            return run.args.guidance_scales
+        return run.args.guidance_scales[:1] if step in {round(steps * n / count) for n in range(1, count)} else []
 
 
 class Teacher(nn.Module):
