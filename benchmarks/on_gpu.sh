@@ -56,7 +56,7 @@ else
     evidence="--dtype bfloat16 --compile --seeds 0,1,2 --width 384 --heads 6 --steps 900 --batch_size 256 --lr 1e-3"
     evidence+=" --samples_at 2 --num_samples 2000 --eval_batch_size 1000 --heldout_per_level 200 --judge_steps 600"
     evidence+=" --warmup 3 --time_limit 330"
-    recipe="--dtype bfloat16 --compile --workers 8 --time_limit 410"
+    recipe="--dtype bfloat16 --compile --workers 6 --time_limit 410"
 fi
 
 for what in "$@"; do
@@ -91,7 +91,7 @@ for what in "$@"; do
             --plot "$OUT/convergence_$suffix.png" --samples "$OUT/convergence_samples_$suffix.png"
         ;;
     recipe)
-        # Eight processes compile at once; each one's own compilers are few.
+        # Seven processes compile at once.
         export TORCHINDUCTOR_COMPILE_THREADS=4
         bench 445 recipe_$suffix recipe.py --data "${DATA:-avatars.npz}" $recipe --plot "$OUT/recipe_$suffix.png"
         ;;

@@ -19,6 +19,7 @@ reported and the others go on; the exit status is 1. The output is written at ea
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import tempfile
@@ -257,9 +258,14 @@ class Study:
             for name, run in self.runs.items():
                 kernels = self.attempt(f"profile {name}", profile_step, lambda run=run: run.step(0), 0, one) or {}
                 self.report["steps"][name]["kernel_seconds"] = sum(kernels.values()) or None
-        self.runs.clear()
         self.save()
-        print(f"{self.seconds:6.0f} s  timed {len(turns)} variants", flush=True)
+
+        # The workers need the memory.
+        self.runs.clear()
+        turns.clear()
+        gc.collect()  # compiled models refer to themselves
+        torch.cuda.empty_cache()
+        print(f"{self.seconds:6.0f} s  timed {len(self.report['steps'])} variants", flush=True)
 
     def make_turn(self, run: RecipeRun) -> Callable[[], None]:
         steps = itertools.cycle(range(self.args.steps))

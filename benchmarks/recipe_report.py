@@ -75,22 +75,30 @@ def learning_table(report: Report) -> str:
 
 def cost_table(report: Report) -> str:
     """Each variant's step beside that of its base without pieces."""
-    columns = ["variant", "step, ms", "over its base", "kernels, ms", "over its base's", "GFLOP an image", "over"]
+    columns = [
+        "variant",
+        "step, ms",
+        "over its base",
+        "kernels, ms",
+        "over its base",
+        "GFLOP an image",
+        "over its base",
+    ]
     lines = [columns, ["---"] * len(columns)]
     for name, row in report["steps"].items():
-        base = report["steps"].get(name.split("+")[0], row)
-        seconds, quartiles = (
-            row["seconds"]["median"],
-            [row["seconds"][f"{one}_quartile"] for one in ("first", "third")],
-        )
-        ratio = f"{seconds / base['seconds']['median']:.2f}"
-        cells = [name, f"{1e3 * seconds:.1f} ({1e3 * quartiles[0]:.1f} to {1e3 * quartiles[1]:.1f})", ratio]
-        kernels, of_base = row.get("kernel_seconds"), base.get("kernel_seconds")
-        cells += [f"{1e3 * kernels:.1f}", f"{kernels / of_base:.2f}"] if kernels and of_base else ["-", "-"]
-        per_image = row["flops"] / report["settings"]["batch_size"]
-        cells += [f"{per_image / 1e9:.2f}", f"{row['flops'] / base['flops']:.2f}"]
-        lines.append(cells)
+        base = report["steps"].get(name.split("+")[0], {})
+        seconds, per_image = row["seconds"], row["flops"] / report["settings"]["batch_size"]
+        medians = [one.get("seconds", {}).get("median") for one in (row, base)]
+        quartiles = " to ".join(f"{1e3 * seconds[f'{one}_quartile']:.1f}" for one in ("first", "third"))
+        cells = [name, f"{1e3 * seconds['median']:.1f} ({quartiles})", over(*medians)]
+        kernels = [one.get("kernel_seconds") for one in (row, base)]
+        cells += [f"{1e3 * kernels[0]:.1f}" if kernels[0] else "-", over(*kernels)]
+        lines.append([*cells, f"{per_image / 1e9:.2f}", over(row["flops"], base.get("flops"))])
     return as_markdown(lines)
+
+
+def over(value: float | None, base: float | None) -> str:
+    return f"{value / base:.2f}" if value and base else "-"
 
 
 def as_markdown(lines: list[list[str]]) -> str:

@@ -2,6 +2,7 @@
 """Runs the trainings of recipe.py, in processes that share a device or in this one, and hands on what they report."""
 
 import argparse
+import gc
 import multiprocessing
 import traceback
 from collections import deque
@@ -80,6 +81,7 @@ def work(connection: Connection) -> None:
     while (task := connection.recv()) is not None:
         for message in execute(task, shared):
             connection.send(message)
+        gc.collect()  # compiled models refer to themselves
 
 
 class Workers:
