@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Variants differ by what their names say, one that fails leaves the others alone, and so does a process that ends."""
 
+import json
 import threading
 from multiprocessing import Pipe
 from types import SimpleNamespace
@@ -78,7 +79,7 @@ def test_a_variant_that_fails_is_told_after_the_others(data_file, tmp_path, monk
         recipe.main(
             ["--data", str(data_file), *SMOKE.split(), *flags, str(tmp_path / "p.png"), "--output", str(output)]
         )
-    report = recipe.json.loads(output.read_text())
+    report = json.loads(output.read_text())
     assert report["failures"] == [{"what": "prepare dense+align", "error": "RuntimeError: no teacher today"}]
     assert [(run["seed"], run["variant"], run["finished"]) for run in report["runs"]] == [
         (3, name, True) for name in names
