@@ -13,7 +13,8 @@ First the learning rates are chosen, AdamW's for the first routed variant and Mu
 held-out loss after a few steps of a seed that counts for nothing else. Then the steps of all variants take turns on
 the idle device: these times are the ones that are compared. Then the runs, several at once, a seed of all variants
 before the next seed. The learning rate does not fall, so that averaged weights can be judged at any step; each variant
-is trained for --steps and, if it is faster than the dense one, until it has taken as long. A variant that fails is
+is trained for --steps and, if it is faster than the dense one, until it has taken as long, by the clock and by the
+time of the GPU's kernels. A variant that fails is
 reported and the others go on; the exit status is 1. The output is written at each evaluation.
 """
 
@@ -74,11 +75,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("judging").add_argument
     group("--evaluations", type=int, default=6, help="Times the averaged weights are judged, evenly, but the start.")
     group("--samples_at", type=int, default=2, help="At how many of them, evenly, samples are judged as well.")
-    group("--heldout_per_level", type=int, default=100, help="Held-out images for each of ten noise levels.")
-    group("--num_samples", type=int, default=1000, help="Samples, and real images in their place.")
-    group("--sampling_steps", type=int, default=20, help="Of Euler's method.")
-    group("--guidance_scales", default="1,1.5", help="Of classifier-free guidance, by commas; 1 is none.")
-    group("--eval_batch_size", type=int, default=500, help="Images.")
+    group("--heldout_per_level", type=int, default=80, help="Held-out images for each of ten noise levels.")
+    group("--num_samples", type=int, default=800, help="Samples, and real images in their place.")
+    group("--sampling_steps", type=int, default=16, help="Of Euler's method.")
+    group(
+        "--guidance_scales",
+        default="1,1.5",
+        help="Of classifier-free guidance, by commas; the others than the first at equal steps alone; 1 is none.",
+    )
+    group("--eval_batch_size", type=int, default=400, help="Images; --compile compiles each size that occurs.")
     group("--judge_steps", type=int, default=600, help="Optimiser steps of the classifier.")
 
     group = parser.add_argument_group("machine and output").add_argument

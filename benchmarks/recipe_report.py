@@ -11,31 +11,44 @@ from convergence_train import BASELINE
 
 
 Report = dict[str, Any]
-WHERE = {"equal_steps": "at equal steps", "equal_time": "at equal time"}
+# Where variants are compared, and by which cost of a step.
+COSTS = {"equal_time": "seconds", "equal_kernel_time": "kernel_seconds"}
+TITLES = {
+    "equal_steps": "steps",
+    "equal_time": "at equal time: steps",
+    "equal_kernel_time": "at equal kernel time: steps",
+}
 
 
 def summarise(report: Report) -> dict[str, Any]:
-    """Per variant with finished runs its curve over the seeds, and the points at equal steps and at equal time."""
+    """Per variant with finished runs its curve over the seeds, and the points where variants are compared."""
     finished = [run for run in report["runs"] if run["finished"]]
     summary = {}
     for name in dict.fromkeys(run["variant"] for run in finished):
         own = [run for run in finished if run["variant"] == name]
-        steps = {"equal_steps": report["settings"]["steps"], "equal_time": equal_time_step(report, name)}
+        steps = {"equal_steps": report["settings"]["steps"], **end_steps(report, name)}
         summary[name] = {
             "seeds": [run["seed"] for run in own],
             "step_seconds": report["steps"][name]["seconds"]["median"],
             "curve": curve(own),
-            **{where: reached(own, step) for where, step in steps.items() if step is not None},
+            **{where: reached(own, step) for where, step in steps.items()},
         }
     return summary
 
 
-def equal_time_step(report: Report, name: str) -> int | None:
-    """The step at which a variant has trained as long as the dense one; None where that one was not timed."""
-    medians = {one: row["seconds"]["median"] for one, row in report["steps"].items()}
-    if BASELINE not in medians:
-        return None
-    return max(round(report["settings"]["steps"] * medians[BASELINE] / medians[name]), 1)
+def end_steps(report: Report, name: str) -> dict[str, int]:
+    """The steps at which a variant has taken as long as the dense one; none where one of them was not timed."""
+    ends = {}
+    for where, kind in COSTS.items():
+        own, dense = (step_cost(report["steps"].get(one, {}), kind) for one in (name, BASELINE))
+        if own and dense:
+            ends[where] = max(round(report["settings"]["steps"] * dense / own), 1)
+    return ends
+
+
+def step_cost(row: dict[str, Any], kind: str) -> float | None:
+    """Seconds of a step, the median of them, or of its kernels."""
+    return row.get(kind, {}).get("median") if kind == "seconds" else row.get(kind)
 
 
 def reached(runs: list[dict[str, Any]], step: int) -> dict[str, Any]:
@@ -55,20 +68,22 @@ def table(report: Report) -> str:
 
 
 def learning_table(report: Report) -> str:
-    scales = [f"{scale:g}" for scale in report["settings"]["guidance_scales"]]
+    """Guided samples are compared at equal steps alone."""
+    first, *others = [f"{scale:g}" for scale in report["settings"]["guidance_scales"]]
+    scales = {where: [first, *others] if where == "equal_steps" else [first] for where in TITLES}
     columns = ["variant", "seeds"]
-    for where in WHERE.values():
-        columns += [f"steps, {where}", "held-out loss"]
-        columns += ["Fréchet distance" if scale == "1" else f"with CFG {scale}" for scale in scales]
+    for where, title in TITLES.items():
+        columns += [title, "held-out loss"]
+        columns += ["Fréchet distance" if scale == "1" else f"with CFG {scale}" for scale in scales[where]]
     lines = [columns, ["---"] * len(columns)]
     for name, own in report["summary"].items():
         cells = [name, str(len(own["seeds"]))]
-        for where in WHERE:
+        for where in TITLES:
             if where not in own:
-                cells += ["-"] * (2 + len(scales))
+                cells += ["-"] * (2 + len(scales[where]))
                 continue
             cells += [str(own[where]["step"]), form(own[where]["heldout_loss"], "{:.4f}")]
-            cells += [form(own[where]["distance"][scale], "{:.2f}") for scale in scales]
+            cells += [form(own[where]["distance"][scale], "{:.2f}") for scale in scales[where]]
         lines.append(cells)
     return as_markdown(lines)
 
@@ -88,10 +103,10 @@ def cost_table(report: Report) -> str:
     for name, row in report["steps"].items():
         base = report["steps"].get(name.split("+")[0], {})
         seconds, per_image = row["seconds"], row["flops"] / report["settings"]["batch_size"]
-        medians = [one.get("seconds", {}).get("median") for one in (row, base)]
+        medians = [step_cost(one, "seconds") for one in (row, base)]
         quartiles = " to ".join(f"{1e3 * seconds[f'{one}_quartile']:.1f}" for one in ("first", "third"))
         cells = [name, f"{1e3 * seconds['median']:.1f} ({quartiles})", over(*medians)]
-        kernels = [one.get("kernel_seconds") for one in (row, base)]
+        kernels = [step_cost(one, "kernel_seconds") for one in (row, base)]
         cells += [f"{1e3 * kernels[0]:.1f}" if kernels[0] else "-", over(*kernels)]
         lines.append([*cells, f"{per_image / 1e9:.2f}", over(row["flops"], base.get("flops"))])
     return as_markdown(lines)
@@ -115,7 +130,8 @@ def conditions(report: Report) -> str:
         f"most. Distances are of {judge['samples']:,} samples of {settings['sampling_steps']} steps in a small "
         f"classifier's features (real images: {judge['distance_of_real_images']:.2f}). Equal time is that of "
         f"{settings['steps']:,} dense steps by the step times below, medians of {settings['repeats']} turns of "
-        f"{settings['steps_per_turn']} steps with their quartiles, one process, nothing else on the device. Pieces "
+        f"{settings['steps_per_turn']} steps with their quartiles, one process, nothing else on the device; equal "
+        "kernel time leaves out what the GPU waits for launches. Pieces "
         f"are compared with the base that they are added to, in FLOPs with teacher, projector and Muon. "
         f"{rates(report)}"
     )

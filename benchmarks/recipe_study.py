@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from common import summary, time_in_turns, write_whole
 from profile_step import profile_step
-from recipe_report import equal_time_step, summarise
+from recipe_report import end_steps, summarise
 from recipe_train import Recipe, RecipeRun
 from recipe_workers import Shared, Task, Workers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -133,7 +133,7 @@ class Study:
     def train(self) -> None:
         """Trains all variants with all seeds, those that show a piece alone last."""
         tasks = [
-            Task(args=self.args, recipe=self.with_equal_time(name), seed=seed)
+            Task(args=self.args, recipe=self.with_ends(name), seed=seed)
             for names in (self.args.variants, self.args.alone)
             for seed, name in itertools.product(self.args.seeds, names)
             if name in self.report["steps"]
@@ -151,8 +151,8 @@ class Study:
         self.save()
         print(f"{self.seconds:6.0f} s  done; left out: {', '.join(self.report['left_out']) or 'nothing'}", flush=True)
 
-    def with_equal_time(self, name: str) -> Recipe:
-        return dataclasses.replace(self.recipes[name], equal_time_step=equal_time_step(self.report, name))
+    def with_ends(self, name: str) -> Recipe:
+        return dataclasses.replace(self.recipes[name], ends=tuple(end_steps(self.report, name).values()))
 
     def may_start(self, task: Task, runs: dict[tuple[str, int], dict[str, Any]]) -> bool:
         """Whether a run that takes as long as the longest one so far would end within the limit."""

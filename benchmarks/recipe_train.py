@@ -40,8 +40,8 @@ class Recipe(Variant):
 
     pieces: tuple[str, ...]
     """Some of `PIECES`."""
-    equal_time_step: int | None = None
-    """The step at which it has trained as long as the dense variant does; None while that is not known."""
+    ends: tuple[int, ...] = ()
+    """Steps at which it has trained as long as the dense variant does, by several clocks; none while not known."""
     step_flops: int = 0
     """FLOPs of a step; 0 while they are not counted."""
 
@@ -70,12 +70,12 @@ class Recipe(Variant):
 
     def num_steps(self, steps: int) -> int:
         """As many as all others, or until it has trained as long as the dense variant."""
-        return max(steps, self.equal_time_step or 0)
+        return max((steps, *self.ends))
 
     def stops(self, args: argparse.Namespace) -> list[int]:
         """Evenly until the last step of all, and where equal time ends."""
-        even = dataclasses.replace(self, equal_time_step=None)
-        return sorted({*Variant.stops(even, args), self.equal_time_step or args.steps})
+        even = dataclasses.replace(self, ends=())
+        return sorted({*Variant.stops(even, args), *self.ends})
 
 
 def make_route(base: str, *, depth: int, is_delayed: bool) -> TokenRoute:
@@ -141,15 +141,16 @@ class RecipeRun(Run):
 
 
 class RecipeEvaluation(Evaluation):
-    """Judges samples of the first scale at some of the even evaluations, of all where equal steps and time end."""
+    """Judges samples of all scales where equal steps end, of the first one at some steps before and at equal time."""
 
     def scales(self, run: Run, number: int) -> list[float]:
-        if number == 0 or not run.args.samples_at:
+        steps, count = run.args.steps, run.args.samples_at
+        if number == 0 or count == 0:
             return []
-        step, steps, count = run.variant.stops(run.args)[number - 1], run.args.steps, run.args.samples_at
-        if step in (steps, run.variant.equal_time_step):
+        step, even = run.variant.stops(run.args)[number - 1], {round(steps * n / count) for n in range(1, count)}
+        if step == steps:
             return run.args.guidance_scales
-        return run.args.guidance_scales[:1] if step in {round(steps * n / count) for n in range(1, count)} else []
+        return run.args.guidance_scales[:1] if step in even | {*run.variant.ends} else []
 
 
 class Teacher(nn.Module):

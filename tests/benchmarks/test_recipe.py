@@ -13,7 +13,7 @@ import recipe_workers
 import torch
 from convergence_data import Images
 from convergence_train import to_device, to_floats
-from recipe_report import equal_time_step, summarise
+from recipe_report import end_steps, summarise
 from recipe_train import FEATURES, Recipe, RecipeRun, Teacher, contrast, train_teacher
 from recipe_workers import Shared, Task, Workers
 
@@ -85,10 +85,10 @@ def test_a_variant_that_fails_is_told_after_the_others(data_file, tmp_path, monk
         (3, name, True) for name in names
     ]
     for run in report["runs"]:
-        steps, end = [point["step"] for point in run["points"]], equal_time_step(report, run["variant"])
+        steps, end = [point["step"] for point in run["points"]], end_steps(report, run["variant"])["equal_time"]
         assert steps == sorted({0, 2, STEPS, end})
         judged = {point["step"]: sorted(point["samples"]) for point in run["points"] if "samples" in point}
-        assert judged == {STEPS: ["1", "2"], end: ["1", "2"]}
+        assert judged == {end: ["1"]} | {STEPS: ["1", "2"]}
     assert report["settings"]["muon_lr"] == 0.02 and [row["flag"] for row in report["sweep"]] == ["lr", "muon_lr"]
     assert list(report["summary"]) == list(report["steps"]) == names and (tmp_path / "p.png").exists()
 
@@ -99,16 +99,16 @@ def test_a_variant_that_fails_is_told_after_the_others(data_file, tmp_path, monk
 
 
 def test_twice_as_fast_steps_end_at_equal_time_after_twice_as_many():
-    steps = {name: {"seconds": {"median": value}} for name, value in (("dense", 1.0), ("fast", 0.5), ("slow", 4.0))}
+    seconds = {"dense": (1.0, 0.8), "fast": (0.5, 0.1), "slow": (4.0, None)}
+    steps = {name: {"seconds": {"median": one}, "kernel_seconds": two} for name, (one, two) in seconds.items()}
     report = {"steps": steps, "settings": {"steps": 12}}
-    assert [equal_time_step(report, name) for name in steps] == [12, 24, 3]
-    assert equal_time_step({"steps": {"fast": steps["fast"]}, "settings": {"steps": 12}}, "fast") is None
+    ends = {name: tuple(end_steps(report, name).values()) for name in steps}
+    assert ends == {"dense": (12, 12), "fast": (24, 96), "slow": (3,)}
+    assert end_steps(report | {"steps": {"fast": steps["fast"]}}, "fast") == {}
     args = SimpleNamespace(steps=12, evaluations=3)
-    ends = {end: Recipe(name="tread", route=None, pieces=(), equal_time_step=end) for end in (None, 3, 24)}
-    assert {end: one.stops(args) for end, one in ends.items()} == {
-        None: [4, 8, 12], 3: [3, 4, 8, 12], 24: [4, 8, 12, 24],
-    }  # fmt: skip
-    assert [one.num_steps(12) for one in ends.values()] == [12, 12, 24]
+    recipes = [Recipe(name="tread", route=None, pieces=(), ends=one) for one in [(), *ends.values()]]
+    assert [one.stops(args) for one in recipes] == [[4, 8, 12], [4, 8, 12], [4, 8, 12, 24, 96], [3, 4, 8, 12]]
+    assert [one.num_steps(12) for one in recipes] == [12, 12, 96, 12]
 
 
 @pytest.mark.parametrize(("name", "num_tokens"), [("dense+align", 16), ("tread+align", 8), ("sprint+align", 4)])
