@@ -14,8 +14,8 @@ held-out loss after a few steps of a seed that counts for nothing else. Then the
 the idle device: these times are the ones that are compared. Then the runs, several at once, a seed of all variants
 before the next seed. The learning rate does not fall, so that averaged weights can be judged at any step; each variant
 is trained for --steps and, if it is faster than the dense one, until it has taken as long, by the clock and by the
-time of the GPU's kernels. A variant that fails is
-reported and the others go on; the exit status is 1. The output is written at each evaluation.
+time of the GPU's kernels. A variant that fails is reported and the others go on; the exit status is 1. The output is
+written as runs end and samples are judged.
 """
 
 import argparse
