@@ -29,7 +29,8 @@ def summarise(report: Report) -> dict[str, Any]:
         steps = {"equal_steps": report["settings"]["steps"], **end_steps(report, name)}
         summary[name] = {
             "seeds": [run["seed"] for run in own],
-            "step_seconds": report["steps"][name]["seconds"]["median"],
+            "step_seconds": step_cost(report["steps"][name], "seconds"),
+            "kernel_seconds": step_cost(report["steps"][name], "kernel_seconds"),
             "curve": curve(own),
             **{where: reached(own, step) for where, step in steps.items()},
         }
@@ -160,26 +161,30 @@ def rates(report: Report) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Held-out loss and Fréchet distance against steps and against time, bands over seeds."""
+    """Held-out loss and Fréchet distance against steps, time and, where known, time of kernels; bands over seeds."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(15, 10), layout="constrained")
-    axes = figure.subplots(2, 2)
-    (scale,) = [f"{scale:g}" for scale in report["settings"]["guidance_scales"]][:1]
-    for number, (name, own) in enumerate(report["summary"].items()):
+    summary, scale = report["summary"], f"{report['settings']['guidance_scales'][0]:g}"
+    units = {"steps": None, "seconds of steps on an idle device": "step_seconds"}
+    if all(own["kernel_seconds"] for own in summary.values()):
+        units["seconds of kernels"] = "kernel_seconds"
+    figure = Figure(figsize=(7.5 * len(units), 10), layout="constrained")
+    axes = figure.subplots(2, len(units))
+    for number, (name, own) in enumerate(summary.items()):
         points = own["curve"][1:]
         judged = [point for point in points if "samples" in point]
+        losses = [point["heldout_loss"] for point in points]
+        distances = [point["samples"][scale]["distance"] for point in judged]
         style = {"color": f"C{number % 10}", "marker": ".", "linestyle": ["-", "--", ":"][number // 10]}
-        for column, seconds in enumerate((1, own["step_seconds"])):
-            losses = [point["heldout_loss"] for point in points]
-            distances = [point["samples"][scale]["distance"] for point in judged]
-            draw_band(axes[0, column], [seconds * point["step"] for point in points], losses, label=name, **style)
-            draw_band(axes[1, column], [seconds * point["step"] for point in judged], distances, label=name, **style)
+        for column, cost in enumerate(units.values()):
+            factor = own[cost] if cost else 1
+            draw_band(axes[0, column], [factor * point["step"] for point in points], losses, label=name, **style)
+            draw_band(axes[1, column], [factor * point["step"] for point in judged], distances, label=name, **style)
 
     guided = "" if scale == "1" else f", CFG {scale}"
-    for row, label in enumerate(("held-out loss", f"Fréchet distance{guided}")):
-        for axis, unit in zip(axes[row], ("steps", "seconds of steps on an idle device"), strict=True):
+    for row, label in zip(axes, ("held-out loss", f"Fréchet distance{guided}"), strict=True):
+        for axis, unit in zip(row, units, strict=True):
             axis.set_xlabel(unit)
             axis.set_ylabel(label)
             axis.set_yscale("log")
@@ -187,6 +192,6 @@ def plot(report: Report, path: Path) -> None:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3, which="both")
-    axes[0, 1].legend(fontsize="small")
+    axes[0, -1].legend(fontsize="small")
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
     write_whole(path, buffer.getvalue())

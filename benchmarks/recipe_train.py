@@ -144,13 +144,16 @@ class RecipeEvaluation(Evaluation):
     """Judges samples of all scales where equal steps end, of the first one at some steps before and at equal time."""
 
     def scales(self, run: Run, number: int) -> list[float]:
-        steps, count = run.args.steps, run.args.samples_at
-        if number == 0 or count == 0:
+        args = run.args
+        if number == 0 or args.samples_at == 0:
             return []
-        step, even = run.variant.stops(run.args)[number - 1], {round(steps * n / count) for n in range(1, count)}
-        if step == steps:
-            return run.args.guidance_scales
-        return run.args.guidance_scales[:1] if step in even | {*run.variant.ends} else []
+        step, even = (
+            run.variant.stops(args)[number - 1],
+            {round(args.steps * n / args.evaluations) for n in self.samples_at},
+        )
+        if step == args.steps:
+            return args.guidance_scales
+        return args.guidance_scales[:1] if step in even | {*run.variant.ends} else []
 
 
 class Teacher(nn.Module):
