@@ -192,6 +192,6 @@ def plot(report: Report, path: Path) -> None:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3, which="both")
-    axes[0, -1].legend(fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
     write_whole(path, buffer.getvalue())
