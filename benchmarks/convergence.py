@@ -253,17 +253,21 @@ class Evaluation:
         self.last_images: np.ndarray | None = None
         """[classes, H, W, 3] uint8, the first sample of each class with the first guidance scale."""
 
+    def scales(self, run: Run, number: int) -> list[float]:
+        """The guidance scales of the samples that are judged at the evaluation of this number; may be none."""
+        return self.args.guidance_scales if number in self.samples_at else []
+
     def __call__(self, run: Run, number: int) -> dict[str, Any]:
         """What a point of the report has of the evaluation of this number, 0 at the start."""
         losses = self.heldout_loss(run.averaged)
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         point = {"heldout_loss": total, "heldout_losses": losses}
-        if number not in self.samples_at:
-            return point
-        point["samples"] = {}
-        for scale in self.args.guidance_scales:
+        scales = self.scales(run, number)
+        if scales:
+            point["samples"] = {}
+        for scale in scales:
             point["samples"][f"{scale:g}"], images = self.judge(run.averaged, seed=run.seed, scale=scale)
-            if scale == self.args.guidance_scales[0]:
+            if scale == scales[0]:
                 self.last_images = images[: self.judge.num_classes].permute(0, 2, 3, 1).cpu().numpy()
         return point
 

@@ -166,10 +166,6 @@ def train_classifier(
 
 
 def make_classifier(num_classes: int) -> nn.Sequential:
-    def convolution(channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-        layer = nn.Conv2d(channels, out_channels, kernel_size=3, stride=stride, padding=1)
-        return [layer, nn.GroupNorm(8, out_channels), nn.GELU()]
-
     return nn.Sequential(
         *convolution(3, 32, 1),
         *convolution(32, 64, 2),
@@ -180,3 +176,8 @@ def make_classifier(num_classes: int) -> nn.Sequential:
         nn.GELU(),
         nn.Linear(NUM_FEATURES, num_classes),
     )
+
+
+def convolution(channels: int, out_channels: int, stride: int) -> list[nn.Module]:
+    layer = nn.Conv2d(channels, out_channels, kernel_size=3, stride=stride, padding=1)
+    return [layer, nn.GroupNorm(8, out_channels), nn.GELU()]

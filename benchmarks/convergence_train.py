@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,11 +24,13 @@ from diffusers.training_utils import EMAModel
 from diffusers_tread import FlowMatchingObjective, RoutingCall, TokenRoute, TREADTransformer2DModel, default_route
 from diffusers_tread.flops import training_flops
 from diffusers_tread.models import DENOISERS
+from diffusers_tread.objectives import DenoiserWithHeads, LossTerm
 from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.seeds import derive_seed
 
 
 BASELINE = "dense"
+ADAM_BETAS = (0.9, 0.99)
 OPTIONS = {"ratio": float, "start": int, "end": int, "unit": str, "dense_end": float, "steps": float}
 
 
@@ -45,6 +47,8 @@ class Variant:
     """Share of the steps, the last ones, that are dense, in [0, 1)."""
     steps: float = 1.0
     """Steps over those of the other runs: a route's FLOP ceiling gives it as many FLOPs as a dense run has."""
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model besides those that the flags give."""
 
     @classmethod
     def parse(cls, text: str, *, depth: int) -> "Variant":
@@ -85,6 +89,11 @@ class Variant:
         """The first so many steps of the run route."""
         return 0 if self.route is None else round((1 - self.dense_end) * self.num_steps(steps))
 
+    def stops(self, args: argparse.Namespace) -> list[int]:
+        """The steps after which the run is judged, the last one included."""
+        num_steps = self.num_steps(args.steps)
+        return [round(num_steps * number / args.evaluations) for number in range(1, args.evaluations + 1)]
+
 
 def make_model(args: argparse.Namespace, variant: Variant, seed: int, *, size: int, num_classes: int):
     """On the CPU; its weights depend on the seed, not on the variant."""
@@ -104,7 +113,7 @@ def make_model(args: argparse.Namespace, variant: Variant, seed: int, *, size: i
             num_classes=num_classes,
             routes=routes,
             objective="flow",
-            **config,
+            **config | variant.model_options,
         )
 
 
@@ -153,22 +162,34 @@ class Run:
         self.num_steps, self.num_routed = variant.num_steps(args.steps), variant.num_routed_steps(args.steps)
         self.model = make_model(args, variant, seed, size=images.shape[-1], num_classes=num_classes).to(args.device)
         self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
         self.ema = EMAModel(self.parameters, decay=args.ema_decay)
         self.averaged = share_averages(self.model, self.ema)
         if args.compile:
             for model in (self.model, self.averaged):
                 model.compile_repeated_blocks(dynamic=False)
+        self.terms = self.make_terms()
+        self.denoiser = DenoiserWithHeads(self.model, self.terms) if self.terms else self.model
+        self.trained = list(self.denoiser.parameters())
+        self.optimizer = self.make_optimizer()
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.objective, self.generator = FlowMatchingObjective(), torch.Generator(args.device)
         self.loss_sum = torch.zeros((), device=args.device)
         # One thread on the CPU is timed by what it computed, so that other programs count little.
         alone = args.threads == 1 and torch.device(args.device).type == "cpu"
         self.clock = time.process_time if alone else time.perf_counter
 
-    def learning_rate(self, step: int) -> float:
-        """Rises over the warm-up, falls to zero over the decay, both on a line."""
+    def make_terms(self) -> list[LossTerm]:
+        """Of the loss, beside the denoising."""
+        return []
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """With the largest learning rate of each group."""
+        return torch.optim.AdamW(self.trained, lr=self.args.lr, betas=ADAM_BETAS, weight_decay=0, fused=True)
+
+    def schedule(self, step: int) -> float:
+        """The share of the learning rate: rises over the warm-up, falls to zero over the decay, both on a line."""
         decay = max(self.args.decay * self.num_steps, 1)
-        return self.args.lr * min((step + 1) / max(self.args.warmup_steps, 1), (self.num_steps - step) / decay, 1.0)
+        return min((step + 1) / max(self.args.warmup_steps, 1), (self.num_steps - step) / decay, 1.0)
 
     def step(self, step: int) -> None:
         """One optimiser step, which does not wait for the device."""
@@ -181,13 +202,13 @@ class Run:
 
         # Loss and update.
         with autocast(self.args):
-            loss = self.objective.loss(
-                self.model, pixels, class_labels=labels, generator=self.generator, routing=routing
-            ).mean()
+            options = {"generator": self.generator, "routing": routing, "images": pixels, "step": step}
+            losses = self.objective.loss(self.denoiser, pixels, class_labels=labels, terms=self.terms, **options)
+            loss = losses.mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+        torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.schedule(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_ema(self.ema, self.parameters)
@@ -206,8 +227,7 @@ class Run:
         self.model.train()
         yield {"step": 0, "seconds": 0.0, "flops": 0, "train_loss": None, **evaluate(self, 0)}
         done, seconds = 0, 0.0
-        for number in range(1, self.args.evaluations + 1):
-            last = round(self.num_steps * number / self.args.evaluations)
+        for number, last in enumerate(self.variant.stops(self.args), 1):
             start = self.clock()
             for step in range(done, last):
                 self.step(step)

@@ -5,6 +5,7 @@
 #     bash benchmarks/on_gpu.sh scripts            # the tests of the training scripts, which take the GPU they find
 #     bash benchmarks/on_gpu.sh rest               # the script's loop, text-to-image steps, alignment, memory
 #     bash benchmarks/on_gpu.sh evidence           # dense against routed on avatars (DATA=FILE.npz), five minutes
+#     bash benchmarks/on_gpu.sh recipe             # the pieces of the recipe on avatars (DATA=FILE.npz), seven minutes
 #     DEVICE=cpu SMOKE=1 bash benchmarks/on_gpu.sh checks speed    # does it start? tiny models, nothing compiled
 #
 # Where diffusers is missing, its wheel and those that it needs are to lie in .whl. Results go to $OUT, by default
@@ -46,6 +47,9 @@ if [ -n "${SMOKE:-}" ]; then
     many="-n 0 -k checkpoint" scripts="-n 0 -k stopped_run_of_muon" texts=prx-s
     evidence="--seeds 0 --width 32 --heads 1 --depth 6 --steps 10 --evaluations 2 --samples_at 1 --num_samples 20"
     evidence+=" --judge_steps 10 --heldout_per_level 4 --sampling_steps 2 --batch_size 4"
+    recipe="$speed --seeds 0 --workers 2 --alone= --width 32 --heads 1 --depth 6 --steps 4 --batch_size 4 --judge_steps 10"
+    recipe+=" --variants dense,tread+align+muon,sprint+modern --lrs 1e-3 --muon_lrs 1e-3 --sweep_steps 2 --evaluations 2"
+    recipe+=" --teacher_steps 4 --teacher_batch_size 4 --heldout_per_level 4 --num_samples 20 --sampling_steps 2"
 else
     large="--presets XL/2" base="--presets B/2,S/2" preset=XL/2 short=256 long=1024 suffix=gpu
     speed="--repeats 15 --warmup 3" few="--repeats 5 --warmup 1" batches=(128 256 32 64) dtype=bfloat16 runs=10 turn=10
@@ -53,6 +57,7 @@ else
     evidence="--dtype bfloat16 --compile --seeds 0,1,2 --width 384 --heads 6 --steps 900 --batch_size 256 --lr 1e-3"
     evidence+=" --samples_at 2 --num_samples 2000 --eval_batch_size 1000 --heldout_per_level 200 --judge_steps 600"
     evidence+=" --warmup 3 --time_limit 330"
+    recipe="--dtype bfloat16 --compile --workers 6 --time_limit 410"
 fi
 
 for what in "$@"; do
@@ -93,8 +98,13 @@ for what in "$@"; do
         bench 400 convergence_$suffix convergence.py --data "${DATA:-avatars.npz}" $evidence \
             --plot "$OUT/convergence_$suffix.png" --samples "$OUT/convergence_samples_$suffix.png"
         ;;
+    recipe)
+        # Seven processes compile at once.
+        export TORCHINDUCTOR_COMPILE_THREADS=4
+        bench 445 recipe_$suffix recipe.py --data "${DATA:-avatars.npz}" $recipe --plot "$OUT/recipe_$suffix.png"
+        ;;
     *)
-        echo "Expected checks, speed, rest or evidence, got $what." >&2
+        echo "Expected checks, speed, rest, evidence or recipe, got $what." >&2
         exit 2
         ;;
     esac

@@ -220,8 +220,8 @@ def test_what_is_judged_are_always_the_averaged_weights(make_run):
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero(make_run):
-    run = make_run("dense", "--steps", "20", "--warmup_steps", "4", "--decay", "0.5", "--lr", "1")
-    rates = [run.learning_rate(step) for step in range(20)]
+    run = make_run("dense", "--steps", "20", "--warmup_steps", "4", "--decay", "0.5")
+    rates = [run.schedule(step) for step in range(20)]
     assert rates == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 8 + [step / 10 for step in range(9, 0, -1)])
 
 

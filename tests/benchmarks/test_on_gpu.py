@@ -20,7 +20,7 @@ from diffusers_tread import TREADTransformer2DModel
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "on_gpu.sh"
 REPORTS = """
     train_step profile_step routing_overhead sampling train_step_base train_step_long train_step_batch_256
-    training_loop text_step alignment_step convergence
+    training_loop text_step alignment_step convergence recipe
 """.split()
 
 
@@ -42,7 +42,7 @@ def environment(tmp_path):
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_every_part_starts_and_reports(environment, tmp_path):
     pytest.importorskip("datasets")
-    command = ["bash", str(SCRIPT), "checks", "scripts", "speed", "rest", "evidence"]
+    command = ["bash", str(SCRIPT), "checks", "scripts", "speed", "rest", "evidence", "recipe"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert " passed" in (tmp_path / "tests_gpu.log").read_text()
