@@ -104,7 +104,7 @@ for what in "$@"; do
         bench 445 recipe_$suffix recipe.py --data "${DATA:-avatars.npz}" $recipe --plot "$OUT/recipe_$suffix.png"
         ;;
     *)
-        echo "Expected checks, speed, rest, evidence or recipe, got $what." >&2
+        echo "Expected checks, scripts, speed, rest, evidence or recipe, got $what." >&2
         exit 2
         ;;
     esac
