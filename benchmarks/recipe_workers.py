@@ -77,7 +77,8 @@ def work(connection: Connection) -> None:
     args, path = connection.recv()
     set_up(args)
     prepare_compiler()
-    shared = torch.load(path, map_location=args.device, weights_only=False)  # written by this script's own run
+    # Written by this script's own run. Each tensor comes back where it was: the judge's statistics are on the CPU.
+    shared = torch.load(path, weights_only=False)
     while (task := connection.recv()) is not None:
         for message in execute(task, shared):
             connection.send(message)

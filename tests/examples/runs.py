@@ -27,7 +27,8 @@ def launch(plan):
     """Runs a plan of `forked_launch.py` in one process; the exit codes of its runs and all error output."""
     plan = [entry | {"argv": [str(word) for word in entry["argv"]]} for entry in plan]
     command = [sys.executable, str(Path(__file__).with_name("forked_launch.py")), json.dumps(plan)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    paths = [str(Path(__file__).parents[2] / "src"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     result = subprocess.run(command, env=environment, timeout=800, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), result.stderr

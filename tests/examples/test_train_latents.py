@@ -100,7 +100,7 @@ def test_each_batch_is_a_new_sample_of_the_stored_posterior_shifted_and_scaled(a
 
     def watch(trainer, micro_step):
         latents, conditions, routing = next_batch(trainer, micro_step)
-        seen.append((trainer.step, micro_step, latents.cpu(), conditions["class_labels"].cpu()))
+        seen.append((trainer.step, micro_step, latents, conditions["class_labels"].cpu()))
         return latents, conditions, routing
 
     monkeypatch.setattr(train_tread.Trainer, "next_batch", watch)
@@ -111,8 +111,9 @@ def test_each_batch_is_a_new_sample_of_the_stored_posterior_shifted_and_scaled(a
     for step, micro_step, latents, labels in seen:
         batch = dataset.__getitems__(next(order))
         mean, std = batch["moments"].float().chunk(2, dim=1)
-        generator = torch.Generator().manual_seed(derive_seed(3, step, micro_step, 0, "noise"))
-        expected = 0.7 * (mean + std * torch.randn(mean.shape, generator=generator) - 0.1)
+        generator = torch.Generator(latents.device).manual_seed(derive_seed(3, step, micro_step, 0, "noise"))
+        noise = torch.randn(mean.shape, generator=generator, device=latents.device)
+        expected = 0.7 * (mean.to(noise) + std.to(noise) * noise - 0.1)
         torch.testing.assert_close(latents, expected, atol=1e-6, rtol=1e-6)
         assert torch.equal(labels, batch["class_labels"])
     assert len(seen) == 20
