@@ -270,7 +270,7 @@ class TrainConfig(RunConfig):
 
     # Objective.
     objective: str = FlowMatchingObjective.name
-    """What is predicted: edm, flow, epsilon, or what was registered."""
+    """What is predicted: edm, flow, epsilon, jit, or what was registered."""
     loss_terms: str = "{}"
     """Further terms as JSON, such as {"reconstruction": {"weight": 0.1}}."""
     class_dropout_prob: float = 0.1
