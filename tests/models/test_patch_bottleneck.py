@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 import torch
-
 from backbones import BACKBONES, make_backbone
+
 from diffusers_tread import TREADTransformer2DModel
 from diffusers_tread.flops import forward_flops
 

@@ -61,6 +61,11 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return list(cls._presets)
 
     @classmethod
+    def preset_config(cls, preset: str) -> dict[str, Any]:
+        """What of the config makes a preset; for some that is `in_channels` and `sample_size` too."""
+        return dict(cls._presets[preset])
+
+    @classmethod
     def from_preset(cls, preset: str, **config: Any) -> "LatentDenoiser":
         """A model of one of the published sizes.
 
