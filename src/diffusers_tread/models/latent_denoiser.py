@@ -144,7 +144,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return_prefix: bool = False,
         hidden_states_at: Iterable[int] = (),
     ) -> "DenoiserOutput | tuple[Any, ...]":
-        """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data).
+        """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data, JiT: the data).
 
         Args:
             hidden_states: [B, C, H, W] latents, H and W divisible by the patch size.

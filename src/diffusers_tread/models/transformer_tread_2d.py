@@ -297,8 +297,8 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
         timestep_scale: The timestep is multiplied by it before the sinusoidal embedding, whose period is made for
             [0, 1000]. The paper feeds EDM's ln(sigma) / 4 as it is: 1.0. Flow schedulers give sigma * 1000: 1.0 too.
         objective: What the weights are trained for, a name of `diffusers_tread.objectives`: EDM's denoising as in the
-            paper, flow matching, or DDPM's noise prediction as in DiT. Losses and schedulers of another are refused;
-            that the name is known, they check and not the constructor.
+            paper, flow matching, DDPM's noise prediction as in DiT, or JiT's clean images. Losses and schedulers of
+            another are refused; that the name is known, they check and not the constructor.
         mlp_ratio: Width of the feed-forward layer over D.
         attention_bias: Whether query, key and value have a bias.
         norm_eps: Epsilon of the norms.
