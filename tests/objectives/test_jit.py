@@ -185,7 +185,7 @@ def test_training_on_digits_lowers_the_loss():
 
     before, generator = held_out(), seeded(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for step in range(40):
+    for step in range(20):
         ids = torch.randint(1500, (16,), generator=generator)
         routing = RoutingCall(seed=step)
         loss = objective.loss(
