@@ -237,7 +237,9 @@ def describe_run(
             that the data do not have, or the length of the run is not known.
     """
     with accelerator.main_process_first():  # one process downloads what they look with
-        terms = make_terms(config, model, with_images=not isinstance(source, UnseenSource))
+        # Networks that look at images are not fetched where the images are not; that there are none shows in any case.
+        is_unseen = isinstance(source, UnseenSource) and source.has_images
+        terms = make_terms(config, model, with_images=not is_unseen)
         heads = describe_heads(terms, source)
     make_optimizer(config, model)  # raises for a model that it does not fit
     step = source.resolution // source.latent_size * model.config.get("patch_size", 1)
