@@ -23,5 +23,7 @@ def test_random_labels_are_uniform_and_repeat():
     counts = np.bincount(labels, minlength=5)
     assert ((counts - 1000) ** 2 / 1000).sum() < 20  # chi-square of 4 degrees of freedom: p < 0.0005
     assert labels != [index % 5 for index in range(5000)]
+    balanced = PipelineImages(pipeline, num_images=5000, num_inference_steps=1)
+    assert np.bincount([balanced.label(index) for index in range(5000)]).tolist() == [1000] * 5
     again = PipelineImages(pipeline, num_images=5000, num_inference_steps=1, random_labels=True)
     assert labels == [again.label(index) for index in range(5000)]

@@ -367,7 +367,7 @@ def test_names_tell_the_objectives_apart():
     assert [objective.name for objective in DEFAULTS] == ["edm", "flow", "epsilon"]
     assert "name" not in dataclasses.asdict(EDMObjective())
     assert find_objective("flow") is FlowMatchingObjective
-    with pytest.raises(ValueError, match=r"objective among \['edm', 'flow', 'epsilon'\], got 'ddpm'"):
+    with pytest.raises(ValueError, match=r"objective among \['edm', 'flow', 'epsilon', 'jit'\], got 'ddpm'"):
         find_objective("ddpm")
 
 

@@ -170,7 +170,9 @@ def test_a_scheduler_put_in_later_is_checked_too(make_transformer, make_pipeline
 
 
 def test_models_of_unknown_objective_are_refused(make_transformer, make_pipeline):
-    with pytest.raises(ValueError, match=r"with an objective in its config.*one of \['edm', 'flow', 'epsilon'\]"):
+    with pytest.raises(
+        ValueError, match=r"with an objective in its config.*one of \['edm', 'flow', 'epsilon', 'jit'\]"
+    ):
         make_pipeline(transformer=make_transformer(objective=None))
     with pytest.raises(ValueError, match=r"Expected an objective among .*got 'score'.*register_objective"):
         make_pipeline(transformer=make_transformer(objective="score"))

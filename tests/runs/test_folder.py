@@ -40,6 +40,15 @@ def test_a_new_folder_starts_a_run_and_the_same_run_resumes(claim, tmp_path):
     assert claim(SETTINGS | {"report_to": "wandb"}).name == "checkpoint-5"
 
 
+def test_a_setting_that_is_new_and_unset_is_no_other_run(claim):
+    claim(steps=[5])
+    newer = SETTINGS | {"model": SETTINGS["model"] | {"patch_bottleneck_dim": None}, "preset_config": None}
+    assert claim(newer).name == "checkpoint-5"
+    assert claim(newer, resume_from_checkpoint="latest").name == "checkpoint-5"
+    with pytest.raises(ValueError, match="Expected the model settings"):
+        claim(SETTINGS | {"model": SETTINGS["model"] | {"patch_bottleneck_dim": 8}}, resume_from_checkpoint="latest")
+
+
 def test_another_run_is_refused_and_its_folder_left_alone(claim, tmp_path):
     claim()
     with pytest.raises(ValueError, match="learning_rate: 0.1 there, 0.2 now"):

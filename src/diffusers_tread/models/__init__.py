@@ -2,7 +2,7 @@
 from .latent_denoiser import LatentDenoiser
 from .mamba_tread_2d import TREADMamba2DModel
 from .modeling_outputs import DenoiserOutput
-from .registry import DENOISERS, make_denoiser, register_denoiser
+from .registry import DENOISERS, denoiser_class, make_denoiser, register_denoiser
 from .rwkv_tread_2d import TREADRWKV2DModel
 from .transformer_tread_2d import TREADTransformer2DModel
 
@@ -14,6 +14,7 @@ __all__ = [
     "TREADMamba2DModel",
     "TREADRWKV2DModel",
     "TREADTransformer2DModel",
+    "denoiser_class",
     "make_denoiser",
     "register_denoiser",
 ]

@@ -46,7 +46,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     The constructor of a subclass calls `_make_input`, sets `transformer_blocks`, a `RoutedStack` of blocks that each
     have a linear layer `modulation` of the conditioning, and calls `_make_output`. Its config has at least
     `num_layers`, `in_channels`, `out_channels`, `sample_size`, `patch_size`, `num_classes`, `routes`,
-    `timestep_scale`, `objective`, `norm_eps` and `freq_shift`.
+    `timestep_scale`, `objective`, `norm_eps` and `freq_shift`; where it has `patch_bottleneck_dim`, that counts too.
     """
 
     _presets: Mapping[str, Mapping[str, Any]] = {}
@@ -71,6 +71,11 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     def presets(cls) -> list[str]:
         """The names that `from_preset` knows."""
         return list(cls._presets)
+
+    @classmethod
+    def preset_config(cls, preset: str) -> dict[str, Any]:
+        """What of the config makes a preset; for some that is `in_channels` and `sample_size` too."""
+        return dict(cls._presets[preset])
 
     @classmethod
     def from_preset(cls, preset: str, **config: Any) -> "LatentDenoiser":
@@ -119,8 +124,11 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         self.route_fusions = make_fusions(self.token_router.routes, dim)
 
         self.out_channels = config.in_channels if config.out_channels is None else config.out_channels
-        patch_size = config.patch_size
-        self.patch_embedding = nn.Conv2d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        patch_size, bottleneck = config.patch_size, config.get("patch_bottleneck_dim")
+        if bottleneck is None:
+            self.patch_embedding = nn.Conv2d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        else:
+            self.patch_embedding = BottleneckPatchEmbedding(config.in_channels, dim, patch_size, bottleneck)
         self.timestep_embedding = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)
         base = config.sample_size // patch_size
@@ -149,7 +157,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return_prefix: bool = False,
         hidden_states_at: Iterable[int] = (),
     ) -> "DenoiserOutput | tuple[Any, ...]":
-        """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data).
+        """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data, JiT: the data).
 
         Args:
             hidden_states: [B, C, H, W] latents, H and W divisible by the patch size.
@@ -320,8 +328,11 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
+        for module in self.patch_embedding.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.class_embedding.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_2.weight, std=0.02)
@@ -333,6 +344,29 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         for module in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+class BottleneckPatchEmbedding(nn.Sequential):
+    """Patches to tokens through few channels: two linear maps, nothing between them (JiT, arXiv 2511.13720).
+
+    Args:
+        in_channels: C, of the latents or pixels.
+        dim: D, the tokens' width.
+        patch_size: P.
+        bottleneck_dim: Channels between the maps, the first of which has no bias.
+
+    Raises:
+        ValueError: `bottleneck_dim` is no int of at least 1.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int, bottleneck_dim: int):
+        if not isinstance(bottleneck_dim, int) or bottleneck_dim < 1:
+            raise ValueError(f"Expected patch_bottleneck_dim >= 1, or None for none, got {bottleneck_dim!r}. Use 128.")
+        super().__init__(
+            nn.Conv2d(in_channels, bottleneck_dim, kernel_size=patch_size, stride=patch_size, bias=False),
+            nn.Conv2d(bottleneck_dim, dim, kernel_size=1),
+        )
+        self.out_channels = dim
 
 
 def sincos_positions(

@@ -309,6 +309,7 @@ class TREADMamba2DModel(LatentDenoiser):
         conv_kernel: Tokens under the convolution, odd.
         norm_eps: Epsilon of the norms.
         freq_shift: The timestep's frequencies are 10000^(-i / (128 - freq_shift)), 0 or 1.
+        patch_bottleneck_dim: As of `TREADTransformer2DModel`.
 
     Raises:
         ValueError: An argument out of range; routes as `resolve_routes`.
@@ -350,6 +351,7 @@ class TREADMamba2DModel(LatentDenoiser):
         conv_kernel: int = 3,
         norm_eps: float = 1e-6,
         freq_shift: int = 0,
+        patch_bottleneck_dim: int | None = None,
     ):
         super().__init__()
         for name in ("expand", "head_dim", "state_size", "conv_kernel"):

@@ -40,16 +40,24 @@ def make_denoiser(preset_or_class: str, **config: Any) -> ModelMixin:
     """A new denoiser of a preset, such as "XL/2", or of the class of this name.
 
     Raises:
-        ValueError: Neither a preset nor a class is called so; else as the class.
+        ValueError: As `denoiser_class` and the class.
     """
-    if preset_or_class in DENOISERS:
-        return DENOISERS[preset_or_class](**config)
-    presets = _presets()
-    if preset_or_class not in presets:
+    kind = denoiser_class(preset_or_class)
+    return kind(**config) if preset_or_class in DENOISERS else kind.from_preset(preset_or_class, **config)
+
+
+def denoiser_class(preset_or_class: str) -> type[ModelMixin]:
+    """The class of a preset, or the one of this name.
+
+    Raises:
+        ValueError: Neither a preset nor a class is called so.
+    """
+    kinds = _presets() | DENOISERS
+    if preset_or_class not in kinds:
         raise ValueError(
-            f"Expected a preset among {list(presets)}, or a class among {list(DENOISERS)}, got {preset_or_class!r}."
+            f"Expected a preset among {list(_presets())}, or a class among {list(DENOISERS)}, got {preset_or_class!r}."
         )
-    return presets[preset_or_class].from_preset(preset_or_class, **config)
+    return kinds[preset_or_class]
 
 
 def _presets() -> dict[str, type[ModelMixin]]:

@@ -264,6 +264,7 @@ class TREADRWKV2DModel(LatentDenoiser):
         mlp_ratio: Width of the channel mix over D.
         norm_eps: Epsilon of the layer norms.
         freq_shift: The timestep's frequencies are 10000^(-i / (128 - freq_shift)).
+        patch_bottleneck_dim: As of `TREADTransformer2DModel`.
 
     Raises:
         ValueError: An argument out of range; a route of another unit; else as `resolve_routes`. In a forward, kept
@@ -303,6 +304,7 @@ class TREADRWKV2DModel(LatentDenoiser):
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-6,
         freq_shift: int = 0,
+        patch_bottleneck_dim: int | None = None,
     ):
         super().__init__()
         self._make_input(hidden_size)

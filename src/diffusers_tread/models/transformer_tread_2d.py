@@ -41,6 +41,9 @@ PRESETS = {
 LIGHTNING = {
     "sample_size": 16, "in_channels": 32, "norm": "rms_norm", "ffn": "swiglu", "positions": "sincos+rope",
 }  # fmt: skip
+# JiT: LightningDiT's blocks with normalised queries and keys on 256x256 pixels (arXiv 2511.13720), without the class
+# tokens that the paper adds to the sequence. B/16 and L/16 are published, S/16 and XL/16 follow.
+JIT = LIGHTNING | {"sample_size": 256, "in_channels": 3, "qk_norm": "rms_norm", "patch_bottleneck_dim": 128}
 _OPTIONS = {
     "norm": ("layer_norm", "rms_norm"),
     "qk_norm": (None, "rms_norm"),
@@ -294,8 +297,8 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
         timestep_scale: The timestep is multiplied by it before the sinusoidal embedding, whose period is made for
             [0, 1000]. The paper feeds EDM's ln(sigma) / 4 as it is: 1.0. Flow schedulers give sigma * 1000: 1.0 too.
         objective: What the weights are trained for, a name of `diffusers_tread.objectives`: EDM's denoising as in the
-            paper, flow matching, or DDPM's noise prediction as in DiT. Losses and schedulers of another are refused;
-            that the name is known, they check and not the constructor.
+            paper, flow matching, DDPM's noise prediction as in DiT, or JiT's clean images. Losses and schedulers of
+            another are refused; that the name is known, they check and not the constructor.
         mlp_ratio: Width of the feed-forward layer over D.
         attention_bias: Whether query, key and value have a bias.
         norm_eps: Epsilon of the norms.
@@ -311,6 +314,8 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
         value_residual: Whether the values of all blocks are mixed with those of the first, v + l (v_first - v) with an
             l for each block that is learned from 0.5. The first block's are handed on, not computed again, and
             gathered with the kept tokens; so no route may begin at the first block.
+        patch_bottleneck_dim: Channels between two linear maps that embed a patch, as in JiT (128 for patches of 768
+            values); None for one map, as in DiT.
 
     Raises:
         ValueError: An argument out of range; routes as `resolve_routes`.
@@ -337,7 +342,11 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
             "patch_size": patch,
             **options,
         }
-        for family, patches, options in (("", (2, 4, 8), {}), ("LightningDiT-", (1,), LIGHTNING))
+        for family, patches, options in (
+            ("", (2, 4, 8), {}),
+            ("LightningDiT-", (1,), LIGHTNING),
+            ("JiT-", (16,), JIT),
+        )
         for size, (dim, num_layers, heads) in PRESETS.items()
         for patch in patches
     }
@@ -368,6 +377,7 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
         ffn: Literal["gelu-approximate", "swiglu"] = "gelu-approximate",
         positions: Literal["sincos", "rope", "sincos+rope"] = "sincos",
         value_residual: bool = False,
+        patch_bottleneck_dim: int | None = None,
     ):
         super().__init__()
         _check_options(norm=norm, qk_norm=qk_norm, ffn=ffn, positions=positions)

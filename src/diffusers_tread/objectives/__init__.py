@@ -3,6 +3,7 @@ from .base import CorruptedLatents, Objective
 from .edm import EDMObjective
 from .epsilon import EpsilonObjective
 from .flow import FlowMatchingObjective
+from .jit import JiTObjective
 from .registry import OBJECTIVES, find_objective, register_objective
 from .terms import (
     LOSS_TERMS,
@@ -22,6 +23,7 @@ __all__ = [
     "EDMObjective",
     "EpsilonObjective",
     "FlowMatchingObjective",
+    "JiTObjective",
     "ForwardRecord",
     "LOSS_TERMS",
     "LossTerm",

@@ -32,7 +32,7 @@ class CorruptedLatents:
     """[B] float32, the network's time."""
 
     target: torch.Tensor
-    """[B, C, H, W] float32, the network's target."""
+    """[B, C, H, W] float32, what a prediction should be: a network's output as a scheduler takes it."""
 
     noisy: torch.Tensor
     """[B, C, H, W] float32, the latents with their noise, not scaled for the network."""
@@ -75,6 +75,17 @@ class Objective(ABC):
     def accepts(cls, scheduler: SchedulerMixin) -> bool:
         """Whether `scheduler` samples from models trained so."""
 
+    @classmethod
+    def for_scheduler(cls, output: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What schedulers and the loss take for the prediction: here the network's output itself.
+
+        Args:
+            output: [B, C, H, W] float32, of the network.
+            noisy: [B, C, H, W] float32, the latents with their noise, as the sampler has them.
+            timestep: [B] or one for all, the network's time.
+        """
+        return output
+
     def loss(
         self,
         denoiser: Callable[..., Any],
@@ -88,7 +99,7 @@ class Objective(ABC):
         step: int | None = None,
         **conditions: Any,
     ) -> torch.Tensor:
-        """The loss of each sample: the mean squared error of the network's own output, and `terms`.
+        """The loss of each sample: the mean squared error of the prediction, `for_scheduler`, and `terms`.
 
         Args:
             denoiser: Called as `denoiser(hidden_states, timestep=..., **conditions)`; gives an object with `sample`.
@@ -134,7 +145,7 @@ class Objective(ABC):
                 f"Expected the denoiser to give the tokens after blocks {sorted(set(wanted))} as `hidden_states`, "
                 "which a loss term asks for, got none. Take a denoiser of this package, or leave the term out."
             )
-        prediction = output.sample.float()
+        prediction = self.for_scheduler(output.sample.float(), noised.noisy, noised.timestep)
         if not terms:
             return (prediction - noised.target).square().mean(dim=(1, 2, 3))
 

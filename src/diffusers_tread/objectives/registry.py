@@ -6,6 +6,7 @@ from .base import Objective
 from .edm import EDMObjective
 from .epsilon import EpsilonObjective
 from .flow import FlowMatchingObjective
+from .jit import JiTObjective
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}
@@ -40,3 +41,4 @@ def find_objective(name: str) -> type[Objective]:
 register_objective("edm", EDMObjective)
 register_objective("flow", FlowMatchingObjective)
 register_objective("epsilon", EpsilonObjective)
+register_objective("jit", JiTObjective)

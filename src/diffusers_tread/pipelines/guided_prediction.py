@@ -13,6 +13,7 @@ from diffusers import BaseGuidance, ModelMixin
 
 from ..guiders import Branch
 from ..guiders.branches import check_routes
+from ..objectives import find_objective
 from ..routing import RoutingCall, TokenRouter, draw_routing_seed, get_token_router, has_cache, hook_names
 
 
@@ -39,6 +40,7 @@ class GuidedPrediction:
     ):
         self.denoisers = {"main": transformer, "guidance": guidance_transformer}
         self.generator, self.num_steps = generator, num_steps
+        self.objective = find_objective(transformer.config.objective)
         self.takes_prefix = _takes_prefix(transformer)
         self.batch_size: int | None = None
         self.given: tuple[BaseGuidance | None, dict[str, Any]] = None, {}
@@ -172,7 +174,8 @@ class GuidedPrediction:
         context: str = "all",
         **prefix: Any,
     ) -> tuple[torch.Tensor, ...]:
-        """One forward in the model's dtype: the prediction in float32, and the prefix last where that is asked for.
+        """One forward in the model's dtype: what the scheduler takes of it in float32, and the prefix last where that
+        is asked for.
 
         It routes as in evaluation mode, whatever mode the model is in. Its subset is drawn from the caller's
         generators, and a cache of diffusers keeps what belongs to `context` apart.
@@ -203,7 +206,8 @@ class GuidedPrediction:
                 **prefix,
             )
         # Copied, also above: a CUDA graph of torch.compile writes its next outputs over these.
-        return prediction.to(torch.float32, copy=True), *others
+        prediction = self.objective.for_scheduler(prediction.to(torch.float32, copy=True), latents, timestep)
+        return prediction, *others
 
 
 def _input_dtype(transformer: ModelMixin) -> torch.dtype:

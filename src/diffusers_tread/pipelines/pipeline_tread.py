@@ -44,7 +44,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         scheduler: Any diffusers scheduler of the kind that the transformer was trained for: EDM (`EDMHeunScheduler`,
             `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`) or flow matching (`FlowMatchEulerDiscreteScheduler`,
             `FlowMatchHeunDiscreteScheduler`, or a solver with `prediction_type="flow_prediction"` and
-            `use_flow_sigmas=True`), or DDPM's noise prediction (`DDIMScheduler` and others of
+            `use_flow_sigmas=True`; for JiT's models too), or DDPM's noise prediction (`DDIMScheduler` and others of
             `prediction_type="epsilon"`).
         vae: Decodes latents to images; None for a model of pixels.
         guider: `SparseGuidance` or any other guider of diffusers that needs nothing but the class labels. None for

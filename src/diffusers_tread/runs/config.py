@@ -57,7 +57,8 @@ class RunConfig:
     seed: int = 0
     """Everything random follows from it."""
     dry_run: bool = False
-    """Print the settings and write nothing. Data of the Hub are not fetched: give resolution and num_classes."""
+    """Print the settings and write nothing. Data of the Hub are not fetched, nor with them the networks of loss terms
+    that look at images: give resolution and num_classes."""
 
     # Data.
     data: str = "digits:"
@@ -264,13 +265,15 @@ class TrainConfig(RunConfig):
 
     # Model.
     preset: str | None = None
-    """Size of the model, S/2 to XL/8."""
+    """Size of the model, S/2 to XL/8, LightningDiT-XL/1, JiT-B/16, Mamba-S/2, ..."""
+    preset_config: str | None = None
+    """Settings of the model over those of the preset as JSON, such as {"patch_bottleneck_dim": 128}."""
     model_config_name_or_path: str | None = None
     """Instead of a preset: a model folder, a JSON file or the JSON itself."""
 
     # Objective.
     objective: str = FlowMatchingObjective.name
-    """What is predicted: edm, flow, epsilon, or what was registered."""
+    """What is predicted: edm, flow, epsilon, jit, or what was registered."""
     loss_terms: str = "{}"
     """Further terms as JSON, such as {"reconstruction": {"weight": 0.1}}."""
     class_dropout_prob: float = 0.1
@@ -281,6 +284,8 @@ class TrainConfig(RunConfig):
         find_objective(self.objective)
         if (self.preset is None) == (self.model_config_name_or_path is None):
             raise ValueError("Expected either --preset or --model_config_name_or_path for the size of the model.")
+        if self.preset is None and self.preset_config is not None:
+            raise ValueError("Expected --preset with --preset_config, which changes one, got the latter alone.")
 
     def data_options(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in ("label_column", "pretrained_vae_name_or_path")}

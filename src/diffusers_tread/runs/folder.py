@@ -182,7 +182,7 @@ def _check_checkpoint(
 ) -> None:
     before, step = read_state(checkpoint).get("settings", {}), read_manifest(checkpoint).step
     for key in fixed_settings:
-        if before.get(key) != settings.get(key):
+        if list_changes({key: before.get(key)}, {key: settings.get(key)}):  # new settings, at their None, are the same
             raise ValueError(
                 f"Expected the {key} settings of {checkpoint}, {before.get(key)}, got {settings.get(key)}. Restore "
                 "them or use another --output_dir."

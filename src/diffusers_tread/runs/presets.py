@@ -1,14 +1,23 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Recipes: whole runs by one name, `--recipe imagenet256_xl2`."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..objectives import EDMObjective
+from ..objectives import EDMObjective, FlowMatchingObjective, JiTObjective
 from .config import TrainConfig
 from .parsing import parse_config
+
+
+# What all recipes have in common: bfloat16, an average, label drop and mirrored images of ImageNet, no decay.
+_COMMON = {
+    "num_classes": 1000, "random_flip": True, "class_dropout_prob": 0.1, "adam_weight_decay": 0.0, "use_ema": True,
+    "ema_decay": 0.9999, "mixed_precision": "bf16", "checkpointing_steps": 10_000, "checkpoints_total_limit": 3,
+    "validation_steps": 10_000, "dense_fraction": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,11 +47,9 @@ class Recipe:
         """Values for the fields of `TrainConfig`."""
         name = f"imagenet{self.resolution}"
         data = f"latents:{name}-latents" if self.on_latents else "hub:ILSVRC/imagenet-1k"
-        common = {"num_classes": 1000, "random_flip": True, "objective": EDMObjective.name, "class_dropout_prob": 0.1}
-        common |= {"dense_fraction": 0.0, "max_grad_norm": 0.0, "adam_weight_decay": 0.0, "use_ema": True}
-        common |= {"ema_decay": 0.9999, "mixed_precision": "bf16", "checkpointing_steps": 10_000}
-        common |= {"checkpoints_total_limit": 3, "validation_steps": 10_000}
-        return common | {
+        return _COMMON | {
+            "objective": EDMObjective.name,
+            "max_grad_norm": 0.0,
             "data": data,
             "resolution": self.resolution,
             "preset": self.preset,
@@ -54,7 +61,67 @@ class Recipe:
         }
 
 
+@dataclass(frozen=True)
+class BorrowedRecipe:
+    """The settings of another paper with TREAD's default route, on eight processes; none was run here."""
+
+    preset: str
+    """Size and kind of the model."""
+    vae: str | None
+    """That encodes the images as they come; None for stored latents, or pixels."""
+    data: str
+    """As `TrainConfig.data`."""
+    batch_size: int
+    """Images per optimiser step, of all processes."""
+    max_train_steps: int
+    """Optimiser steps."""
+    learning_rate: float
+    """Of AdamW, constant after the warm-up."""
+    adam_beta2: float
+    """Of AdamW."""
+    max_grad_norm: float
+    """0 for no clipping."""
+    aligned_block: int | None
+    """After which tokens are aligned with DINOv2-B, 0-based; None for no alignment."""
+    source_fid: float
+    """FID that the source reports for its own, other run, see docs/imagenet.md."""
+    more: Mapping[str, Any]
+    """Further fields of `TrainConfig`, the objective among them."""
+
+    def settings(self) -> dict[str, Any]:
+        """Values for the fields of `TrainConfig`."""
+        alignment = {"encoder": "facebook/dinov2-base", "blocks": [self.aligned_block], "weight": 0.5}
+        terms = {} if self.aligned_block is None else {"alignment": alignment}
+        settings = {name: getattr(self, name) for name in ("preset", "data", "max_train_steps", "learning_rate")}
+        settings |= {name: getattr(self, name) for name in ("adam_beta2", "max_grad_norm")}
+        settings |= {"resolution": 256, "train_batch_size": self.batch_size // 8, "loss_terms": json.dumps(terms)}
+        settings |= {"pretrained_vae_name_or_path": self.vae}
+        settings["dataloader_num_workers"] = 0 if self.data.startswith("latents:") else 8
+        return _COMMON | settings | dict(self.more)
+
+
+_SD_VAE, _INVAE = "stabilityai/sd-vae-ft-ema", "REPA-E/e2e-invae-hf"
+_IMAGENET, _VAVAE = "hub:ILSVRC/imagenet-1k", "latents:imagenet256-vavae-latents"
+_FLOW = {"objective": FlowMatchingObjective.name}
+_REPA = _FLOW | {"objective_config": '{"weighting_scheme": "uniform"}'}
+_SRDIT = _FLOW | {
+    "objective_config": '{"weighting_scheme": "uniform", "shift": "auto"}',
+    "preset_config": '{"qk_norm": "rms_norm", "ffn": "gelu-approximate", "value_residual": true}',
+}
+_JIT = {"objective": JiTObjective.name, "lr_warmup_steps": 6_255}  # five epochs
+
 # fmt: off
+BORROWED = {
+    # recipe:  model               VAE      data       batch steps    rate  beta2  clip aligned the source's FID
+    "imagenet256_srdit_b1": BorrowedRecipe(
+              "LightningDiT-B/1",  _INVAE,  _IMAGENET, 256,  400_000, 1e-4, 0.999, 1.0, 1,    3.49, _SRDIT),
+    "imagenet256_lightningdit_xl1": BorrowedRecipe(
+              "LightningDiT-XL/1", None,    _VAVAE,    1024, 80_000,  2e-4, 0.95,  1.0, None, 3.71, _FLOW),
+    "imagenet256_repa_xl2": BorrowedRecipe(
+              "XL/2",              _SD_VAE, _IMAGENET, 256,  400_000, 1e-4, 0.999, 1.0, 7,    7.9,  _REPA),
+    "imagenet256_jit_b16": BorrowedRecipe(
+              "JiT-B/16",          None,    _IMAGENET, 1024, 250_000, 2e-4, 0.95,  0.0, None, 5.44, _JIT),
+}
 RECIPES = {
     # name                            model  pixels latents batch  steps   rate   FID: dense routed run here
     "imagenet256_s2":       Recipe("S/2",   256,   True,   256, 400_000, 1e-4, 68.40, 47.04, False),
@@ -74,9 +141,10 @@ def recipe_settings(name: str) -> dict[str, Any]:
     Raises:
         ValueError: There is no such recipe.
     """
-    if name not in RECIPES:
-        raise ValueError(f"Expected a recipe among {list(RECIPES)}, got {name!r}.")
-    return RECIPES[name].settings()
+    recipes = RECIPES | BORROWED
+    if name not in recipes:
+        raise ValueError(f"Expected a recipe among {list(recipes)}, got {name!r}.")
+    return recipes[name].settings()
 
 
 def parse_train_config(

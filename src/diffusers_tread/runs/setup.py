@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data import TrainingSource, open_source
 from ..flops import block_flops_saved
 from ..metrics import FeatureExtractor, load_feature_extractor
-from ..models import DENOISERS, TREADTransformer2DModel, make_denoiser
+from ..models import DENOISERS, TREADTransformer2DModel, denoiser_class, make_denoiser
 from ..objectives import LOSS_TERMS, LossTerm, Objective, find_objective
 from ..objectives.flow import dimension_shift
 from ..routing import TokenRoute
@@ -84,8 +84,11 @@ class UnseenSource(TrainingSource):
         self.num_classes, self.resolution, self.name, self.vae = config.num_classes, config.resolution, None, None
         self.id2label = {}
         self.buckets, self.has_captions, self.info = config.buckets(), False, None
-        # As the VAEs of Stable Diffusion have it.
-        self.channels, self.latent_size = (4, config.resolution // 8) if is_latent else (3, config.resolution)
+        # As the preset is made for, else as the VAEs of Stable Diffusion have it.
+        kind = None if config.preset is None else denoiser_class(config.preset)
+        known = kind.preset_config(config.preset) if hasattr(kind, "preset_config") else {}
+        latents = known.get("in_channels", 4), known.get("sample_size", config.resolution // 8)
+        self.channels, self.latent_size = latents if is_latent else (3, config.resolution)
 
     def __len__(self) -> int:
         raise TypeError("Expected a length of data that were not opened.")
@@ -131,8 +134,13 @@ def make_objective(config: RunConfig, source: TrainingSource | None) -> Objectiv
     return kind(**fields)
 
 
-def make_terms(config: TrainConfig, model: torch.nn.Module) -> list[LossTerm]:
+def make_terms(config: TrainConfig, model: torch.nn.Module, *, with_images: bool = True) -> list[LossTerm]:
     """The terms of --loss_terms for a model, which is not wrapped; their heads are the same in every process.
+
+    Args:
+        config: Of the run.
+        model: As the trainer makes it.
+        with_images: False leaves out those that look at images, which may fetch a network to do so.
 
     Raises:
         ValueError: For unknown ones, and those that do not fit the model.
@@ -142,7 +150,10 @@ def make_terms(config: TrainConfig, model: torch.nn.Module) -> list[LossTerm]:
         raise ValueError(f"Expected terms among {list(LOSS_TERMS)} in --loss_terms, got {unknown}.")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(config.seed, "heads"))
-        return [LOSS_TERMS[name].for_model(model, **values) for name, values in settings.items()]
+        wanted = {LOSS_TERMS[name]: values for name, values in settings.items()}
+        return [
+            term.for_model(model, **values) for term, values in wanted.items() if with_images or not term.wants_images
+        ]
 
 
 def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
@@ -158,14 +169,14 @@ def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
         given["routes"] = routes[config.routes] if config.routes in routes else json.loads(config.routes)
     torch.manual_seed(derive_seed(config.seed, "init"))
     if config.preset is not None:
-        return make_denoiser(config.preset, **given)
-
-    values = read_json(config.model_config_name_or_path)
-    name = values.get("_class_name", TREADTransformer2DModel.__name__)
-    if name not in DENOISERS:
-        raise ValueError(f"Expected a model config of one of {list(DENOISERS)}, got {name!r}.")
-    values = {key: value for key, value in values.items() if key[0] != "_"}
-    if unknown := sorted(set(values) - set(inspect.signature(DENOISERS[name].__init__).parameters)):
+        name, values = config.preset, read_json(config.preset_config or "{}")
+    else:
+        values = read_json(config.model_config_name_or_path)
+        name = values.get("_class_name", TREADTransformer2DModel.__name__)
+        if name not in DENOISERS:
+            raise ValueError(f"Expected a model config of one of {list(DENOISERS)}, got {name!r}.")
+        values = {key: value for key, value in values.items() if key[0] != "_"}
+    if unknown := sorted(set(values) - set(inspect.signature(denoiser_class(name).__init__).parameters)):
         raise ValueError(f"Expected settings of {name} in the model config, got {unknown}.")
     for key in set(values) & set(given) - {"routes"}:
         if values[key] not in (None, given[key]):
@@ -226,7 +237,10 @@ def describe_run(
             that the data do not have, or the length of the run is not known.
     """
     with accelerator.main_process_first():  # one process downloads what they look with
-        heads = describe_heads(make_terms(config, model), source)
+        # Networks that look at images are not fetched where the images are not; that there are none shows in any case.
+        is_unseen = isinstance(source, UnseenSource) and source.has_images
+        terms = make_terms(config, model, with_images=not is_unseen)
+        heads = describe_heads(terms, source)
     make_optimizer(config, model)  # raises for a model that it does not fit
     step = source.resolution // source.latent_size * model.config.get("patch_size", 1)
     if wrong := [size for size in source.sizes if any(side % step for side in size)]:

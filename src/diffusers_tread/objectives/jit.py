@@ -1,0 +1,71 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Flow matching by a network that predicts the clean sample, for pixels (JiT, arXiv 2511.13720)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import CorruptedLatents
+from .flow import FlowMatchingObjective
+
+
+# Times below it count as it where a velocity is divided by them.
+_SMALLEST_TIME = 0.05
+
+
+def velocity_from_clean(clean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """v = (z_t - x) / max(t, 0.05), JiT's velocity of an estimate of the clean sample (arXiv 2511.13720).
+
+    The paper writes (x - z_t) / (1 - t) with data at t = 1 and clips the denominator at 0.05. Of the true x it is
+    noise - x where t >= 0.05, and less by the factor t / 0.05 below.
+
+    Args:
+        clean: [B, C, H, W], x or an estimate of it.
+        noisy: [B, C, H, W], z_t = (1 - t) x + t noise.
+        timestep: [B] or one for all, 1000 t.
+    """
+    t = (timestep.to(noisy.device, noisy.dtype) / 1000).clamp(min=_SMALLEST_TIME)
+    return (noisy - clean) / t.reshape(-1, 1, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JiTObjective(FlowMatchingObjective):
+    """Flow matching whose network predicts x; the loss is on the velocity that x stands for (arXiv 2511.13720).
+
+    Noise and times are those of `FlowMatchingObjective`, schedulers too: the pipeline hands them the velocity. In
+    patches of many pixels x lies on a manifold of few dimensions, noise and velocity fill them all. JiT's t has the
+    data at 1 and a logit of mean -0.8; here t = 1 is noise, so that the mean is 0.8.
+
+    Raises:
+        ValueError: A field is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_tread import JiTObjective, TREADTransformer2DModel
+        >>> size = {"sample_size": 32, "in_channels": 3, "patch_size": 8, "patch_bottleneck_dim": 16}
+        >>> model = TREADTransformer2DModel(num_layers=6, objective="jit", **size)
+        >>> labels = torch.zeros(8, dtype=torch.long)
+        >>> JiTObjective().loss(model, torch.rand(8, 3, 32, 32) * 2 - 1, class_labels=labels).shape
+        torch.Size([8])
+    """
+
+    logit_mean: float = 0.8
+    """Mean of logit(t), above 0 for more noise; read by `logit_normal` only."""
+    logit_std: float = 0.8
+    """Standard deviation of logit(t), > 0; read by `logit_normal` only."""
+
+    def corrupt(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> CorruptedLatents:
+        noised = super().corrupt(latents, generator)
+        noisy, timestep = noised.noisy, noised.timestep
+        t = (timestep / 1000).clamp(min=_SMALLEST_TIME)[:, None, None, None]
+        return CorruptedLatents(
+            hidden_states=noised.hidden_states,
+            timestep=timestep,
+            target=velocity_from_clean(latents.float(), noisy, timestep),
+            noisy=noisy,
+            denoise=lambda prediction: noisy - t * prediction,
+        )
+
+    @classmethod
+    def for_scheduler(cls, output: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return velocity_from_clean(output, noisy, timestep)
