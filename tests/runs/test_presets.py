@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from diffusers_tread.flops import forward_flops
 from diffusers_tread.models import make_denoiser
-from diffusers_tread.runs.presets import RECIPES, parse_train_config
+from diffusers_tread.runs.presets import DIGITS, RECIPES, parse_train_config
 
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_the_guide_states_a_recipe_s_size_flops_and_figures(row):
 
 
 def test_the_default_config_holds_where_no_data_config_or_recipe_is_named():
-    parse = partial(parse_train_config, default_config=ROOT / "examples" / "configs" / "digits.json")
+    parse = partial(parse_train_config, default_config=DIGITS)
     assert (parse([]).data, parse([]).adam_beta2) == ("digits:", 0.99)
     other = parse(["--data", "folder:photos", "--resolution", "8", "--preset", "S/4"])
     assert (other.data, other.adam_beta2, other.validation_steps) == ("folder:photos", 0.999, None)
