@@ -24,7 +24,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from diffusers_tread.installation import require
+from diffusers_tread.installation import how_to_install, require
 
 
 require("avatars", "dicebear", "dicebear_styles", "resvg_py")
@@ -61,10 +61,10 @@ CARD = """\
 | `seed` | DiceBear's seed of the picture |
 
 ```bash
-python examples/make_avatars.py {flags}
+diffusers-tread make-avatars {flags}
 ```
 
-made these bytes, with {versions}.
+of diffusers-tread ({install}) made these bytes, with {versions}.
 
 ## Licences
 
@@ -251,6 +251,7 @@ def make_card(settings: dict[str, Any]) -> DatasetCard:
         classes=len(styles),
         flags=" ".join(f"--{name} {value}" for name, value in flags.items()),
         rows="\n".join(rows),
+        install=how_to_install(),
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import venv
 import zipfile
 from email.parser import Parser
 from importlib import metadata
@@ -37,6 +38,24 @@ def wheel(tmp_path_factory):
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         yield archive
+
+
+@pytest.fixture
+def python_with_the_wheel(wheel, tmp_path):
+    """An environment with the wheel and this one's packages, but for the package itself.
+
+    A .pth file names the folder of the packages; what .pth files in there name, such as an editable install, does not
+    count then.
+    """
+    venv.create(tmp_path, with_pip=False)
+    python = tmp_path / "bin" / "python"
+    where = [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = subprocess.run(where, capture_output=True, text=True, check=True).stdout
+    (own,) = tmp_path.glob("lib/python*/site-packages")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*install, "--no-compile", wheel.filename], check=True)
+    (own / "packages.pth").write_text(packages)
+    return python
 
 
 def import_without(packages, program):
@@ -145,3 +164,12 @@ def test_every_source_file_opens_with_the_licence_line():
     folders = ("src", "tests", "examples", "benchmarks")
     files = [ROOT / "hatch_build.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     assert [str(path) for path in files if path.read_text(encoding="utf-8").split("\n")[0] != line] == []
+
+
+@pytest.mark.slow
+def test_a_stranger_trains_samples_evaluates_and_exports_with_the_wheel_alone(python_with_the_wheel):
+    pytest.importorskip("cleanfid")
+    command = ["bash", str(ROOT / "tests" / "wheel_journey.sh"), str(python_with_the_wheel)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.endswith("All of it works.\n")

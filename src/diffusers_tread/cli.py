@@ -57,17 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if task == "--version":
         return print(__version__)
 
+    if task not in (known := [*TASKS, "convert", "examples"]):
+        print(f"Expected one of {', '.join(known)}, got {task!r}. `{NAME} --help` explains them.", file=sys.stderr)
+        return 2
+
     # The task takes its flags, and its name in messages, from here.
     sys.argv = [f"{NAME} {task}", *words]
     if task == "examples":
         return _copy_examples()
     if task == "convert":
         return importlib.import_module(CONVERT).main(prog=sys.argv[0])
-    if task not in TASKS:
-        print(
-            f"Expected one of {', '.join(summaries())}, got {task!r}. `{NAME} --help` explains them.", file=sys.stderr
-        )
-        return 2
     sys.path.insert(0, str(examples_folder()))  # as if Python had been given the file; processes it starts look there
     return importlib.import_module(TASKS[task]).main()
 

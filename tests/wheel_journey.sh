@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# What a stranger does who has the wheel and no clone: trains on digits, samples, evaluates, exports, loads without the
+# package, edits an example. `bash tests/wheel_journey.sh PYTHON` with a Python that has the wheel with [train,fid] and
+# clean-fid works in a new folder, downloads nothing, and fails at the first command that fails.
+set -euo pipefail
+python=$(realpath -s "$1")
+command=$(dirname "$python")/diffusers-tread
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+unset PYTHONPATH
+export HF_HOME=$folder/hub HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
+
+# Which package this is, and what it can do.
+"$python" -c 'import sys, diffusers_tread; assert diffusers_tread.__file__.startswith(sys.prefix), diffusers_tread'
+"$command" --help | tee help
+for task in train precompute evaluate sample convert app make-avatars examples; do grep -q "^  $task " help; done
+
+# Train, sample, evaluate: by the launcher, the command, the module.
+"$python" -m accelerate.commands.launch --cpu --num_processes 1 -m diffusers_tread train --output_dir run \
+    --max_train_steps 20 --lr_warmup_steps 5
+"$command" sample --pretrained_pipeline run/pipeline --num_samples 20 --num_inference_steps 2 --output_dir samples
+cat >network.py <<'END'
+import torch
+
+
+class Network(torch.nn.Module):
+    """In place of the file that clean-fid downloads."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+
+    def forward(self, images, return_features: bool = False):
+        return self.layers(images / 255)
+
+
+torch.jit.script(Network()).save("inception-2015-12-05.pt")
+END
+"$python" network.py
+"$python" -m diffusers_tread evaluate --pretrained_pipeline run/pipeline --num_samples 60 --num_inference_steps 2 \
+    --reference samples/images --feature_extractor clean-fid:clean --output_dir evaluation \
+    --feature_extractor_weights inception-2015-12-05.pt
+grep -q '"fid"' evaluation/results/*.json
+
+# Export; load where there is no such package.
+"$python" - <<'END'
+from diffusers_tread import TREADPipeline
+from diffusers_tread.hub import export_for_hub
+
+export_for_hub(TREADPipeline.from_pretrained("run/pipeline"), "exported", repo_id="ant/digits")
+END
+grep -q "pip install" exported/README.md
+"$python" - <<'END'
+import sys
+
+import torch
+
+sys.modules["diffusers_tread"] = None
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("exported", trust_remote_code=True)
+images = pipe(class_labels=[3], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+assert images[0].size == (8, 8) and sys.modules["diffusers_tread"] is None
+END
+
+# Examples of one's own.
+"$command" examples mine
+(cd mine && "$python" train_tread.py --dry_run --max_train_steps 10)
+echo "All of it works."
