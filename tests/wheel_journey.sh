@@ -11,46 +11,47 @@ cd "$folder"
 unset PYTHONPATH
 export HF_HOME=$folder/hub HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-# Which package this is, and what it can do.
-"$python" -c 'import sys, diffusers_tread; assert diffusers_tread.__file__.startswith(sys.prefix), diffusers_tread'
 "$command" --help | tee help
 for task in train precompute evaluate sample convert app make-avatars examples; do grep -q "^  $task " help; done
 
-# Train, sample, evaluate: by the launcher, the command, the module.
+# Train by the launcher, sample by the command.
 "$python" -m accelerate.commands.launch --cpu --num_processes 1 -m diffusers_tread train --output_dir run \
     --max_train_steps 20 --lr_warmup_steps 5
 "$command" sample --pretrained_pipeline run/pipeline --num_samples 20 --num_inference_steps 2 --output_dir samples
-cat >network.py <<'END'
+
+# Export; and a network in place of the file that clean-fid downloads.
+cat >export.py <<'END'
+import sys
+
 import torch
+
+import diffusers_tread
+from diffusers_tread.hub import export_for_hub
 
 
 class Network(torch.nn.Module):
-    """In place of the file that clean-fid downloads."""
-
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+        self.layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool3d((1, 32, 64)), torch.nn.Flatten())  # 2,048 values
 
     def forward(self, images, return_features: bool = False):
-        return self.layers(images / 255)
+        return self.layers(images)
 
 
+assert diffusers_tread.__file__.startswith(sys.prefix), diffusers_tread  # the wheel's, no clone's
+export_for_hub(diffusers_tread.TREADPipeline.from_pretrained("run/pipeline"), "exported", repo_id="ant/digits")
 torch.jit.script(Network()).save("inception-2015-12-05.pt")
 END
-"$python" network.py
-"$python" -m diffusers_tread evaluate --pretrained_pipeline run/pipeline --num_samples 60 --num_inference_steps 2 \
-    --reference samples/images --feature_extractor clean-fid:clean --output_dir evaluation \
-    --feature_extractor_weights inception-2015-12-05.pt
-grep -q '"fid"' evaluation/results/*.json
-
-# Export; load where there is no such package.
-"$python" - <<'END'
-from diffusers_tread import TREADPipeline
-from diffusers_tread.hub import export_for_hub
-
-export_for_hub(TREADPipeline.from_pretrained("run/pipeline"), "exported", repo_id="ant/digits")
-END
+"$python" export.py
 grep -q "pip install" exported/README.md
+
+# Evaluate by the module.
+"$python" -m diffusers_tread evaluate --pretrained_pipeline run/pipeline --num_samples 20 --num_inference_steps 2 \
+    --reference samples/images --metrics precision,recall --feature_extractor clean-fid:clean \
+    --feature_extractor_weights inception-2015-12-05.pt --output_dir evaluation
+grep -q '"recall"' evaluation/results/*.json
+
+# Load where there is no such package.
 "$python" - <<'END'
 import sys
 
