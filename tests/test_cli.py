@@ -45,6 +45,16 @@ def test_help_has_a_sentence_for_each_example_and_a_few_tasks_more(capsys):
     assert all(tasks[task].endswith((".", "`.")) for task in [*TASKS, "convert", "examples"])
 
 
+def test_the_guides_table_has_every_example_and_its_task():
+    rows = re.findall(
+        r"^\| (`.*?) \| (.*?) \|$", (ROOT / "docs" / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    files = re.findall(r"(\w+)\.py|`make (demo[\w-]*)", " ".join(left for left, _ in rows))
+    assert {file or target.replace("-", "_") for file, target in files} == set(TASKS.values())
+    named = set(re.findall(r"[ `]([a-z]+(?:-[a-z]+)*)(?= \.\.\.`|`)", " ".join(right for _, right in rows)))
+    assert set(TASKS) | {"convert"} <= named
+
+
 def test_the_version_is_told_and_an_unknown_task_refused(capsys):
     assert cli.main(["--version"]) is None
     assert capsys.readouterr().out.strip() == diffusers_tread.__version__
