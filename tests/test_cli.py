@@ -46,9 +46,8 @@ def test_help_has_a_sentence_for_each_example_and_a_few_tasks_more(capsys):
 
 
 def test_the_guides_table_has_every_example_and_its_task():
-    rows = re.findall(
-        r"^\| (`.*?) \| (.*?) \|$", (ROOT / "docs" / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    guide = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|$", guide, re.MULTILINE)
     files = re.findall(r"(\w+)\.py|`make (demo[\w-]*)", " ".join(left for left, _ in rows))
     assert {file or target.replace("-", "_") for file, target in files} == set(TASKS.values())
     named = set(re.findall(r"[ `]([a-z]+(?:-[a-z]+)*)(?= \.\.\.`|`)", " ".join(right for _, right in rows)))

@@ -138,6 +138,13 @@ def test_the_extras_bring_what_is_required_of_them_and_nothing_that_would_replac
     assert not {"clean-fid", "torch-fidelity", "timm", "torchvision"} & {package for package, _ in brought}
 
 
+def test_an_index_takes_the_wheel(wheel):
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", wheel.filename]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+
+
 def test_the_readme_of_an_index_s_page_has_links_that_lead_somewhere(tmp_path, monkeypatch):
     hook = runpy.run_path(str(ROOT / "hatch_build.py"))
     citation = tmp_path / "CITATION.cff"
