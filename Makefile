@@ -4,8 +4,8 @@ PYTHON ?= python3
 # torch is installed first and by itself: the release that was tested, and the CPU build where pip is told of an index
 # or a wheel folder that holds it. Another build: make install TORCH="torch==2.13.0 --index-url <index>".
 TORCH ?= torch==2.13.0
-# What the tests compare metrics with. Without their torchvision, of which there is no build for every build of torch:
-# where one of another build lies around, transformers fails to import.
+# The networks of FID and what the tests compare metrics with. Without their torchvision, of which there is no build for
+# every build of torch: where one of another build lies around, transformers fails to import.
 METRICS := clean-fid==0.1.35 torch-fidelity==0.4.0
 # What checks the citation file. It asks for jsonschema<4 and dicebear-core for 4; with 4.26 both were seen to work.
 CITATION := cffconvert==2.0.0
@@ -20,14 +20,14 @@ SAME += metrics/frechet metrics/not_finite metrics/npz metrics/precision_recall 
 SAME += routing/route routing/subset runs/branches runs/folder runs/overwrite runs/signals
 SAME += data/buckets data/captions data/latents_with_captions examples/evaluate_prompts examples/precompute_captions
 SAME += examples/train_alignment examples/train_muon runs/optimizers runs/shift
-SAME += additions docs flops full_disk packaging examples/import_latents examples/import_refusals examples/train_latents
+SAME += additions cli docs flops full_disk packaging examples/import_latents examples/import_refusals examples/train_latents
 SAME += models/mamba_facts models/rwkv_facts models/mamba_tread_2d models/rwkv_tread_2d models/transformer_modern
 SAME += models/transformer_prefix objectives/terms/reconstruction objectives/terms/alignment routing/router routing/rows
 PYTEST_ARGS ?=
 
 BENCH := .venv/bin/python benchmarks
 RESULTS := benchmarks/results
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks hatch_build.py
 # Two makes at once take turns in building an environment, where the system has flock.
 LOCK := $(shell command -v flock)
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
@@ -36,7 +36,7 @@ PLAIN := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_C
 PLAIN += TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.venv/inductor-plain"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality clean
+.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -95,8 +95,21 @@ quality: .venv/.installed ## check style, lint and the citation file; changes no
 	.venv/bin/ruff format --check $(wildcard $(SOURCES))
 	.venv/bin/cffconvert --validate
 
+dist: ## build wheel and sdist, check both, try the wheel in a new environment; downloads packages
+	rm -rf dist .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install $(TORCH)
+	.venv-dist/bin/python -c 'import torch; print(torch.__version__)' >.venv-dist/torch
+	.venv-dist/bin/python -m pip install build twine
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/python -m pip install "$$(ls dist/*.whl)[train,fid,text,lora,app,avatars]"
+	.venv-dist/bin/python -m pip install --no-deps $(METRICS)
+	.venv-dist/bin/python -c 'import torch; print(torch.__version__)' | diff .venv-dist/torch -
+	bash tests/wheel_journey.sh .venv-dist/bin/python
+
 clean: ## remove the environments, caches and builds
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .venv-dist .pytest_cache .ruff_cache build dist
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an environment whose build broke off is built on, not taken for done.

@@ -180,7 +180,7 @@ def train(args: argparse.Namespace) -> None:
     """The training script's digits recipe on a part of the digits, a source of data of its own."""
     if "seen_digits" not in SOURCES:  # of an earlier call
         register_source("seen_digits", open_seen_digits)
-    flags = ["--config", train_tread.DIGITS_CONFIG, "--data", "seen_digits:three quarters"]
+    flags = ["--config", train_tread.DIGITS, "--data", "seen_digits:three quarters"]
     flags += ["--output_dir", args.output_dir, "--max_train_steps", args.max_train_steps]
     flags += ["--checkpointing_steps", args.weak_steps, "--validation_steps", args.max_train_steps]
     train_tread.main([str(flag) for flag in flags])

@@ -12,6 +12,11 @@ import os
 import threading
 import time
 
+from diffusers_tread.installation import require
+
+
+require("app", "gradio")
+
 import diffusers
 import gradio as gr
 import PIL.Image

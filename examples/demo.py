@@ -17,6 +17,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from diffusers_tread.installation import require
+
+
+require("train,eval", "accelerate", "datasets", "psutil", "tyro", "matplotlib", "sklearn")
+
 import numpy as np
 import torch
 from diffusers import BaseGuidance
@@ -113,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(output_dir: Path, max_train_steps: int) -> Path:
     """The training script's digits recipe, in its own process; returns the folder of the pipeline."""
-    command = [sys.executable, str(Path(__file__).with_name("train_tread.py")), "--output_dir", str(output_dir)]
+    command = [sys.executable, "-m", "diffusers_tread", "train", "--output_dir", str(output_dir)]
     command += ["--max_train_steps", str(max_train_steps)]
     print(f"$ {shlex.join(command)}", flush=True)
     result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -21,6 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers_tread.installation import require
+
+
+require("train,eval,avatars", "accelerate", "datasets", "psutil", "tyro", "dicebear", "dicebear_styles", "resvg_py")
+
 import numpy as np
 import PIL.Image
 import torch
@@ -123,9 +128,9 @@ def main(argv: list[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------ the other scripts
 
 
-def run_script(name: str, **flags) -> None:
+def run_task(name: str, **flags) -> None:
     """Another example in its own process, with one thread. Raises SystemExit with its code if that is not 0."""
-    command = [sys.executable, str(Path(__file__).with_name(name))]
+    command = [sys.executable, "-m", "diffusers_tread", name]
     command += [word for flag, value in flags.items() for word in (f"--{flag}", str(value)) if value is not True]
     command += [f"--{flag}" for flag, value in flags.items() if value is True]
     print(f"$ {shlex.join(command)}", flush=True)
@@ -161,7 +166,7 @@ def read_images(paths: list[Path], labels: list[int], names: list[str]) -> Image
 def draw(args: argparse.Namespace, split: str, num_images: int) -> Images:
     """Avatars of a split, the classes in turns."""
     folder = args.output_dir / "avatars" / split
-    run_script("make_avatars.py", num_images=num_images, resolution=SIZE, split=split, output_dir=folder)
+    run_task("make-avatars", num_images=num_images, resolution=SIZE, split=split, output_dir=folder)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     names = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["styles"]
     return read_images([folder / line["file_name"] for line in lines], [line["label"] for line in lines], names)
@@ -172,7 +177,7 @@ def train_model(args: argparse.Namespace) -> Path:
     every, run = max(args.max_train_steps // 8, 1), args.output_dir / "run"
     options = TRAINING | {"max_train_steps": args.max_train_steps, "output_dir": run, "use_ema": True}
     options |= {"checkpointing_steps": every, "checkpoints_total_limit": 1, "validation_steps": every}
-    run_script("train_tread.py", data=f"folder:{args.output_dir / 'avatars' / 'train'}", **options)
+    run_task("train", data=f"folder:{args.output_dir / 'avatars' / 'train'}", **options)
     return run
 
 
@@ -184,7 +189,7 @@ def sample_all_ways(args: argparse.Namespace, pipeline: Path, names: list[str]) 
 
     def sample(name: str) -> Images:
         folder = args.output_dir / "samples" / name.lower().replace(" ", "-")
-        run_script("sample.py", output_dir=folder, **options, **SAMPLINGS[name])
+        run_task("sample", output_dir=folder, **options, **SAMPLINGS[name])
         paths = [folder / "images" / f"{index:06d}.png" for index in range(args.num_images)]
         return read_images(paths, labels, names)
 

@@ -25,21 +25,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from diffusers_tread.installation import require
+
+
+require("text", "accelerate", "datasets", "psutil", "tyro", "sklearn", "tokenizers", "transformers")
+
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from captioned_digits import (
-    ATTRIBUTES,
-    SIZE,
-    draw,
-    fit,
-    recognise,
-    save_folder,
-    split_handwriting,
-    to_floats,
-    to_images,
-    train_judge,
-)
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -52,6 +45,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_tread import GuidedPipeline, SparseGuidance, apply_token_routing
+from diffusers_tread.demos.captioned_digits import (
+    ATTRIBUTES,
+    SIZE,
+    draw,
+    fit,
+    recognise,
+    save_folder,
+    split_handwriting,
+    to_floats,
+    to_images,
+    train_judge,
+)
 from diffusers_tread.files import whole
 from diffusers_tread.metrics import PromptImages
 from diffusers_tread.pictures import add_labels, caption_grid, save_image
@@ -205,7 +210,7 @@ def encode(args: argparse.Namespace) -> None:
     flags = {"data": f"folder:{folder / 'images'}", "output_dir": folder / "latents", "resolution": SIZE}
     flags |= {"pretrained_vae_name_or_path": folder / "parts" / "vae", "caption_column": "text"}
     flags |= {"pretrained_text_pipeline": folder / "parts", "cache_text_embeddings": True, "text_dtype": "float32"}
-    run_script("precompute_latents.py", **flags)
+    run_task("precompute", **flags)
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -213,13 +218,13 @@ def train(args: argparse.Namespace) -> Path:
     run, parts = args.output_dir / "run", args.output_dir / "parts"
     flags = {"data": f"latents:{args.output_dir / 'latents'}", "output_dir": run, "use_ema": True}
     flags |= {"pretrained_model_name_or_path": parts, "transformer_config_name_or_path": parts / "transformer"}
-    run_script("train_text_to_image_tread.py", max_train_steps=args.max_train_steps, **flags, **TRAINING)
+    run_task("train-text", max_train_steps=args.max_train_steps, **flags, **TRAINING)
     return run / "pipeline"
 
 
-def run_script(name: str, **flags) -> None:
+def run_task(name: str, **flags) -> None:
     """Another example in its own process, with one thread. Raises SystemExit with its code if that is not 0."""
-    command = [sys.executable, str(Path(__file__).with_name(name))]
+    command = [sys.executable, "-m", "diffusers_tread", name]
     command += [word for flag, value in flags.items() if value is not True for word in (f"--{flag}", str(value))]
     command += [f"--{flag}" for flag, value in flags.items() if value is True]
     print(f"$ {shlex.join(command)}", flush=True)

@@ -15,8 +15,12 @@ import math
 import re
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
+
+from diffusers_tread.installation import require
+
+
+require("eval", "accelerate", "datasets", "psutil", "tyro")
 
 import PIL.Image
 import torch
@@ -154,8 +158,7 @@ class EvaluationConfig(SamplingConfig):
             raise ValueError("Expected --guidance_scales with --guidance cfg or sparse and without --guidance_scale.")
         if not all(math.isfinite(scale) for scale in self.scales):
             raise ValueError(f"Expected --guidance_scales such as 1,1.25,1.5, got {self.guidance_scales}.")
-        if find_spec("matplotlib") is None:
-            raise ValueError('Expected matplotlib for --guidance_scales, got none. Install "diffusers-tread[fid]".')
+        require("eval", "matplotlib")  # which draws the curve
 
     @property
     def scales(self) -> list[float]:

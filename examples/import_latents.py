@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diffusers_tread.installation import require
+
+
+require("train", "accelerate", "datasets", "psutil", "tyro")
+
 from tqdm.auto import tqdm
 
 from diffusers_tread.claims import claim

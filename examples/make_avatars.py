@@ -10,7 +10,6 @@ that was killed, and does nothing where one has finished. See docs/avatars.md.
 
 import argparse
 import colorsys
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -25,16 +24,21 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+from diffusers_tread.installation import how_to_install, require
+
+
+require("avatars", "dicebear", "dicebear_styles", "resvg_py")
+
 import PIL.Image
-from avatar_captions import STYLES, write_captions
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
+from diffusers_tread.demos.avatar_captions import STYLES, write_captions
 from diffusers_tread.files import publish, write_json
 from diffusers_tread.pictures import add_labels, make_grid, save_image
 
 
-PACKAGES = {"dicebear": "dicebear-core", "dicebear_styles": "dicebear-styles", "resvg_py": "resvg-py"}
+PACKAGES = ("dicebear-core", "dicebear-styles", "resvg-py")
 CC0 = "https://creativecommons.org/publicdomain/zero/1.0/"
 PARTS = ".parts"  # lines of metadata.jsonl, until all are there
 CHUNK = 100  # images of a worker's task; a kill costs at most so many per worker
@@ -57,10 +61,10 @@ CARD = """\
 | `seed` | DiceBear's seed of the picture |
 
 ```bash
-python examples/make_avatars.py {flags}
+diffusers-tread make-avatars {flags}
 ```
 
-made these bytes, with {versions}.
+of diffusers-tread ({install}) made these bytes, with {versions}.
 
 ## Licences
 
@@ -247,6 +251,7 @@ def make_card(settings: dict[str, Any]) -> DatasetCard:
         classes=len(styles),
         flags=" ".join(f"--{name} {value}" for name, value in flags.items()),
         rows="\n".join(rows),
+        install=how_to_install(),
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
@@ -276,14 +281,10 @@ def save_sheet(folder: Path, settings: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if missing := [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]:
-        raise ImportError(
-            f'Expected the packages that draw avatars, got none of {missing}: pip install "diffusers-tread[avatars]"'
-        )
     for style in args.styles:
         read_style(style)
     settings = {name: getattr(args, name) for name in ("num_images", "resolution", "split", "seed", "styles")}
-    settings["versions"] = {name: metadata.version(name) for name in [*PACKAGES.values(), "pillow"]}
+    settings["versions"] = {name: metadata.version(name) for name in [*PACKAGES, "pillow"]}
 
     folder = Path(args.output_dir)
     claim_folder(folder, settings)

@@ -18,6 +18,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from diffusers_tread.installation import require
+
+
+require("train", "accelerate", "datasets", "psutil", "tyro")
+
 import numpy as np
 import torch
 from accelerate.state import PartialState

@@ -17,6 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from diffusers_tread.installation import require
+
+
+require("eval", "accelerate", "datasets", "psutil", "tyro")
+
 import PIL.Image
 import torch
 from accelerate import PartialState

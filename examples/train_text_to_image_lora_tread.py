@@ -10,6 +10,11 @@ docs/text-to-image.md.
 
 from typing import Any
 
+from diffusers_tread.installation import require
+
+
+require("lora", "accelerate", "datasets", "psutil", "tyro", "transformers", "peft")
+
 import torch
 
 from diffusers_tread.distributed import on_main_process

@@ -12,6 +12,11 @@ fields of `TextTrainConfig`; docs/text-to-image.md.
 
 from typing import Any
 
+from diffusers_tread.installation import require
+
+
+require("text", "accelerate", "datasets", "psutil", "tyro", "transformers")
+
 import torch
 
 from diffusers_tread.distributed import on_main_process

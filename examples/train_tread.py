@@ -7,8 +7,12 @@
 The same command goes on with a run that was killed. The flags are the fields of `TrainConfig`; docs/training.md.
 """
 
-from pathlib import Path
 from typing import Any
+
+from diffusers_tread.installation import require
+
+
+require("train", "accelerate", "datasets", "psutil", "tyro")
 
 import torch
 from accelerate import init_empty_weights
@@ -20,11 +24,8 @@ from diffusers_tread.objectives import DenoiserWithHeads
 from diffusers_tread.runs import setup
 from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.runs.outputs import ClassOutputs
-from diffusers_tread.runs.presets import parse_train_config
+from diffusers_tread.runs.presets import DIGITS, parse_train_config
 from diffusers_tread.runs.trainer import TrainingLoop, open_run
-
-
-DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.json"  # without any data named
 
 
 class Trainer(TrainingLoop):
@@ -79,7 +80,7 @@ class Trainer(TrainingLoop):
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_train_config(argv, description=__doc__.split("\n")[0], default_config=DIGITS_CONFIG)
+    config = parse_train_config(argv, description=__doc__.split("\n")[0], default_config=DIGITS)
     accelerator = setup.make_accelerator(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
 

@@ -1,9 +1,12 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """What pip installs, and what importing it costs."""
 
+import ast
 import re
+import runpy
 import subprocess
 import sys
+import venv
 import zipfile
 from email.parser import Parser
 from importlib import metadata
@@ -16,9 +19,15 @@ import diffusers_tread
 
 
 ROOT = Path(__file__).parents[1]
+KINDS = (".py", ".yaml")  # of files in the examples
 CORE = {"torch", "diffusers", "safetensors", "huggingface-hub", "numpy"}
 # Import names of the optional packages, ours and those that diffusers picks up where it finds them.
 OPTIONAL = "accelerate cleanfid datasets matplotlib peft scipy sklearn tensorboard transformers tyro".split()
+
+
+# Where pip's name of a package is not the name it is imported by.
+PIP_NAMES = {"sklearn": "scikit-learn", "dicebear": "dicebear-core", "dicebear_styles": "dicebear-styles"}
+PIP_NAMES |= {"resvg_py": "resvg-py", "tokenizers": "transformers"}  # transformers brings tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +38,24 @@ def wheel(tmp_path_factory):
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         yield archive
+
+
+@pytest.fixture
+def python_with_the_wheel(wheel, tmp_path):
+    """An environment with the wheel and this one's packages, but for the package itself.
+
+    A .pth file names the folder of the packages; what .pth files in there name, such as an editable install, does not
+    count then.
+    """
+    venv.create(tmp_path, with_pip=False)
+    python = tmp_path / "bin" / "python"
+    where = [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = subprocess.run(where, capture_output=True, text=True, check=True).stdout
+    (own,) = tmp_path.glob("lib/python*/site-packages")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*install, "--no-compile", wheel.filename], check=True)
+    (own / "packages.pth").write_text(packages)
+    return python
 
 
 def import_without(packages, program):
@@ -80,19 +107,76 @@ def test_the_wheel_holds_the_source_tree_its_type_marker_and_the_licence(wheel):
     source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     cards = {"diffusers_tread/hub/model_card.md", "diffusers_tread/hub/text_model_card.md"}
-    assert names == source | cards | {"diffusers_tread/py.typed"}
+    scripts = {
+        f"diffusers_tread/{path.relative_to(ROOT)}" for path in (ROOT / "examples").rglob("*") if path.suffix in KINDS
+    }
+    assert names == source | cards | scripts | {"diffusers_tread/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 
 
-def test_the_wheel_requires_the_core_packages_and_no_other(wheel):
+def requirements(wheel):
+    """(package, extra or None) of all that a wheel requires."""
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-    lines = Parser().parsestr(wheel.read(name).decode()).get_all("Requires-Dist")
-    requirements = [line for line in lines if "extra ==" not in line]
-    assert {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in requirements} == CORE
+    for line in Parser().parsestr(wheel.read(name).decode()).get_all("Requires-Dist"):
+        extra = re.search(r"extra == '(\w+)'", line)
+        yield re.match(r"[\w-]+", line)[0].replace("_", "-"), extra and extra[1]
+
+
+def test_the_wheel_requires_the_core_packages_and_no_other(wheel):
+    assert {package for package, extra in requirements(wheel) if extra is None} == CORE
+
+
+def test_the_extras_bring_what_is_required_of_them_and_nothing_that_would_replace_torch(wheel):
+    brought = set(requirements(wheel))
+    for path in [*(ROOT / "examples").glob("*.py"), *(ROOT / "src").rglob("*.py")]:
+        calls = re.findall(r"^ *require\((\".*?)\)", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for extras, *modules in (ast.literal_eval(f"({call})") for call in calls):
+            for module in modules:
+                package = PIP_NAMES.get(module, module)
+                assert any((package, extra) in brought for extra in extras.split(",")), f"{path} requires {module}"
+    # These ask for torchvision, of which pip takes the newest, and the torch of that.
+    assert not {"clean-fid", "torch-fidelity", "timm", "torchvision"} & {package for package, _ in brought}
+
+
+def test_an_index_takes_the_wheel(wheel):
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", wheel.filename]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_readme_of_an_index_s_page_has_links_that_lead_somewhere(tmp_path, monkeypatch):
+    hook = runpy.run_path(str(ROOT / "hatch_build.py"))
+    citation = tmp_path / "CITATION.cff"
+    citation.write_text("cff-version: 1.2.0\n")
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    assert hook["repository"](tmp_path) is None
+    monkeypatch.setenv("GITHUB_REPOSITORY", "ant/bee")
+    assert hook["repository"](tmp_path) == "https://github.com/ant/bee"
+    citation.write_text('cff-version: 1.2.0\nrepository-code: "https://example.org/ant/"\n')
+    address = hook["repository"](tmp_path)
+    assert address == "https://example.org/ant"
+
+    text = hook["with_absolute_links"]((ROOT / "README.md").read_text(encoding="utf-8"), address, "v1")
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", text)
+    assert len(links) > 20 and all(re.match("[a-z]+:", link) for _, link in links)
+    ours = [(picture, link.removeprefix(f"{address}/")) for picture, link in links if link.startswith(address)]
+    for picture, link in ours:
+        kind, revision, path = link.partition("#")[0].split("/", 2)
+        assert (kind, revision) == ("raw" if picture else "blob", "v1") and (ROOT / path).exists()
 
 
 def test_every_source_file_opens_with_the_licence_line():
     line = "# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0."
     folders = ("src", "tests", "examples", "benchmarks")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    files = [ROOT / "hatch_build.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     assert [str(path) for path in files if path.read_text(encoding="utf-8").split("\n")[0] != line] == []
+
+
+@pytest.mark.slow
+def test_a_stranger_trains_samples_evaluates_and_exports_with_the_wheel_alone(python_with_the_wheel):
+    pytest.importorskip("cleanfid")
+    command = ["bash", str(ROOT / "tests" / "wheel_journey.sh"), str(python_with_the_wheel)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.endswith("All of it works.\n")

@@ -56,11 +56,11 @@ def run(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("demo"), []
 
     def run_here(command, env):
-        script, argv = Path(command[1]).stem, command[2:]
-        if script == "make_avatars":
+        task, *argv = command[3:]
+        if task == "make-avatars":
             draw_squares(argv)
         else:
-            call({"train_tread": train_tread, "sample": sample}[script], *argv)
+            call({"train": train_tread, "sample": sample}[task], *argv)
         return SimpleNamespace(returncode=0)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -4,10 +4,8 @@
 import json
 import re
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
-import captioned_digits
 import demo_text
 import PIL.Image
 import precompute_latents
@@ -16,6 +14,8 @@ import torch
 import train_text_to_image_tread
 from diffusers import DiffusionPipeline, PRXPipeline
 from runs import call
+
+from diffusers_tread.demos import captioned_digits
 
 
 pytestmark = pytest.mark.slow
@@ -29,8 +29,8 @@ def run(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("demo"), []
 
     def run_here(command, env):
-        scripts = {"precompute_latents": precompute_latents, "train_text_to_image_tread": train_text_to_image_tread}
-        call(scripts[Path(command[1]).stem], *command[2:])
+        task, *argv = command[3:]
+        call({"precompute": precompute_latents, "train-text": train_text_to_image_tread}[task], *argv)
         return SimpleNamespace(returncode=0)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffusers_tread.flops import forward_flops
 from diffusers_tread.models import make_denoiser
 from diffusers_tread.runs import setup
-from diffusers_tread.runs.presets import BORROWED, RECIPES, parse_train_config
+from diffusers_tread.runs.presets import BORROWED, DIGITS, RECIPES, parse_train_config
 
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_a_preset_s_settings_can_be_changed():
 
 
 def test_the_default_config_holds_where_no_data_config_or_recipe_is_named():
-    parse = partial(parse_train_config, default_config=ROOT / "examples" / "configs" / "digits.json")
+    parse = partial(parse_train_config, default_config=DIGITS)
     assert (parse([]).data, parse([]).adam_beta2) == ("digits:", 0.99)
     other = parse(["--data", "folder:photos", "--resolution", "8", "--preset", "S/4"])
     assert (other.data, other.adam_beta2, other.validation_steps) == ("folder:photos", 0.999, None)

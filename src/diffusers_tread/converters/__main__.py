@@ -19,9 +19,9 @@ from .diffusers_dit import convert_diffusers_dit
 from .export_dit import export_dit
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m diffusers_tread.converters", description=__doc__.split("\n")[0])
+def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m diffusers_tread.converters") -> None:
+    """The command line, under the name `prog`."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
     add = commands.add_parser("checkpoint", help=_summary(convert_checkpoint)).add_argument

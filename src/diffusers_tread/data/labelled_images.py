@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..installation import require
 from ..seeds import derive_seed
 from .buckets import Buckets, assign_buckets
 from .captions import CaptionColumns
@@ -41,6 +42,7 @@ class DigitsDataset(Dataset):
     num_classes, channels, resolution = 10, 1, 8
 
     def __init__(self):
+        require("train", "sklearn")
         from sklearn.datasets import load_digits
 
         digits = load_digits()

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..fingerprint import weights_fingerprint
 from ..flops import forward_flops, guidance_flops
+from ..installation import how_to_install
 from ..markdown import as_code, as_text, table_row
 from ..routing import get_token_router
 
@@ -112,6 +113,7 @@ def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetail
     )
     text = Template(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")).substitute(
         title=as_text(title),
+        install=how_to_install(),
         repo_id=as_code(repo_id),
         about=about,
         samples=f"\n![Samples]({SAMPLES})\n" if details.samples is not None else "",

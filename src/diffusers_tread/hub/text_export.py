@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import replace_folder
+from ..installation import how_to_install
 from ..markdown import as_code, as_text, table_row
 from ..text import save_pipeline
 from .model_card import SAMPLES, CardDetails, training_table
@@ -70,6 +71,7 @@ def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardD
     text = Template(files(__package__).joinpath("text_model_card.md").read_text(encoding="utf-8")).substitute(
         title=as_text(title),
         repo_id=as_code(repo_id),
+        install=how_to_install(),
         samples=f"\n![Samples]({SAMPLES})\n" if details.samples is not None else "",
         options=f", height={size}, width={size}" if size else "",
         facts="\n".join(table_row(name, value) for name, value in facts.items()),

@@ -31,7 +31,7 @@ def parse_config(
         argv: The command line; None for that of this process.
         description: What `--help` begins with.
         recipe_settings: What a recipe's name stands for; None if there are no recipes.
-        default_config: The one without --config, --recipe and --data.
+        default_config: The one without --config, --recipe and --data: a file, or JSON text.
 
     Raises:
         ValueError: What `config_flags`, `recipe_settings` or the dataclass refuse.

@@ -134,6 +134,14 @@ RECIPES = {
 }
 # fmt: on
 
+# A first run: scikit-learn's 8x8 digits as pixels, 64 tokens. As JSON, as a config file has it.
+DIGITS = """{
+  "data": "digits:",
+  "model_config_name_or_path": {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 12, "patch_size": 1},
+  "train_batch_size": 16, "max_train_steps": 2000, "validation_steps": 500, "use_ema": true, "ema_decay": 0.99,
+  "learning_rate": 0.005, "lr_scheduler": "cosine", "lr_warmup_steps": 30, "adam_beta2": 0.99
+}"""
+
 
 def recipe_settings(name: str) -> dict[str, Any]:
     """Values for the fields of `TrainConfig`.

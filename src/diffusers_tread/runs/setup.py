@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import TrainingSource, open_source
 from ..flops import block_flops_saved
+from ..installation import require
 from ..metrics import FeatureExtractor, load_feature_extractor
 from ..models import DENOISERS, TREADTransformer2DModel, denoiser_class, make_denoiser
 from ..objectives import LOSS_TERMS, LossTerm, Objective, find_objective
@@ -37,7 +38,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         ValueError: Another kind of parallelism; a tracker that is not installed.
     """
     if config.report_to not in ("none", "all") and find_spec(config.report_to) is None:
-        raise ValueError(f"Expected an installed tracker for --report_to, got {config.report_to!r}. Install it.")
+        raise ValueError(
+            f"Expected an installed tracker for --report_to, got {config.report_to!r}. Do `pip install "
+            f"{config.report_to}`, or say --report_to none."
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
@@ -211,10 +215,7 @@ def open_feature_extractor(config: RunConfig, accelerator: Accelerator) -> Featu
     """The network that samples are compared with; None without --eval_steps."""
     if config.eval_steps is None:
         return None
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            'Expected matplotlib, which draws the FID, got none. Install "diffusers-tread[fid]" or drop --eval_steps.'
-        )
+    require("eval", "matplotlib")  # which draws the curve
     with accelerator.main_process_first():  # one process downloads
         return load_feature_extractor(
             config.eval_feature_extractor, weights=config.eval_feature_extractor_weights, device=accelerator.device

@@ -15,6 +15,8 @@ import torch
 import torch.distributed
 from accelerate import PartialState
 
+from ..installation import NAME
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ONE_CALL = 1.0  # seconds within which the terminal and the launcher pass on the same call
@@ -141,9 +143,18 @@ def resume_command(argv: Sequence[str] | None, *, overrides: Sequence[str] = ())
                 next(words, None)
         elif name != "--overwrite_output_dir":
             kept.append(word)
-    processes = PartialState().num_processes
-    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    return shlex.join([*launcher, sys.argv[0], *map(str, kept), *overrides])
+    return shlex.join([*_program(PartialState().num_processes), *map(str, kept), *overrides])
+
+
+def _program(num_processes: int) -> list[str]:
+    """What started this process, without its flags."""
+    script, launcher = [sys.argv[0]], ["python"]
+    if num_processes > 1:
+        launcher = ["accelerate", "launch", "--num_processes", str(num_processes)]
+    if sys.argv[0].startswith(f"{NAME} "):  # a task of cli.py
+        task = sys.argv[0].split()[1]
+        script, launcher = (["-m", "diffusers_tread", task], launcher) if num_processes > 1 else ([NAME, task], [])
+    return [*launcher, *script]
 
 
 class _Stopped(BaseException):

@@ -1,9 +1,12 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+import sys
+
 import pytest
 import safetensors.torch
 import torch
 
 from diffusers_tread.metrics import load_feature_extractor
+from diffusers_tread.metrics.networks.inception import _import_network
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,19 @@ def test_inception_is_torch_fidelity_s_network(inception, noise_images):
     safe = path.with_suffix(".safetensors")
     safetensors.torch.save_file(network.state_dict(), safe)
     assert load_feature_extractor("inception", weights=safe).fingerprint == extractor.fingerprint
+
+
+def test_the_network_is_imported_without_torchvision_and_leaves_the_library_to_others(torch_fidelity, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch_fidelity", "torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    module = _import_network()
+    assert module.FeatureExtractorInceptionV3.__name__ == "FeatureExtractorInceptionV3"
+    assert not [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]
+
+    monkeypatch.setattr("diffusers_tread.metrics.networks.inception.PACKAGE", "no_such_package")
+    with pytest.raises(ImportError, match="Do `pip install --no-deps clean-fid torch-fidelity`"):
+        _import_network()
 
 
 def test_weights_of_another_network_are_refused(torch_fidelity, tmp_path):

@@ -7,6 +7,7 @@ import shlex
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ...installation import how_to_install
 from ...markdown import as_text
 from .info import LatentsInfo
 
@@ -30,8 +31,10 @@ latent diffusion models with diffusers-tread.
 
 ## Use
 
+With diffusers-tread ({install}):
+
 ```bash
-python {training}
+diffusers-tread {training}
 ```
 
 With `datasets` alone:
@@ -77,11 +80,11 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         f"latents = {formula}  # what a model is trained on, with table[{json.dumps([*info.captions, 'label'][0])}]"
     )
     data_argument, conditions = shlex.quote(f"latents:{repo_id}"), f"classes | {len(info.id2label)}"
-    training = f"examples/train_tread.py --data {data_argument} --preset XL/2 --output_dir runs/xl2"
+    training = f"train --data {data_argument} --preset XL/2 --output_dir runs/xl2"
     if info.captions:
         conditions = f"captions | {as_text(', '.join(info.captions))}{', encoded' if info.text else ''}"
         column = shlex.quote(info.captions[0])
-        training = f"examples/train_text_to_image_tread.py --data {data_argument} --caption_column {column} ..."
+        training = f"train-text --data {data_argument} --caption_column {column} ..."
     features = ""
     if (stored := info.patch_features) is not None:
         size = stored.num_bytes(*(max(info.latent_sizes, key=math.prod) if info.latent_sizes else info.shape[1:]))
@@ -97,6 +100,7 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
         title=as_text(name),
         repo_literal=json.dumps(repo_id),
         training=training,
+        install=how_to_install(),
         conditions=conditions,
         num_samples=info.num_samples,
         pixels=", ".join(f"{height}x{width}" for height, width in info.sizes),

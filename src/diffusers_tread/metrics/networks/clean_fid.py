@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...installation import FID_NETWORKS
 from .feature_extractor import FeatureExtractor
 from .weights import download_weights
 
@@ -34,9 +35,7 @@ class CleanFIDExtractor(FeatureExtractor):
             from cleanfid.inception_torchscript import InceptionV3W
             from cleanfid.resize import build_resizer
         except ImportError as error:
-            raise ImportError(
-                f'Expected clean-fid, got "{error}". Do `pip install "diffusers-tread[fid]"`.'
-            ) from error
+            raise ImportError(f'Expected clean-fid, got "{error}". Do `{FID_NETWORKS}`.') from error
 
         # The class takes a folder, and a fixed file name in it.
         weights = weights or download_weights(inception_url)

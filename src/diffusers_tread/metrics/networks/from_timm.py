@@ -24,7 +24,8 @@ def load_timm(name: str, weights: Path | None = None) -> TorchFeatureExtractor:
         import timm
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
         raise ImportError(
-            f'Expected timm and a torchvision for torch {torch.__version__}, got "{error}". Do `pip install timm`.'
+            f'Expected timm and a torchvision for torch {torch.__version__}, got "{error}". Take a torchvision '
+            "from the index of that torch, then do `pip install --no-deps timm`."
         ) from error
     try:
         model = timm.create_model(name, pretrained=weights is None)

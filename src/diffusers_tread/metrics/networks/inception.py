@@ -2,17 +2,27 @@
 """TensorFlow's Inception network of 2015-12-05 in torch-fidelity's port: the network of FID, sFID and Inception Score.
 
 Network and resizing are torch-fidelity's own. Loading the weights is not: torch-fidelity unpickles whatever is in the
-file.
+file. Nor is importing it: torch-fidelity imports torchvision, which neither of the two needs.
 """
 
+import importlib
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
+from ...installation import FID_NETWORKS
 from .feature_extractor import FeatureExtractor
 from .weights import download_weights, read_state_dict
+
+
+PACKAGE = "torch_fidelity"
 
 
 class InceptionExtractor(FeatureExtractor):
@@ -29,20 +39,14 @@ class InceptionExtractor(FeatureExtractor):
         weights: File with a state dict; None for torch-fidelity's download.
 
     Raises:
-        ImportError: torch-fidelity, or the torchvision it imports, is missing or broken.
+        ImportError: torch-fidelity is missing.
         ValueError: The weights are missing or those of another network.
     """
 
     def __init__(self, weights: Path | None = None):
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
-            raise ImportError(
-                f'Expected torch-fidelity and a torchvision made for torch {torch.__version__}, got "{error}". Do '
-                '`pip install "diffusers-tread[fid]"`, or use "clean-fid:legacy_tensorflow" for FID, '
-                "which needs no torchvision."
-            ) from error
-        network = _load_network(FeatureExtractorInceptionV3, weights or download_weights(URL_INCEPTION_V3))
+        module = _import_network()
+        weights = weights or download_weights(module.URL_INCEPTION_V3)
+        network = _load_network(module.FeatureExtractorInceptionV3, weights)
         super().__init__(network, name="inception", outputs=("features", "spatial", "logits"), settings={})
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -56,6 +60,31 @@ class InceptionExtractor(FeatureExtractor):
             hook.remove()
         spatial = spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1)  # B 17*17*7
         return {"features": features, "spatial": spatial, "logits": logits}
+
+
+def _import_network() -> ModuleType:
+    """torch-fidelity's module of the network, without what its `__init__` imports besides. Raises ImportError."""
+    try:
+        if PACKAGE in sys.modules:
+            return importlib.import_module(f"{PACKAGE}.feature_extractor_inceptionv3")
+        with _without_init(PACKAGE):
+            return importlib.import_module(f"{PACKAGE}.feature_extractor_inceptionv3")
+    except ImportError as error:
+        raise ImportError(f'Expected torch-fidelity, got "{error}". Do `{FID_NETWORKS}`.') from error
+
+
+@contextmanager
+def _without_init(name: str) -> Iterator[None]:
+    """Inside, a package that was not imported yet is an empty one with the real one's modules; afterwards none."""
+    if (spec := find_spec(name)) is None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    package = sys.modules[name] = ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations)
+    try:
+        yield
+    finally:
+        for module in [key for key in sys.modules if key.partition(".")[0] == name]:
+            del sys.modules[module]
 
 
 def _load_network(network_class: type[nn.Module], weights: Path) -> nn.Module:

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions, and what judges them.
 
-For demo_text.py.
+For examples/demo_text.py.
 
 Shapes: B images, S their side, A the four attributes.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from diffusers_tread.files import whole
+from ..files import whole
 
 
 SIZE, JUDGE_STEPS = 32, 500

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""English captions of DiceBear's avatars, from the options that drew them; for make_avatars.py."""
+"""English captions of DiceBear's avatars, from the options that drew them; for examples/make_avatars.py."""
 
 import re
 from collections import defaultdict
