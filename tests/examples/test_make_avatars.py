@@ -230,3 +230,15 @@ def test_missing_packages_are_named_with_the_extra_that_brings_them(tmp_path, mo
     with pytest.raises(ImportError, match=r"no-such-package.*diffusers-tread\[avatars\]"):
         run(tmp_path / "avatars")
     assert not (tmp_path / "avatars").exists()
+
+
+def test_ctrl_c_keeps_what_was_drawn_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_avatars, "draw_missing", stop)
+    with pytest.raises(SystemExit) as ended:
+        make_avatars.main(["--output_dir", str(tmp_path / "avatars"), "--num_images", "40"])
+    assert ended.value.code == 130
+    said = capsys.readouterr().err
+    assert "To go on: python" in said and f"--output_dir {tmp_path / 'avatars'} --num_images 40" in said

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Where a route starts and ends, and what share of the tokens takes it (TREAD, arXiv 2501.04765, section 3)."""
 
+import inspect
 import itertools
 import math
 import warnings
@@ -103,7 +104,7 @@ class TokenRoute:
             warnings.warn(
                 f"The route ends at block {end} of {num_layers}: only two blocks are left after the rejoin. The paper "
                 "leaves three; shorter tails hurt the samples.",
-                stacklevel=2,
+                stacklevel=_stacklevel_of_caller(),
             )
         return replace(self, start=start, end=end, rejoin_from=self._resolve_rejoin_from(start, num_layers))
 
@@ -219,6 +220,18 @@ def num_kept_tokens(num_tokens: int, selection_ratio: float) -> int:
     """
     num_routed = math.floor(num_tokens * selection_ratio + 1e-9)
     return max(num_tokens - num_routed, 1)
+
+
+def _stacklevel_of_caller() -> int:
+    """For `warnings.warn` where this is called: the line outside of this package that led there.
+
+    Routes are checked deep inside of constructors, which diffusers and huggingface_hub wrap.
+    """
+    inside = {__name__.partition(".")[0], "diffusers", "huggingface_hub"}
+    frame, level = inspect.currentframe().f_back, 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _as_route(route: TokenRoute | Mapping[str, Any]) -> TokenRoute:
