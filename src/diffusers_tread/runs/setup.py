@@ -50,7 +50,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
     # A run makes its model several times: on the meta device to describe it, to train and to save it.
-    warnings.filterwarnings("once", message="The route ends at block", append=True)
+    warnings.filterwarnings("once", message="The route ends at block")
     refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
     is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
     if accelerator.distributed_type in refused or is_fsdp1:
