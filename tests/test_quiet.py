@@ -21,6 +21,7 @@ from diffusers_tread import (
 from diffusers_tread.files import find_pipeline
 from diffusers_tread.objectives import FlowMatchingObjective
 from diffusers_tread.runs.config import TrainConfig
+from diffusers_tread.runs.sampling import SamplingConfig, load_pipeline
 from diffusers_tread.runs.setup import make_accelerator
 
 
@@ -128,5 +129,12 @@ def test_a_run_s_folder_stands_for_the_pipeline_in_it(model, tmp_path):
     TREADPipeline(model, FlowMatchingObjective().scheduler()).save_pretrained(run / "pipeline")
     assert find_pipeline(run) == find_pipeline(run / "pipeline") == str(run / "pipeline")
     assert find_pipeline("owner/name") == "owner/name"  # of the Hub
+    config = SamplingConfig(pretrained_pipeline=str(run))  # as sample.py and evaluate_tread.py
+    assert isinstance(load_pipeline(config, torch.device("cpu")), TREADPipeline)
     (run / "model_index.json").write_text("{}")  # a pipeline with a part of that name
     assert find_pipeline(run) == str(run)
+
+
+def test_the_bar_of_a_sampling_has_a_name(model, capsys):
+    TREADPipeline(model, FlowMatchingObjective().scheduler())(0, num_inference_steps=1, output_type="latent")
+    assert "Sampling: 100%" in capsys.readouterr().err

@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(args)
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nStopped; nothing was written. The same command starts again.\n")
 
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
