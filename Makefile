@@ -20,6 +20,7 @@ SAME += metrics/frechet metrics/not_finite metrics/npz metrics/precision_recall 
 SAME += routing/route routing/subset runs/branches runs/folder runs/overwrite runs/signals
 SAME += data/buckets data/captions data/latents_with_captions examples/evaluate_prompts examples/precompute_captions
 SAME += examples/train_alignment examples/train_muon runs/optimizers runs/shift
+SAME += repository examples/minimal_loop
 SAME += additions cli docs flops full_disk packaging examples/import_latents examples/import_refusals examples/train_latents
 SAME += models/mamba_facts models/rwkv_facts models/mamba_tread_2d models/rwkv_tread_2d models/transformer_modern
 SAME += models/transformer_prefix objectives/terms/reconstruction objectives/terms/alignment routing/router routing/rows

@@ -25,6 +25,7 @@ from diffusers import BaseGuidance, ClassifierFreeGuidance
 
 import diffusers_tread
 from diffusers_tread import SparseGuidance, TREADPipeline, get_token_router
+from diffusers_tread.files import find_pipeline
 from diffusers_tread.flops import guidance_flops
 from diffusers_tread.objectives import find_objective
 from diffusers_tread.pictures import make_grid
@@ -54,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "pretrained_pipeline",
         nargs="?",
         default=os.environ.get("TREAD_PIPELINE"),
-        help="A TREADPipeline: a folder or a repository on the Hub; by default what TREAD_PIPELINE names.",
+        help="A TREADPipeline: its folder or a run's, or a repository on the Hub; by default TREAD_PIPELINE.",
     )
     args = parser.parse_args(argv)
     if args.pretrained_pipeline is None:
@@ -65,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_pipeline(name: str) -> TREADPipeline:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        pipeline = TREADPipeline.from_pretrained(name).to(device)
+        pipeline = TREADPipeline.from_pretrained(find_pipeline(name)).to(device)
     except OSError as error:
         raise ValueError(f"Expected a TREADPipeline, got {name} ({error}).") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -11,7 +11,6 @@ import argparse
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
+from tqdm.auto import tqdm
 
 from diffusers_tread import (
     FlowMatchingObjective,
@@ -38,6 +38,7 @@ from diffusers_tread import (
     token_routing,
 )
 from diffusers_tread.flops import flop_ceiling
+from diffusers_tread.runs.signals import run_command, stopped_cleanly
 
 
 NUM_CLASSES, SIZE = 10, 8
@@ -70,7 +71,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
-    args, started = parse_args(argv), time.perf_counter()
+    args = parse_args(argv)
+    with stopped_cleanly(argv, kept="checkpoints"):
+        return run_demo(args)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    started = time.perf_counter()
     torch.set_num_threads(1)  # operators this small gain little from a second core, and lose much if it is busy
 
     # Train.
@@ -121,9 +129,7 @@ def train(output_dir: Path, max_train_steps: int) -> Path:
     command = [sys.executable, "-m", "diffusers_tread", "train", "--output_dir", str(output_dir)]
     command += ["--max_train_steps", str(max_train_steps)]
     print(f"$ {shlex.join(command)}", flush=True)
-    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if result.returncode:
-        raise SystemExit(result.returncode)
+    run_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return output_dir / "pipeline"
 
 
@@ -157,8 +163,11 @@ def sample_all_ways(folder: Path, labels: np.ndarray) -> dict[str, np.ndarray]:
     """The images of each way of sampling; two at a time, the longest first, each with a pipeline of its own."""
     order = sorted(SAMPLINGS, key=lambda name: name == UNGUIDED)
     pipelines = [load_pipeline(folder) for _ in order]  # one after the other: diffusers does not load in threads
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        samples = pool.map(lambda name, pipeline: sample(pipeline, labels, *SAMPLINGS[name]), order, pipelines)
+    progress = tqdm(total=len(order) * len(labels), desc="Sampling", unit="image")
+    with ThreadPoolExecutor(max_workers=2) as pool, progress:
+        samples = pool.map(
+            lambda name, pipeline: sample(pipeline, labels, *SAMPLINGS[name], progress=progress), order, pipelines
+        )
         images = dict(zip(order, samples, strict=True))
     return {name: images[name] for name in SAMPLINGS}
 
@@ -170,6 +179,7 @@ def sample(
     guidance_scale: float | None,
     *,
     first_seed: int = 0,
+    progress: tqdm | None = None,
 ) -> np.ndarray:
     """[B, 8, 8] uint8. Image i follows from seed `first_seed` + i, whatever is in the batch around it."""
     pipeline.guider = guider
@@ -184,6 +194,8 @@ def sample(
             output_type="np",
         ).images
         batches.append(np.rint(images[..., 0] * 255).astype(np.uint8))
+        if progress is not None:
+            progress.update(len(batch))
     return np.concatenate(batches)
 
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +30,11 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm.auto import tqdm
 
 from diffusers_tread.metrics import FeatureStatistics, frechet_distance
 from diffusers_tread.pictures import add_labels, make_grid, save_image
+from diffusers_tread.runs.signals import run_command, stopped_cleanly
 
 
 SIZE, ZOOM = 16, 5  # pixels of an avatar's side; how often each is repeated in the pictures
@@ -88,7 +89,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
-    args, started = parse_args(argv), time.perf_counter()
+    args = parse_args(argv)
+    with stopped_cleanly(argv, kept="avatars, checkpoints and samples"):
+        return run_demo(args)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    started = time.perf_counter()
     torch.set_num_threads(1)  # the samplings run two at a time; the operators are small
 
     # Draw, train, sample.
@@ -134,8 +142,7 @@ def run_task(name: str, **flags) -> None:
     command += [word for flag, value in flags.items() for word in (f"--{flag}", str(value)) if value is not True]
     command += [f"--{flag}" for flag, value in flags.items() if value is True]
     print(f"$ {shlex.join(command)}", flush=True)
-    if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
-        raise SystemExit(code)
+    run_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,7 @@ class Judge:
             order = torch.randint(len(images.labels), (num_steps, 128))
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / num_steps)))
-        for chosen in order:
+        for chosen in tqdm(order, desc="Training the judge"):
             F.cross_entropy(self.network(to_floats(images.pixels[chosen])), images.labels[chosen]).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +41,7 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_tread import GuidedPipeline, SparseGuidance, apply_token_routing
@@ -60,6 +60,7 @@ from diffusers_tread.demos.captioned_digits import (
 from diffusers_tread.files import whole
 from diffusers_tread.metrics import PromptImages
 from diffusers_tread.pictures import add_labels, caption_grid, save_image
+from diffusers_tread.runs.signals import run_command, stopped_cleanly
 
 
 TEXT_WIDTH, CAPTION_TOKENS = 64, 24
@@ -109,7 +110,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
-    args, started = parse_args(argv), time.perf_counter()
+    args = parse_args(argv)
+    with stopped_cleanly(argv, kept="images, latents and checkpoints"):
+        return run_demo(args)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    started = time.perf_counter()
     torch.set_num_threads(1)  # operators this small gain little from a second core
 
     # Images, pipeline, training.
@@ -195,7 +203,7 @@ def train_vae(pixels: torch.Tensor) -> AutoencoderKL:
         posterior = vae.encode(images).latent_dist
         return F.l1_loss(vae.decode(posterior.sample()).sample, images) + 1e-5 * posterior.kl().mean()
 
-    fit(vae, loss, pixels, num_steps=VAE_STEPS, batch_size=24, learning_rate=3e-3)
+    fit(vae, loss, pixels, name="VAE", num_steps=VAE_STEPS, batch_size=24, learning_rate=3e-3)
 
     # Latents of about unit variance.
     with torch.no_grad():
@@ -228,8 +236,7 @@ def run_task(name: str, **flags) -> None:
     command += [word for flag, value in flags.items() if value is not True for word in (f"--{flag}", str(value))]
     command += [f"--{flag}" for flag, value in flags.items() if value is True]
     print(f"$ {shlex.join(command)}", flush=True)
-    if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
-        raise SystemExit(code)
+    run_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 # ----------------------------------------------------------------------------------------------------------- samples
@@ -245,7 +252,8 @@ def sample_all(args: argparse.Namespace, folder: Path, prompts: dict) -> dict[tu
         return sample(own, prompts[key[0]][1], SAMPLINGS[key[1]], args.num_inference_steps)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(keys, pool.map(sample_one, keys), strict=True))
+        samples = tqdm(pool.map(sample_one, keys), desc="Sampling", total=len(keys), unit="way")
+        return dict(zip(keys, samples, strict=True))
 
 
 def sample(

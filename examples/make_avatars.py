@@ -15,7 +15,10 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
+import signal
+import sys
 import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -175,8 +178,9 @@ def write_text(path: Path, text: str) -> None:
     publish(temporary, path)
 
 
-def end_with_parent() -> None:
-    """Ends this worker when the process that started it is killed."""
+def follow_parent() -> None:
+    """Ends this worker when the process that started it is killed, and leaves Ctrl-C to that process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -189,7 +193,7 @@ def draw_missing(folder: Path, settings: dict[str, Any], *, num_workers: int) ->
     for style in settings["styles"] if missing else []:
         open_style(style)  # once, where workers are forks
 
-    with ProcessPoolExecutor(num_workers, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(num_workers, initializer=follow_parent) as pool:
         futures = [pool.submit(work, first) for first in missing]
         there = total - sum(min(CHUNK, total - first) for first in missing)
         try:
@@ -289,7 +293,12 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     claim_folder(folder, settings)
     if not (folder / "metadata.jsonl").exists():
-        draw_missing(folder, settings, num_workers=args.num_workers)
+        try:
+            draw_missing(folder, settings, num_workers=args.num_workers)
+        except KeyboardInterrupt:
+            command = shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+            print(f"\nStopped; the finished avatars are kept. To go on: {command}", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
         finish(folder, settings)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     if args.sheet is not None:

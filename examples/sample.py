@@ -253,9 +253,9 @@ def draw_missing(
         batches += [samples[start : start + config.batch_size] for start in range(0, len(samples), config.batch_size)]
     missing = [batch for batch in batches if any(sample.name not in there for sample in batch)]
 
-    label = f"Batches, {state.num_processes} processes"
+    label = "Sampling" if state.num_processes == 1 else f"Sampling, process 1 of {state.num_processes}"
     mine = missing[state.process_index :: state.num_processes]
-    for batch in tqdm(mine, desc=label, disable=not state.is_main_process):
+    for batch in tqdm(mine, desc=label, unit="batch", disable=not state.is_main_process):
         for sample, image in zip(batch, draw_samples(images, batch, guiders), strict=True):
             if sample.name not in there:
                 save_image(image, folder / f"{sample.name}.png")
@@ -296,7 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         draw_sheets(sheets, config, state)
         state.wait_for_everyone()
     if state.is_main_process:
-        print(f"{len(sheets)} sheets of {sum(len(sheet.samples) for sheet in sheets)} images in {config.output_dir}.")
+        num_images = sum(len(sheet.samples) for sheet in sheets)
+        print(f"Saved {num_images} images and {len(sheets)} contact sheet(s) in {config.output_dir}.")
     state.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
 
 # Each may import those before it and, in its own row, none; files of one folder may import each other.
 FLOORS = [
-    {"version", "installation"},
+    {"version", "installation", "quiet"},
     {"registry", "seeds", "files", "fingerprint", "finite", "distributed", "markdown"},
     {"settings"},
     {"claims"},

@@ -21,7 +21,11 @@ from diffusers_tread.metrics import METRICS, SCORERS
 
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+]
 MODULES = [diffusers_tread.__name__] + sorted(
     module.name for module in pkgutil.walk_packages(diffusers_tread.__path__, "diffusers_tread.")
 )

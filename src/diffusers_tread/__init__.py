@@ -28,6 +28,7 @@ from .objectives import (
     register_loss_term,
     register_objective,
 )
+from .quiet import quieten_diffusers
 from .routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, default_route, get_token_router, token_routing
 from .schedulers import EDMHeunScheduler, FlowSDEScheduler
 from .version import __version__
@@ -36,6 +37,8 @@ from .version import __version__
 if TYPE_CHECKING:
     from .pipelines import CfgLayout, GuidedPipeline, TREADPipeline, register_pipeline_layout
 
+
+quieten_diffusers()
 
 __all__ = [
     "AlignmentLoss",

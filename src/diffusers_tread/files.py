@@ -166,3 +166,14 @@ def forget_local_paths(folder: str | Path) -> None:
         place = Path(content.get("_name_or_path") or "-")
         if place.is_absolute() or place.exists():
             write_json(path, content | {"_name_or_path": None})
+
+
+def find_pipeline(name: str | Path) -> str:
+    """The pipeline in a run's folder where that was named instead of it; else the name as it is.
+
+    Args:
+        name: A pipeline's folder, a run's, or a repository on the Hub.
+    """
+    inside = Path(name, "pipeline")
+    is_run = (inside / "model_index.json").is_file() and not Path(name, "model_index.json").exists()
+    return str(inside if is_run else name)

@@ -15,7 +15,7 @@ import torch
 from closeness import difference, rounding
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from diffusers_tread import TokenRoute, TREADPipeline, TREADTransformer2DModel
+from diffusers_tread import EDMHeunScheduler, TokenRoute, TREADPipeline, TREADTransformer2DModel
 from diffusers_tread.converters import convert_checkpoint, convert_diffusers_dit, export_dit
 from diffusers_tread.converters.__main__ import main
 
@@ -454,6 +454,14 @@ def test_the_command_round_trip_through_dit_s_layout(tmp_path, transformer, monk
     assert_equal(TREADTransformer2DModel.from_pretrained(tmp_path / "back"), transformer)
 
 
+def test_a_run_s_folder_or_a_pipeline_s_stands_for_the_transformer_in_it(tmp_path, transformer):
+    pipe = TREADPipeline(transformer, EDMHeunScheduler())
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    for index, folder in enumerate(("run", "run/pipeline")):
+        main(["to_dit", f"{tmp_path}/{folder}", f"{tmp_path}/{index}.safetensors"])
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+
+
 @pytest.fixture
 def command(tmp_path, convert, weights):
     """Arguments for a checkpoint of DiT, whose heads are still to be told."""
@@ -470,6 +478,17 @@ def test_the_command_refuses_to_overwrite_and_says_what_is_wrong(tmp_path, comma
     with pytest.raises(SystemExit):
         main([*command, *FLAGS])
     assert "out, which exists" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+
+
+def test_ctrl_c_ends_without_a_traceback_or_a_folder(tmp_path, command, capsys, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusers_tread.converters.__main__._run", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *FLAGS])
+    assert ended.value.code == 130 and "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path, convert, weights, monkeypatch):

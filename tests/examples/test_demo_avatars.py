@@ -61,13 +61,12 @@ def run(tmp_path_factory):
             draw_squares(argv)
         else:
             call({"train": train_tread, "sample": sample}[task], *argv)
-        return SimpleNamespace(returncode=0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             demo_avatars, "print", lambda *values, **_: lines.append(" ".join(map(str, values))), raising=False
         )
-        patch.setattr(demo_avatars.subprocess, "run", run_here)
+        patch.setattr(demo_avatars, "run_command", run_here)
         patch.setattr(demo_avatars, "ThreadPoolExecutor", lambda max_workers: nullcontext(SimpleNamespace(map=map)))
         patch.setattr(demo_avatars, "TRAINING", demo_avatars.TRAINING | QUICK)
         code = demo_avatars.main(["--output_dir", str(folder), "--judge_steps", "2", *FLAGS.split()])

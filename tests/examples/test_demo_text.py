@@ -31,11 +31,10 @@ def run(tmp_path_factory):
     def run_here(command, env):
         task, *argv = command[3:]
         call({"precompute": precompute_latents, "train-text": train_text_to_image_tread}[task], *argv)
-        return SimpleNamespace(returncode=0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_text, "print", lambda *values, **_: lines.append(" ".join(map(str, values))), raising=False)
-        patch.setattr(demo_text.subprocess, "run", run_here)
+        patch.setattr(demo_text, "run_command", run_here)
         patch.setattr(demo_text, "ThreadPoolExecutor", lambda max_workers: nullcontext(SimpleNamespace(map=map)))
         patch.setattr(captioned_digits, "JUDGE_STEPS", 2)
         for name, value in {"VAE_STEPS": 2, "NUM_JUDGE_IMAGES": 40, "NUM_REAL_IMAGES": 40}.items():

@@ -225,3 +225,15 @@ def test_bad_input_is_refused_before_any_work(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         make_avatars.main(["--output_dir", str(tmp_path / "avatars"), *flags.split()])
     assert not (tmp_path / "avatars").exists()
+
+
+def test_ctrl_c_keeps_what_was_drawn_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_avatars, "draw_missing", stop)
+    with pytest.raises(SystemExit) as ended:
+        make_avatars.main(["--output_dir", str(tmp_path / "avatars"), "--num_images", "40"])
+    assert ended.value.code == 130
+    said = capsys.readouterr().err
+    assert "To go on: python" in said and f"--output_dir {tmp_path / 'avatars'} --num_images 40" in said

@@ -14,7 +14,7 @@ import pytest
 from diffusers_tread.claims import claim
 from diffusers_tread.files import whole
 from diffusers_tread.runs import signals
-from diffusers_tread.runs.signals import StopRequest, resume_command, stopped_cleanly
+from diffusers_tread.runs.signals import StopRequest, resume_command, run_command, stopped_cleanly
 
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -119,3 +119,37 @@ def test_threads_leave_the_handlers_alone():
 def test_the_command_to_go_on_is_the_same_one_and_neither_deletes_nor_goes_back(argv, expected):
     assert resume_command(argv) == f"python {shlex.quote(sys.argv[0])} {expected}"
     assert resume_command(argv, overrides=["--no-x"]).endswith(f"{expected} --no-x")
+
+
+WAITS = """
+import signal, sys, time
+def stop(number, frame):
+    print("child ends cleanly", flush=True)
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@BOTH
+def test_a_script_within_a_script_ends_cleanly_and_the_outer_one_says_how_to_go_on(capfd, number):
+    def tell_once_ready():
+        while "ready" not in capfd.readouterr().out:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit) as ended, stopped_cleanly(["--seed", "3"], kept="checkpoints"):
+        threading.Thread(target=tell_once_ready).start()
+        run_command([sys.executable, "-c", WAITS])
+    assert ended.value.code == 128 + number
+    said = capfd.readouterr()
+    assert "child ends cleanly" in said.out
+    assert f"Stopped by {number.name}; checkpoints are kept. To go on: python" in said.err and "--seed 3" in said.err
+
+
+def test_a_script_within_a_script_that_fails_ends_both_with_its_code():
+    with pytest.raises(SystemExit) as ended, stopped_cleanly([], kept="nothing"):
+        run_command([sys.executable, "-c", "raise SystemExit(3)"])
+    assert ended.value.code == 3

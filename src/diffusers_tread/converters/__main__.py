@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from diffusers import AutoModel
 
-from ..files import publish, sync
+from ..files import find_pipeline, publish, sync
 from ..models import TREADTransformer2DModel
 from ..pipelines import TREADPipeline
 from .checkpoints import SOURCES, convert_checkpoint
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m diffu
     _add_output_flags(add)
 
     add = commands.add_parser("to_dit", help=_summary(export_dit)).add_argument
-    add("transformer", help="Local folder of a TREADTransformer2DModel.")
+    add("transformer", help="Local folder of a TREADTransformer2DModel, its pipeline or its run.")
     add("output", help=".safetensors file to write.")
 
     args = parser.parse_args(arguments)
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m diffu
         _run(args)
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nStopped; nothing was written. The same command starts again.\n")
 
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
@@ -58,7 +60,9 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     if args.command == "to_dit":
-        _save_new_file(export_dit(TREADTransformer2DModel.from_pretrained(args.transformer)), Path(args.output))
+        folder = Path(find_pipeline(args.transformer))
+        folder = folder / "transformer" if (folder / "model_index.json").is_file() else folder
+        _save_new_file(export_dit(TREADTransformer2DModel.from_pretrained(folder)), Path(args.output))
         return
 
     _check_new(Path(args.output))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+from tqdm.auto import trange
 
 from ..files import whole
 
@@ -131,7 +132,7 @@ def train_judge(pixels: torch.Tensor, scenes: torch.Tensor) -> nn.Module:
         logits = judge(to_floats(batch)).split(counts, dim=1)
         return sum(F.cross_entropy(one, target) for one, target in zip(logits, targets.T, strict=True))
 
-    fit(judge, loss, pixels, scenes, num_steps=JUDGE_STEPS, batch_size=128, learning_rate=2e-3)
+    fit(judge, loss, pixels, scenes, name="judge", num_steps=JUDGE_STEPS, batch_size=128, learning_rate=2e-3)
     return judge
 
 
@@ -143,12 +144,21 @@ def recognise(judge: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def fit(
-    network: nn.Module, loss, *tensors: torch.Tensor, num_steps: int, batch_size: int, learning_rate: float
+    network: nn.Module,
+    loss,
+    *tensors: torch.Tensor,
+    name: str,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
 ) -> None:
-    """Trains a network on random batches of the tensors, of which `loss` makes a scalar; it is frozen then."""
+    """Trains a network on random batches of the tensors, of which `loss` makes a scalar; it is frozen then.
+
+    The progress bar says its name.
+    """
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 20, 2 * (1 - step / num_steps), 1))
-    for _ in range(num_steps):
+    for _ in trange(num_steps, desc=f"Training the {name}"):
         chosen = torch.randint(len(tensors[0]), (batch_size,))
         loss(*(tensor[chosen] for tensor in tensors)).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -163,8 +163,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             hidden_states: [B, C, H, W] latents, H and W divisible by the patch size.
             timestep: [B] or one for all, as the scheduler gives it (EDM: ln(sigma) / 4, flow: sigma * 1000). Give
                 a compiled forward a tensor: each value of a Python float makes another graph.
-            class_labels: [B] int64 in [0, num_classes]; None for the null class. Not checked here, which would make
-                every step wait for the device: the pipeline and the training script check.
+            class_labels: [B] int64 in [0, num_classes]; None for the null class. The range is checked on the CPU;
+                elsewhere that would make every step wait for the device: the pipeline and the training script check.
             kept_token_ids: Per route the ids of the kept tokens, [B, K] int64 in [0, N), sorted ascending, each once,
                 or None for a route not taken, as `TokenRouter.plan` gives them; whole rows for RWKV. Scans and shifts
                 take the tokens in this order. None: the token router decides, on dropped paths too.
@@ -183,9 +183,10 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             `prefix` and `hidden_states`, which a tuple has only where they are not None.
 
         Raises:
-            ValueError: Wrong number of channels, timesteps or labels, a size not divisible by the patch size, both
-                `kept_token_ids` and `routing`, a routed forward with a cache or context parallelism, any with a cache
-                where a route is fused, a dropped path with group offloading; else as `RoutedStack.forward`.
+            ValueError: Wrong number of channels, timesteps or labels, labels out of range, a size not divisible by the
+                patch size, both `kept_token_ids` and `routing`, a routed forward with a cache or context parallelism,
+                any with a cache where a route is fused, a dropped path with group offloading; else as
+                `RoutedStack.forward`.
         """
         height, width = self._check_inputs(hidden_states, class_labels, kept_token_ids, routing)
         # Made contiguous once: the residual stream keeps its layout, and layer norms and products would copy it each.
@@ -305,6 +306,10 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             )
         if class_labels is not None and class_labels.shape != (batch_size,):
             raise ValueError(f"Expected {batch_size} class labels, got shape {list(class_labels.shape)}.")
+        if class_labels is not None and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            null_class = self.config.num_classes
+            if wrong := sorted({label for label in class_labels.tolist() if not 0 <= label <= null_class}):
+                raise ValueError(f"Expected class ids in [0, {null_class}] (the last is the null class), got {wrong}.")
         if kept_token_ids is not None and routing is not None:
             raise ValueError("Expected kept_token_ids or routing, got both. Leave one out.")
         return height // patch_size, width // patch_size

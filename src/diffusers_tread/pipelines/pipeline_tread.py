@@ -97,6 +97,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         self.register_to_config(id2label=id2label)
 
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.set_progress_bar_config(desc="Sampling")
         self._guidance_scale = None
         self._num_timesteps = 0
         self._interrupt = False

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Where a route starts and ends, and what share of the tokens takes it (TREAD, arXiv 2501.04765, section 3)."""
 
+import inspect
 import itertools
 import math
 import warnings
@@ -94,7 +95,8 @@ class TokenRoute:
                 `rejoin_from` lies outside the model or behind `start`.
 
         Warns:
-            UserWarning: Fewer than three blocks are left after the rejoin, unless that is a fusion.
+            UserWarning: Fewer than three blocks are left after the rejoin, unless that is a fusion; not while a saved
+                model is loaded.
         """
         start = self.start + num_layers if self.start < 0 else self.start
         end = self.end + num_layers if self.end < 0 else self.end
@@ -117,11 +119,12 @@ class TokenRoute:
                 f"Expected at least two blocks after the route, got end={self.end} in a model of {num_layers} blocks, "
                 f"which leaves {num_layers - 1 - end}. {remedy} (the paper leaves three)."
             )
-        if end == largest_end and self.rejoin != "fuse":  # SPRINT leaves two
+        warns = end == largest_end and self.rejoin != "fuse"  # SPRINT leaves two
+        if warns and (stacklevel := _stacklevel_of_caller()) is not None:
             warnings.warn(
                 f"The route ends at block {end} of {num_layers}: only two blocks are left after the rejoin. The paper "
                 "leaves three; shorter tails hurt the samples.",
-                stacklevel=2,
+                stacklevel=stacklevel,
             )
         return replace(self, start=start, end=end, rejoin_from=self._resolve_rejoin_from(start, num_layers))
 
@@ -239,6 +242,21 @@ def num_kept_tokens(num_tokens: int, selection_ratio: float) -> int:
     """
     num_routed = math.floor(num_tokens * selection_ratio + 1e-9)
     return max(num_tokens - num_routed, 1)
+
+
+def _stacklevel_of_caller() -> int | None:
+    """For `warnings.warn` where this is called: the line outside of this package that led there.
+
+    Routes are checked deep inside of constructors, which diffusers and huggingface_hub wrap. None if a saved model is
+    being loaded, whose routes are what they are.
+    """
+    inside = {__name__.partition(".")[0], "diffusers", "huggingface_hub"}
+    frame, level = inspect.currentframe().f_back, 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        if frame.f_code.co_name == "from_pretrained":
+            return None
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _as_route(route: TokenRoute | Mapping[str, Any]) -> TokenRoute:

@@ -334,7 +334,7 @@ def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
         module = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
     raise ValueError(
         f"Expected a denoiser with token routing, got {type(denoiser).__name__}, which has no `token_router`. "
-        "Use a denoiser of this package, or apply_token_routing."
+        "Use a denoiser of this package, or prepare this one: apply_token_routing(model, TokenRoute(start=2, end=-4))."
     )
 
 

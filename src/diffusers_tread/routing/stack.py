@@ -153,6 +153,10 @@ class RoutedStack(nn.ModuleList):
                     f"Expected int64 kept_token_ids of shape [{batch_size}, K <= {num_tokens}], or None, for each of "
                     f"the {len(routes)} routes, got {[_describe_ids(ids) for ids in kept_token_ids]}."
                 )
+            # Values only where that waits for no device, and not under the tracers, which have none.
+            if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+                for index, ids in enumerate(kept_token_ids):
+                    _check_ids(ids, num_tokens=num_tokens, route_index=index)
         if (prefix is not None or return_prefix) and not routes:
             raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
         shape = (*tokens.shape[:2], tokens.shape[2] * num_parts)
@@ -219,6 +223,16 @@ def _taken_routes(
 
 def _describe_ids(ids: Any) -> str:
     return f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+
+
+def _check_ids(ids: torch.Tensor | None, *, num_tokens: int, route_index: int) -> None:
+    """Raises ValueError for ids of tokens that there are not, which would be taken from another sample."""
+    if ids is not None and ids.numel() and not (0 <= ids.min() and ids.max() < num_tokens):
+        wrong = ids[(ids < 0) | (ids >= num_tokens)].unique().tolist()
+        raise ValueError(
+            f"Expected kept_token_ids in [0, {num_tokens}), got {wrong[:10]} for route {route_index}. Ids count the "
+            "tokens of one sample."
+        )
 
 
 def _take_each(argument: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from ..data.latents.codec import spatial_compression
 from ..data.latents.features import StoredFeatures
 from ..data.latents.text import describe_empty
 from ..data.latents.vae import LoadedVAE
-from ..files import whole
+from ..files import find_pipeline, whole
 from ..hub import upload_folder
 from ..objectives.terms.vision_encoder import VisionEncoder
 from ..text import PromptEncoder
@@ -110,7 +110,7 @@ def load_prompt_encoder(
     """
     parts = {"transformer": None, "vae": None, "torch_dtype": getattr(torch, dtype), "use_safetensors": True}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, **parts)
+        pipeline = DiffusionPipeline.from_pretrained(find_pipeline(name), **parts)
     except (OSError, ValueError) as error:
         raise ValueError(f"Expected a diffusers text-to-image pipeline at {name!r}, got: {error}") from error
     return PromptEncoder(pipeline.to(device), max_sequence_length=max_sequence_length)

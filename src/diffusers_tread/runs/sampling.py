@@ -11,6 +11,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 
+from ..files import find_pipeline
 from ..guiders import SparseGuidance
 from ..metrics import PipelineImages, PromptImages, load_dataset_prompts, read_prompts
 from ..objectives import OBJECTIVES
@@ -42,7 +43,7 @@ class SamplingConfig:
     """
 
     pretrained_pipeline: str | None = None
-    """A folder or a repository on the Hub: a TREADPipeline, or with prompts a text-to-image pipeline of diffusers."""
+    """Its or its run's folder, or a repository on the Hub: a TREADPipeline, with prompts a text-to-image pipeline."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -171,7 +172,7 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
     """
     dtype = getattr(torch, config.dtype)  # by the name that the oldest release knows, of which newer ones warn
     try:
-        folder = config.pretrained_pipeline
+        folder = find_pipeline(config.pretrained_pipeline)
         if not Path(folder).is_dir():
             folder = diffusers.DiffusionPipeline.download(folder, revision=config.revision, use_safetensors=True)
         _check_no_code(folder)
@@ -209,7 +210,7 @@ def load_pipeline(
         ValueError: There is no pipeline; it, the scheduler or the guider refuses a setting.
     """
     try:
-        pipeline = TREADPipeline.from_pretrained(config.pretrained_pipeline, revision=config.revision)
+        pipeline = TREADPipeline.from_pretrained(find_pipeline(config.pretrained_pipeline), revision=config.revision)
     except OSError as error:
         raise ValueError(
             f"Expected a TREADPipeline in --pretrained_pipeline, got {config.pretrained_pipeline} ({error})."

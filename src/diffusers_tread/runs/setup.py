@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
+    # A run makes its model several times: on the meta device to describe it, to train and to save it.
+    warnings.filterwarnings("once", message="The route ends at block")
     refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
     is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
     if accelerator.distributed_type in refused or is_fsdp1:

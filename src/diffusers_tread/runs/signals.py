@@ -4,12 +4,13 @@
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
@@ -126,6 +127,33 @@ def stopped_cleanly(argv: Sequence[str] | None, *, kept: str) -> Iterator[None]:
         raise SystemExit(128 + stopped.number) from None
     finally:
         _replace_handlers(before)
+
+
+def run_command(command: Sequence[str], **options: Any) -> None:
+    """Runs a script that ends cleanly by itself when it is told to stop; to be called inside of `stopped_cleanly`.
+
+    SIGTERM and SIGINT are passed on to it, and its end is waited for, where `subprocess.run` would kill it. From
+    another thread than the main one only the terminal tells it.
+
+    Args:
+        command: Program and arguments.
+        options: As `subprocess.Popen` takes them.
+
+    Raises:
+        SystemExit: With its code if that is not 0. If it was told to stop, `stopped_cleanly` says how to go on.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    process = subprocess.Popen(command, start_new_session=is_main, **options)  # the terminal would tell it twice
+    before = _replace_handlers(dict.fromkeys(SIGNALS, lambda number, frame: process.send_signal(number)))
+    try:
+        code = process.wait()
+    finally:
+        _replace_handlers(before)
+    for number in SIGNALS:
+        if code in (128 + number, -number):
+            raise _Stopped(number)
+    if code:
+        raise SystemExit(code)
 
 
 def resume_command(argv: Sequence[str] | None, *, overrides: Sequence[str] = ()) -> str:

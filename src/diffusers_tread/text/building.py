@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 
-from ..files import forget_local_paths, write_json
+from ..files import find_pipeline, forget_local_paths, write_json
 from ..registry import add_entry
 
 
@@ -76,7 +76,8 @@ def load_pipeline(
     """A text-to-image pipeline of a transformer and parts by name.
 
     Args:
-        pretrained: Folder or repository of a pipeline whose parts are taken, unless they are named otherwise.
+        pretrained: Folder or repository of a pipeline, or a run's folder, whose parts are taken, unless they are named
+            otherwise.
         transformer: A new one, of whose class the pipeline is; None for that of `pretrained`.
         parts: Where other parts lie, such as {"vae": "folder", "text_encoder": ["repository", "subfolder"]}; None for
             one that the pipeline does without.
@@ -85,6 +86,7 @@ def load_pipeline(
     Raises:
         ValueError: A part that the pipeline needs is missing, none of it, or cannot be loaded.
     """
+    pretrained = None if pretrained is None else find_pipeline(pretrained)
     if pretrained is None and transformer is None:
         raise ValueError("Expected a pretrained pipeline, the config of a transformer, or both, got neither.")
     given = {} if transformer is None else {"transformer": transformer, "scheduler": scheduler}
