@@ -11,19 +11,21 @@ The flags are the fields of `EvaluationConfig`; docs/evaluation.md.
 """
 
 import dataclasses
+import json
 import math
 import re
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
 from accelerate import PartialState
 
 from diffusers_tread.claims import claim
-from diffusers_tread.files import write_json
+from diffusers_tread.distributed import on_main_process
 from diffusers_tread.metrics import (
     METRICS,
     DatasetImages,
@@ -37,16 +39,18 @@ from diffusers_tread.metrics import (
     evaluate_images,
     is_higher_better,
     load_feature_extractor,
+    load_results,
     load_scorer_file,
     load_scorers,
     possible_metrics,
     prepare_reference,
     save_statistics,
 )
-from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_curve, save_image
+from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_image
 from diffusers_tread.runs.parsing import check_at_least, parse_config
-from diffusers_tread.runs.sampling import SamplingConfig, open_pipeline_images
+from diffusers_tread.runs.sampling import SamplingConfig, make_guider, open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
+from diffusers_tread.runs.sweep import SweepPoint, read_points, write_sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,9 @@ class EvaluationConfig(SamplingConfig):
     """Images per process and forward."""
     guidance_scales: str | None = None
     """Instead of one scale: several, such as 1,1.25,1.5, each in a folder of its own, and a curve over them."""
+    sweep: str | None = None
+    """Likewise several values of other settings of sampling, as JSON or a file with it: a grid such as
+    {"guidance_scale": [1, 1.5], "weak_ratio": [0.7, 0.9]}, or a list of points such as [{"guidance": "none"}]."""
     num_kept_images: int = 40
     """First samples of a pipeline to keep as PNG files, for the grid and the eye."""
 
@@ -118,7 +125,7 @@ class EvaluationConfig(SamplingConfig):
                 f"Expected either --pretrained_pipeline or --images, or only --save_statistics, got {judged}."
             )
         of_pipelines = {field.name for field in dataclasses.fields(SamplingConfig)}
-        of_pipelines |= {"num_kept_images", "guidance_scales"}
+        of_pipelines |= {"num_kept_images", "guidance_scales", "sweep"}
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         unused = [name for name in given if name in of_pipelines]
         if unused and self.pretrained_pipeline is None:
@@ -146,21 +153,51 @@ class EvaluationConfig(SamplingConfig):
             raise ValueError(
                 f"Expected any of {of_statistics} in --metrics for --save_statistics, got {self.metrics}."
             )
+        if self.is_sweep:
+            self._check_points()
 
-    def _check_scale(self) -> None:
-        if self.guidance_scales is None:
-            return super()._check_scale()
-        if self.guidance not in ("cfg", "sparse") or self.guidance_scale is not None:
-            raise ValueError("Expected --guidance_scales with --guidance cfg or sparse and without --guidance_scale.")
-        if not all(math.isfinite(scale) for scale in self.scales):
-            raise ValueError(f"Expected --guidance_scales such as 1,1.25,1.5, got {self.guidance_scales}.")
+    def _check_guidance(self) -> None:
+        if not self.is_sweep:
+            super()._check_guidance()
+
+    def _check_points(self) -> None:
+        for point in self.points:
+            alone = self.at(point)  # which checks it
+            if alone.guidance in ("sparse", "auto"):
+                make_guider(alone)
+        swept = {name for point in self.points for name in point.values}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if twice := sorted(name for name in swept if getattr(self, name) != defaults[name]):
+            raise ValueError(f"Expected {twice} either as flags or in a sweep, got both.")
         if find_spec("matplotlib") is None:
-            raise ValueError('Expected matplotlib for --guidance_scales, got none. Install "diffusers-tread[fid]".')
+            raise ValueError('Expected matplotlib for a sweep, got none. Install "diffusers-tread[fid]".')
 
     @property
-    def scales(self) -> list[float]:
-        """The guidance scales of a curve, in order. Raises ValueError for what is no number."""
-        return sorted({float(scale) for scale in self.guidance_scales.split(",")})
+    def is_sweep(self) -> bool:
+        """Whether several settings of sampling are compared."""
+        return self.sweep is not None or self.guidance_scales is not None
+
+    @property
+    def points(self) -> list[SweepPoint]:
+        """The settings that are compared. Raises ValueError for scales that are no numbers, and as `read_points`."""
+        scales = []
+        if self.guidance_scales is not None:
+            try:
+                scales = sorted({float(scale) for scale in self.guidance_scales.split(",")})
+            except ValueError as error:
+                raise ValueError(f"Expected --guidance_scales such as 1,1.25,1.5, got {error}.") from error
+            if not all(map(math.isfinite, scales)):
+                raise ValueError(f"Expected finite --guidance_scales, got {self.guidance_scales}.")
+        return read_points(self.sweep or "{}", scales=scales)
+
+    def at(self, point: SweepPoint, **changes: Any) -> "EvaluationConfig":
+        """The config of one of the points alone. Raises ValueError for values that cannot be."""
+        try:
+            return dataclasses.replace(self, sweep=None, guidance_scales=None, **point.values, **changes)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected a point of a sweep that can be sampled, got {point.values}: {error}"
+            ) from error
 
     @property
     def has_reference(self) -> bool:
@@ -207,12 +244,10 @@ def open_reference(config: EvaluationConfig):
     return config.reference
 
 
-def report(config: EvaluationConfig, images, values: dict[str, float], *, extractor, reference, scorers) -> None:
-    """Results file, grid, and a table for the eye."""
-    # What was done.
-    output_dir = Path(config.output_dir)
+def make_results(config: EvaluationConfig, images, values, *, extractor, reference, scorers) -> EvaluationResults:
+    """Values with everything that they depend on."""
     origin = {"name_or_path": config.pretrained_pipeline, "revision": config.revision}
-    results = EvaluationResults(
+    return EvaluationResults(
         metrics=values,
         num_samples=len(images),
         images=(origin if config.pretrained_pipeline is not None else {}) | images.description,
@@ -222,14 +257,22 @@ def report(config: EvaluationConfig, images, values: dict[str, float], *, extrac
         scorers={scorer.name: scorer.description for scorer in scorers},
     )
 
-    # Files.
+
+def results_path(config: EvaluationConfig, *, extractor, reference) -> Path:
     name = "scores"
     if reference is not None:
         names = (reference.description["name"], extractor.name)  # of which folders and organisations are left out
         name = re.sub(r"[^\w.-]+", "-", "-".join(one.rpartition("/")[2] for one in names))
-    path = output_dir / "results" / f"{name}.json"
+    return Path(config.output_dir) / "results" / f"{name}.json"
+
+
+def report(config: EvaluationConfig, images, values: dict[str, float], *, extractor, reference, scorers) -> None:
+    """Results file, grid, and a table for the eye."""
+    common = {"extractor": extractor, "reference": reference}
+    # Files.
+    path = results_path(config, **common)
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.save(path)
+    make_results(config, images, values, scorers=scorers, **common).save(path)
     if isinstance(images, KeptImages) and images.num_kept:
         save_image(draw_grid(images), path.with_suffix(".png"))
 
@@ -255,21 +298,64 @@ def draw_grid(images: KeptImages) -> PIL.Image.Image:
     return add_labels(grid, **texts) if texts else grid
 
 
-def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) -> dict[str, float] | None:
-    """The values in the main process; None in the others, and without images."""
-    # Everything is loaded and tried once before the long work starts; one process fills the caches.
-    extractor = None
-    with state.main_process_first():
-        if config.has_reference:
-            extractor = load_feature_extractor(
-                config.feature_extractor, weights=config.feature_extractor_weights, device=state.device
+class Judges:
+    """The network, the scorers and the reference, which the points of a sweep have in common."""
+
+    def __init__(self, config: EvaluationConfig, state: PartialState):
+        self.config, self.extractor, self.prepared = config, None, None
+        with state.main_process_first():  # one process fills the caches
+            if config.has_reference:
+                self.extractor = load_feature_extractor(
+                    config.feature_extractor, weights=config.feature_extractor_weights, device=state.device
+                )
+            if config.scorer_file is not None:
+                load_scorer_file(config.scorer_file)
+            self.scorers = load_scorers(config.scorer_names, clip_model=config.clip_model, device=state.device)
+            self.source = open_reference(config)
+
+    def prepare_reference(self, image_size: tuple[int, int] | None) -> PreparedReference | None:
+        """The reference with its features, made for images of a size by the first call; None without."""
+        if self.prepared is None and self.extractor is not None:
+            config = self.config
+            self.prepared = prepare_reference(
+                self.source,
+                extractor=self.extractor,
+                metrics=config.metric_names,
+                batch_size=config.batch_size,
+                store_dir=config.reference_features_dir or Path(config.output_dir) / "features",
+                image_size=image_size,
             )
-        if config.scorer_file is not None:
-            load_scorer_file(config.scorer_file)
-        scorers = load_scorers(config.scorer_names, clip_model=config.clip_model, device=state.device)
-        images, source = open_images(config, state.device), open_reference(config)
+        return self.prepared
+
+    def find_values(self, config: EvaluationConfig, images) -> dict[str, float] | None:
+        """The values that an earlier run measured of images with all the same settings; None without."""
+        if not self.config.is_sweep or (self.prepared is None and self.extractor is not None):
+            return None
+        known = {"extractor": self.extractor, "reference": self.prepared}
+        path = results_path(config, **known)
+        if not path.exists():
+            return None
+        there = load_results(path)
+        now = make_results(config, images, there.metrics, scorers=self.scorers, **known)
+        wanted = {*(self.prepared.metrics if self.prepared else ()), *(scorer.output for scorer in self.scorers)}
+        names = ("num_samples", "images", "feature_extractor", "reference", "batch_size", "scorers")
+        # As the file has them, where tuples are lists.
+        sides = [json.dumps({name: getattr(one, name) for name in names}, sort_keys=True) for one in (there, now)]
+        return there.metrics if sides[0] == sides[1] and wanted <= set(there.metrics) else None
+
+
+def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path, judges: Judges) -> dict | None:
+    """The values in the main process; None in the others, and without images."""
+    # Everything is loaded and tried once before the long work starts.
+    extractor, scorers = judges.extractor, judges.scorers
+    with state.main_process_first():
+        images = open_images(config, state.device)
+    judged = images
+    if config.pretrained_pipeline is not None:
+        judged = KeptImages(images, folder=output_dir / "images", num_kept=config.num_kept_images)
+    values = on_main_process(lambda: judges.find_values(config, judged))
     image_size = None
-    if images is not None:
+    if images is not None and values is None:
         if extractor is not None:
             check_metrics(config.metric_names or possible_metrics(extractor), extractor, num_samples=len(images))
         first = images.read(0, 1)
@@ -277,61 +363,41 @@ def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) ->
         for scorer in scorers:
             scorer(first, [images.prompt(0)])
 
-    reference = None
-    if extractor is not None:
-        reference = open_prepared(config, source, extractor=extractor, image_size=image_size)
-        if config.save_statistics is not None and state.is_main_process:
-            Path(config.save_statistics).parent.mkdir(parents=True, exist_ok=True)
-            save_statistics(config.save_statistics, reference.statistics)
-            print(f"Saved {config.save_statistics}.")
+    reference = judges.prepare_reference(image_size)
+    if reference is not None and config.save_statistics is not None and state.is_main_process:
+        Path(config.save_statistics).parent.mkdir(parents=True, exist_ok=True)
+        save_statistics(config.save_statistics, reference.statistics)
+        print(f"Saved {config.save_statistics}.")
 
-    # The images.
-    values = None
-    if images is not None:
-        if config.pretrained_pipeline is not None:
-            images = KeptImages(images, folder=output_dir / "images", num_kept=config.num_kept_images)
+    # The images, unless they were measured: now the reference is known.
+    values = values or on_main_process(lambda: judges.find_values(config, judged))
+    if images is not None and values is None:
         common = {"extractor": extractor, "reference": reference, "scorers": scorers}
         values = evaluate_images(
-            images,
+            judged,
             **common,
             batch_size=config.batch_size,
             store_dir=output_dir / "features" / "images",
             scores_file=output_dir / "results" / "scores.csv" if scorers else None,
         )
         if state.is_main_process:
-            report(config, images, values, **common)
+            report(config, judged, values, **common)
     state.wait_for_everyone()
-    return values
+    return values if state.is_main_process else None
 
 
-def evaluate_scales(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
-    """One evaluation per guidance scale, and after each a table and a curve of those there are."""
-    features, rows = (
-        config.reference_features_dir or str(output_dir / "features"),
-        [],
-    )  # of the reference, once for all
-    for scale in config.scales:
-        folder = output_dir / f"scale-{scale:g}"
-        changes = {"guidance_scale": scale, "output_dir": str(folder), "reference_features_dir": features}
-        values = evaluate(dataclasses.replace(config, guidance_scales=None, **changes), state, folder)
+def evaluate_sweep(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
+    """One evaluation per point, each in a folder of its own, and after each the table and the picture."""
+    judges, rows, points = Judges(config, state), [], config.points
+    for point in points:
+        folder = output_dir / point.name
+        values = evaluate(config.at(point, output_dir=str(folder)), state, folder, judges)
         if values is not None:
-            rows.append({"guidance_scale": scale, **values})
-            write_json(output_dir / "guidance_scales.json", rows)
-            name = next(iter(values))  # the first of the metrics
-            points = [(row["guidance_scale"], row[name]) for row in rows]
-            save_curve(points, output_dir / "guidance_scales.png", x_label="guidance scale", y_label=name)
-
-
-def open_prepared(config: EvaluationConfig, source, *, extractor, image_size) -> PreparedReference:
-    """The reference with its features."""
-    return prepare_reference(
-        source,
-        extractor=extractor,
-        metrics=config.metric_names,
-        batch_size=config.batch_size,
-        store_dir=config.reference_features_dir or Path(config.output_dir) / "features",
-        image_size=image_size,
-    )
+            rows.append({"name": point.name, "values": point.values, "metrics": values})
+            sample = f"{config.num_samples or 'all'} samples, seed {config.seed}"
+            text = write_sweep(output_dir, rows, num_points=len(points), sample=sample)
+    if rows:
+        print(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -340,7 +406,10 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which moves the features
     with claim(config.output_dir) as output_dir, stopped_cleanly(argv, kept="finished batches"):
-        (evaluate if config.guidance_scales is None else evaluate_scales)(config, state, output_dir)
+        if config.is_sweep:
+            evaluate_sweep(config, state, output_dir)
+        else:
+            evaluate(config, state, output_dir, Judges(config, state))
     state.destroy_process_group()
 
 

@@ -323,8 +323,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             check_interval(guidance_interval)
         if not 0.0 <= guidance_rescale <= 1.0 or (guidance_rescale and guidance_scale is None):
             raise ValueError(
-                f"Expected guidance_rescale in [0, 1], and above 0 only with a guidance_scale, got {guidance_rescale}. "
-                "A guider has its own."
+                f"Expected guidance_rescale in [0, 1], above 0 only with a guidance_scale, got {guidance_rescale}. A "
+                "guider has its own."
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected one generator per image ({batch_size}), got {len(generator)}.")
