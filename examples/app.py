@@ -21,6 +21,7 @@ from diffusers import BaseGuidance, ClassifierFreeGuidance
 import diffusers_tread
 from diffusers_tread import SparseGuidance, TREADPipeline, get_token_router
 from diffusers_tread.flops import guidance_flops
+from diffusers_tread.hub_errors import ADVICE, LOST
 from diffusers_tread.objectives import find_objective
 from diffusers_tread.pictures import make_grid
 
@@ -63,8 +64,8 @@ def load_pipeline(name: str) -> TREADPipeline:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         pipeline = TREADPipeline.from_pretrained(name).to(device)
-    except OSError as error:
-        raise ValueError(f"Expected a TREADPipeline, got {name} ({error}).") from error
+    except LOST as error:
+        raise ValueError(f"Expected a TREADPipeline, got {name} ({error}). {ADVICE}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline(0, num_inference_steps=1)  # the first call takes longer than those that the page times
     return pipeline

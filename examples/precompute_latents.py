@@ -21,8 +21,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.state import PartialState
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_tread.claims import claim
 from diffusers_tread.data import (
@@ -147,26 +145,18 @@ def recipe_settings(name: str) -> dict[str, Any]:
 def open_source(config: PrecomputeConfig, state: PartialState):
     """The images, undecoded, with labels or captions, and the names of their classes."""
     kind, _, name = config.data.partition(":")
-    try:
-        with state.main_process_first():  # one process fills the cache of `datasets`
-            return open_images(
-                name if kind == "hub" else None,
-                train_data_dir=name if kind == "folder" else None,
-                dataset_config_name=config.dataset_config_name,
-                split=config.dataset_split,
-                image_column=config.image_column,
-                label_column=config.label_column,
-                captions=config.captions,
-                num_classes=config.num_classes,
-                cache_dir=config.cache_dir,
-            )
-    except (DatasetNotFoundError, ConnectionError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"Expected access to the data set {name}, got: {str(error).rstrip('.')}. If it is gated, as "
-            "ILSVRC/imagenet-1k is, accept its terms at https://huggingface.co/datasets/"
-            f"{name} and log in with `hf auth login` or HF_TOKEN. Without a connection only data "
-            "downloaded before can be read. The same command goes on."
-        ) from error
+    with state.main_process_first():  # one process fills the cache of `datasets`
+        return open_images(
+            name if kind == "hub" else None,
+            train_data_dir=name if kind == "folder" else None,
+            dataset_config_name=config.dataset_config_name,
+            split=config.dataset_split,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            captions=config.captions,
+            num_classes=config.num_classes,
+            cache_dir=config.cache_dir,
+        )
 
 
 def describe_source(config: PrecomputeConfig, source) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..data.latents.text import describe_empty
 from ..data.latents.vae import LoadedVAE
 from ..files import whole
 from ..hub import upload_folder
+from ..hub_errors import ADVICE, LOST
 from ..text import PromptEncoder
 from .parsing import check_at_least
 
@@ -108,8 +109,8 @@ def load_prompt_encoder(
     parts = {"transformer": None, "vae": None, "torch_dtype": getattr(torch, dtype), "use_safetensors": True}
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, **parts)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected a diffusers text-to-image pipeline at {name!r}, got: {error}") from error
+    except (ValueError, *LOST) as error:
+        raise ValueError(f"Expected a diffusers text-to-image pipeline at {name!r}, got: {error} {ADVICE}") from error
     return PromptEncoder(pipeline.to(device), max_sequence_length=max_sequence_length)
 
 

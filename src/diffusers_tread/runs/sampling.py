@@ -14,6 +14,7 @@ import torch
 
 from ..guiders import SparseGuidance
 from ..hooks import apply_token_routing
+from ..hub_errors import ADVICE, LOST
 from ..metrics import PipelineImages, PromptImages, load_dataset_prompts, read_prompts
 from ..objectives import OBJECTIVES
 from ..pipelines import GuidedPipeline, TREADPipeline
@@ -230,10 +231,10 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
             folder = diffusers.DiffusionPipeline.download(folder, revision=config.revision, use_safetensors=True)
         _check_no_code(folder)
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, AttributeError) as error:  # AttributeError: a class that diffusers does not have
+    except (ValueError, AttributeError, *LOST) as error:  # AttributeError: a class that diffusers does not have
         raise ValueError(
             "Expected a text-to-image pipeline of diffusers with safetensors in --pretrained_pipeline, got "
-            f"{config.pretrained_pipeline} ({error}). A TREADPipeline is evaluated without prompts."
+            f"{config.pretrained_pipeline} ({error}). A TREADPipeline is evaluated without prompts. {ADVICE}"
         ) from error
 
     # Schedulers that sample from models of the same objective.
@@ -286,9 +287,9 @@ def load_pipeline(
     """
     try:
         pipeline = TREADPipeline.from_pretrained(config.pretrained_pipeline, revision=config.revision)
-    except OSError as error:
+    except LOST as error:
         raise ValueError(
-            f"Expected a TREADPipeline in --pretrained_pipeline, got {config.pretrained_pipeline} ({error})."
+            f"Expected a TREADPipeline in --pretrained_pipeline, got {config.pretrained_pipeline} ({error}). {ADVICE}"
         ) from error
     pipeline.scheduler = make_scheduler(pipeline.scheduler, config.scheduler, read_json(config.scheduler_config))
     if config.guidance in ("sparse", "auto"):

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 
 from ..files import forget_local_paths, write_json
+from ..hub_errors import ADVICE, LOST
 from ..registry import add_entry
 
 
@@ -105,8 +106,10 @@ def load_pipeline(
             missing = [name for name in parameters if name not in base and name not in given]
             optional = {name: None for name in missing if name in kind._optional_components}
             return kind.from_pretrained(pretrained, use_safetensors=True, **optional, **given)
-    except OSError as error:
-        raise ValueError(f"Expected the parts of {kind.__name__} where they were said to lie, got: {error}") from error
+    except LOST as error:
+        raise ValueError(
+            f"Expected the parts of {kind.__name__} where they were said to lie, got: {error} {ADVICE}"
+        ) from error
 
     # Without a pipeline to start from.
     missing = [name for name, one in parameters.items() if one.default is one.empty and name not in given]

@@ -9,6 +9,8 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from ...hub_errors import ADVICE, LOST
+
 
 class VisionEncoder:
     """A vision transformer of the transformers library, such as DINOv2, DINOv3, SigLIP or the image tower of CLIP.
@@ -60,10 +62,10 @@ class VisionEncoder:
             dtype = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
             model = AutoModel.from_pretrained(repository, dtype=dtype, use_safetensors=True)
             mean, std = settings["image_mean"], settings["image_std"]
-        except (OSError, ValueError, KeyError) as error:
+        except (ValueError, KeyError, *LOST) as error:
             raise ValueError(
                 f"Expected a vision encoder with safetensors and a preprocessor_config.json at {repository!r}, got "
-                f"{error}"
+                f"{error}. {ADVICE}"
             ) from error
         return cls(getattr(model, "vision_model", model), mean=mean, std=std)  # CLIP's and SigLIP's other tower goes
 
