@@ -44,7 +44,7 @@ from diffusers_tread.runs.latents import (
     share_latents,
     told_sizes,
 )
-from diffusers_tread.runs.parsing import check_at_least, parse_config
+from diffusers_tread.runs.parsing import check_at_least, parse_config, read_json
 from diffusers_tread.runs.signals import stopped_cleanly
 
 
@@ -78,6 +78,8 @@ class PrecomputeConfig(LatentsConfig):
     """What the text encoders compute in and is stored of them."""
     max_sequence_length: int | None = None
     """Tokens of a caption; None for the pipeline's own limit."""
+    call_options: str = "{}"
+    """Arguments of the pipeline's call as JSON, as for training; those that change how captions are encoded count."""
     aspect_ratio_buckets: str | None = None
     """Sizes of images such as "256,256;224,288;288,224", heights first, instead of --resolution."""
     cache_dir: str | None = None
@@ -116,10 +118,8 @@ class PrecomputeConfig(LatentsConfig):
             raise ValueError(f"Expected --resolution or --aspect_ratio_buckets, got both. Drop {self.resolution}.")
         if self.cache_text_embeddings and None in (self.caption_column, self.pretrained_text_pipeline):
             raise ValueError("Expected --caption_column and --pretrained_text_pipeline with --cache_text_embeddings.")
-        if not self.cache_text_embeddings and (self.pretrained_text_pipeline, self.max_sequence_length) != (
-            None,
-            None,
-        ):
+        of_text = self.pretrained_text_pipeline, self.max_sequence_length, self.call_options
+        if not self.cache_text_embeddings and of_text != (None, None, "{}"):
             raise ValueError("Expected --cache_text_embeddings with the flags of the text encoder, got none.")
         if self.data.partition(":")[0] not in ("folder", "hub") or not self.data.partition(":")[2]:
             raise ValueError(f"Expected --data folder:PATH or hub:NAME, got {self.data!r}.")
@@ -183,6 +183,7 @@ def open_captions(config: PrecomputeConfig, source, state: PartialState) -> Capt
     encoder = None
     if config.cache_text_embeddings:
         options = {"dtype": config.text_dtype, "max_sequence_length": config.max_sequence_length}
+        options["call_options"] = read_json(config.call_options)
         with state.main_process_first():
             encoder = load_prompt_encoder(config.pretrained_text_pipeline, device=state.device, **options)
     return CaptionStore(source, config.captions, encoder)

@@ -19,7 +19,6 @@ from diffusers_tread.runs import lora, setup, text
 from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.runs.parsing import parse_config
 from diffusers_tread.runs.trainer import TrainingLoop, open_run
-from diffusers_tread.text import PromptEncoder
 
 
 class Trainer(TrainingLoop):
@@ -83,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline, encoded_by = text.open_pipeline(config, accelerator, transformer_dtype=frozen_dtype)
     lora_config = lora.add_lora(config, accelerator, pipeline.transformer)
     routes = text.route_transformer(config, pipeline.transformer)
-    encoder = PromptEncoder(pipeline, max_sequence_length=config.max_sequence_length)
+    encoder = text.make_encoder(config, pipeline)
     source, extractor = (
         text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),

@@ -93,7 +93,12 @@ def describe_latents(
 
 
 def load_prompt_encoder(
-    name: str, *, dtype: str = "float32", max_sequence_length: int | None = None, device: torch.device | str = "cpu"
+    name: str,
+    *,
+    dtype: str = "float32",
+    max_sequence_length: int | None = None,
+    call_options: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
 ) -> PromptEncoder:
     """The tokenizers and text encoders of a text-to-image pipeline.
 
@@ -101,6 +106,7 @@ def load_prompt_encoder(
         name: A folder or a repository of the Hub with a diffusers pipeline; its other parts are not loaded.
         dtype: What the text encoders compute in.
         max_sequence_length: See `PromptEncoder`.
+        call_options: Likewise.
         device: Where.
 
     Raises:
@@ -111,7 +117,7 @@ def load_prompt_encoder(
         pipeline = DiffusionPipeline.from_pretrained(name, **parts)
     except (ValueError, *LOST) as error:
         raise ValueError(f"Expected a diffusers text-to-image pipeline at {name!r}, got: {error} {ADVICE}") from error
-    return PromptEncoder(pipeline.to(device), max_sequence_length=max_sequence_length)
+    return PromptEncoder(pipeline.to(device), max_sequence_length=max_sequence_length, call_options=call_options)
 
 
 class CaptionStore:

@@ -20,6 +20,7 @@ from ..objectives import OBJECTIVES
 from ..pipelines import GuidedPipeline, TREADPipeline
 from ..pipelines.noise_levels import check_interval
 from ..schedulers import SCHEDULERS
+from ..text import LENGTHS
 from .folder import SETTINGS as RUN_SETTINGS
 from .parsing import check_at_least, read_json
 from .text_config import DEFAULT_ROUTES
@@ -183,8 +184,8 @@ def open_pipeline_images(
     common = {"num_inference_steps": config.num_inference_steps, "guidance_scale": scale, "seed": config.seed}
     if config.has_prompts:
         prompts = load_prompts(config, cache_dir=cache_dir)
-        common |= {"height": config.height, "width": config.width, "call_options": read_json(config.call_options)}
         pipeline = load_text_pipeline(config, device)
+        common |= {"height": config.height, "width": config.width, "call_options": find_call_options(config, pipeline)}
         if config.guidance == "sparse":
             pipeline = guide_text_pipeline(pipeline, config)
         return PromptImages(pipeline, prompts, num_images=config.num_samples, **common)
@@ -264,6 +265,23 @@ def guide_text_pipeline(pipeline: diffusers.DiffusionPipeline, config: SamplingC
         )
     apply_token_routing(pipeline.transformer, json.loads(DEFAULT_ROUTES if routes in (None, "default") else routes))
     return GuidedPipeline(pipeline, make_guider(config), guidance_interval=config.interval)
+
+
+def find_call_options(config: SamplingConfig, pipeline: diffusers.DiffusionPipeline) -> dict[str, Any]:
+    """More arguments of a text-to-image pipeline's call: those of its training, unless the config says otherwise.
+
+    Captions are then encoded as in the run in whose folder the pipeline lies.
+    """
+    run, parameters = read_run_settings(config.pretrained_pipeline), inspect.signature(pipeline.__call__).parameters
+    trained = read_json(run.get("call_options") or "{}")
+    if run.get("max_sequence_length") is not None:
+        trained |= {name: run["max_sequence_length"] for name in LENGTHS if name in parameters}
+    given = read_json(config.call_options)
+    # Those that have flags of their own stay with these.
+    trained = {name: value for name, value in trained.items() if name not in given and name != "guidance_scale"}
+    if trained:
+        logger.warning(f"Called with {trained}, as in training. Other values are said by --call_options.")
+    return trained | given
 
 
 def read_run_settings(pretrained_pipeline: str) -> dict[str, Any]:
