@@ -19,6 +19,7 @@ from diffusers_tread.runs import lora, setup, text
 from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.runs.parsing import parse_config
 from diffusers_tread.runs.trainer import TrainingLoop, open_run
+from diffusers_tread.text import PromptEncoder
 
 
 class Trainer(TrainingLoop):
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline, encoded_by = text.open_pipeline(config, accelerator, transformer_dtype=frozen_dtype)
     lora_config = lora.add_lora(config, accelerator, pipeline.transformer)
     routes = text.route_transformer(config, pipeline.transformer)
-    encoder = text.make_encoder(config, pipeline)
+    encoder = PromptEncoder(pipeline, **text.encoding_options(config))
     source, extractor = (
         text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),

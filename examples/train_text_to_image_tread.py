@@ -22,6 +22,7 @@ from diffusers_tread.runs.ema import update_ema
 from diffusers_tread.runs.parsing import parse_config
 from diffusers_tread.runs.text_config import TextTrainConfig, text_recipe_settings
 from diffusers_tread.runs.trainer import TrainingLoop, open_run
+from diffusers_tread.text import PromptEncoder
 
 
 class Trainer(TrainingLoop):
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     # Everything is checked before anything is written.
     pipeline, encoded_by = text.open_pipeline(config, accelerator)
     routes = text.route_transformer(config, pipeline.transformer)
-    encoder = text.make_encoder(config, pipeline)
+    encoder = PromptEncoder(pipeline, **text.encoding_options(config))
     source, extractor = (
         text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),

@@ -79,14 +79,12 @@ def open_pipeline(
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(part is pipeline.transformer).eval()
             torch.nn.Module.to(part, accelerator.device)  # not by diffusers' `to`, which may warn of an empty list
-    options = {"max_sequence_length": config.max_sequence_length, "call_options": read_json(config.call_options)}
-    return pipeline, text_identity(pipeline, **options)
+    return pipeline, text_identity(pipeline, **encoding_options(config))
 
 
-def make_encoder(config: TextTrainConfig, pipeline: DiffusionPipeline) -> PromptEncoder:
-    """What encodes the captions of a run, with the options that its samples are called with, too."""
-    options = {"max_sequence_length": config.max_sequence_length, "call_options": read_json(config.call_options)}
-    return PromptEncoder(pipeline, **options)
+def encoding_options(config: TextTrainConfig) -> dict[str, Any]:
+    """How the captions of a run are encoded, which is how those of its samples are."""
+    return {"max_sequence_length": config.max_sequence_length, "call_options": read_json(config.call_options)}
 
 
 def route_transformer(config: TextTrainConfig, transformer: torch.nn.Module) -> list[TokenRoute]:
