@@ -155,7 +155,7 @@ class SamplingConfig:
         if given and not self.has_prompts:
             raise ValueError(f"Expected {given} only with --prompts or --prompt_dataset_name. Leave them out.")
         if self.has_prompts and self.random_labels:
-            raise ValueError("Expected prompts or --random_labels, got both.")
+            raise ValueError("Expected prompts without --random_labels, got both.")
         if self.has_prompts and (self.guidance == "auto" or self.guidance_transformer is not None):
             raise ValueError("Expected prompts without --guidance auto and --guidance_transformer, got one of these.")
         if self.has_prompts and self.guidance == "cfg" and self.guidance_rescale is not None:
