@@ -27,6 +27,7 @@ import diffusers_tread
 from diffusers_tread import SparseGuidance, TREADPipeline, get_token_router
 from diffusers_tread.files import find_pipeline
 from diffusers_tread.flops import guidance_flops
+from diffusers_tread.hub_errors import ADVICE, LOST
 from diffusers_tread.objectives import find_objective
 from diffusers_tread.pictures import make_grid
 
@@ -44,6 +45,8 @@ SPARSE_KINDS = {
 }
 INTEGERS = {"Seed": (0, 2**53), "Images": (1, 16), "Steps": (1, 250)}
 NUMBERS = {"Scale on the left": (0, 100), "Scale": (0, 100), "Strong ratio": (0, 1), "Weak ratio": (0, 1)}
+NUMBERS |= {"Rescaling": (0, 1), "Guided above noise level": (0, 1000), "Guided up to noise level": (0, 1000)}
+EVERYWHERE = (0.0, 1000.0)  # more than any sampler's noise levels
 LOCK = threading.Lock()  # of the model: one request at a time, however it comes
 # Fonts of the visitor's system: nothing is fetched from elsewhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -67,24 +70,24 @@ def load_pipeline(name: str) -> TREADPipeline:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         pipeline = TREADPipeline.from_pretrained(find_pipeline(name)).to(device)
-    except OSError as error:
-        raise ValueError(f"Expected a TREADPipeline, got {name} ({error}).") from error
+    except LOST as error:
+        raise ValueError(f"Expected a TREADPipeline, got {name} ({error}). {ADVICE}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline(0, num_inference_steps=1)  # the first call takes longer than those that the page times
     return pipeline
 
 
-def make_guider(kind: str, scale: float, strong_ratio: float, weak_ratio: float) -> BaseGuidance:
+def make_guider(kind: str, scale: float, strong_ratio: float, weak_ratio: float, rescale: float = 0.0) -> BaseGuidance:
     """Raises ValueError for settings that are none."""
     if kind not in SPARSE_KINDS:
         scale = 1.0 if kind == "none" else scale
         if not scale >= 1.0:
             raise ValueError(f"Expected a scale >= 1 for classifier-free guidance, got {scale:g}.")
-        return ClassifierFreeGuidance(guidance_scale=scale)
+        return ClassifierFreeGuidance(guidance_scale=scale, guidance_rescale=rescale)
     if kind == AUTO:
         strong_ratio = weak_ratio = 0.0
     ratios = {"strong_ratio": strong_ratio, "weak_ratio": weak_ratio}
-    return SparseGuidance(guidance_scale=scale, **ratios, **SPARSE_KINDS[kind])
+    return SparseGuidance(guidance_scale=scale, guidance_rescale=rescale, **ratios, **SPARSE_KINDS[kind])
 
 
 def scheduler_class(name: str) -> type:
@@ -108,7 +111,15 @@ def offered_kinds(pipeline: TREADPipeline) -> list[str]:
 
 
 def sample(
-    pipeline: TREADPipeline, guider: BaseGuidance, *, sampler: str, label: int, steps: int, seed: int, num_images: int
+    pipeline: TREADPipeline,
+    guider: BaseGuidance,
+    interval: tuple[float, float],
+    *,
+    sampler: str,
+    label: int,
+    steps: int,
+    seed: int,
+    num_images: int,
 ) -> tuple[PIL.Image.Image, str]:
     """The images side by side, and what they cost."""
     # The page's pipeline stays as it is.
@@ -119,11 +130,13 @@ def sample(
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
 
     started = time.perf_counter()
-    images = pipeline([label] * num_images, num_inference_steps=steps, generator=generators).images
+    options = {"num_inference_steps": steps, "generator": generators, "guidance_interval": interval}
+    images = pipeline([label] * num_images, **options).images
     seconds = time.perf_counter() - started
 
     calls, weak_model = pipeline.num_timesteps, parts["guidance_transformer"]
-    cost = guidance_flops(parts["transformer"], guider, num_steps=calls, guidance_model=weak_model)
+    guided = {"guidance_model": weak_model, "guided_steps": pipeline.guided_steps}
+    cost = guidance_flops(parts["transformer"], guider, num_steps=calls, **guided)
     text = f"**{cost.total / 1e9:.3g} GFLOPs** and **{seconds / num_images * 1e3:.3g} ms** per image"
     text += f" · {cost.share_of_cfg:.0%} of the FLOPs of dense classifier-free guidance"
     return make_grid(images, columns=4), text
@@ -137,11 +150,25 @@ def check_number(name: str, value, lowest: int, highest: int, *, is_integer: boo
 
 
 def compare(
-    pipeline: TREADPipeline, label, seed, num_images, sampler, steps, cfg_scale, kind, scale, strong_ratio, weak_ratio
+    pipeline: TREADPipeline,
+    label,
+    seed,
+    num_images,
+    sampler,
+    steps,
+    cfg_scale,
+    kind,
+    scale,
+    strong_ratio,
+    weak_ratio,
+    rescale=0.0,
+    low=EVERYWHERE[0],
+    high=EVERYWHERE[1],
 ) -> tuple[PIL.Image.Image, str, PIL.Image.Image, str]:
     """What the button does: pictures and costs of both sides; gr.Error, which the page shows, for bad input."""
     numbers = {"Seed": seed, "Images": num_images, "Steps": steps, "Class": label}
     numbers |= {"Scale on the left": cfg_scale, "Scale": scale, "Strong ratio": strong_ratio, "Weak ratio": weak_ratio}
+    numbers |= {"Rescaling": rescale, "Guided above noise level": low, "Guided up to noise level": high}
     try:
         if empty := [name for name, value in numbers.items() if value is None]:
             raise ValueError(f"Expected a value in every field, got none in {', '.join(empty)}.")
@@ -152,11 +179,14 @@ def compare(
             raise ValueError(f"Expected Sampler: one of {samplers}, got {sampler!r:.40}.")
         if kind not in (kinds := offered_kinds(pipeline)):
             raise ValueError(f"Expected Kind: one of {kinds}, got {kind!r:.40}.")
-        guiders = make_guider(CFG, cfg_scale, 0.0, 0.0), make_guider(kind, scale, strong_ratio, weak_ratio)
+        if not low < high:
+            raise ValueError(f"Expected a noise level to guide up to above {low:g}, got {high:g}.")
+        sides = [(make_guider(CFG, cfg_scale, 0.0, 0.0), EVERYWHERE)]
+        sides += [(make_guider(kind, scale, strong_ratio, weak_ratio, rescale), (low, high))]
         settings = {"sampler": sampler, "label": int(label), "num_images": int(num_images)}
         settings |= {"steps": int(steps), "seed": int(seed)}
         with LOCK:
-            return sum((sample(pipeline, guider, **settings) for guider in guiders), ())
+            return sum((sample(pipeline, *side, **settings) for side in sides), ())
     except ValueError as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
 
@@ -188,6 +218,10 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
                     scale = gr.Number(1.4, label="Scale", step=0.1)
                     strong_ratio = gr.Number(0.2, label="Strong ratio", step=0.05, visible=SPARSE in kinds)
                     weak_ratio = gr.Number(0.8, label="Weak ratio", step=0.05, visible=SPARSE in kinds)
+                with gr.Row():
+                    rescale = gr.Number(0, label="Rescaling", step=0.1)
+                    low = gr.Number(EVERYWHERE[0], label="Guided above noise level", step=0.1)
+                    high = gr.Number(EVERYWHERE[1], label="Guided up to noise level", step=0.1)
         button = gr.Button("Generate", variant="primary")
         outputs = []
         with gr.Row():
@@ -198,20 +232,22 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
                         gr.Markdown(),
                     ]
         gr.Markdown(
-            "A ratio is the share of tokens that skip the middle blocks. FLOPs are counted, multiply-adds as two; "
-            "times are measured."
+            "A ratio is the share of tokens that skip the middle blocks. Noise levels are the sampler's sigmas, t in "
+            "[0, 1] of flow matching. FLOPs are counted, multiply-adds as two; times are measured."
         )
 
         def run(*values):
             return compare(pipeline, *values)
 
         inputs = [label, seed, num_images, sampler, steps, cfg_scale, kind, scale, strong_ratio, weak_ratio]
+        more = [rescale, low, high]
+        inputs += more
         button.click(run, inputs, outputs, concurrency_limit=1, api_visibility="private")
         # Only what the kind has a use for.
         kind.change(
-            lambda kind: [gr.update(visible=kind != "none")] + 2 * [gr.update(visible=SPARSE in kind)],
+            lambda kind: 4 * [gr.update(visible=kind != "none")] + 2 * [gr.update(visible=SPARSE in kind)],
             kind,
-            [scale, strong_ratio, weak_ratio],
+            [scale, *more, strong_ratio, weak_ratio],
             api_visibility="private",
         )
     # The buttons alone start work, and few may wait.

@@ -10,10 +10,8 @@ Runs on any number of processes with the same result. A killed evaluation goes o
 The flags are the fields of `EvaluationConfig`; docs/evaluation.md.
 """
 
-import dataclasses
-import math
+import json
 import re
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,9 +25,8 @@ import torch
 from accelerate import PartialState
 
 from diffusers_tread.claims import claim
-from diffusers_tread.files import write_json
+from diffusers_tread.distributed import on_main_process
 from diffusers_tread.metrics import (
-    METRICS,
     DatasetImages,
     EvaluationResults,
     FolderImages,
@@ -41,142 +38,19 @@ from diffusers_tread.metrics import (
     evaluate_images,
     is_higher_better,
     load_feature_extractor,
+    load_results,
     load_scorer_file,
     load_scorers,
     possible_metrics,
     prepare_reference,
     save_statistics,
 )
-from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_curve, save_image
-from diffusers_tread.runs.parsing import check_at_least, parse_config
-from diffusers_tread.runs.sampling import SamplingConfig, open_pipeline_images
+from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_image
+from diffusers_tread.runs.evaluation import EvaluationConfig
+from diffusers_tread.runs.parsing import parse_config
+from diffusers_tread.runs.sampling import open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(SamplingConfig):
-    """What is judged, what it is compared with, and how.
-
-    Raises:
-        ValueError: Values out of their ranges; fields of which one needs or excludes another.
-    """
-
-    output_dir: str = "evaluation"
-    """Results, features and images; all processes must see it."""
-    batch_size: int = 64
-    """Images per process and forward."""
-    guidance_scales: str | None = None
-    """Instead of one scale: several, such as 1,1.25,1.5, each in a folder of its own, and a curve over them."""
-    num_kept_images: int = 40
-    """First samples of a pipeline to keep as PNG files, for the grid and the eye."""
-
-    # What is judged.
-    images: str | None = None
-    """Instead of a pipeline: a folder of images, or an .npz file with arr_0."""
-    resolution: int | None = None
-    """Side in pixels to which images of folders and data sets are cropped and resized; None for as they are."""
-    background: str = "white"
-    """Colour behind transparent images, such as white or #808080."""
-
-    # What it is compared with.
-    reference: str | None = None
-    """An .npz file (ADM's, or of save_statistics) or a folder of images."""
-    reference_dataset_name: str | None = None
-    """Instead: a `datasets` repository; needs a resolution."""
-    reference_dataset_config_name: str | None = None
-    """Its configuration; None for its only one."""
-    reference_dataset_split: str = "train"
-    """Its split."""
-    reference_image_column: str = "image"
-    """Its column with images."""
-    cache_dir: str | None = None
-    """Where downloaded data are kept; None for the cache of `datasets`."""
-    reference_features_dir: str | None = None
-    """Where a reference's features are kept; None for the output folder."""
-    save_statistics: str | None = None
-    """Write the reference's statistics to this .npz file, to be a reference later."""
-
-    # How.
-    metrics: str | None = None
-    """Of `diffusers_tread.metrics.METRICS`, such as fid,recall; None for all that are possible."""
-    feature_extractor: str = "inception"
-    """inception, clean-fid:clean, transformers:NAME, timm:NAME ..."""
-    feature_extractor_weights: str | None = None
-    """A local file with its weights; None to download them."""
-    scorers: str | None = None
-    """With prompts: of `diffusers_tread.metrics.SCORERS`, such as clip; needs no reference."""
-    clip_model: str = "openai/clip-vit-large-patch14"
-    """Of the scorer clip: a CLIP or a SigLIP of transformers, a folder or a repository on the Hub."""
-    scorer_file: str | None = None
-    """A Python file of your own that calls `register_scorer`. It is executed."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_at_least(self, 1, "batch_size", "resolution")
-        check_at_least(self, 0, "num_kept_images")
-
-        # What is judged.
-        judged = [name for name in (self.pretrained_pipeline, self.images) if name is not None]
-        if len(judged) > 1 or not (judged or self.save_statistics):
-            raise ValueError(
-                f"Expected either --pretrained_pipeline or --images, or only --save_statistics, got {judged}."
-            )
-        of_pipelines = {field.name for field in dataclasses.fields(SamplingConfig)}
-        of_pipelines |= {"num_kept_images", "guidance_scales"}
-        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
-        unused = [name for name in given if name in of_pipelines]
-        if unused and self.pretrained_pipeline is None:
-            raise ValueError(f"Expected {unused} only with --pretrained_pipeline. Leave them out.")
-
-        # What it is compared with, or scored by.
-        if (self.scorers or self.scorer_file) and not (self.has_prompts and self.scorers):
-            raise ValueError("Expected --scorers and --scorer_file with --prompts, and no --scorer_file alone.")
-        num_references = (self.reference is not None) + (self.reference_dataset_name is not None)
-        if num_references == 2 or not (num_references or self.scorers):
-            raise ValueError(
-                "Expected either --reference or --reference_dataset_name, or --scorers, got both or none."
-            )
-        if not num_references and (self.metrics or self.save_statistics):
-            raise ValueError("Expected a reference for --metrics and --save_statistics, got --scorers alone.")
-        if self.reference_dataset_name is not None and self.resolution is None:
-            raise ValueError("Expected --resolution for the images of --reference_dataset_name, got none.")
-        is_cropped = self.reference_dataset_name is not None or any(
-            name is not None and Path(name).is_dir() for name in (self.images, self.reference)
-        )
-        if self.resolution is not None and not is_cropped:
-            raise ValueError("Expected --resolution only with a folder or a data set: nothing else is cropped.")
-        of_statistics = [name for name, metric in METRICS.items() if metric.takes == "statistics"]
-        if self.save_statistics and self.metrics and not set(self.metric_names) & set(of_statistics):
-            raise ValueError(
-                f"Expected any of {of_statistics} in --metrics for --save_statistics, got {self.metrics}."
-            )
-
-    def _check_scale(self) -> None:
-        if self.guidance_scales is None:
-            return super()._check_scale()
-        if self.guidance not in ("cfg", "sparse") or self.guidance_scale is not None:
-            raise ValueError("Expected --guidance_scales with --guidance cfg or sparse and without --guidance_scale.")
-        if not all(math.isfinite(scale) for scale in self.scales):
-            raise ValueError(f"Expected --guidance_scales such as 1,1.25,1.5, got {self.guidance_scales}.")
-        require("eval", "matplotlib")  # which draws the curve
-
-    @property
-    def scales(self) -> list[float]:
-        """The guidance scales of a curve, in order. Raises ValueError for what is no number."""
-        return sorted({float(scale) for scale in self.guidance_scales.split(",")})
-
-    @property
-    def has_reference(self) -> bool:
-        return self.reference is not None or self.reference_dataset_name is not None
-
-    @property
-    def scorer_names(self) -> list[str]:
-        return self.scorers.split(",") if self.scorers else []
-
-    @property
-    def metric_names(self) -> list[str] | None:
-        """The metrics; None for all that are possible."""
-        return self.metrics.split(",") if self.metrics else None
+from diffusers_tread.runs.sweep import write_sweep
 
 
 def open_folder(folder: str | Path, config: EvaluationConfig) -> FolderImages:
@@ -210,12 +84,10 @@ def open_reference(config: EvaluationConfig):
     return config.reference
 
 
-def report(config: EvaluationConfig, images, values: dict[str, float], *, extractor, reference, scorers) -> None:
-    """Results file, grid, and a table for the eye."""
-    # What was done.
-    output_dir = Path(config.output_dir)
+def make_results(config: EvaluationConfig, images, values, *, extractor, reference, scorers) -> EvaluationResults:
+    """Values with everything that they depend on."""
     origin = {"name_or_path": config.pretrained_pipeline, "revision": config.revision}
-    results = EvaluationResults(
+    return EvaluationResults(
         metrics=values,
         num_samples=len(images),
         images=(origin if config.pretrained_pipeline is not None else {}) | images.description,
@@ -225,14 +97,22 @@ def report(config: EvaluationConfig, images, values: dict[str, float], *, extrac
         scorers={scorer.name: scorer.description for scorer in scorers},
     )
 
-    # Files.
+
+def results_path(config: EvaluationConfig, *, extractor, reference) -> Path:
     name = "scores"
     if reference is not None:
         names = (reference.description["name"], extractor.name)  # of which folders and organisations are left out
         name = re.sub(r"[^\w.-]+", "-", "-".join(one.rpartition("/")[2] for one in names))
-    path = output_dir / "results" / f"{name}.json"
+    return Path(config.output_dir) / "results" / f"{name}.json"
+
+
+def report(config: EvaluationConfig, images, values: dict[str, float], *, extractor, reference, scorers) -> None:
+    """Results file, grid, and a table for the eye."""
+    common = {"extractor": extractor, "reference": reference}
+    # Files.
+    path = results_path(config, **common)
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.save(path)
+    make_results(config, images, values, scorers=scorers, **common).save(path)
     if isinstance(images, KeptImages) and images.num_kept:
         save_image(draw_grid(images), path.with_suffix(".png"))
 
@@ -258,21 +138,64 @@ def draw_grid(images: KeptImages) -> PIL.Image.Image:
     return add_labels(grid, **texts) if texts else grid
 
 
-def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) -> dict[str, float] | None:
-    """The values in the main process; None in the others, and without images."""
-    # Everything is loaded and tried once before the long work starts; one process fills the caches.
-    extractor = None
-    with state.main_process_first():
-        if config.has_reference:
-            extractor = load_feature_extractor(
-                config.feature_extractor, weights=config.feature_extractor_weights, device=state.device
+class Judges:
+    """The network, the scorers and the reference, which the points of a sweep have in common."""
+
+    def __init__(self, config: EvaluationConfig, state: PartialState):
+        self.config, self.extractor, self.prepared = config, None, None
+        with state.main_process_first():  # one process fills the caches
+            if config.has_reference:
+                self.extractor = load_feature_extractor(
+                    config.feature_extractor, weights=config.feature_extractor_weights, device=state.device
+                )
+            if config.scorer_file is not None:
+                load_scorer_file(config.scorer_file)
+            self.scorers = load_scorers(config.scorer_names, clip_model=config.clip_model, device=state.device)
+            self.source = open_reference(config)
+
+    def prepare_reference(self, image_size: tuple[int, int] | None) -> PreparedReference | None:
+        """The reference with its features, made for images of a size by the first call; None without."""
+        if self.prepared is None and self.extractor is not None:
+            config = self.config
+            self.prepared = prepare_reference(
+                self.source,
+                extractor=self.extractor,
+                metrics=config.metric_names,
+                batch_size=config.batch_size,
+                store_dir=config.reference_features_dir or Path(config.output_dir) / "features",
+                image_size=image_size,
             )
-        if config.scorer_file is not None:
-            load_scorer_file(config.scorer_file)
-        scorers = load_scorers(config.scorer_names, clip_model=config.clip_model, device=state.device)
-        images, source = open_images(config, state.device), open_reference(config)
+        return self.prepared
+
+    def find_values(self, config: EvaluationConfig, images) -> dict[str, float] | None:
+        """The values that an earlier run measured of images with all the same settings; None without."""
+        if not self.config.is_sweep or (self.prepared is None and self.extractor is not None):
+            return None
+        known = {"extractor": self.extractor, "reference": self.prepared}
+        path = results_path(config, **known)
+        if not path.exists():
+            return None
+        there = load_results(path)
+        now = make_results(config, images, there.metrics, scorers=self.scorers, **known)
+        wanted = {*(self.prepared.metrics if self.prepared else ()), *(scorer.output for scorer in self.scorers)}
+        names = ("num_samples", "images", "feature_extractor", "reference", "batch_size", "scorers")
+        # As the file has them, where tuples are lists.
+        sides = [json.dumps({name: getattr(one, name) for name in names}, sort_keys=True) for one in (there, now)]
+        return there.metrics if sides[0] == sides[1] and wanted <= set(there.metrics) else None
+
+
+def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path, judges: Judges) -> dict | None:
+    """The values in the main process; None in the others, and without images."""
+    # Everything is loaded and tried once before the long work starts.
+    extractor, scorers = judges.extractor, judges.scorers
+    with state.main_process_first():
+        images = open_images(config, state.device)
+    judged = images
+    if config.pretrained_pipeline is not None:
+        judged = KeptImages(images, folder=output_dir / "images", num_kept=config.num_kept_images)
+    values = on_main_process(lambda: judges.find_values(config, judged))
     image_size = None
-    if images is not None:
+    if images is not None and values is None:
         if extractor is not None:
             check_metrics(config.metric_names or possible_metrics(extractor), extractor, num_samples=len(images))
         first = images.read(0, 1)
@@ -280,61 +203,41 @@ def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path) ->
         for scorer in scorers:
             scorer(first, [images.prompt(0)])
 
-    reference = None
-    if extractor is not None:
-        reference = open_prepared(config, source, extractor=extractor, image_size=image_size)
-        if config.save_statistics is not None and state.is_main_process:
-            Path(config.save_statistics).parent.mkdir(parents=True, exist_ok=True)
-            save_statistics(config.save_statistics, reference.statistics)
-            print(f"Saved {config.save_statistics}.")
+    reference = judges.prepare_reference(image_size)
+    if reference is not None and config.save_statistics is not None and state.is_main_process:
+        Path(config.save_statistics).parent.mkdir(parents=True, exist_ok=True)
+        save_statistics(config.save_statistics, reference.statistics)
+        print(f"Saved {config.save_statistics}.")
 
-    # The images.
-    values = None
-    if images is not None:
-        if config.pretrained_pipeline is not None:
-            images = KeptImages(images, folder=output_dir / "images", num_kept=config.num_kept_images)
+    # The images, unless they were measured: now the reference is known.
+    values = values or on_main_process(lambda: judges.find_values(config, judged))
+    if images is not None and values is None:
         common = {"extractor": extractor, "reference": reference, "scorers": scorers}
         values = evaluate_images(
-            images,
+            judged,
             **common,
             batch_size=config.batch_size,
             store_dir=output_dir / "features" / "images",
             scores_file=output_dir / "results" / "scores.csv" if scorers else None,
         )
         if state.is_main_process:
-            report(config, images, values, **common)
+            report(config, judged, values, **common)
     state.wait_for_everyone()
-    return values
+    return values if state.is_main_process else None
 
 
-def evaluate_scales(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
-    """One evaluation per guidance scale, and after each a table and a curve of those there are."""
-    features, rows = (
-        config.reference_features_dir or str(output_dir / "features"),
-        [],
-    )  # of the reference, once for all
-    for scale in config.scales:
-        folder = output_dir / f"scale-{scale:g}"
-        changes = {"guidance_scale": scale, "output_dir": str(folder), "reference_features_dir": features}
-        values = evaluate(dataclasses.replace(config, guidance_scales=None, **changes), state, folder)
+def evaluate_sweep(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
+    """One evaluation per point, each in a folder of its own, and after each the table and the picture."""
+    judges, rows, points = Judges(config, state), [], config.points
+    for point in points:
+        folder = output_dir / point.name
+        values = evaluate(config.at(point, output_dir=str(folder)), state, folder, judges)
         if values is not None:
-            rows.append({"guidance_scale": scale, **values})
-            write_json(output_dir / "guidance_scales.json", rows)
-            name = next(iter(values))  # the first of the metrics
-            points = [(row["guidance_scale"], row[name]) for row in rows]
-            save_curve(points, output_dir / "guidance_scales.png", x_label="guidance scale", y_label=name)
-
-
-def open_prepared(config: EvaluationConfig, source, *, extractor, image_size) -> PreparedReference:
-    """The reference with its features."""
-    return prepare_reference(
-        source,
-        extractor=extractor,
-        metrics=config.metric_names,
-        batch_size=config.batch_size,
-        store_dir=config.reference_features_dir or Path(config.output_dir) / "features",
-        image_size=image_size,
-    )
+            rows.append({"name": point.name, "values": point.values, "metrics": values})
+            sample = f"{config.num_samples or 'all'} samples, seed {config.seed}"
+            text = write_sweep(output_dir, rows, num_points=len(points), sample=sample)
+    if rows:
+        print(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -343,7 +246,10 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which moves the features
     with claim(config.output_dir) as output_dir, stopped_cleanly(argv, kept="finished batches"):
-        (evaluate if config.guidance_scales is None else evaluate_scales)(config, state, output_dir)
+        if config.is_sweep:
+            evaluate_sweep(config, state, output_dir)
+        else:
+            evaluate(config, state, output_dir, Judges(config, state))
     state.destroy_process_group()
 
 

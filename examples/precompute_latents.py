@@ -26,8 +26,6 @@ require("train", "accelerate", "datasets", "psutil", "tyro")
 import numpy as np
 import torch
 from accelerate.state import PartialState
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_tread.claims import claim
 from diffusers_tread.data import (
@@ -52,7 +50,7 @@ from diffusers_tread.runs.latents import (
     share_latents,
     told_sizes,
 )
-from diffusers_tread.runs.parsing import check_at_least, parse_config
+from diffusers_tread.runs.parsing import check_at_least, parse_config, read_json
 from diffusers_tread.runs.signals import stopped_cleanly
 
 
@@ -92,6 +90,8 @@ class PrecomputeConfig(LatentsConfig):
     """What is stored of them."""
     features_patch_size: int = 2
     """Patch size of the model to be trained: it gets one feature for each of its tokens."""
+    call_options: str = "{}"
+    """Arguments of the pipeline's call as JSON, as for training; those that change how captions are encoded count."""
     aspect_ratio_buckets: str | None = None
     """Sizes of images such as "256,256;224,288;288,224", heights first, instead of --resolution."""
     cache_dir: str | None = None
@@ -130,10 +130,8 @@ class PrecomputeConfig(LatentsConfig):
             raise ValueError(f"Expected --resolution or --aspect_ratio_buckets, got both. Drop {self.resolution}.")
         if self.cache_text_embeddings and None in (self.caption_column, self.pretrained_text_pipeline):
             raise ValueError("Expected --caption_column and --pretrained_text_pipeline with --cache_text_embeddings.")
-        if not self.cache_text_embeddings and (self.pretrained_text_pipeline, self.max_sequence_length) != (
-            None,
-            None,
-        ):
+        of_text = self.pretrained_text_pipeline, self.max_sequence_length, self.call_options
+        if not self.cache_text_embeddings and of_text != (None, None, "{}"):
             raise ValueError("Expected --cache_text_embeddings with the flags of the text encoder, got none.")
         if self.data.partition(":")[0] not in ("folder", "hub") or not self.data.partition(":")[2]:
             raise ValueError(f"Expected --data folder:PATH or hub:NAME, got {self.data!r}.")
@@ -159,26 +157,18 @@ def recipe_settings(name: str) -> dict[str, Any]:
 def open_source(config: PrecomputeConfig, state: PartialState):
     """The images, undecoded, with labels or captions, and the names of their classes."""
     kind, _, name = config.data.partition(":")
-    try:
-        with state.main_process_first():  # one process fills the cache of `datasets`
-            return open_images(
-                name if kind == "hub" else None,
-                train_data_dir=name if kind == "folder" else None,
-                dataset_config_name=config.dataset_config_name,
-                split=config.dataset_split,
-                image_column=config.image_column,
-                label_column=config.label_column,
-                captions=config.captions,
-                num_classes=config.num_classes,
-                cache_dir=config.cache_dir,
-            )
-    except (DatasetNotFoundError, ConnectionError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"Expected access to the data set {name}, got: {str(error).rstrip('.')}. If it is gated, as "
-            "ILSVRC/imagenet-1k is, accept its terms at https://huggingface.co/datasets/"
-            f"{name} and log in with `hf auth login` or HF_TOKEN. Without a connection only data "
-            "downloaded before can be read. The same command goes on."
-        ) from error
+    with state.main_process_first():  # one process fills the cache of `datasets`
+        return open_images(
+            name if kind == "hub" else None,
+            train_data_dir=name if kind == "folder" else None,
+            dataset_config_name=config.dataset_config_name,
+            split=config.dataset_split,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            captions=config.captions,
+            num_classes=config.num_classes,
+            cache_dir=config.cache_dir,
+        )
 
 
 def describe_source(config: PrecomputeConfig, source) -> dict[str, Any]:
@@ -205,6 +195,7 @@ def open_captions(config: PrecomputeConfig, source, state: PartialState) -> Capt
     encoder = None
     if config.cache_text_embeddings:
         options = {"dtype": config.text_dtype, "max_sequence_length": config.max_sequence_length}
+        options["call_options"] = read_json(config.call_options)
         with state.main_process_first():
             encoder = load_prompt_encoder(config.pretrained_text_pipeline, device=state.device, **options)
     return CaptionStore(source, config.captions, encoder)

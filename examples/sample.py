@@ -235,8 +235,7 @@ def draw_samples(images: PipelineImages | PromptImages, batch: list[Sample], gui
     pipeline.guider = guiders[batch[0].guidance]
     return pipeline(
         class_labels=[sample.label for sample in batch],
-        num_inference_steps=images.num_inference_steps,
-        guidance_scale=images.guidance_scale,
+        **images.call_options,
         generator=generators,
         latents=noise,
     ).images

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline, encoded_by = text.open_pipeline(config, accelerator, transformer_dtype=frozen_dtype)
     lora_config = lora.add_lora(config, accelerator, pipeline.transformer)
     routes = text.route_transformer(config, pipeline.transformer)
-    encoder = PromptEncoder(pipeline, max_sequence_length=config.max_sequence_length)
+    encoder = PromptEncoder(pipeline, **text.encoding_options(config))
     source, extractor = (
         text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     # Everything is checked before anything is written.
     pipeline, encoded_by = text.open_pipeline(config, accelerator)
     routes = text.route_transformer(config, pipeline.transformer)
-    encoder = PromptEncoder(pipeline, max_sequence_length=config.max_sequence_length)
+    encoder = PromptEncoder(pipeline, **text.encoding_options(config))
     source, extractor = (
         text.open_data(config, encoder, encoded_by, accelerator),
         setup.open_feature_extractor(config, accelerator),

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
 # Each may import those before it and, in its own row, none; files of one folder may import each other.
 FLOORS = [
     {"version", "installation", "quiet"},
-    {"registry", "seeds", "files", "fingerprint", "finite", "distributed", "markdown"},
+    {"registry", "seeds", "files", "fingerprint", "finite", "distributed", "markdown", "hub_errors"},
     {"settings"},
     {"claims"},
     {"routing", "schedulers", "pictures"},

@@ -6,12 +6,13 @@ import hashlib
 import torch
 
 
-def weights_fingerprint(module: torch.nn.Module, *, dtype: torch.dtype = torch.float32) -> str:
+def weights_fingerprint(module: torch.nn.Module, *, rounded_to: torch.dtype = torch.float32) -> str:
     """A hash of the names, shapes and float32 values of a module's weights.
 
     Args:
-        module: With the weights.
-        dtype: What the values are rounded to before, so that modules in this precision and higher ones are the same.
+        module: Of any kind.
+        rounded_to: To what the values are rounded first, so that a module that was loaded in this precision and one
+            that was loaded in a higher one are the same.
 
     Returns:
         64 hexadecimal digits, the same on every device and for weights stored in any precision that float32 holds.
@@ -19,5 +20,5 @@ def weights_fingerprint(module: torch.nn.Module, *, dtype: torch.dtype = torch.f
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().to(dtype).float().cpu().contiguous().numpy().reshape(-1))
+        digest.update(tensor.detach().to(rounded_to).float().cpu().contiguous().numpy().reshape(-1))
     return digest.hexdigest()

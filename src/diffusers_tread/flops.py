@@ -8,7 +8,7 @@ counted, and every diffusers model with `apply_token_routing` whose forward does
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,7 @@ def guidance_flops(
     num_steps: int = 40,
     guidance_model: torch.nn.Module | None = None,
     shared_prefix: bool = True,
+    guided_steps: Collection[int] | None = None,
 ) -> GuidanceFlops:
     """FLOPs of sampling one image with a guider, schedules and intervals included.
 
@@ -149,6 +150,8 @@ def guidance_flops(
         shared_prefix: Whether the blocks in front of the first route count once where branches have the same inputs,
             as `TREADPipeline` runs them. False counts all of them, as the papers do and as a loop of your own runs
             them.
+        guided_steps: The predictions, 0-based, that are guided, such as `TREADPipeline.guided_steps`; the others are
+            one dense forward. None for those that the guider says.
 
     Raises:
         ValueError: Fewer than one step, or as `forward_flops`.
@@ -177,7 +180,8 @@ def guidance_flops(
     guider, steps = copy.deepcopy(guider), []
     for step in range(num_steps):
         guider.set_state(step=step, num_inference_steps=num_steps, timestep=None)
-        steps.append(sum((branch_flops(branch) for branch in branches_of(guider)), Flops(linear=0, attention=0)))
+        branches = branches_of(guider) if guided_steps is None or step in guided_steps else [Branch()]
+        steps.append(sum((branch_flops(branch) for branch in branches), Flops(linear=0, attention=0)))
     return GuidanceFlops(steps=tuple(steps), dense=counters["main"].forward(0.0))
 
 

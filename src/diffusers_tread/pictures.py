@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
@@ -139,12 +140,44 @@ def save_image(image: PIL.Image.Image, path: Path) -> None:
 
 def save_curve(points: list[tuple[float, float]], path: Path, *, x_label: str, y_label: str) -> None:
     """Writes a PNG of points joined by lines; needs matplotlib."""
+    save_curves({"": points}, path, x_label=x_label, y_label=y_label)
+
+
+def save_curves(
+    curves: Mapping[str, Sequence[tuple[Any, float]]],
+    path: Path,
+    *,
+    x_label: str,
+    y_label: str,
+    best: tuple[Any, float] | None = None,
+) -> None:
+    """Writes a PNG of points joined by lines; needs matplotlib.
+
+    Args:
+        curves: Points (x, y) of each, by what the legend says; x numbers, or texts that stand side by side unjoined.
+        path: Of the file.
+        x_label: Of the axis.
+        y_label: Likewise.
+        best: The point to be ringed; None for none.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
-    axes.plot(*zip(*points, strict=True), marker="o")
+    is_text = any(isinstance(x, str) for points in curves.values() for x, _ in points)
+    for label, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", linestyle="none" if is_text else "-", label=label or None)
+    if best is not None:
+        axes.plot(
+            *best, marker="o", markersize=12, fillstyle="none", linestyle="none", color="black", label="best here"
+        )
     axes.grid(alpha=0.3)
+    if is_text:
+        axes.tick_params(axis="x", labelrotation=30)
+        for tick in axes.get_xticklabels():
+            tick.set_horizontalalignment("right")
+    if len(curves) > 1:
+        axes.legend(fontsize="small")
     pixels = io.BytesIO()
     figure.savefig(pixels, dpi=120)
     save_image(PIL.Image.open(pixels), path)

@@ -47,6 +47,8 @@ def pipeline():
         ("steps", 251),
         ("label", 3),
         ("strong_ratio", 0.9),
+        *[("rescale", value) for value in (NAN, 1.5, None)],
+        *[("high", value) for value in (NAN, 0, 1e9)],
         *[("sampler", value) for value in ("DDIMScheduler", "DiffusionPipeline", "os", None, 5)],
         *[("kind", value) for value in ("autoguidance", "other", None, 5, ["none"])],
     ],
@@ -102,3 +104,16 @@ def test_a_broken_model_is_an_error_on_the_page(app, pipeline):
     pipeline.transformer.proj_out.bias.data[0] = torch.nan
     with pytest.raises(app.gr.Error, match="Expected finite samples"):
         app.compare(pipeline, **GOOD)
+
+
+def test_an_interval_and_rescaling_change_the_right_side_alone(app, pipeline):
+    for parameter in pipeline.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    settings = GOOD | {"kind": "classifier-free", "scale": 3.0, "steps": 4}
+    left, cost, right, full = app.compare(pipeline, **settings)
+    same_left, same_cost, inside, less = app.compare(pipeline, **settings, low=0.3, high=0.7)
+    assert "100%" in cost and "100%" in full and "100%" in same_cost and "75%" in less  # two of four calls are guided
+    pictures = [
+        picture.tobytes() for picture in (left, right, inside, app.compare(pipeline, **settings, rescale=1)[2])
+    ]
+    assert same_left.tobytes() == left.tobytes() and len(set(pictures)) == 4

@@ -14,10 +14,12 @@ import PIL.Image
 import pytest
 import sample
 import torch
+from diffusers import StableDiffusion3Pipeline
 from runs import call, files_of, interrupting, launch
 from tiny_models import save_extractor, save_noise
 
-from diffusers_tread.metrics import SCORERS, FeatureStore, load_results
+from diffusers_tread import GuidedPipeline, SparseGuidance, TokenRoute, apply_token_routing
+from diffusers_tread.metrics import SCORERS, FeatureStore, PromptImages, load_results
 
 
 pytest.importorskip("transformers")
@@ -190,6 +192,38 @@ def test_bad_input_is_refused_before_anything_is_written(argv, tmp_path, flags, 
 def test_flags_that_nothing_would_use_are_refused(argv, message):
     with pytest.raises(ValueError, match=message):
         run(*argv.split())
+
+
+def test_sparse_guidance_takes_the_routes_and_the_options_of_the_run(sampling, material, tmp_path, caplog):
+    """The SD3 as a run leaves it, against the routes as a flag, and against `GuidedPipeline` itself."""
+    words = sampling[: sampling.index("--call_options")] + ["--num_samples", "2", "--guidance", "sparse"]
+    guidance = ["--guidance_scale", "1.6", "--strong_ratio", "0", "--weak_ratio", "0.75"]
+    with pytest.raises(ValueError, match="Expected --routes, those that the pipeline was trained with"):
+        call(sample, *words, *guidance, "--output_dir", tmp_path / "none")
+
+    shutil.copytree(material / "pipeline", tmp_path / "run/pipeline")
+    settings = {"routes": "default", "call_options": "{}", "max_sequence_length": 4}
+    (tmp_path / "run/train_config.json").write_text(json.dumps(settings))
+    flags = {
+        "run": ["--pretrained_pipeline", tmp_path / "run/pipeline"],
+        "flag": ["--routes", '[{"start": 2, "end": -4}]', "--call_options", '{"max_sequence_length": 4}'],
+        "interval": ["--pretrained_pipeline", tmp_path / "run/pipeline", "--guidance_interval", "0.9,1"],
+        "off": ["--pretrained_pipeline", tmp_path / "run/pipeline", "--guider_config", '{"enabled": false}'],
+    }
+    for name, more in flags.items():
+        call(sample, *words, *guidance, *more, "--output_dir", tmp_path / name)
+    assert "Called with {'max_sequence_length': 4}, as in training" in caplog.text
+    images = {name: files_of(tmp_path / name / "images") for name in flags}
+    assert images["run"] == images["flag"] and len({str(one) for one in images.values()}) == 3
+    assert json.loads((tmp_path / "run/settings.json").read_text())["routes"][0]["start"] == 2
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(material / "pipeline")
+    apply_token_routing(pipeline.transformer, TokenRoute(start=2, end=-4))
+    guided = GuidedPipeline(pipeline, SparseGuidance(guidance_scale=1.6, strong_ratio=0.0, weak_ratio=0.75))
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "call_options": {"max_sequence_length": 4}}
+    expected = PromptImages(guided, PROMPTS, **options).read(0, 2)
+    for index, image in enumerate(expected.permute(0, 2, 3, 1).numpy()):
+        np.testing.assert_array_equal(np.array(PIL.Image.open(tmp_path / f"run/images/{index:06d}.png")), image)
 
 
 def test_neither_pickles_nor_code_of_a_pipeline_are_read(sampling, material, tmp_path):

@@ -178,23 +178,73 @@ def test_the_samples_written_to_a_folder_are_judged_alike(argv, material, tmp_pa
     assert not (tmp_path / "alone" / "results").exists()
 
 
-def test_a_curve_over_scales_goes_on_and_is_made_of_single_evaluations(argv, tmp_path):
-    argv = [*argv, "--metrics", "fid", "--guidance", "cfg"]
-    words = [*argv, "--guidance_scales", "2.5,1", "--output_dir", tmp_path / "curve"]
-    # Stopped in the second scale, 2.5, after its first batch.
-    with interrupting(FeatureStore, "write", lambda store, batch, _: "scale-2.5" in str(store.folder) and batch == 1):
+def test_a_sweep_goes_on_measures_nothing_twice_and_is_made_of_single_evaluations(argv, tmp_path, monkeypatch):
+    argv = [*argv, "--metrics", "fid", "--guidance", "cfg", "--num_samples", 10, "--num_inference_steps", 3]
+    grid = '{"guidance_interval": [null, [0.1, 0.7]]}'
+    words = [*argv, "--guidance_scales", "2.5,1.5", "--sweep", grid, "--output_dir", tmp_path / "sweep"]
+    calls, sample = [], TREADPipeline.__call__
+
+    def counted(pipeline, class_labels, **options):
+        calls.append((len(class_labels), options["guidance_scale"], options.get("guidance_interval")))
+        return sample(pipeline, class_labels, **options)
+
+    monkeypatch.setattr(TREADPipeline, "__call__", counted)
+    # Stopped in the second point after its first batch.
+    second = "guidance_scale-1.5-guidance_interval-0.1-0.7"
+    with interrupting(FeatureStore, "write", lambda store, batch, _: second in str(store.folder) and batch == 1):
         run(*words)
-    assert json.loads((tmp_path / "curve" / "guidance_scales.json").read_text())[0]["guidance_scale"] == 1.0
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "curve").rglob("batch-*")}
+    assert [row["name"] for row in json.loads((tmp_path / "sweep/sweep.json").read_text())["points"]] == [
+        "guidance_scale-1.5-guidance_interval-default"
+    ]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("batch-*")}
+    for path in (tmp_path / "sweep/guidance_scale-1.5-guidance_interval-default/features").rglob("batch-*"):
+        path.unlink()  # no longer needed
+        del times[path]
+    calls.clear()
     run(*words)
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    # But for the first sample, which is tried, and the point that has features but no values.
+    batches = {
+        point: [num for num, *values in calls if tuple(values) == point] for point in {one[1:] for one in calls}
+    }
+    interval = (0.1, 0.7)
+    assert batches.pop((1.5, None)) == [1] and batches.pop((1.5, interval)) == [1, 4, 2]
+    assert batches == {(2.5, None): [1, 4, 4, 2], (2.5, interval): [1, 4, 4, 2]}
 
-    rows = json.loads((tmp_path / "curve" / "guidance_scales.json").read_text())
-    single = tmp_path / "single"
-    run(*argv, "--guidance_scale", 2.5, "--output_dir", single)
-    assert [row.pop("guidance_scale") for row in rows] == [1.0, 2.5] and rows[0]["fid"] != rows[1]["fid"]
-    assert rows[1] == results_of(single).metrics == results_of(tmp_path / "curve" / "scale-2.5").metrics
-    assert PIL.Image.open(tmp_path / "curve" / "guidance_scales.png").size == (720, 480)
+    # Nothing is left to do, and the values are those of a single evaluation.
+    calls.clear()
+    run(*words)
+    assert calls == [(1, 1.5, None)]
+    found = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert [row["values"]["guidance_interval"] for row in found["points"]] == [None, "0.1,0.7"] * 2
+    run(*argv, "--guidance_scale", 2.5, "--guidance_interval", "0.1,0.7", "--output_dir", tmp_path / "single")
+    values = [row["metrics"]["fid"] for row in found["points"]]
+    assert values[-1] == results_of(tmp_path / "single").metrics["fid"] and len(set(values)) == 4
+    assert found["best"] == found["points"][values.index(min(values))]["name"]
+    table = (tmp_path / "sweep/sweep.md").read_text()
+    assert f"{min(values):.4g} of {found['best']}" in table and "looks better than it is" in table
+    assert table.count("(best)") == 1 and "10 samples, seed 0" in table
+    assert PIL.Image.open(tmp_path / "sweep/sweep.png").size == (720, 480)
+
+
+def test_a_list_of_points_may_compare_kinds_of_guidance(argv, material, tmp_path):
+    points = [{"name": "none", "guidance": "none"}]
+    points += [{"name": "sparse", "guidance": "sparse", "guidance_scale": 2, "guider_config": {"stop": 0.5}}]
+    points += [{"name": "auto", "guidance": "auto", "guidance_scale": 3, "guidance_rescale": 0.5}]
+    points[-1]["guidance_transformer"] = str(material / "pipeline")
+    (tmp_path / "points.json").write_text(json.dumps(points))
+    run(*argv, "--metrics", "fid", "--sweep", tmp_path / "points.json", "--output_dir", tmp_path / "sweep")
+    found = {name: results_of(tmp_path / "sweep" / name) for name in ("none", "sparse", "auto")}
+    guidance = {name: results.images["guidance"] for name, results in found.items()}
+    assert guidance["none"]["kind"] == "none" and (guidance["sparse"]["stop"], guidance["sparse"]["weak_ratio"]) == (
+        0.5,
+        0.8,
+    )
+    assert guidance["auto"]["weak_checkpoint"] and guidance["auto"]["guidance_rescale"] == 0.5
+    assert guidance["auto"]["strong_ratio"] == guidance["auto"]["weak_ratio"] == 0.0
+    # The same model guides nothing.
+    assert found["auto"].metrics["fid"] == pytest.approx(found["none"].metrics["fid"], rel=1e-3)
+    assert found["sparse"].metrics["fid"] != found["none"].metrics["fid"]
 
 
 @pytest.mark.parametrize(
@@ -206,9 +256,14 @@ def test_a_curve_over_scales_goes_on_and_is_made_of_single_evaluations(argv, tmp
         (["--guidance_scale", "2"], "--guidance pipeline uses, got"),
         (["--guidance", "cfg"], "--guidance_scale"),
         (["--guidance", "cfg", "--guidance_scale", "2", "--weak_ratio", "0.5"], "weak_ratio"),
-        (["--guidance_scales", "1,2"], "--guidance cfg or sparse"),
-        (["--guidance", "cfg", "--guidance_scales", "1,2", "--guidance_scale", "2"], "without --guidance_scale"),
+        (["--guidance_scales", "1,2"], "--guidance pipeline uses, got"),
+        (["--guidance", "cfg", "--guidance_scales", "1,2", "--guidance_scale", "2"], "as flags or in a sweep"),
         (["--guidance", "cfg", "--guidance_scales", "1,two"], "two"),
+        (["--guidance", "cfg", "--sweep", '{"guidance_scale": [1, 2], "seed": [0, 1]}'], r"got \['seed'\]"),
+        (["--guidance", "sparse", "--sweep", '{"weak_ratio": [0.8, 0.1]}'], "weak_ratio > strong_ratio"),
+        (["--sweep", '[{"guidance": "none"}, {"guidance": "none"}]'], "names of their own"),
+        (["--guidance", "cfg", "--guidance_scale", "2", "--guidance_interval", "0.7,0.1"], "0 <= low < high"),
+        (["--guidance", "auto"], "second denoiser"),
         (["--guidance", "sparse", "--guider_config", '{"ratio": 0.5}'], "ratio"),
         (["--guidance", "sparse", "--weak_ratio", "0.1"], "weak_ratio"),
         (["--num_samples", "1"], "at least"),

@@ -20,9 +20,11 @@ pytest.importorskip("peft")
 pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "hooks"))
 import train_text_to_image_lora_tread as example  # noqa: E402
+from huggingface_hub import ModelCard  # noqa: E402
 from tiny_pipelines import PIPELINES  # noqa: E402
 
-from diffusers_tread.runs.lora import add_lora  # noqa: E402
+from diffusers_tread.hub import CardDetails  # noqa: E402
+from diffusers_tread.runs.lora import add_lora, export_lora  # noqa: E402
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -136,6 +138,17 @@ def test_bad_flags_are_refused_before_anything_is_written(base, photos, tmp_path
     with pytest.raises(ValueError, match=message):
         train(*flags(base, photos, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_card_names_the_licence_and_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_tread.runs.lora.save_lora", lambda pipeline, folder: None)
+    details = CardDetails(license="apache-2.0", dataset="ant/images")
+    export_lora(SimpleNamespace(config={}), tmp_path, repo_id="ant/lora", card=details)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.datasets) == ("apache-2.0", ["ant/images"])
+    assert "Licence: apache-2.0." in card.text
+    export_lora(SimpleNamespace(config={}), tmp_path, repo_id="ant/lora")
+    assert "Licence: not stated." in (tmp_path / "README.md").read_text()
 
 
 def test_a_class_without_loras_is_refused():

@@ -31,7 +31,7 @@ _MODEL = [
     *_ROUTING,
 ]
 _OBJECTIVES = ["registry", *(f"objectives.{name}" for name in ("base", "edm", "epsilon", "flow", "jit", "registry"))]
-_PIPELINE = [f"pipelines.{name}" for name in ("compatibility", "guided_prediction", "pipeline_tread")]
+_PIPELINE = [f"pipelines.{name}" for name in ("compatibility", "guided_prediction", "noise_levels", "pipeline_tread")]
 _PIPELINE += ["guiders.branches", "objectives.terms.base"]
 # The files with code, and the package's modules that each is made of.
 CODE = {

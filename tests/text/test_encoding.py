@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_pipelines import PIPELINES
 
-from diffusers_tread.text import LENGTHS, PromptEncoder
+from diffusers_tread.text import LENGTHS, PromptEncoder, load_pipeline
 
 
 CAPTIONS = ["a red square", "a blue square", ""]
@@ -99,6 +99,38 @@ def test_a_caption_is_encoded_as_by_the_pipelines_own_call():
     assert pipeline.asked == ("Enhance:", 3)
     PromptEncoder(pipeline, max_sequence_length=5)
     assert pipeline.asked == ("Enhance:", 5)
+
+
+def test_options_of_the_call_reach_the_encoding_and_its_identity():
+    pipeline, options = Stub(), {"instruction": "Draw:", "max_sequence_length": 6, "guidance_scale": 3.5}
+    encoder = PromptEncoder(pipeline, call_options=options)
+    encoder(["a red square"])
+    assert pipeline.asked == ("Draw:", 6)
+    assert encoder.identity()["call_options"] == {"instruction": "Draw:"}
+    assert encoder.identity()["max_sequence_length"] == 6
+    assert "call_options" not in PromptEncoder(pipeline, call_options={"guidance_scale": 3.5}).identity()
+    PromptEncoder(pipeline, max_sequence_length=6, call_options=options)
+    with pytest.raises(ValueError, match=r"one length of captions, got \[5, 6\]"):
+        PromptEncoder(pipeline, max_sequence_length=5, call_options=options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_parts_are_loaded_in_the_precision_that_they_run_in(dtype, tmp_path):
+    PIPELINES["sd3"](tmp_path / "tokenizers").save_pretrained(tmp_path / "pipeline")
+    dtypes = {"transformer": torch.float32, "vae": torch.float32, "default": dtype}
+    parts = {"text_encoder_2": [str(tmp_path / "pipeline"), "text_encoder_2"]}
+    pipeline = load_pipeline(str(tmp_path / "pipeline"), parts=parts, dtypes=dtypes)
+    found = {name: {one.dtype for one in part.parameters()} for name, part in pipeline.components.items()
+             if isinstance(part, torch.nn.Module)}  # fmt: skip
+    assert found["transformer"] == found["vae"] == {torch.float32}
+    assert found["text_encoder"] == found["text_encoder_2"] == {dtype}
+    # T5 overflows in float16: transformers keeps some of its layers.
+    kept = [name for name, one in pipeline.text_encoder_3.named_parameters() if one.dtype == torch.float32]
+    assert (kept and all(".wo." in name for name in kept)) if dtype == torch.float16 else not kept
+    assert all(torch.isfinite(one).all() for one in PromptEncoder(pipeline)(["red"]) if isinstance(one, torch.Tensor))
+    if dtype == torch.bfloat16:  # another precision is no other encoder
+        whole = load_pipeline(str(tmp_path / "pipeline"))
+        assert PromptEncoder(pipeline).identity() == PromptEncoder(whole).identity()
 
 
 def test_captions_whose_masks_would_be_lost_are_not_stored():

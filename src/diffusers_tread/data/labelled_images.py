@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..hub_errors import ADVICE, LOST
 from ..installation import require
 from ..seeds import derive_seed
 from .buckets import Buckets, assign_buckets
@@ -192,7 +193,13 @@ def open_images(
         )
     name, options = dataset_name or train_data_dir, {"streaming": streaming, "cache_dir": cache_dir}
     if dataset_name is not None:
-        source = datasets.load_dataset(dataset_name, dataset_config_name, split=split or "train", **options)
+        try:
+            source = datasets.load_dataset(dataset_name, dataset_config_name, split=split or "train", **options)
+        except LOST as error:
+            raise ValueError(
+                f"Expected access to the data set {dataset_name}, got: {str(error).rstrip('.')}. If it is gated, "
+                f"accept its terms at https://huggingface.co/datasets/{dataset_name}. {ADVICE}"
+            ) from error
         _refuse_guessed_classes(dataset_name, source)
     elif captions is not None:
         # The metadata alone: `datasets` would guess splits from the words in the images' paths.

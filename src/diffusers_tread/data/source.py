@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoModel
 
 from ..fingerprint import weights_fingerprint
+from ..hub_errors import ADVICE, LOST
 from ..registry import add_entry
 from .buckets import Buckets
 from .latents import LatentCodec, LatentsInfo, check_vae, encode_images, latent_codec, latents_from_moments
@@ -187,10 +188,10 @@ def _load_vae(name: str | torch.nn.Module | None, **place: Any):
         return name
     try:
         return AutoModel.from_pretrained(name, **place, use_safetensors=True).requires_grad_(False).eval()
-    except OSError as error:
+    except LOST as error:
         raise ValueError(
-            f"Expected a VAE at {name!r}, got none ({error}). Download it, or say with --pretrained_vae_name_or_path "
-            "where it lies."
+            f"Expected a VAE at {name!r}, got none ({error}). {ADVICE} Say with --pretrained_vae_name_or_path if it "
+            "lies elsewhere."
         ) from error
 
 

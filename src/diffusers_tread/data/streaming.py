@@ -6,18 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import IterableDataset
 
+from ..hub_errors import LOST
 from ..seeds import derive_seed
 from .buckets import Buckets
 from .captions import CaptionColumns
 from .images import UnreadableImage, fetch, image_size, load_record
 from .labelled_images import collate_images
-
-
-# Errors of files and connections. Those of HTTP depend on the version of huggingface_hub.
-LOST = (OSError, *HfHubHTTPError.__bases__)
 
 
 class StreamingDataset:

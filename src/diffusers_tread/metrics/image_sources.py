@@ -16,6 +16,7 @@ import torch
 from ..data.folders import list_images
 from ..data.images import UnreadableImage, load_image
 from ..files import file_sha256
+from ..hub_errors import ADVICE, LOST
 from ..pictures import save_image
 
 
@@ -111,10 +112,9 @@ class DatasetImages:
 
         try:
             source = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
-        except OSError as error:  # also what the Hub refuses, and what cannot be reached
+        except LOST as error:
             raise ValueError(
-                f"Expected access to the data set {dataset_name}, got: {str(error).rstrip('.')}. If it is gated, as "
-                "ILSVRC/imagenet-1k is, accept its terms on the Hub and log in with `hf auth login`."
+                f"Expected access to the data set {dataset_name}, got: {str(error).rstrip('.')}. {ADVICE}"
             ) from error
         if not isinstance(source.features.get(image_column), datasets.Image):
             raise ValueError(

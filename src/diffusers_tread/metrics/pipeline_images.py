@@ -27,6 +27,8 @@ class PipelineImages:
         random_labels: False for class i mod num_classes, so that all classes are equally frequent; True for
             independent uniform draws, as in ADM's and DiT's sampling scripts. A model without classes has one label,
             that of the null class.
+        guidance_interval: Noise levels (low, high] in which guidance acts; None for all. See `TREADPipeline.__call__`.
+        guidance_rescale: Share of the rescaling of plain classifier-free guidance.
 
     Raises:
         ValueError: A network of the pipeline has weights with NaN or infinity.
@@ -41,9 +43,14 @@ class PipelineImages:
         guidance_scale: float | None = None,
         seed: int = 0,
         random_labels: bool = False,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
     ):
         self.pipeline, self.num_images, self.seed, self.random_labels = pipeline, num_images, seed, random_labels
-        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self.call_options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        """What each call of the pipeline is told besides the labels and the noise."""
+        more = {"guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
+        self.call_options |= {name: value for name, value in more.items() if value}
         for name, part in pipeline_networks(pipeline).items():
             check_finite(part.state_dict(), what=f"weights of the {name}")
 
@@ -67,8 +74,7 @@ class PipelineImages:
         """
         images = self.pipeline(
             class_labels=[self.label(index) for index in range(start, stop)],
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
+            **self.call_options,
             generator=[self.generator(index) for index in range(start, stop)],
             output_type="pt",
         ).images  # B C H W in [0, 1]
@@ -81,8 +87,10 @@ class PipelineImages:
         """Lists everything that the samples depend on: weights, sampler, guidance, labels, seed."""
         # Guidance.
         pipeline, guider = self.pipeline, self.pipeline.guider
-        if self.guidance_scale is not None or guider is None:
-            scale = self.guidance_scale or 1.0
+        options = dict(self.call_options)
+        scale, num_steps = options.pop("guidance_scale"), options.pop("num_inference_steps")
+        if scale is not None or guider is None:
+            scale = scale or 1.0
             guidance = {"kind": "classifier-free" if scale > 1.0 else "none", "guidance_scale": scale}
         else:
             guidance = {"kind": type(guider).__name__, **component_config(guider)}
@@ -90,8 +98,8 @@ class PipelineImages:
         # Weights, in what precision, and the rest.
         return {
             **describe_components(pipeline),
-            "num_inference_steps": self.num_inference_steps,
-            "guidance": guidance,
+            "num_inference_steps": num_steps,
+            "guidance": guidance | options,
             "labels": "random" if self.random_labels else "balanced",
             "seed": self.seed,
         }

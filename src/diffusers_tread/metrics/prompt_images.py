@@ -108,6 +108,10 @@ class PromptImages:
         # What guides, which may have another network.
         pipeline, guider = self.wrapped, getattr(self.pipeline, "guider", None)
         guidance = {} if guider is None else {"guider": {"class": type(guider).__name__, **component_config(guider)}}
+        if interval := getattr(self.pipeline, "guidance_interval", None):
+            guidance["guidance_interval"] = interval
+        if routes := getattr(getattr(pipeline.components.get("transformer"), "token_router", None), "routes", ()):
+            guidance["routes"] = [route.to_dict() for route in routes]
         if other := self._guidance_networks():
             guidance["guidance_weights"] = {name: weights_fingerprint(network) for name, network in other.items()}
 

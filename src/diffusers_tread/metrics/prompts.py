@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hub_errors import ADVICE, LOST
 from .prompt_images import check_prompts
 
 
@@ -58,10 +59,9 @@ def load_dataset_prompts(
 
     try:
         rows = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
-    except OSError as error:  # also what the Hub refuses, and what cannot be reached
+    except LOST as error:
         raise ValueError(
-            f"Expected access to the data set {dataset_name}, got: {str(error).rstrip('.')}. If it is gated, accept "
-            "its terms on the Hub and log in with `hf auth login`."
+            f"Expected access to the data set {dataset_name}, got: {str(error).rstrip('.')}. {ADVICE}"
         ) from error
     _check_column(rows.column_names, caption_column, where=dataset_name)
     prompts = list(rows.select_columns([caption_column])[caption_column])

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from ..guiders import Branch, SparseGuidance
 from ..routing import draw_routing_seed, get_token_router, token_routing
 from .cfg_layouts import find_layout
+from .noise_levels import check_interval, steps_inside
 
 
 class GuidedPipeline:
@@ -35,6 +36,8 @@ class GuidedPipeline:
         pipeline: One of `PIPELINE_LAYOUTS`, its transformer prepared by `apply_token_routing`.
         guider: A `SparseGuidance`.
         guidance_transformer: An earlier checkpoint, for `weak_checkpoint=True`.
+        guidance_interval: Noise levels (low, high] in which guidance acts, in the unit of `scheduler.sigmas` (flow
+            matching's t in [0, 1]); elsewhere there is one dense prediction. None for all. arXiv 2404.07724.
 
     Raises:
         ValueError: The pipeline or the guider cannot be used, alone or together, with the reason.
@@ -53,7 +56,11 @@ class GuidedPipeline:
         guider: SparseGuidance,
         *,
         guidance_transformer: torch.nn.Module | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ):
+        if guidance_interval is not None:
+            check_interval(guidance_interval)
+        self.guidance_interval = guidance_interval
         self.pipeline, self.guider, self.guidance_transformer = pipeline, guider, guidance_transformer
         self.layout = find_layout(pipeline)
         self._check()
@@ -120,7 +127,7 @@ class _GuidedSteps:
         self.pipeline, self.layout = guided.pipeline, guided.layout
         self.denoisers = {"main": guided.pipeline.transformer, "guidance": guided.guidance_transformer}
         self.guider, self.uses_cfg, self.generator = copy.copy(guided.guider), uses_cfg, generator
-        self.step, self.calls, self.num_rows = 0, 0, None
+        self.interval, self.step, self.calls, self.num_rows = guided.guidance_interval, 0, 0, None
         self.calls_per_step = 2 if uses_cfg and self.layout.cfg == "two calls" else 1
 
     def answer(self, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -131,7 +138,9 @@ class _GuidedSteps:
         if self.calls == 1:
             times = self.pipeline.scheduler.timesteps
             self.guider.set_state(step=self.step, num_inference_steps=len(times), timestep=times[self.step])
-            self.branches = self.guider.branches()
+            scheduler, interval = self.pipeline.scheduler, self.interval
+            is_guided = interval is None or self.step in steps_inside(scheduler, interval)
+            self.branches = self.guider.branches() if is_guided else [Branch()]
         if not self.uses_cfg:
             return self._answer_once(run, args, kwargs)
         return (self._answer_one_of_two if self.calls_per_step == 2 else self._answer_both)(run, args, kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import BaseGuidance, ModelMixin
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from ..guiders import Branch
 from ..guiders.branches import check_routes
@@ -54,6 +55,8 @@ class GuidedPrediction:
         *,
         guider: BaseGuidance | None,
         guidance_scale: float | None,
+        guidance_rescale: float = 0.0,
+        is_guided: bool = True,
     ) -> torch.Tensor:
         """The prediction of one step.
 
@@ -64,12 +67,17 @@ class GuidedPrediction:
             class_labels: [B] int64.
             guider: Any guider of diffusers; None for plain classifier-free guidance by `guidance_scale`.
             guidance_scale: w; None or at most 1 for the conditional prediction alone. Not looked at with a guider.
+            guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4; likewise.
+            is_guided: False for the conditional prediction alone, dense under a guider that routes.
 
         Returns:
             [B, C, H, W] float32.
         """
         labels = {"given": class_labels}
         labels["null"] = torch.full_like(class_labels, self.denoisers["main"].config.num_classes)
+        if not is_guided:
+            routing = RoutingCall(enabled=False) if hasattr(guider, "branches") else None
+            return self._run(self.denoisers["main"], latents, timestep, class_labels, routing)[0]
         if guider is not None:
             guider = self._own(guider)
             guider.set_state(step=step, num_inference_steps=self.num_steps, timestep=timestep)
@@ -81,7 +89,8 @@ class GuidedPrediction:
         # Plain classifier-free guidance.
         if guidance_scale is not None and guidance_scale > 1.0:
             conditional, unconditional = self._run_together([labels["given"], labels["null"]], latents, timestep)
-            return torch.lerp(unconditional, conditional, guidance_scale)
+            guided = torch.lerp(unconditional, conditional, guidance_scale)
+            return rescale_noise_cfg(guided, conditional, guidance_rescale) if guidance_rescale > 0.0 else guided
         return self._run(self.denoisers["main"], latents, timestep, class_labels)[0]
 
     def _own(self, guider: BaseGuidance) -> BaseGuidance:

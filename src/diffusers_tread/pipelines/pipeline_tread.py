@@ -29,6 +29,7 @@ from .compatibility import (
     check_sigmas,
 )
 from .guided_prediction import GuidedPrediction
+from .noise_levels import check_interval, steps_inside
 
 
 # The LoRA methods of diffusers' pipelines that adapt the transformer alone; none of them is about Sana.
@@ -100,6 +101,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         self.set_progress_bar_config(desc="Sampling")
         self._guidance_scale = None
         self._num_timesteps = 0
+        self._guided_steps: list[int] = []
         self._interrupt = False
 
     @classmethod
@@ -137,6 +139,11 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         return self._num_timesteps
 
     @property
+    def guided_steps(self) -> list[int]:
+        """Model evaluations, 0-based, inside the `guidance_interval` of the current or last call; all without one."""
+        return self._guided_steps
+
+    @property
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
         return self._interrupt
@@ -157,6 +164,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         return_dict: bool = True,
         callback_on_step_end: Callable[["TREADPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
     ) -> "ImagePipelineOutput | tuple":
         r"""Generates images.
 
@@ -181,6 +190,11 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
                 of 0 ends all guidance).
             callback_on_step_end_tensor_inputs: What the callback gets: "latents", "class_labels", or the labels as
                 "prompt_embeds", under which nothing is taken back.
+            guidance_interval: Noise levels (low, high] in which guidance acts, of `guidance_scale` or of the guider;
+                elsewhere there is one dense prediction with the class. In the unit of `scheduler.sigmas`: EDM's
+                sigma, flow matching's t in [0, 1], for DDPM sqrt((1 - abar) / abar). None for all. arXiv 2404.07724.
+            guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4, of `guidance_scale`;
+                a guider has its own.
 
         Returns:
             `images`: B images of the output type.
@@ -208,6 +222,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             latents=latents,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -222,13 +238,15 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         latents = self._prepare_latents(len(class_labels), height, width, generator, latents, device)  # B C H W
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
+        self._guided_steps = list(range(len(timesteps)))
+        if guidance_interval is not None:
+            self._guided_steps = steps_inside(self.scheduler, guidance_interval)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # spares a search, and with it a wait for the device
 
         try:
-            latents = self._denoise(
-                latents, timesteps, class_labels, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
-            )
+            callbacks = callback_on_step_end, callback_on_step_end_tensor_inputs
+            latents = self._denoise(latents, timesteps, class_labels, generator, *callbacks, guidance_rescale)
             images = latents
             if output_type != "latent":
                 images = self._decode(latents)
@@ -269,6 +287,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
     ) -> None:
         """Raises ValueError for the first argument of `__call__` that cannot work."""
         config = self.transformer.config
@@ -300,6 +320,13 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             raise ValueError(f"Expected an integer num_inference_steps >= 1, got {num_inference_steps!r}.")
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise ValueError(f"Expected a finite guidance_scale or None, got {guidance_scale!r}.")
+        if guidance_interval is not None:
+            check_interval(guidance_interval)
+        if not 0.0 <= guidance_rescale <= 1.0 or (guidance_rescale and guidance_scale is None):
+            raise ValueError(
+                f"Expected guidance_rescale in [0, 1], above 0 only with a guidance_scale, got {guidance_rescale}. A "
+                "guider has its own."
+            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected one generator per image ({batch_size}), got {len(generator)}.")
         if not isinstance(generator, (torch.Generator, list, type(None))):
@@ -337,6 +364,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         generator: "torch.Generator | list[torch.Generator] | None",
         callback: Callable[["TREADPipeline", int, torch.Tensor, dict], dict | None] | None,
         callback_tensor_inputs: Sequence[str],
+        guidance_rescale: float,
     ) -> torch.Tensor:
         """The latents [B, C, H, W] after all steps."""
         predict = GuidedPrediction(
@@ -346,6 +374,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             num_steps=self._num_timesteps,
         )
         step_generator = {"generator": generator} if _step_takes_generator(self.scheduler) else {}
+        guided_steps = set(self._guided_steps)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -353,7 +382,9 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
                 scaled = self._scale(latents, timestep)
                 # Read at each step: a callback may change them.
                 guider, scale = (self.guider, None) if self._guidance_scale is None else (None, self._guidance_scale)
-                prediction = predict(scaled, timestep, step, class_labels, guider=guider, guidance_scale=scale)
+                guidance = {"guider": guider, "guidance_scale": scale, "guidance_rescale": guidance_rescale}
+                guidance["is_guided"] = step in guided_steps
+                prediction = predict(scaled, timestep, step, class_labels, **guidance)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_generator, return_dict=False)[0]
 
                 if callback is not None:

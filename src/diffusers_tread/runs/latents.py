@@ -21,6 +21,7 @@ from ..data.latents.text import describe_empty
 from ..data.latents.vae import LoadedVAE
 from ..files import find_pipeline, whole
 from ..hub import upload_folder
+from ..hub_errors import ADVICE, LOST
 from ..objectives.terms.vision_encoder import VisionEncoder
 from ..text import PromptEncoder
 from .parsing import check_at_least
@@ -95,7 +96,12 @@ def describe_latents(
 
 
 def load_prompt_encoder(
-    name: str, *, dtype: str = "float32", max_sequence_length: int | None = None, device: torch.device | str = "cpu"
+    name: str,
+    *,
+    dtype: str = "float32",
+    max_sequence_length: int | None = None,
+    call_options: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
 ) -> PromptEncoder:
     """The tokenizers and text encoders of a text-to-image pipeline.
 
@@ -103,6 +109,7 @@ def load_prompt_encoder(
         name: A folder or a repository of the Hub with a diffusers pipeline; its other parts are not loaded.
         dtype: What the text encoders compute in.
         max_sequence_length: See `PromptEncoder`.
+        call_options: Likewise.
         device: Where.
 
     Raises:
@@ -111,9 +118,9 @@ def load_prompt_encoder(
     parts = {"transformer": None, "vae": None, "torch_dtype": getattr(torch, dtype), "use_safetensors": True}
     try:
         pipeline = DiffusionPipeline.from_pretrained(find_pipeline(name), **parts)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected a diffusers text-to-image pipeline at {name!r}, got: {error}") from error
-    return PromptEncoder(pipeline.to(device), max_sequence_length=max_sequence_length)
+    except (ValueError, *LOST) as error:
+        raise ValueError(f"Expected a diffusers text-to-image pipeline at {name!r}, got: {error} {ADVICE}") from error
+    return PromptEncoder(pipeline.to(device), max_sequence_length=max_sequence_length, call_options=call_options)
 
 
 class CaptionStore:

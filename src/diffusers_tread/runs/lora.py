@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
 from ..hub import CardDetails
+from ..markdown import as_text
 from .text import TextOutputs
 from .text_config import TextTrainConfig
 
@@ -103,11 +104,14 @@ def export_lora(
     pipeline: DiffusionPipeline, folder: str | Path, *, repo_id: str | None = None, card: CardDetails | None = None
 ) -> Path:
     """Writes the LoRA and a short card, as `export_text_pipeline` writes whole pipelines."""
-    folder, base = Path(folder), pipeline.config.get("_name_or_path")
+    folder, base, card = Path(folder), pipeline.config.get("_name_or_path"), card or CardDetails()
     folder.mkdir(parents=True, exist_ok=True)
     save_lora(pipeline, folder)
     is_public = base is not None and not Path(base).exists()
+    is_on_hub = card.dataset is not None and card.dataset.count("/") == 1
     data = ModelCardData(
+        license=card.license,
+        datasets=[card.dataset] if is_on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["diffusers", "diffusers-tread", "lora", "text-to-image", "tread"],
@@ -115,6 +119,8 @@ def export_lora(
     )
     about = "A LoRA that was trained with token routing ([TREAD](https://arxiv.org/abs/2501.04765)), for "
     about += f"`{base if is_public else type(pipeline).__name__}`: `pipe.load_lora_weights({repo_id!r})`."
+    about += f"\n\nLicence: {'not stated' if card.license is None else as_text(card.license)}."
+    about += " That of the base model holds as well."
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id or folder.name}\n\n{about}\n").save(folder / "README.md")
     return folder
 

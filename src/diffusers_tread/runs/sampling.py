@@ -3,6 +3,7 @@
 
 import dataclasses
 import inspect
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,27 @@ import torch
 
 from ..files import find_pipeline
 from ..guiders import SparseGuidance
+from ..hooks import apply_token_routing
+from ..hub_errors import ADVICE, LOST
 from ..metrics import PipelineImages, PromptImages, load_dataset_prompts, read_prompts
 from ..objectives import OBJECTIVES
-from ..pipelines import TREADPipeline
+from ..pipelines import GuidedPipeline, TREADPipeline
+from ..pipelines.noise_levels import check_interval
 from ..schedulers import SCHEDULERS
+from ..text import LENGTHS
+from .folder import SETTINGS as RUN_SETTINGS
 from .parsing import check_at_least, read_json
+from .text_config import DEFAULT_ROUTES
 
 
+_GUIDER_FIELDS = ("guidance_scale", "guidance_interval", "guidance_rescale", "strong_ratio", "weak_ratio")
+_GUIDER_FIELDS += ("guider_config",)
 _GUIDANCE_FIELDS = {
-    "pipeline": (),
+    "pipeline": ("guidance_interval",),
     "none": (),
-    "cfg": ("guidance_scale",),
-    "sparse": ("guidance_scale", "strong_ratio", "weak_ratio", "guider_config"),
+    "cfg": ("guidance_scale", "guidance_interval", "guidance_rescale"),
+    "sparse": _GUIDER_FIELDS,
+    "auto": _GUIDER_FIELDS,
 }
 
 
@@ -76,23 +86,32 @@ class SamplingConfig:
     """Class of diffusers or diffusers_tread to sample with; None for the pipeline's."""
     scheduler_config: str = "{}"
     """Changes of its settings as JSON, such as {"shift": 3.0}."""
-    guidance: Literal["pipeline", "none", "cfg", "sparse"] = "pipeline"
-    """pipeline: the guider saved with it; cfg: classifier-free; sparse: Sparse Guidance."""
+    guidance: Literal["pipeline", "none", "cfg", "sparse", "auto"] = "pipeline"
+    """pipeline: the guider saved with it; cfg: classifier-free; sparse: Sparse Guidance; auto: autoguidance by the
+    pipeline's guidance_transformer, an earlier checkpoint."""
+    guidance_transformer: str | None = None
+    """Of sparse with weak_checkpoint, and of auto: a TREADPipeline whose transformer this is; None for the one that
+    was saved with the pipeline."""
     guidance_scale: float | None = None
-    """Of cfg, which needs it, or of sparse; None for the default of SparseGuidance."""
+    """Of cfg, which needs it, of sparse or of auto; None for the default of SparseGuidance."""
+    guidance_interval: str | None = None
+    """Noise levels low,high between which guidance acts, such as 0.28,2.9, in the unit of the scheduler's sigmas:
+    sigma of EDM, t in [0, 1] of flow matching, sqrt((1 - abar) / abar) of DDPM; None for all."""
+    guidance_rescale: float | None = None
+    """Of cfg, sparse or auto: share, in [0, 1], of the rescaling of arXiv 2305.08891."""
     strong_ratio: float | None = None
-    """Of sparse: share of tokens, in [0, 1), routed away in the strong branch; None for the default."""
+    """Of sparse: share of tokens, in [0, 1), routed away in the strong branch; None for the default, 0 of auto."""
     weak_ratio: float | None = None
     """Of sparse: likewise in the weak branch."""
     guider_config: str | None = None
-    """More settings of SparseGuidance as JSON, such as {"stop": 0.8}."""
+    """More settings of SparseGuidance as JSON, such as {"stop": 0.8}: start and stop are shares of the model calls."""
+    routes: str | None = None
+    """Of sparse with prompts: routes that the pipeline was trained with, as for training; None for those of its run,
+    whose folder it lies in."""
 
     def __post_init__(self):
         check_at_least(self, 1, "num_samples", "num_inference_steps", "height", "width")
-        given = {name for name in _GUIDANCE_FIELDS["sparse"] if getattr(self, name) is not None}
-        if unused := sorted(given - set(_GUIDANCE_FIELDS[self.guidance])):
-            raise ValueError(f"Expected only flags that --guidance {self.guidance} uses, got {unused}.")
-        self._check_scale()
+        self._check_guidance()
         self._check_prompts()
 
     @property
@@ -100,9 +119,34 @@ class SamplingConfig:
         """Whether the pipeline makes images of prompts."""
         return self.prompts is not None or self.prompt_dataset_name is not None
 
-    def _check_scale(self) -> None:
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The noise levels between which guidance acts. Raises ValueError for what is no interval."""
+        if self.guidance_interval is None:
+            return None
+        try:
+            interval = tuple(float(level) for level in self.guidance_interval.split(","))
+        except ValueError as error:
+            raise ValueError(
+                f"Expected --guidance_interval low,high, such as 0.28,2.9, got {self.guidance_interval!r}."
+            ) from error
+        check_interval(interval)
+        return interval
+
+    def _check_guidance(self) -> None:
+        given = {name for name in _GUIDER_FIELDS if getattr(self, name) is not None}
+        if unused := sorted(given - set(_GUIDANCE_FIELDS[self.guidance])):
+            raise ValueError(f"Expected only flags that --guidance {self.guidance} uses, got {unused}.")
         if self.guidance == "cfg" and self.guidance_scale is None:
             raise ValueError("Expected --guidance_scale with --guidance cfg, got none.")
+        if self.guidance == "cfg" and not 0.0 <= (self.guidance_rescale or 0.0) <= 1.0:
+            raise ValueError(f"Expected --guidance_rescale in [0, 1], got {self.guidance_rescale}.")
+        if self.guidance_transformer is not None and self.guidance not in ("sparse", "auto"):
+            raise ValueError("Expected --guidance_transformer with --guidance auto, or sparse with weak_checkpoint.")
+        if self.routes is not None and not (self.has_prompts and self.guidance == "sparse"):
+            raise ValueError("Expected --routes only with prompts and --guidance sparse: other pipelines know theirs.")
+        if self.interval is not None and self.has_prompts and self.guidance != "sparse":
+            raise ValueError("Expected --guidance_interval without prompts, or with --guidance sparse.")
 
     def _check_prompts(self) -> None:
         if self.prompts is not None and self.prompt_dataset_name is not None:
@@ -111,8 +155,15 @@ class SamplingConfig:
         given = [name for name in _PROMPT_FIELDS if getattr(self, name) != defaults[name]]
         if given and not self.has_prompts:
             raise ValueError(f"Expected {given} only with --prompts or --prompt_dataset_name. Leave them out.")
-        if self.has_prompts and (self.random_labels or self.guidance == "sparse"):
-            raise ValueError("Expected prompts without --random_labels and --guidance sparse, got one of these.")
+        if self.has_prompts and self.random_labels:
+            raise ValueError("Expected prompts without --random_labels, got both.")
+        if self.has_prompts and (self.guidance == "auto" or self.guidance_transformer is not None):
+            raise ValueError("Expected prompts without --guidance auto and --guidance_transformer, got one of these.")
+        if self.has_prompts and self.guidance == "cfg" and self.guidance_rescale is not None:
+            raise ValueError(
+                "Expected prompts with cfg without --guidance_rescale, got both. Where the pipeline takes it, use "
+                "--call_options '{\"guidance_rescale\": 0.7}'."
+            )
 
 
 def open_pipeline_images(
@@ -134,13 +185,18 @@ def open_pipeline_images(
     common = {"num_inference_steps": config.num_inference_steps, "guidance_scale": scale, "seed": config.seed}
     if config.has_prompts:
         prompts = load_prompts(config, cache_dir=cache_dir)
-        common |= {"height": config.height, "width": config.width, "call_options": read_json(config.call_options)}
         pipeline = load_text_pipeline(config, device)
+        common |= {"height": config.height, "width": config.width, "call_options": find_call_options(config, pipeline)}
+        if config.guidance == "sparse":
+            pipeline = guide_text_pipeline(pipeline, config)
         return PromptImages(pipeline, prompts, num_images=config.num_samples, **common)
+    rescale = config.guidance_rescale if config.guidance == "cfg" else None  # a guider has its own
     return PipelineImages(
         load_pipeline(config, device, guider=guider),
         num_images=config.num_samples or 50_000,
         random_labels=config.random_labels,
+        guidance_interval=config.interval,
+        guidance_rescale=rescale or 0.0,
         **common,
     )
 
@@ -177,10 +233,10 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
             folder = diffusers.DiffusionPipeline.download(folder, revision=config.revision, use_safetensors=True)
         _check_no_code(folder)
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, AttributeError) as error:  # AttributeError: a class that diffusers does not have
+    except (ValueError, AttributeError, *LOST) as error:  # AttributeError: a class that diffusers does not have
         raise ValueError(
             "Expected a text-to-image pipeline of diffusers with safetensors in --pretrained_pipeline, got "
-            f"{config.pretrained_pipeline} ({error}). A TREADPipeline is evaluated without prompts."
+            f"{config.pretrained_pipeline} ({error}). A TREADPipeline is evaluated without prompts. {ADVICE}"
         ) from error
 
     # Schedulers that sample from models of the same objective.
@@ -194,6 +250,45 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def guide_text_pipeline(pipeline: diffusers.DiffusionPipeline, config: SamplingConfig) -> GuidedPipeline:
+    """A text-to-image pipeline with Sparse Guidance on the routes that it was trained with.
+
+    Raises:
+        ValueError: Its routes are not known, or it cannot be guided so.
+    """
+    routes = config.routes or read_run_settings(config.pretrained_pipeline).get("routes", "unknown")
+    if routes in ("unknown", "none"):
+        raise ValueError(
+            f"Expected --routes, those that the pipeline was trained with, such as '{DEFAULT_ROUTES}', got "
+            f"{'none' if routes == 'unknown' else repr(routes)}. Only a pipeline in the folder of its run tells them."
+        )
+    apply_token_routing(pipeline.transformer, json.loads(DEFAULT_ROUTES if routes in (None, "default") else routes))
+    return GuidedPipeline(pipeline, make_guider(config), guidance_interval=config.interval)
+
+
+def find_call_options(config: SamplingConfig, pipeline: diffusers.DiffusionPipeline) -> dict[str, Any]:
+    """More arguments of a text-to-image pipeline's call: those of its training, unless the config says otherwise.
+
+    Captions are then encoded as in the run in whose folder the pipeline lies.
+    """
+    run, parameters = read_run_settings(config.pretrained_pipeline), inspect.signature(pipeline.__call__).parameters
+    trained = read_json(run.get("call_options") or "{}")
+    if run.get("max_sequence_length") is not None:
+        trained |= {name: run["max_sequence_length"] for name in LENGTHS if name in parameters}
+    given = read_json(config.call_options)
+    # Those that have flags of their own stay with these.
+    trained = {name: value for name, value in trained.items() if name not in given and name != "guidance_scale"}
+    if trained:
+        logger.warning(f"Called with {trained}, as in training. Other values are said by --call_options.")
+    return trained | given
+
+
+def read_run_settings(pretrained_pipeline: str) -> dict[str, Any]:
+    """The settings of the run in whose folder a pipeline lies; empty for other pipelines."""
+    path = Path(pretrained_pipeline).resolve().parent / RUN_SETTINGS
+    return read_json(str(path)) if path.is_file() else {}
 
 
 def load_pipeline(
@@ -211,13 +306,16 @@ def load_pipeline(
     """
     try:
         pipeline = TREADPipeline.from_pretrained(find_pipeline(config.pretrained_pipeline), revision=config.revision)
-    except OSError as error:
+    except LOST as error:
         raise ValueError(
-            f"Expected a TREADPipeline in --pretrained_pipeline, got {config.pretrained_pipeline} ({error})."
+            f"Expected a TREADPipeline in --pretrained_pipeline, got {config.pretrained_pipeline} ({error}). {ADVICE}"
         ) from error
     pipeline.scheduler = make_scheduler(pipeline.scheduler, config.scheduler, read_json(config.scheduler_config))
-    if config.guidance == "sparse":
+    if config.guidance in ("sparse", "auto"):
+        if config.guidance_transformer is not None:
+            pipeline.guidance_transformer = TREADPipeline.from_pretrained(config.guidance_transformer).transformer
         pipeline.guider = guider or make_guider(config)
+        pipeline.guider.check_denoisers(pipeline.transformer, pipeline.guidance_transformer)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             part.to(device, torch.float32 if name == "vae" else getattr(torch, config.dtype))
@@ -253,9 +351,14 @@ def make_scheduler(scheduler, name: str | None, changes: dict[str, Any]):
 
 
 def make_guider(config: SamplingConfig, **changes: Any) -> SparseGuidance:
-    """Sparse Guidance as a config asks for it, with changes. Raises ValueError for a setting that it does not have."""
-    names = ("guidance_scale", "strong_ratio", "weak_ratio")
-    settings = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    """Sparse Guidance or autoguidance as a config asks for it, with changes.
+
+    Raises:
+        ValueError: A setting that it does not have, or out of its range.
+    """
+    names = ("guidance_scale", "guidance_rescale", "strong_ratio", "weak_ratio")
+    settings = {"weak_checkpoint": True, "strong_ratio": 0.0, "weak_ratio": 0.0} if config.guidance == "auto" else {}
+    settings |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     settings |= read_json(config.guider_config or "{}") | changes
     _check_settings(SparseGuidance, settings, "--guider_config")
     return SparseGuidance(**settings)

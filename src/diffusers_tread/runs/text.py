@@ -50,7 +50,8 @@ def open_pipeline(
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """The pipeline to train: a new transformer at its initialisation, the same in every process, or an old one.
 
-    Its other parts are frozen, on the device, the text encoders in the precision of the run.
+    Its other parts are frozen, on the device, the text encoders in the precision of the run, in which they are loaded.
+    A transformer that is trained is in float32, whatever the run's precision.
 
     Returns:
         The pipeline, and what tells its text encoders from others (JSON).
@@ -61,25 +62,29 @@ def open_pipeline(
     values = config.transformer_values()
     torch.manual_seed(derive_seed(config.seed, "init"))
     transformer = None if values is None else make_transformer(values)
+    frozen_dtype = FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    dtypes = {"transformer": transformer_dtype, "vae": torch.float32, "default": frozen_dtype}
     with accelerator.main_process_first():  # one process fills the caches
         pipeline = load_pipeline(
             config.pretrained_model_name_or_path,
             transformer=transformer,
             parts=read_json(config.parts),
             scheduler=setup.make_objective(config, None).scheduler(),
+            dtypes=dtypes,
         )
     if transformer is not None and "default_sample_size" in pipeline.config and config.resolution:  # PRX's
         pipeline.register_to_config(default_sample_size=config.resolution)
         pipeline.default_sample_size = config.resolution
-    identity = text_identity(pipeline, max_sequence_length=config.max_sequence_length)  # in whatever precision it is
-    frozen_dtype = FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
-    for name, part in pipeline.components.items():
+    for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            dtypes = {"transformer": transformer_dtype, "vae": part.dtype}
             part.requires_grad_(part is pipeline.transformer).eval()
-            # Cast before it is moved. Not by diffusers' `to`, which may warn of an empty list.
-            torch.nn.Module.to(part, dtypes.get(name, frozen_dtype)).to(accelerator.device)
-    return pipeline, identity
+            torch.nn.Module.to(part, accelerator.device)  # not by diffusers' `to`, which may warn of an empty list
+    return pipeline, text_identity(pipeline, **encoding_options(config))
+
+
+def encoding_options(config: TextTrainConfig) -> dict[str, Any]:
+    """How the captions of a run are encoded, which is how those of its samples are."""
+    return {"max_sequence_length": config.max_sequence_length, "call_options": read_json(config.call_options)}
 
 
 def route_transformer(config: TextTrainConfig, transformer: torch.nn.Module) -> list[TokenRoute]:

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 
 from ..files import find_pipeline, forget_local_paths, write_json
+from ..hub_errors import ADVICE, LOST
 from ..registry import add_entry
 
 
@@ -72,6 +73,7 @@ def load_pipeline(
     transformer: torch.nn.Module | None = None,
     parts: Mapping[str, Any] | None = None,
     scheduler: Any = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> DiffusionPipeline:
     """A text-to-image pipeline of a transformer and parts by name.
 
@@ -82,6 +84,8 @@ def load_pipeline(
         parts: Where other parts lie, such as {"vae": "folder", "text_encoder": ["repository", "subfolder"]}; None for
             one that the pipeline does without.
         scheduler: Of a pipeline with a new transformer; PixArt and Sana get a solver of the same shift.
+        dtypes: In what parts are loaded, by name, and "default"; layers that must stay in float32 do, such as some of
+            T5's in float16. None for float32.
 
     Raises:
         ValueError: A part that the pipeline needs is missing, none of it, or cannot be loaded.
@@ -102,13 +106,17 @@ def load_pipeline(
         parameters = dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
         if unknown := sorted(set(parts or {}) - set(parameters)):
             raise ValueError(f"Expected parts of {kind.__name__} among {sorted(parameters)}, got {unknown}.")
-        given |= {name: _load_part(name, place, parameters[name]) for name, place in (parts or {}).items()}
+        dtypes = {"default": torch.float32} | dict(dtypes or {})
+        for name, place in (parts or {}).items():
+            given[name] = _load_part(name, place, parameters[name], dtypes.get(name, dtypes["default"]))
         if pretrained is not None:
             missing = [name for name in parameters if name not in base and name not in given]
             optional = {name: None for name in missing if name in kind._optional_components}
-            return kind.from_pretrained(pretrained, use_safetensors=True, **optional, **given)
-    except OSError as error:
-        raise ValueError(f"Expected the parts of {kind.__name__} where they were said to lie, got: {error}") from error
+            return kind.from_pretrained(pretrained, torch_dtype=dtypes, use_safetensors=True, **optional, **given)
+    except LOST as error:
+        raise ValueError(
+            f"Expected the parts of {kind.__name__} where they were said to lie, got: {error} {ADVICE}"
+        ) from error
 
     # Without a pipeline to start from.
     missing = [name for name, one in parameters.items() if one.default is one.empty and name not in given]
@@ -148,14 +156,14 @@ def _class_to_train(pretrained: str, index: Mapping[str, Any]) -> type[Diffusion
     return kind
 
 
-def _load_part(name: str, place: Any, parameter: inspect.Parameter) -> Any:
+def _load_part(name: str, place: Any, parameter: inspect.Parameter, dtype: torch.dtype) -> Any:
     """A VAE, text encoder or tokenizer."""
     if place is None:
         return None
     place, *subfolder = [place] if isinstance(place, str) else place
     options = {"subfolder": subfolder[0]} if subfolder else {}
     if not name.startswith(("text_encoder", "tokenizer", "image_encoder", "feature_extractor")):
-        return AutoModel.from_pretrained(place, use_safetensors=True, **options)
+        return AutoModel.from_pretrained(place, torch_dtype=dtype, use_safetensors=True, **options)
     import transformers
 
     if name.startswith("tokenizer"):
@@ -163,4 +171,5 @@ def _load_part(name: str, place: Any, parameter: inspect.Parameter) -> Any:
     # The class that the pipeline names, such as the encoder half of T5, unless that is a family.
     kind = parameter.annotation
     is_model = isinstance(kind, type) and hasattr(kind, "from_pretrained") and "PreTrained" not in kind.__name__
+    options |= {"dtype": dtype} if name.startswith(("text_encoder", "image_encoder")) else {}
     return (kind if is_model else transformers.AutoModel).from_pretrained(place, use_safetensors=True, **options)

@@ -2,7 +2,7 @@
 """What a pipeline's own `encode_prompt` makes of captions: as a batch, or one by one to be stored and put together."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,14 +26,18 @@ class PromptEncoder:
     Args:
         pipeline: With its tokenizers and text encoders; the other parts may be None.
         max_sequence_length: Tokens of a caption, more are cut off; None for what the pipeline's `__call__` takes.
+        call_options: Arguments of the pipeline's `__call__`, of which those that it hands on to `encode_prompt` count.
 
     Raises:
         ValueError: The pipeline has no `encode_prompt` of the usual kind, or one without a length that can be set.
     """
 
-    def __init__(self, pipeline, *, max_sequence_length: int | None = None):
-        self.pipeline, self.max_sequence_length = pipeline, max_sequence_length
-        self.options = self._find_options(max_sequence_length)
+    def __init__(
+        self, pipeline, *, max_sequence_length: int | None = None, call_options: Mapping[str, Any] | None = None
+    ):
+        self.pipeline, self.given = pipeline, (max_sequence_length, dict(call_options or {}))
+        max_sequence_length, shared = _encoding_options(pipeline, *self.given)
+        self.options = self._find_options(max_sequence_length, shared)
         one, two = self([""]), self(["", ""])
         self.axes = [_batch_axis(first, second) for first, second in zip(one, two, strict=True)]
         if not any(axis is not None for axis in self.axes):
@@ -105,7 +109,7 @@ class PromptEncoder:
 
     def identity(self) -> dict[str, Any]:
         """What its results depend on (JSON)."""
-        return text_identity(self.pipeline, max_sequence_length=self.max_sequence_length)
+        return text_identity(self.pipeline, max_sequence_length=self.given[0], call_options=self.given[1])
 
     @cached_property
     def _drops_masks(self) -> bool:
@@ -118,7 +122,7 @@ class PromptEncoder:
         asked = next((self.options[name] for name in LENGTHS if self.options.get(name)), tokenizer.model_max_length)
         return tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else asked
 
-    def _find_options(self, max_sequence_length: int | None) -> dict[str, Any]:
+    def _find_options(self, max_sequence_length: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `encode_prompt` besides the captions."""
         kind = type(self.pipeline)
         if not hasattr(kind, "encode_prompt"):
@@ -130,6 +134,7 @@ class PromptEncoder:
         called = inspect.signature(kind.__call__).parameters
         shared = {name: called[name].default for name, _ in others if name in called and "prompt" not in name}
         options |= {name: default for name, default in shared.items() if default is not inspect.Parameter.empty}
+        options |= given
         if "do_classifier_free_guidance" in parameters:
             options["do_classifier_free_guidance"] = False
         if "device" in parameters:
@@ -144,14 +149,43 @@ class PromptEncoder:
         return options if max_sequence_length is None else options | {name: max_sequence_length}
 
 
-def text_identity(pipeline, *, max_sequence_length: int | None) -> dict[str, Any]:
-    """What the results of a `PromptEncoder` depend on (JSON)."""
+def text_identity(
+    pipeline, *, max_sequence_length: int | None, call_options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the results of a `PromptEncoder` depend on (JSON), but for the precision that it computes in."""
+    max_sequence_length, shared = _encoding_options(pipeline, max_sequence_length, call_options or {})
     parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
     return {
         "pipeline_class": type(pipeline).__name__,
         "max_sequence_length": max_sequence_length,
-        "text_encoders": {name: weights_fingerprint(part) for name, part in parts.items() if part is not None},
-    }
+        "text_encoders": {
+            name: weights_fingerprint(part, rounded_to=torch.bfloat16)
+            for name, part in parts.items()
+            if part is not None
+        },
+    } | ({"call_options": shared} if shared else {})
+
+
+def _encoding_options(
+    pipeline, max_sequence_length: int | None, call_options: Mapping[str, Any]
+) -> tuple[int | None, dict[str, Any]]:
+    """The length of a caption, and the options of a pipeline's call that it hands on to `encode_prompt`.
+
+    Raises:
+        ValueError: Two lengths.
+    """
+    kind, shared = type(pipeline), {}
+    if hasattr(kind, "encode_prompt"):
+        names = [set(inspect.signature(function).parameters) for function in (kind.encode_prompt, kind.__call__)]
+        shared = {name: value for name, value in call_options.items() if name in names[0] & names[1]}
+        shared = {name: value for name, value in shared.items() if "prompt" not in name}
+    lengths = {shared.pop(name) for name in LENGTHS if name in shared} | {max_sequence_length} - {None}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"Expected one length of captions, got {sorted(lengths)} of max_sequence_length and the call's options. "
+            "Leave one out."
+        )
+    return next(iter(lengths), None), shared
 
 
 def _batch_axis(one: Any, two: Any) -> int | None:

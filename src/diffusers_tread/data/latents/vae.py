@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoModel
 
 from ...fingerprint import weights_fingerprint
+from ...hub_errors import ADVICE, LOST
 from .codec import LatentCodec, latent_codec
 
 
@@ -49,8 +50,10 @@ def load_vae(
     place = {key: value for key, value in {"subfolder": subfolder, "revision": revision}.items() if value is not None}
     try:
         vae = AutoModel.from_pretrained(name, **place, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected a diffusers VAE with safetensors weights at {name}, got: {error}") from error
+    except (ValueError, *LOST) as error:
+        raise ValueError(
+            f"Expected a diffusers VAE with safetensors weights at {name}, got: {error} {ADVICE}"
+        ) from error
     if not hasattr(vae, "encode"):
         raise ValueError(f"Expected a VAE at {name}, got {type(vae).__name__}. Name its --vae_subfolder.")
 

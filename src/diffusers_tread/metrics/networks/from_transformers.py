@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...hub_errors import ADVICE, LOST
 from .feature_extractor import TorchFeatureExtractor
 
 
@@ -36,9 +37,9 @@ def load_transformers(repository: str, weights: Path | None = None) -> TorchFeat
         settings, _ = ImageProcessingMixin.get_image_processor_dict(repository)
         size, mean, std = settings.get("crop_size") or settings["size"], settings["image_mean"], settings["image_std"]
         model = AutoModel.from_pretrained(repository, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, *LOST) as error:
         raise ValueError(
-            f"Expected a model with safetensors and a preprocessor_config.json at {repository}, got {error}"
+            f"Expected a model with safetensors and a preprocessor_config.json at {repository}, got {error}. {ADVICE}"
         ) from error
     if not any(name.endswith("cls_token") for name, _ in model.named_parameters()):
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...fingerprint import weights_fingerprint
 from ...finite import check_finite
+from ...hub_errors import ADVICE, LOST
 from .scorer import ScoreFunction, Scorer
 
 
@@ -123,9 +124,10 @@ def load_clip_score(*, clip_model: str, device: str | torch.device) -> tuple[Sco
         settings, _ = ImageProcessingMixin.get_image_processor_dict(clip_model)
         tokenizer = AutoTokenizer.from_pretrained(clip_model)
         model = AutoModel.from_pretrained(clip_model, use_safetensors=True).float()
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, *LOST) as error:
         raise ValueError(
-            f"Expected a CLIP with safetensors, tokenizer and preprocessor_config.json at {clip_model}, got {error}"
+            f"Expected a CLIP with safetensors, tokenizer and preprocessor_config.json at {clip_model}, got {error}. "
+            f"{ADVICE}"
         ) from error
     if not all(hasattr(model, name) for name in ("get_text_features", "get_image_features")):
         raise ValueError(

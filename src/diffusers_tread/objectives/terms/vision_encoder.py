@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 
 from ...fingerprint import weights_fingerprint
+from ...hub_errors import ADVICE, LOST
 
 
 class VisionEncoder:
@@ -68,10 +69,10 @@ class VisionEncoder:
             dtype = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
             model = AutoModel.from_pretrained(repository, dtype=dtype, use_safetensors=True)
             mean, std = settings["image_mean"], settings["image_std"]
-        except (OSError, ValueError, KeyError) as error:
+        except (ValueError, KeyError, *LOST) as error:
             raise ValueError(
                 f"Expected a vision encoder with safetensors and a preprocessor_config.json at {repository!r}, got "
-                f"{error}"
+                f"{error}. {ADVICE}"
             ) from error
         cached = None if Path(repository).exists() else try_to_load_from_cache(repository, "config.json")
         commit = re.search(r"/snapshots/([0-9a-f]{40})/", cached if isinstance(cached, str) else "")
@@ -81,7 +82,7 @@ class VisionEncoder:
     def identity(self) -> dict[str, Any]:
         """What tells it from others wherever it lies (JSON): features of encoders with the same one are the same, but
         for rounding. Its weights count in bfloat16, in which accelerators have them."""
-        fingerprint = weights_fingerprint(self.model, dtype=torch.bfloat16)
+        fingerprint = weights_fingerprint(self.model, rounded_to=torch.bfloat16)
         return {"class_name": type(self.model).__name__, "fingerprint": fingerprint, **self.normalization}
 
     @torch.no_grad()
