@@ -27,7 +27,7 @@ PYTEST_ARGS ?=
 
 BENCH := .venv/bin/python benchmarks
 RESULTS := benchmarks/results
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks docs
 # Two makes at once take turns in building an environment, where the system has flock.
 LOCK := $(shell command -v flock)
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
@@ -36,7 +36,7 @@ PLAIN := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_C
 PLAIN += TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.venv/inductor-plain"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality clean
+.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -95,8 +95,11 @@ quality: .venv/.installed ## check style, lint and the citation file; changes no
 	.venv/bin/ruff format --check $(wildcard $(SOURCES))
 	.venv/bin/cffconvert --validate
 
+docs: .venv/.installed ## build the documentation's site in build/docs; warnings are errors
+	.venv/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+
 clean: ## remove the environments, caches and builds
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist docs/api
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an environment whose build broke off is built on, not taken for done.

@@ -51,7 +51,7 @@ class Buckets:
         return max(map(max, self.sizes))
 
     def nearest(self, height: int, width: int) -> int:
-        """The index of the bucket for an image, by diffusers' rule: the least |height * w - width * h| of all."""
+        """The index of the bucket for an image, by diffusers' rule: the least `|height * w - width * h|` of all."""
         return find_nearest_bucket(height, width, self.sizes)
 
 

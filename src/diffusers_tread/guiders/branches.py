@@ -11,9 +11,11 @@ import torch
 from diffusers import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 
+from ..field_docs import with_field_docs
 from ..routing import TokenRouter, check_can_route, get_token_router, token_routing
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class Branch:
     """One of the predictions that a guider combines in a step."""

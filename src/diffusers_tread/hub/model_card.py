@@ -11,6 +11,7 @@ import PIL.Image
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..field_docs import with_field_docs
 from ..fingerprint import weights_fingerprint
 from ..flops import forward_flops, guidance_flops
 from ..markdown import as_code, as_text, table_row
@@ -58,6 +59,7 @@ class Evaluation(Protocol):
     def label(self, name: str) -> str: ...
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class CardDetails:
     """What a model card says that the pipeline does not tell."""

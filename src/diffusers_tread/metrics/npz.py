@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..field_docs import with_field_docs
 from ..files import file_sha256, whole
 from .feature_statistics import FeatureStatistics
 from .networks import FeatureExtractor
@@ -83,6 +84,7 @@ class NpzImages:
         return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class NpzReference:
     """Content of a reference file."""

@@ -1,4 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Where a route starts and ends, which tokens are kept, and the stack of blocks that the others skip."""
+
 from .ops import put_tokens, take_tokens
 from .refusals import check_can_route, has_cache, hook_names
 from .route import TokenRoute, default_route, num_kept_tokens, resolve_routes

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from ..field_docs import with_field_docs
 from .route import TokenRoute, check_magnitude_mix, check_selection_ratio, num_kept_tokens, resolve_routes
 from .rows import check_grid, count_forced, rows_as_tokens, tokens_of_rows
 from .subset import magnitude_priority, random_priority, select_kept_tokens, subset_hashes
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingCall:
     """How one forward routes: the argument `routing` of a denoiser.

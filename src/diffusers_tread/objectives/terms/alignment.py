@@ -14,12 +14,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ...field_docs import with_field_docs
 from ...routing import TokenRoute
 from ...routing.ops import take_tokens
 from .base import ForwardRecord, LossTerm
 from .vision_encoder import VisionEncoder
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AlignmentLoss(LossTerm):
     """weight * the mean over blocks and tokens of 1 - cos(projected token, feature of the clean image at its place).
