@@ -23,7 +23,7 @@ Where to look::
     TREADPipeline, GuidedPipeline       sampling, with SparseGuidance or another guider
     register_...                        adds a backbone, objective, loss term, guider, ... of your own
 
-Further names in `diffusers_tread.data`, `.metrics`, `.hub`, `.converters`, `.flops`, `.text`. Guides: docs/README.md.
+Further names in `diffusers_tread.data`, `metrics`, `hub`, `converters`, `flops` and `text`. Guides: docs/README.md.
 """
 
 from typing import TYPE_CHECKING, Any

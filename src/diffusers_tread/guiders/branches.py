@@ -5,7 +5,7 @@ import threading
 from abc import abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import BaseGuidance
@@ -61,6 +61,10 @@ class BranchGuidance(BaseGuidance):
     def __init__(self, start: float = 0.0, stop: float = 1.0, enabled: bool = True):
         self._prepared = _Prepared()
         super().__init__(start, stop, enabled)
+
+    if TYPE_CHECKING:  # diffusers wants a LongTensor, which no scheduler of EDM or flow matching has
+
+        def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor | None) -> None: ...
 
     @abstractmethod
     def branches(self) -> list[Branch]:

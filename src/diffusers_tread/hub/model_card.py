@@ -50,11 +50,16 @@ TRAINING_SETTINGS = {
 class Evaluation(Protocol):
     """What a card tells of an evaluation: `EvaluationResults` of `diffusers_tread.metrics`, which has the details."""
 
-    metrics: dict[str, float]
-    num_samples: int
-    images: dict[str, Any]
-    feature_extractor: dict[str, str]
-    reference: dict[str, Any]
+    @property
+    def metrics(self) -> dict[str, float]: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def images(self) -> dict[str, Any]: ...
+    @property
+    def feature_extractor(self) -> dict[str, str]: ...
+    @property
+    def reference(self) -> dict[str, Any]: ...
 
     def label(self, name: str) -> str: ...
 

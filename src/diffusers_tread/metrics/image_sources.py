@@ -22,8 +22,9 @@ from ..pictures import save_image
 class ImageSource(Protocol):
     """Any set of images that can be read piece by piece; `prompt(index)` besides, if scorers are to rate them."""
 
-    description: dict[str, Any]
-    """Identifies the images in feature stores and results (JSON)."""
+    @property
+    def description(self) -> dict[str, Any]:
+        """Identifies the images in feature stores and results (JSON)."""
 
     def __len__(self) -> int: ...
 

@@ -7,7 +7,7 @@ D width.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn as nn
@@ -24,6 +24,10 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ..routing import RoutedStack, RoutingCall, TokenRoute, TokenRouter, check_can_route, default_route, hook_names
 from .modeling_outputs import DenoiserOutput
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 Routes = Literal["default"] | Iterable[TokenRoute | Mapping[str, Any]] | None
@@ -54,6 +58,43 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         "norm",
         "^proj_out",
     ]
+
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> Any: ...
+
+        @classmethod
+        def from_config(cls, config: Any = None, **kwargs: Any) -> Self: ...
+
+        @overload
+        def __call__(
+            self,
+            hidden_states: torch.Tensor,
+            timestep: torch.Tensor | float,
+            class_labels: torch.Tensor | None = None,
+            kept_token_ids: list[torch.Tensor | None] | None = None,
+            return_dict: Literal[True] = True,
+            *,
+            routing: RoutingCall | None = None,
+            prefix: torch.Tensor | None = None,
+            return_prefix: bool = False,
+            hidden_states_at: Iterable[int] = (),
+        ) -> DenoiserOutput: ...
+        @overload
+        def __call__(
+            self,
+            hidden_states: torch.Tensor,
+            timestep: torch.Tensor | float,
+            class_labels: torch.Tensor | None = None,
+            kept_token_ids: list[torch.Tensor | None] | None = None,
+            *,
+            return_dict: Literal[False],
+            routing: RoutingCall | None = None,
+            prefix: torch.Tensor | None = None,
+            return_prefix: bool = False,
+            hidden_states_at: Iterable[int] = (),
+        ) -> tuple[Any, ...]: ...
 
     @classmethod
     def presets(cls) -> list[str]:
