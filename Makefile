@@ -36,7 +36,7 @@ PLAIN := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_C
 PLAIN += TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.venv/inductor-plain"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality docs clean
+.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality types docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -94,12 +94,18 @@ quality: .venv/.installed ## check style, lint and the citation file; changes no
 	.venv/bin/ruff check $(wildcard $(SOURCES))
 	.venv/bin/ruff format --check $(wildcard $(SOURCES))
 	.venv/bin/cffconvert --validate
+	$(MAKE) types
+
+types: .venv/.installed ## check types: of the package with pyright, of README's and guides' snippets with pyright and mypy
+	.venv/bin/python docs/snippets.py
+	.venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/mypy
 
 docs: .venv/.installed ## build the documentation's site in build/docs; warnings are errors
 	.venv/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 clean: ## remove the environments, caches and builds
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist docs/api
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist docs/api .mypy_cache
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an environment whose build broke off is built on, not taken for done.

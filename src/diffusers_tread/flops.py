@@ -318,7 +318,7 @@ def _without_values(model: torch.nn.Module) -> torch.nn.Module:
 
 def _example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """One sample for a denoiser of this package."""
-    config = model.config
+    config: Any = model.config
     if "num_classes" not in config or "sample_size" not in config:
         raise ValueError(
             f"Expected `inputs`, the arguments of one forward of {type(model).__name__}, got none. Only the denoisers "

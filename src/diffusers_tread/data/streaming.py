@@ -17,7 +17,7 @@ from .labelled_images import collate_images
 
 
 # Errors of files and connections. Those of HTTP depend on the version of huggingface_hub.
-LOST = (OSError, *HfHubHTTPError.__bases__)
+LOST: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 class StreamingDataset:

@@ -52,7 +52,7 @@ class RatioSchedule:
         return asdict(self)
 
 
-def as_schedule(ratio: "float | RatioSchedule | Mapping[str, Any]") -> RatioSchedule:
+def as_schedule(ratio: Any) -> RatioSchedule:
     """A schedule from itself, its mapping, or a constant ratio.
 
     Raises:

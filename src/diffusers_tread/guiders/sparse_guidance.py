@@ -174,7 +174,7 @@ class SparseGuidance(BranchGuidance):
                 pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    def _ratio_now(self, ratio: "float | RatioSchedule") -> float:
+    def _ratio_now(self, ratio: Any) -> float:
         if not hasattr(ratio, "at"):
             return ratio
         if self._num_inference_steps is None:

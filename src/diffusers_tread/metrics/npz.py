@@ -61,9 +61,13 @@ class NpzImages:
     def __len__(self) -> int:
         return self._length
 
-    @cached_property
+    @property
     def description(self) -> dict[str, Any]:
         """Identifies the images by the file's hash."""
+        return self._description
+
+    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    def _description(self) -> dict[str, Any]:
         return {"kind": "file", "name": self.path.name, "num_images": len(self), "sha256": file_sha256(self.path)}
 
     def read(self, start: int, stop: int) -> torch.Tensor:

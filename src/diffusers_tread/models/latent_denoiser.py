@@ -95,6 +95,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             return_prefix: bool = False,
             hidden_states_at: Iterable[int] = (),
         ) -> tuple[Any, ...]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @classmethod
     def presets(cls) -> list[str]:
@@ -116,7 +117,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         """
         if preset not in cls._presets:
             raise ValueError(f"Expected a preset among {cls.presets()}, got {preset!r}.")
-        return cls(**cls._presets[preset] | config)
+        return cls(**{**cls._presets[preset], **config})
 
     def _make_input(self, dim: int, *, positions: bool = True) -> None:
         """Routes, patches, positions, time and class.

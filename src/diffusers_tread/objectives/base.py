@@ -50,7 +50,7 @@ class Objective(ABC):
     `register_objective("name", MyObjective)`.
     """
 
-    name: ClassVar[str | None] = None
+    name: ClassVar[Any] = None
     """As in a model's config; set by `register_objective`."""
 
     scheduler_advice: ClassVar[str]

@@ -192,7 +192,7 @@ def resolve_routes(
     if routes is None:
         return ()
     if isinstance(routes, (TokenRoute, Mapping)):
-        routes = [routes]
+        return resolve_routes([routes], num_layers)
     if isinstance(routes, str) or not isinstance(routes, Iterable):
         raise ValueError(f"Expected a TokenRoute, its mapping, or a list of them, got {routes!r}.")
 

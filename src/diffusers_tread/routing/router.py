@@ -264,7 +264,7 @@ def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
     module = denoiser
     while module is not None:
         # By what it can do, not by its class: a model loaded from the Hub brings the code of its own.
-        router = getattr(module, "token_router", None)
+        router: Any = getattr(module, "token_router", None)
         if hasattr(router, "is_routing"):
             return router
         module = getattr(module, "_orig_mod", None) or getattr(module, "module", None)

@@ -81,7 +81,7 @@ class RoutedStack(nn.ModuleList):
         self._check(tokens, routes, kept_token_ids, prefix, return_prefix, wanted, num_parts)
         taken = zip(routes, kept_token_ids, strict=True) if kept_token_ids is not None else ()
         starts = {route.start: (route, ids) for route, ids in taken if ids is not None}
-        prefix_end = routes[0].start if prefix is not None or return_prefix else None
+        prefix_end = routes[0].start if prefix is not None or return_prefix else -1
         held_at = {route.rejoin_from for route, _ in starts.values()} | set(in_prefix if return_prefix else ())
 
         states, arguments, hidden_states, route = {0: tokens}, per_token, {}, None  # in front of blocks: B N D

@@ -85,7 +85,8 @@ class UnseenSource(TrainingSource):
         self.id2label = {}
         self.buckets, self.has_captions, self.info = config.buckets(), False, None
         # As the VAEs of Stable Diffusion have it.
-        self.channels, self.latent_size = (4, config.resolution // 8) if is_latent else (3, config.resolution)
+        side: Any = config.resolution  # which a dry run needs
+        self.channels, self.latent_size = (4, side // 8) if is_latent else (3, side)
 
     def __len__(self) -> int:
         raise TypeError("Expected a length of data that were not opened.")

@@ -362,7 +362,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(self._c_noise, dtype=torch.float32, device=device)
         self._step_index = None
         self._begin_index = None
-        self._predictor = None
+        self._predictor: Any = None
 
     def _require_timesteps(self) -> None:
         if self.num_inference_steps is None:
