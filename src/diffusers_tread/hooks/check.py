@@ -127,7 +127,7 @@ def _relative_error(output: torch.Tensor, dense: torch.Tensor) -> float:
 def _first_output(output: Any) -> Any:
     """The prediction among what a model returned; a list of samples is stacked."""
     while not isinstance(output, torch.Tensor):
-        if isinstance(output, (tuple, list)) and all(isinstance(x, torch.Tensor) for x in output) and len(output) > 1:
+        if isinstance(output, (tuple, list)) and output[1:] and all(isinstance(x, torch.Tensor) for x in output):
             return torch.stack(list(output)) if len({x.shape for x in output}) == 1 else output[0]
         output = output[0]
     return output

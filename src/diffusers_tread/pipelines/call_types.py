@@ -2,16 +2,12 @@
 """For type checkers alone: the arguments of `TREADPipeline.__call__`, and its output by `output_type`."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
 from PIL.Image import Image
-
-
-if TYPE_CHECKING:
-    from .pipeline_tread import TREADPipeline
 
 
 class CallOptions(TypedDict, total=False):
@@ -25,7 +21,7 @@ class CallOptions(TypedDict, total=False):
     num_images_per_prompt: int
     generator: "torch.Generator | list[torch.Generator] | None"
     latents: torch.Tensor | None
-    callback_on_step_end: "Callable[[TREADPipeline, int, torch.Tensor, dict], dict | None] | None"
+    callback_on_step_end: Callable[..., dict | None] | None
     callback_on_step_end_tensor_inputs: Sequence[str]
 
 
