@@ -23,6 +23,7 @@ myst_heading_anchors = 4  # links to headings, with the anchors that GitHub give
 html_theme = "furo"
 html_title = f"diffusers-tread {version}"
 
+highlight_language = "none"  # of blocks that name none
 default_role = "py:obj"  # a name in single backticks is a link where the reference has it
 napoleon_numpy_docstring = False
 autodoc_default_options = {"members": True, "show-inheritance": True, "special-members": "__call__"}
