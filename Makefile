@@ -23,6 +23,7 @@ SAME += examples/train_alignment examples/train_muon runs/optimizers runs/shift
 SAME += additions docs flops full_disk packaging examples/import_latents examples/import_refusals examples/train_latents
 SAME += models/mamba_facts models/rwkv_facts models/mamba_tread_2d models/rwkv_tread_2d models/transformer_modern
 SAME += models/transformer_prefix objectives/terms/reconstruction objectives/terms/alignment routing/router routing/rows
+SAME += reference
 PYTEST_ARGS ?=
 
 BENCH := .venv/bin/python benchmarks
@@ -90,7 +91,7 @@ style: .venv/.installed ## format the code and repair what ruff can repair
 	.venv/bin/ruff check --fix $(wildcard $(SOURCES))
 	.venv/bin/ruff format $(wildcard $(SOURCES))
 
-quality: .venv/.installed ## check style, lint and the citation file; changes nothing
+quality: .venv/.installed ## check style, lint, types and the citation file; changes no source
 	.venv/bin/ruff check $(wildcard $(SOURCES))
 	.venv/bin/ruff format --check $(wildcard $(SOURCES))
 	.venv/bin/cffconvert --validate

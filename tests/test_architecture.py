@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 # Each may import those before it and, in its own row, none; files of one folder may import each other.
 FLOORS = [
     {"version"},
-    {"registry", "seeds", "files", "fingerprint", "finite", "distributed", "markdown", "field_docs"},
+    {"registry", "seeds", "files", "fingerprint", "finite", "distributed", "markdown", "field_docs", "typed_config"},
     {"settings"},
     {"claims"},
     {"routing", "schedulers", "pictures"},

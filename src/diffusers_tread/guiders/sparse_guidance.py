@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import BaseGuidance  # noqa: F401 - diffusers looks for the base class here, by name
-from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
+from ..typed_config import register_to_config
 from .branches import Branch, BranchGuidance, check_routes
 from .ratio_schedule import RatioSchedule, as_schedule
 

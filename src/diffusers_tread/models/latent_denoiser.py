@@ -103,7 +103,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return list(cls._presets)
 
     @classmethod
-    def from_preset(cls, preset: str, **config: Any) -> "LatentDenoiser":
+    def from_preset(cls, preset: str, **config: Any) -> "Self":
         """A model of one of the published sizes.
 
         Args:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
     AttentionProcessorRegistry,
@@ -25,6 +24,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, Fee
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from ..routing import RoutedStack
+from ..typed_config import register_to_config
 from .latent_denoiser import LatentDenoiser, Routes, sincos_positions
 
 

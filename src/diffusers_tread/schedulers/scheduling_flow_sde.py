@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from diffusers import SchedulerMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from ..typed_config import register_to_config
 
 
 if TYPE_CHECKING:
