@@ -96,13 +96,18 @@ def find_public_name(app: Any, env: Any, node: Any, content: Any) -> Any:
     return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
 
-def drop_field_docs(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """A class's section of its fields, which `help()` shows: here each field has an entry with its default."""
+def prepare_docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Before napoleon: a class goes without the section of its fields, each of which has an entry with its default.
+
+    What stands before a colon in a field's docstring is text, which napoleon would take for its type.
+    """
     if what == "class" and hasattr(value, "__dataclass_fields__") and "Attributes:" in lines:
         del lines[lines.index("Attributes:") :]
+    if what in ("attribute", "property") and lines:
+        lines[0] = f": {lines[0]}"
 
 
 def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", drop_field_docs, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=100)
     app.connect("builder-inited", write_api_pages)
     app.connect("missing-reference", find_public_name)
