@@ -24,11 +24,12 @@ SAME += repository examples/minimal_loop
 SAME += additions cli docs flops full_disk packaging examples/import_latents examples/import_refusals examples/train_latents
 SAME += models/mamba_facts models/rwkv_facts models/mamba_tread_2d models/rwkv_tread_2d models/transformer_modern
 SAME += models/transformer_prefix objectives/terms/reconstruction objectives/terms/alignment routing/router routing/rows
+SAME += reference
 PYTEST_ARGS ?=
 
 BENCH := .venv/bin/python benchmarks
 RESULTS := benchmarks/results
-SOURCES := src tests examples benchmarks hatch_build.py
+SOURCES := src tests examples benchmarks docs hatch_build.py
 # Two makes at once take turns in building an environment, where the system has flock.
 LOCK := $(shell command -v flock)
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
@@ -37,7 +38,8 @@ PLAIN := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_C
 PLAIN += TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.venv/inductor-plain"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality dist clean
+.PHONY: help install demo demo-avatars demo-text bench bench-gpu test test-long test-plain test-oldest style quality types docs
+.PHONY: dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
@@ -91,10 +93,19 @@ style: .venv/.installed ## format the code and repair what ruff can repair
 	.venv/bin/ruff check --fix $(wildcard $(SOURCES))
 	.venv/bin/ruff format $(wildcard $(SOURCES))
 
-quality: .venv/.installed ## check style, lint and the citation file; changes nothing
+quality: .venv/.installed ## check style, lint, types and the citation file; changes no source
 	.venv/bin/ruff check $(wildcard $(SOURCES))
 	.venv/bin/ruff format --check $(wildcard $(SOURCES))
 	.venv/bin/cffconvert --validate
+	$(MAKE) types
+
+types: .venv/.installed ## check types: of the package with pyright, of README's and guides' snippets with pyright and mypy
+	.venv/bin/python docs/snippets.py
+	.venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/mypy
+
+docs: .venv/.installed ## build the documentation's site in build/docs; warnings are errors
+	.venv/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 dist: ## build wheel and sdist, check both, try the wheel in a new environment; downloads packages
 	rm -rf dist .venv-dist
@@ -110,7 +121,7 @@ dist: ## build wheel and sdist, check both, try the wheel in a new environment; 
 	bash tests/wheel_journey.sh .venv-dist/bin/python
 
 clean: ## remove the environments, caches and builds
-	rm -rf .venv .venv-oldest .venv-dist .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .venv-dist .pytest_cache .ruff_cache .mypy_cache build dist docs/api
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an environment whose build broke off is built on, not taken for done.

@@ -4,6 +4,7 @@
 import ast
 import importlib
 import inspect
+import runpy
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from diffusers_tread.models import DENOISERS
 
 
 PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_tread"
+DOCS = Path(__file__).parents[1] / "docs"
 
 # Each may import those before it and, in its own row, none; files of one folder may import each other.
 FLOORS = [
     {"version", "installation", "quiet"},
-    {"registry", "seeds", "files", "fingerprint", "finite", "distributed", "markdown", "hub_errors"},
+    set("registry seeds files fingerprint finite distributed markdown hub_errors field_docs typed_config".split()),
     {"settings"},
     {"claims"},
     {"routing", "schedulers", "pictures"},
@@ -90,6 +92,12 @@ def test_arrows_point_down():
         for other in imports_of(name, deferred=True):
             here, there = folder(name), folder(other)
             assert here == there or floor[there] < floor[here], f"{name} imports {other}"
+
+
+def test_the_house_is_drawn_as_it_stands():
+    """After a new import between packages: python docs/draw_house.py."""
+    drawing = runpy.run_path(str(DOCS / "draw_house.py"))
+    assert (DOCS / "images" / "house.svg").read_text(encoding="utf-8") == drawing["draw"](globals())
 
 
 # Private names of other libraries. A name is private if it, or a module on its way, begins with an underscore.

@@ -1,4 +1,31 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""TREAD token routing and Sparse Guidance for diffusion transformers, on top of diffusers.
+
+Papers: TREAD (arXiv 2501.04765) and Sparse Guidance (arXiv 2601.01608).
+
+Train a model whose middle blocks a random half of the tokens skips, then sample it:
+
+    >>> import torch
+    >>> from diffusers_tread import FlowMatchingObjective, SparseGuidance, TREADPipeline, TREADTransformer2DModel
+    >>> model = TREADTransformer2DModel(num_layers=6, sample_size=8, in_channels=3, num_classes=10, objective="flow")
+    >>> objective = FlowMatchingObjective()
+    >>> loss = objective.loss(model, torch.randn(2, 3, 8, 8), class_labels=torch.tensor([3, 7])).mean()
+    >>> pipe = TREADPipeline(model, objective.scheduler(), guider=SparseGuidance())
+    >>> pipe(class_labels=[3, 7], num_inference_steps=2).images[0].size
+    (8, 8)
+
+Where to look::
+
+    TokenRoute, token_routing           which blocks are skipped, and how one forward routes
+    TREADTransformer2DModel             the denoiser; beside it TREADMamba2DModel, TREADRWKV2DModel
+    apply_token_routing                 the same on a transformer of diffusers, unedited
+    FlowMatchingObjective, EDMObjective the loss, and the scheduler that samples its models
+    TREADPipeline, GuidedPipeline       sampling, with SparseGuidance or another guider
+    register_...                        adds a backbone, objective, loss term, guider, ... of your own
+
+Further names in `diffusers_tread.data`, `metrics`, `hub`, `converters`, `flops` and `text`. Guides: docs/README.md.
+"""
+
 from typing import TYPE_CHECKING, Any
 
 from .guiders import Branch, BranchGuidance, PathDropGuidance, RatioSchedule, SparseGuidance, register_guider

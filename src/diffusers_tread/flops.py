@@ -17,14 +17,26 @@ from diffusers import BaseGuidance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .field_docs import with_field_docs
 from .guiders import Branch, branches_of
 from .routing import RoutedStack, RoutingCall, get_token_router
 
+
+__all__ = [
+    "Flops",
+    "GuidanceFlops",
+    "block_flops_saved",
+    "flop_ceiling",
+    "forward_flops",
+    "guidance_flops",
+    "training_flops",
+]
 
 # What attention decomposes into; all other operations that are counted belong to linear layers and convolutions.
 _ATTENTION = ("aten.bmm", "aten.baddbmm")
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class Flops:
     """FLOPs of one sample."""
@@ -43,6 +55,7 @@ class Flops:
         return Flops(linear=self.linear + other.linear, attention=self.attention + other.attention)
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class GuidanceFlops:
     """FLOPs of one sample's guided sampling, next to dense classifier-free guidance: two dense forwards per step."""
@@ -318,7 +331,7 @@ def _without_values(model: torch.nn.Module) -> torch.nn.Module:
 
 def _example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """One sample for a denoiser of this package."""
-    config = model.config
+    config: Any = model.config
     if "num_classes" not in config or "sample_size" not in config:
         raise ValueError(
             f"Expected `inputs`, the arguments of one forward of {type(model).__name__}, got none. Only the denoisers "

@@ -4,7 +4,7 @@
 from huggingface_hub.errors import HfHubHTTPError
 
 
-LOST = (OSError, *HfHubHTTPError.__bases__)
+LOST: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 """Errors of requests are OSErrors; those of httpx derive from a base that HfHubHTTPError has in common with it."""
 
 ADVICE = (

@@ -4,6 +4,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin, SchedulerMixin
@@ -45,9 +46,10 @@ def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) 
         content = json.loads(index.read_text(encoding="utf-8"))
         check_model_index(content, folder, required=("transformer", "scheduler", "vae"))
     _check_sizes(index.parent / "transformer" if is_pipeline else index.parent)
-    original, loading = DiTTransformer2DModel.from_pretrained(
+    loaded: Any = DiTTransformer2DModel.from_pretrained(
         folder, subfolder="transformer" if is_pipeline else None, output_loading_info=True
     )
+    original, loading = loaded
     tensors = dict(original.state_dict())
     check_names((set(tensors) - set(loading["missing_keys"])) | set(loading["unexpected_keys"]), tensors)
     transformer = _convert_diffusers_transformer(original, tensors)

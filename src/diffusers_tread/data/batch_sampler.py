@@ -35,7 +35,7 @@ class EpochBatchSampler(Sampler):
         self.rank, self.num_ranks, self.first_sample = rank, num_ranks, first_sample
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order_epoch, order = None, None
+        order_epoch, order = None, range(0)
         start = self.first_sample + self.rank * self.batch_size
         while True:
             batch = []

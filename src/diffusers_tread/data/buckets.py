@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,8 +52,9 @@ class Buckets:
         return max(map(max, self.sizes))
 
     def nearest(self, height: int, width: int) -> int:
-        """The index of the bucket for an image, by diffusers' rule: the least |height * w - width * h| of all."""
-        return find_nearest_bucket(height, width, self.sizes)
+        """The index of the bucket for an image, by diffusers' rule: the least `|height * w - width * h|` of all."""
+        nearest: Any = find_nearest_bucket(height, width, self.sizes)  # None only of an empty list
+        return nearest
 
 
 def assign_buckets(source, image_column: str, buckets: Buckets) -> np.ndarray:

@@ -159,7 +159,8 @@ def image_size(value: dict[str, Any] | None, *, name: str) -> tuple[int, int]:
         with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             # Not the method of PNG files, which decodes the image first to find EXIF data behind it.
             orientation = PIL.Image.Image.getexif(image).get(EXIF_ORIENTATION)
-            return image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
+            width, height = image.size
+            return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
     except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
         raise UnreadableImage(f"{path or name} ({type(error).__name__}: {error})") from error
 

@@ -101,7 +101,7 @@ class ImageDataset(Dataset):
         self.captions, self.id2label, self.num_classes = captions, id2label, len(id2label)
         self.resolution, self.seed, self.random_flip = resolution, seed, random_flip
         self.background, self.buckets = background, buckets
-        self.bucket_ids = None if buckets is None else assign_buckets(source, image_column, buckets)
+        self.bucket_ids: Any = None if buckets is None else assign_buckets(source, image_column, buckets)
 
     def __len__(self) -> int:
         return len(self.source)

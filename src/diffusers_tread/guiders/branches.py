@@ -5,15 +5,17 @@ import threading
 from abc import abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 
+from ..field_docs import with_field_docs
 from ..routing import TokenRouter, check_can_route, get_token_router, token_routing
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class Branch:
     """One of the predictions that a guider combines in a step."""
@@ -62,6 +64,10 @@ class BranchGuidance(BaseGuidance):
     def __init__(self, start: float = 0.0, stop: float = 1.0, enabled: bool = True):
         self._prepared = _Prepared()
         super().__init__(start, stop, enabled)
+
+    if TYPE_CHECKING:  # diffusers wants a LongTensor, which no scheduler of EDM or flow matching has
+
+        def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor | None) -> None: ...
 
     @abstractmethod
     def branches(self) -> list[Branch]:

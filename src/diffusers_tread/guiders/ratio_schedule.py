@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from ..field_docs import with_field_docs
 from ..routing.route import check_selection_ratio
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class RatioSchedule:
     """`first` at the first model call, `last` at the last one. Its inverse, first + last - ratio, swaps the two.
@@ -50,7 +52,7 @@ class RatioSchedule:
         return asdict(self)
 
 
-def as_schedule(ratio: "float | RatioSchedule | Mapping[str, Any]") -> RatioSchedule:
+def as_schedule(ratio: Any) -> RatioSchedule:
     """A schedule from itself, its mapping, or a constant ratio.
 
     Raises:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import BaseGuidance  # noqa: F401 - diffusers looks for the base class here, by name
-from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
+from ..typed_config import register_to_config
 from .branches import Branch, BranchGuidance, check_routes
 from .ratio_schedule import RatioSchedule, as_schedule
 
@@ -174,7 +174,7 @@ class SparseGuidance(BranchGuidance):
                 pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    def _ratio_now(self, ratio: "float | RatioSchedule") -> float:
+    def _ratio_now(self, ratio: Any) -> float:
         if not hasattr(ratio, "at"):
             return ratio
         if self._num_inference_steps is None:

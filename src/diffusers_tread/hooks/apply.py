@@ -54,8 +54,8 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
     _check_routable(model)
     spec = find_by_class(MODEL_SPECS, model) or ModelSpec()
     stacks = _stack_names(model, spec, stack)
-    blocks = [block for name in stacks for block in model.get_submodule(name)]
-    specs = [_block_spec(block, model, name) for name in stacks for block in model.get_submodule(name)]
+    blocks = [block for name in stacks for block in _blocks(model, name)]
+    specs = [_block_spec(block, model, name) for name in stacks for block in _blocks(model, name)]
     router = TokenRouter(routes, num_layers=len(blocks))
     if not router.routes:
         raise ValueError("Expected at least one route, got none. Use TokenRoute(start=2, end=-4).")
@@ -80,7 +80,7 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
     ]
     # The model's first block may be the one that tells text from image for later ones, see `BlockForward._window`.
     first_stack = next(iter(_known_stacks(model, spec)), stacks[0])
-    first = model.get_submodule(first_stack)[0]
+    first = _blocks(model, first_stack)[0]
     if all(wrapper.module is not first for wrapper in forward.blocks):
         forward.blocks.insert(0, _wrap(first, _block_spec(first, model, first_stack), shared, None))
 
@@ -148,7 +148,7 @@ def compile_blocks(model: torch.nn.Module, **compile_options: Any) -> None:
             compiled[block_class] = torch.compile(block_class.forward, **compile_options)
         wrapper.compiled = compiled[block_class]
     for name in _known_stacks(model, forward.spec):
-        for block in model.get_submodule(name):
+        for block in _blocks(model, name):
             if id(block) not in wrapped:
                 block.compile(**compile_options)
 
@@ -194,6 +194,10 @@ def _stack_names(model: torch.nn.Module, spec: ModelSpec, stack: str | None) -> 
     if not _is_stack(model, stack):
         raise ValueError(f"Expected a stack of {type(model).__name__} such as {known}, got {stack!r}.")
     return [stack]
+
+
+def _blocks(model: torch.nn.Module, stack: str) -> Any:
+    return model.get_submodule(stack)
 
 
 def _known_stacks(model: torch.nn.Module, spec: ModelSpec) -> list[str]:

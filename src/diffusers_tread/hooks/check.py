@@ -83,7 +83,8 @@ def _rolled_errors(
     model: torch.nn.Module, inputs: Mapping[str, Any], blocks: list[BlockForward]
 ) -> dict[BlockForward, float]:
     """Of each block: largest difference in the middle rows of both halves, with the lower half of the rows first."""
-    frames, height, width = (1, *model_forward(model).spec.grid(model, inputs))[-3:]
+    grid: Any = model_forward(model).spec.grid
+    frames, height, width = (1, *grid(model, inputs))[-3:]
     upper, lower = height - height // 2, height // 2
     if lower < 3:
         raise ValueError(f"Expected at least six rows of tokens to check blocks that convolve, got {height}.")
@@ -123,10 +124,10 @@ def _relative_error(output: torch.Tensor, dense: torch.Tensor) -> float:
     return ((output - dense).abs().max() / dense.abs().max().clamp_min(1e-30)).item()
 
 
-def _first_output(output: Any) -> torch.Tensor:
+def _first_output(output: Any) -> Any:
     """The prediction among what a model returned; a list of samples is stacked."""
     while not isinstance(output, torch.Tensor):
-        if isinstance(output, (tuple, list)) and all(isinstance(x, torch.Tensor) for x in output) and len(output) > 1:
+        if isinstance(output, (tuple, list)) and output[1:] and all(isinstance(x, torch.Tensor) for x in output):
             return torch.stack(list(output)) if len({x.shape for x in output}) == 1 else output[0]
         output = output[0]
     return output

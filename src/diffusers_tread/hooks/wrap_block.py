@@ -122,9 +122,9 @@ class BlockForward:
                 shifted = Window(start + (length - image_length if spec.text == "first" else 0), window.length)
             return running.ids_in_stream(kept, shifted, length, self.route_index)
 
-        args, kwargs = list(args), dict(kwargs)
+        arguments, kwargs = list(args), dict(kwargs)
         for name, path, axes in self.gathers:
-            value = self._argument(args, kwargs, name)
+            value = self._argument(arguments, kwargs, name)
             if value is not None:
                 gather = partial(
                     _gather_leaf,
@@ -134,16 +134,16 @@ class BlockForward:
                     same_rows=same_rows,
                     sequence_first=spec.sequence_first,
                 )
-                self._replace(args, kwargs, name, map_leaves(value, path, gather))
+                self._replace(arguments, kwargs, name, map_leaves(value, path, gather))
         if spec.num_rows is not None:
             name, *path = spec.num_rows.split(".")
-            num_rows = self._argument(args, kwargs, name)
+            num_rows = self._argument(arguments, kwargs, name)
             num_kept = map_leaves(num_rows, tuple(path), lambda rows: rows * kept.shape[1] // window.length)
-            self._replace(args, kwargs, name, num_kept)
-        ids = ids_for(stream_length)
+            self._replace(arguments, kwargs, name, num_kept)
+        ids: Any = ids_for(stream_length)  # of image and text together, which is never None
         short = take_tokens(hidden_states, ids)
-        self._replace(args, kwargs, spec.hidden, short.transpose(0, 1) if spec.sequence_first else short)
-        return tuple(args), kwargs, ids
+        self._replace(arguments, kwargs, spec.hidden, short.transpose(0, 1) if spec.sequence_first else short)
+        return tuple(arguments), kwargs, ids
 
     def _put(self, hidden_states: torch.Tensor, ids: torch.Tensor, output: Any) -> Any:
         is_tuple = isinstance(output, (tuple, list))

@@ -42,7 +42,7 @@ class ModelForward:
         model, thread = self.module, self.shared.thread
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Tensors of this forward alone: by a block's input, its recomputation in a foreign checkpoint finds it.
-            args = [_view(value) for value in args]
+            args = tuple(_view(value) for value in args)
             kwargs = {name: _view(value) for name, value in kwargs.items()}
         unwrapped = wrap_checkpoint_function(self.shared)
         outer, thread.running = thread.running, self._open(routing, args, kwargs)

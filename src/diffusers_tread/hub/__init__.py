@@ -1,4 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Sharing a model on the Hub: exports, model cards, uploads."""
+
 from .background import BackgroundPush
 from .export import export_for_hub, push_pipeline
 from .hub_pipeline import HubPipeline

@@ -11,6 +11,7 @@ import PIL.Image
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..field_docs import with_field_docs
 from ..fingerprint import weights_fingerprint
 from ..flops import forward_flops, guidance_flops
 from ..installation import how_to_install
@@ -50,15 +51,21 @@ TRAINING_SETTINGS = {
 class Evaluation(Protocol):
     """What a card tells of an evaluation: `EvaluationResults` of `diffusers_tread.metrics`, which has the details."""
 
-    metrics: dict[str, float]
-    num_samples: int
-    images: dict[str, Any]
-    feature_extractor: dict[str, str]
-    reference: dict[str, Any]
+    @property
+    def metrics(self) -> dict[str, float]: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def images(self) -> dict[str, Any]: ...
+    @property
+    def feature_extractor(self) -> dict[str, str]: ...
+    @property
+    def reference(self) -> dict[str, Any]: ...
 
     def label(self, name: str) -> str: ...
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class CardDetails:
     """What a model card says that the pipeline does not tell."""

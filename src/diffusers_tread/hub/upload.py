@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 # The errors of requests and hf_xet are OSErrors, those of httpx derive from a base that HfHubHTTPError has with httpx,
 # and huggingface_hub makes RuntimeErrors of what befalls a single large file.
-_ERRORS = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 _SAFE = "Nothing local is lost: the same command later sends what is missing."
 
 Result = TypeVar("Result")
@@ -159,6 +159,7 @@ def _try(work: Callable[[], Result], task: str, repo_id: str, *, token: str | No
                 ) from error
             logger.warning(f"Failed to {task} ({error}). Trying again in {2**attempt} s.")
             time.sleep(2**attempt)
+    raise AssertionError("not reached: the last try returns or raises")
 
 
 def _raise_if_final(error: BaseException, task: str, repo_id: str, *, has_token: bool) -> None:

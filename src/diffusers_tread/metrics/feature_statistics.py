@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..field_docs import with_field_docs
 from .metric import as_features
 
 
+@with_field_docs
 @dataclass(kw_only=True, eq=False)
 class FeatureStatistics:
     """Mean and covariance of a set of features.

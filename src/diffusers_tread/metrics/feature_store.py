@@ -95,7 +95,7 @@ class FeatureStore:
 
     def statistics(self, name: str, *, extractor: str) -> FeatureStatistics:
         """Computes mean and covariance of one output, in float64."""
-        statistics = None
+        statistics: Any = None
         # Merging costs as much as 2 D samples, so batches are joined to some thousands.
         for features in self._joined(name, at_least=4096):
             if statistics is None:

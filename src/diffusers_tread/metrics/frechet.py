@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 def frechet_distance(samples: FeatureStatistics, reference: FeatureStatistics) -> float:
     """Computes the squared Fréchet distance between two Gaussians (arXiv 1706.08500, eq. 6).
 
-    The distance is |m1 - m2|² + Tr(S1 + S2 - 2 (S1 S2)^½). The trace of the root is the sum of the singular values of
-    S1^½ S2^½. These are real, and exact to rounding even if the covariances have no full rank, where the root of a
+    The distance is `|m1 - m2|² + Tr(S1 + S2 - 2 (S1 S2)^½)`. The trace of the root is the sum of the singular values
+    of S1^½ S2^½. These are real, and exact to rounding even if the covariances have no full rank, where the root of a
     product is not.
 
     Raises:

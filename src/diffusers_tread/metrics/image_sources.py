@@ -23,13 +23,16 @@ from ..pictures import save_image
 class ImageSource(Protocol):
     """Any set of images that can be read piece by piece; `prompt(index)` besides, if scorers are to rate them."""
 
-    description: dict[str, Any]
-    """Identifies the images in feature stores and results (JSON)."""
+    @property
+    def description(self) -> dict[str, Any]:
+        """Identifies the images in feature stores and results (JSON)."""
+        ...
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Reads the images start .. stop - 1 as [B, 3, H, W] uint8."""
+        ...
 
 
 class FolderImages:
@@ -65,9 +68,13 @@ class FolderImages:
             background=self.background,
         )
 
-    @cached_property
+    @property
     def description(self) -> dict[str, Any]:
         """Identifies the images by a hash of the files' names and contents."""
+        return self._description
+
+    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    def _description(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(f"{path.relative_to(self.folder).as_posix()} {file_sha256(path)}\n".encode())

@@ -7,7 +7,10 @@ from typing import Literal
 
 import torch
 
+from ..field_docs import with_field_docs
 
+
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class MeanStd:
     """A value that is computed on several parts of the samples."""
@@ -18,6 +21,7 @@ class MeanStd:
     """Standard deviation over the parts, of the population."""
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class MeanError:
     """The mean of a value of each image."""
@@ -28,6 +32,7 @@ class MeanError:
     """Standard deviation of the images, of the sample, over the root of their number."""
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """What a metric is computed from, and how."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..field_docs import with_field_docs
 from ..files import file_sha256, whole
 from .feature_statistics import FeatureStatistics
 from .networks import FeatureExtractor
@@ -60,9 +61,13 @@ class NpzImages:
     def __len__(self) -> int:
         return self._length
 
-    @cached_property
+    @property
     def description(self) -> dict[str, Any]:
         """Identifies the images by the file's hash."""
+        return self._description
+
+    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    def _description(self) -> dict[str, Any]:
         return {"kind": "file", "name": self.path.name, "num_images": len(self), "sha256": file_sha256(self.path)}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
@@ -83,6 +88,7 @@ class NpzImages:
         return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class NpzReference:
     """Content of a reference file."""

@@ -82,9 +82,13 @@ class PipelineImages:
             raise ValueError(f"Expected a pipeline of images with 1 or 3 channels, got {images.shape[1]}.")
         return (images.float() * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
 
-    @cached_property
+    @property
     def description(self) -> dict[str, Any]:
         """Lists everything that the samples depend on: weights, sampler, guidance, labels, seed."""
+        return self._description
+
+    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    def _description(self) -> dict[str, Any]:
         # Guidance.
         pipeline, guider = self.pipeline, self.pipeline.guider
         options = dict(self.call_options)

@@ -102,9 +102,13 @@ class PromptImages:
             images = torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)  # B H W C to B C H W
         return _to_uint8(images, start)
 
-    @cached_property
+    @property
     def description(self) -> dict[str, Any]:
         """Lists everything that the samples depend on: weights, tokenizers, sampler, prompts, seed."""
+        return self._description
+
+    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    def _description(self) -> dict[str, Any]:
         # What guides, which may have another network.
         pipeline, guider = self.wrapped, getattr(self.pipeline, "guider", None)
         guidance = {} if guider is None else {"guider": {"class": type(guider).__name__, **component_config(guider)}}

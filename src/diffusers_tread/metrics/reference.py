@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ..field_docs import with_field_docs
 from .extraction import describe_images, extract_features
 from .feature_statistics import FeatureStatistics
 from .feature_store import FeatureStore
@@ -19,6 +20,7 @@ from .npz import load_reference
 from .registry import METRICS, check_metrics, possible_metrics
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class PreparedReference:
     """What samples are compared with."""

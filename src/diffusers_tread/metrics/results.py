@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..field_docs import with_field_docs
 from ..files import write_json
 from .registry import check_values, value_label
 
@@ -38,6 +39,7 @@ def describe_hardware() -> dict[str, Any]:
     return {"device": state.device.type, "name": name, "num_processes": state.num_processes}
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResults:
     """Results of one evaluation.

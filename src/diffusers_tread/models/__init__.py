@@ -1,4 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""The denoisers: transformer, Mamba-2 and RWKV, and what they share."""
+
 from .latent_denoiser import LatentDenoiser
 from .mamba_tread_2d import TREADMamba2DModel
 from .modeling_outputs import DenoiserOutput

@@ -7,7 +7,7 @@ D width.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn as nn
@@ -35,6 +35,10 @@ from ..routing import (
     make_fusions,
 )
 from .modeling_outputs import DenoiserOutput
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 Routes = Literal["default"] | Iterable[TokenRoute | Mapping[str, Any]] | None
@@ -67,6 +71,44 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         "route_fusions",
     ]
 
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> Any: ...
+
+        @classmethod
+        def from_config(cls, config: Any = None, **kwargs: Any) -> Self: ...
+
+        @overload
+        def __call__(
+            self,
+            hidden_states: torch.Tensor,
+            timestep: torch.Tensor | float,
+            class_labels: torch.Tensor | None = None,
+            kept_token_ids: list[torch.Tensor | None] | None = None,
+            return_dict: Literal[True] = True,
+            *,
+            routing: RoutingCall | None = None,
+            prefix: torch.Tensor | None = None,
+            return_prefix: bool = False,
+            hidden_states_at: Iterable[int] = (),
+        ) -> DenoiserOutput: ...
+        @overload
+        def __call__(
+            self,
+            hidden_states: torch.Tensor,
+            timestep: torch.Tensor | float,
+            class_labels: torch.Tensor | None = None,
+            kept_token_ids: list[torch.Tensor | None] | None = None,
+            *,
+            return_dict: Literal[False],
+            routing: RoutingCall | None = None,
+            prefix: torch.Tensor | None = None,
+            return_prefix: bool = False,
+            hidden_states_at: Iterable[int] = (),
+        ) -> tuple[Any, ...]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
     @classmethod
     def presets(cls) -> list[str]:
         """The names that `from_preset` knows."""
@@ -78,7 +120,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return dict(cls._presets[preset])
 
     @classmethod
-    def from_preset(cls, preset: str, **config: Any) -> "LatentDenoiser":
+    def from_preset(cls, preset: str, **config: Any) -> "Self":
         """A model of one of the published sizes.
 
         Args:
@@ -92,7 +134,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         """
         if preset not in cls._presets:
             raise ValueError(f"Expected a preset among {cls.presets()}, got {preset!r}.")
-        return cls(**cls._presets[preset] | config)
+        return cls(**{**cls._presets[preset], **config})
 
     def _make_input(self, dim: int, *, positions: bool = True) -> None:
         """Routes, patches, positions, time and class.

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils import BaseOutput
 
+from ..field_docs import with_field_docs
 
+
+@with_field_docs
 @dataclass
 class DenoiserOutput(BaseOutput):
     """The prediction of a denoiser and what else was asked for.

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
 from ..routing import RoutedStack
+from ..typed_config import register_to_config
 from .latent_denoiser import LatentDenoiser, Routes
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
     AttentionProcessorRegistry,
@@ -25,6 +24,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, Fee
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from ..routing import RoutedStack
+from ..typed_config import register_to_config
 from .latent_denoiser import LatentDenoiser, Routes, sincos_positions
 
 
@@ -81,7 +81,7 @@ class TREADAttnProcessor:
 
         # Normalised, then rotated, as in LightningDiT. Under autocast the norms' weights are float32, and the fused
         # norm wants its input so.
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             dtype = attn.norm_q.weight.dtype
             query, key = attn.norm_q(query.to(dtype)).to(value.dtype), attn.norm_k(key.to(dtype)).to(value.dtype)
         if rotary is not None:
@@ -422,7 +422,7 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
     def _block_arguments(
         self, tokens: torch.Tensor, conditioning: torch.Tensor, height: int, width: int
     ) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
-        per_token = []
+        per_token: list[torch.Tensor | None] = []
         if "rope" in self.config.positions:
             base = self.config.sample_size // self.config.patch_size
             head_dim = self.config.attention_head_dim

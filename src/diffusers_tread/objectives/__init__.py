@@ -1,4 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""What a denoiser is trained to predict, EDM, flow matching or noise, and terms that are added to the loss."""
+
 from .base import CorruptedLatents, Objective
 from .edm import EDMObjective
 from .epsilon import EpsilonObjective

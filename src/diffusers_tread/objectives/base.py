@@ -17,10 +17,12 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..field_docs import with_field_docs
 from ..routing import RoutingCall
 from .terms import ForwardRecord, LossTerm
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CorruptedLatents:
     """Latents with noise, as a network gets them, and what it should say of them."""
@@ -48,7 +50,7 @@ class Objective(ABC):
     `register_objective("name", MyObjective)`.
     """
 
-    name: ClassVar[str | None] = None
+    name: ClassVar[Any] = None
     """As in a model's config; set by `register_objective`."""
 
     scheduler_advice: ClassVar[str]

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from diffusers import SchedulerMixin
 
+from ..field_docs import with_field_docs
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler, edm_preconditioning
 from .base import CorruptedLatents, Objective, check_fields, draw
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class EDMObjective(Objective):
     """Denoising with EDM's preconditioning and noise distribution (arXiv 2206.00364, Table 1).

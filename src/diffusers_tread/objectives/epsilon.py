@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers import SchedulerMixin
 
+from ..field_docs import with_field_docs
 from .base import CorruptedLatents, Objective, check_fields, draw
 
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class EpsilonObjective(Objective):
     """The network predicts the noise of z_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise (arXiv 2006.11239, Equation 14).

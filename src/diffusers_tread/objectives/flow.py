@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from diffusers import SchedulerMixin
 
+from ..field_docs import with_field_docs
 from .base import CorruptedLatents, Objective, check_fields, draw
 
 
@@ -30,6 +31,7 @@ def dimension_shift(num_values: float) -> float:
     return math.sqrt(num_values / 4096)
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingObjective(Objective):
     """Rectified flow in diffusers' direction: t = 1 is noise, the network predicts noise - x (arXiv 2403.03206,

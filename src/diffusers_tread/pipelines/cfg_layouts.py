@@ -4,9 +4,11 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..field_docs import with_field_docs
 from ..registry import add_entry
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class CfgLayout:
     """What one pipeline class does in a step. Without CFG each calls its transformer once, with the prompt."""

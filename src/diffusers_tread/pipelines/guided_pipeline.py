@@ -127,7 +127,8 @@ class _GuidedSteps:
         self.pipeline, self.layout = guided.pipeline, guided.layout
         self.denoisers = {"main": guided.pipeline.transformer, "guidance": guided.guidance_transformer}
         self.guider, self.uses_cfg, self.generator = copy.copy(guided.guider), uses_cfg, generator
-        self.interval, self.step, self.calls, self.num_rows = guided.guidance_interval, 0, 0, None
+        self.interval, self.step, self.calls = guided.guidance_interval, 0, 0
+        self.num_rows: Any = None
         self.calls_per_step = 2 if uses_cfg and self.layout.cfg == "two calls" else 1
 
     def answer(self, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ Shapes: B images (labels x images per label), C latent channels, H and W latent 
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional, overload
 
 import numpy as np
 import torch
@@ -30,6 +30,12 @@ from .compatibility import (
 )
 from .guided_prediction import GuidedPrediction
 from .noise_levels import check_interval, steps_inside
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .call_types import ArrayOutput, CallOptions, Labels, PILOutput, TensorOutput
 
 
 # The LoRA methods of diffusers' pipelines that adapt the transformer alone; none of them is about Sana.
@@ -81,7 +87,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers 0.36 does not read `X | None`
         guider: Optional[BaseGuidance] = None,  # noqa: UP045
         guidance_transformer: Optional[ModelMixin] = None,  # noqa: UP045
-        id2label: Optional[dict[str, str]] = None,  # noqa: UP045
+        id2label: Optional[dict[Any, str]] = None,  # noqa: UP045
     ):
         super().__init__()
         check_scheduler(scheduler, transformer)
@@ -148,6 +154,57 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
         return self._interrupt
 
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> Any: ...
+
+        @overload
+        def __call__(
+            self,
+            class_labels: Labels,
+            *,
+            output_type: Literal["pil"] = "pil",
+            return_dict: Literal[True] = True,
+            **options: Unpack[CallOptions],
+        ) -> PILOutput: ...
+        @overload
+        def __call__(
+            self,
+            class_labels: Labels,
+            *,
+            output_type: Literal["np"],
+            return_dict: Literal[True] = True,
+            **options: Unpack[CallOptions],
+        ) -> ArrayOutput: ...
+        @overload
+        def __call__(
+            self,
+            class_labels: Labels,
+            *,
+            output_type: Literal["pt", "latent"],
+            return_dict: Literal[True] = True,
+            **options: Unpack[CallOptions],
+        ) -> TensorOutput: ...
+        @overload
+        def __call__(
+            self,
+            class_labels: Labels,
+            *,
+            output_type: str = "pil",
+            return_dict: Literal[False],
+            **options: Unpack[CallOptions],
+        ) -> tuple[Any]: ...
+        @overload
+        def __call__(
+            self,
+            class_labels: Labels,
+            *,
+            output_type: str,
+            return_dict: bool = True,
+            **options: Unpack[CallOptions],
+        ) -> Any: ...
+
     @torch.no_grad()
     def __call__(
         self,
@@ -155,7 +212,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 40,
-        sigmas: Sequence[float] | None = None,
+        sigmas: "Sequence[float] | np.ndarray | None" = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: "torch.Generator | list[torch.Generator] | None" = None,
@@ -279,7 +336,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         height: int,
         width: int,
         num_inference_steps: int,
-        sigmas: Sequence[float] | None,
+        sigmas: "Sequence[float] | np.ndarray | None",
         guidance_scale: float | None,
         guider: BaseGuidance | None,
         num_images_per_prompt: int,

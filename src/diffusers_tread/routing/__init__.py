@@ -1,4 +1,6 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""Where a route starts and ends, which tokens are kept, and the stack of blocks that the others skip."""
+
 from .fusion import RouteFusion, make_fusions
 from .ops import put_tokens, take_tokens
 from .refusals import check_can_drop_path, check_can_fuse, check_can_route, has_cache, hook_names

@@ -57,5 +57,5 @@ def hook_names(model: torch.nn.Module) -> set[str]:
         if "_diffusers_hook" in module.__dict__:
             names |= module._diffusers_hook.hooks.keys()
         if module._modules:
-            modules += module._modules.values()
+            modules.extend(module._modules.values())
     return names

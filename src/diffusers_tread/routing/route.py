@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from ..field_docs import with_field_docs
 
+
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class TokenRoute:
     """A route r(start -> end): routed tokens skip blocks start..end and rejoin after `end` in the state they had.
@@ -45,8 +48,8 @@ class TokenRoute:
     papers have None."""
 
     magnitude_mix: float = 0.0
-    """l in [-1, 1] mixes the tokens' magnitude into the choice: (1 - |l|) * rand + |l| * m, the highest are kept, with
-    m the L1 norm of a token scaled to [0, 1] within its sample, or 1 - m where l is negative. v1's code keeps the
+    """l in [-1, 1] mixes the tokens' magnitude into the choice: `(1 - |l|) * rand + |l| * m`, the highest are kept,
+    with m the L1 norm of a token scaled to [0, 1] within its sample, or 1 - m where l is negative. v1's code keeps the
     smallest: its `l1_reg` is -l, with its `inverse` +l. The final paper has 0.0, uniform subsets."""
 
     unit: Literal["token", "row"] = "token"
@@ -212,7 +215,7 @@ def resolve_routes(
     if routes is None:
         return ()
     if isinstance(routes, (TokenRoute, Mapping)):
-        routes = [routes]
+        return resolve_routes([routes], num_layers)
     if isinstance(routes, str) or not isinstance(routes, Iterable):
         raise ValueError(f"Expected a TokenRoute, its mapping, or a list of them, got {routes!r}.")
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from ..field_docs import with_field_docs
 from .route import TokenRoute, check_magnitude_mix, check_selection_ratio, num_kept_tokens, resolve_routes
 from .rows import check_grid, count_forced, rows_as_tokens, tokens_of_rows
 from .subset import choose_samples, magnitude_priority, random_priority, select_kept_tokens, subset_hashes
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingCall:
     """How one forward routes: the argument `routing` of a denoiser.
@@ -328,7 +330,7 @@ def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
     module = denoiser
     while module is not None:
         # By what it can do, not by its class: a model loaded from the Hub brings the code of its own.
-        router = getattr(module, "token_router", None)
+        router: Any = getattr(module, "token_router", None)
         if hasattr(router, "is_routing"):
             return router
         module = getattr(module, "_orig_mod", None) or getattr(module, "module", None)

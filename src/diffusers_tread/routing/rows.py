@@ -5,6 +5,7 @@ Shapes: B batch, N tokens in raster order, F frames (1 for images), h rows, w co
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def count_forced(force_keep: torch.Tensor) -> dict[tuple[int, int], int]:
     Args:
         force_keep: [N] or [B, N] bool.
     """
-    mask = force_keep.reshape(-1, force_keep.shape[-1]).cpu().numpy()  # B N, waits for the device once
+    mask: Any = force_keep.reshape(-1, force_keep.shape[-1]).cpu().numpy()  # B N, waits for the device once
     counts = {}
     for width in _divisors(mask.shape[1]):
         rows = mask.reshape(len(mask), -1, width).any(axis=2)  # B F*h

@@ -86,7 +86,7 @@ class RoutedStack(nn.ModuleList):
         self._check(tokens, routes, kept_token_ids, prefix, return_prefix, num_parts)
         starts = {one.route.start: one for one in _taken_routes(routes, kept_token_ids, fusions or {}, path_drops)}
         self._check_wanted(wanted, 0 if prefix is None else routes[0].start, starts.values())
-        prefix_end = routes[0].start if prefix is not None or return_prefix else None
+        prefix_end = routes[0].start if prefix is not None or return_prefix else -1
         held_at = {one.route.rejoin_from for one in starts.values()} | set(in_prefix if return_prefix else ())
 
         states, arguments, hidden_states, taken = {0: tokens}, per_token, {}, None  # in front of blocks: B N D

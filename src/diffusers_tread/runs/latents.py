@@ -82,10 +82,10 @@ def describe_latents(
         buckets: Sizes of the images; None for squares.
         **known: Further fields of `LatentsInfo`, and those that the VAE does not tell right.
     """
-    sizes = [(config.resolution, config.resolution)] if buckets is None else buckets.sizes
+    sizes: Any = [(config.resolution, config.resolution)] if buckets is None else buckets.sizes
     for pixels in sizes:
         kind, channels, _ = check_vae(vae.model, pixels)
-    factor, resolution = spatial_compression(vae.model), max(map(max, sizes))
+    factor, resolution = spatial_compression(vae.model), max(side for size in sizes for side in size)
     fields = {"kind": kind, "dtype": config.dtype, "latent_channels": channels, "latent_size": resolution // factor}
     fields |= {"resolution": resolution, "vae": vae.identity, "shards": (), **dataclasses.asdict(vae.codec)}
     if buckets is not None:

@@ -140,7 +140,7 @@ def find_matrices(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
 
 
 def _block_stacks(model: nn.Module) -> list[nn.Module]:
-    stacks = [module for module in model.modules() if isinstance(module, RoutedStack)]
+    stacks: list[nn.Module] = [module for module in model.modules() if isinstance(module, RoutedStack)]
     transformer = getattr(model, "transformer", model)
     return stacks or [transformer.get_submodule(name) for name in main_stacks(transformer)]
 

@@ -81,7 +81,7 @@ class RunOutputs(ABC):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of samples in pixels."""
-        return (self.source.resolution,) * 2
+        return self.source.resolution, self.source.resolution
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -94,8 +94,9 @@ class UnseenSource(TrainingSource):
         # As the preset is made for, else as the VAEs of Stable Diffusion have it.
         kind = None if config.preset is None else denoiser_class(config.preset)
         known = kind.preset_config(config.preset) if hasattr(kind, "preset_config") else {}
-        latents = known.get("in_channels", 4), known.get("sample_size", config.resolution // 8)
-        self.channels, self.latent_size = latents if is_latent else (3, config.resolution)
+        side: Any = config.resolution  # which a dry run needs
+        latents = known.get("in_channels", 4), known.get("sample_size", side // 8)
+        self.channels, self.latent_size = latents if is_latent else (3, side)
 
     def __len__(self) -> int:
         raise TypeError("Expected a length of data that were not opened.")

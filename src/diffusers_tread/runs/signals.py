@@ -81,7 +81,7 @@ class StopRequest:
             SystemExit: With 128 plus the signal's number, as shells report it.
         """
         _say(f"{done}. To go on: {resume_command(self.argv, overrides=self.overrides)}")
-        raise SystemExit(128 + self.signal)
+        raise SystemExit(128 + (self.signal or 0))
 
     def _handle(self, number: int, frame) -> None:
         if os.getpid() != self._pid:  # a forked worker: its parent tells it

@@ -8,13 +8,19 @@ after it, `F` the network, `D` the denoiser that the preconditioning makes of it
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from diffusers import SchedulerMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from ..typed_config import register_to_config
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 # Distance up to which a timestep counts as one of the schedule: far above float32 rounding, far below any step.
@@ -228,6 +234,35 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         sigma = self._levels[self._next_index(timestep)]
         return sample * edm_preconditioning(sigma, self.config.sigma_data)[2]
 
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> Any: ...
+
+        @classmethod
+        def from_config(cls, config: Any = None, **kwargs: Any) -> Self: ...
+
+        @overload
+        def step(
+            self,
+            model_output: torch.Tensor,
+            timestep: float | torch.Tensor,
+            sample: torch.Tensor,
+            *,
+            generator: torch.Generator | list[torch.Generator] | None = None,
+            return_dict: Literal[True] = True,
+        ) -> EDMHeunSchedulerOutput: ...
+        @overload
+        def step(
+            self,
+            model_output: torch.Tensor,
+            timestep: float | torch.Tensor,
+            sample: torch.Tensor,
+            *,
+            generator: torch.Generator | list[torch.Generator] | None = None,
+            return_dict: Literal[False],
+        ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
     def step(
         self,
         model_output: torch.Tensor,
@@ -329,7 +364,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(self._c_noise, dtype=torch.float32, device=device)
         self._step_index = None
         self._begin_index = None
-        self._predictor = None
+        self._predictor: Any = None
 
     def _require_timesteps(self) -> None:
         if self.num_inference_steps is None:

@@ -8,13 +8,19 @@ are the paper's: `w` is the diffusion coefficient, `score` the gradient of ln p_
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from diffusers import SchedulerMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from ..typed_config import register_to_config
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 # Distance up to which a timestep counts as one of the schedule: far above float32 rounding, far below any step.
@@ -179,6 +185,35 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(sample.dtype, torch.float32)
         t = timestep.to(sample.device, dtype).reshape(-1, *[1] * (sample.ndim - 1)) / self.config.num_train_timesteps
         return ((1 - t) * sample.to(dtype) + t * noise.to(dtype)).to(sample.dtype)
+
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> Any: ...
+
+        @classmethod
+        def from_config(cls, config: Any = None, **kwargs: Any) -> Self: ...
+
+        @overload
+        def step(
+            self,
+            model_output: torch.Tensor,
+            timestep: float | torch.Tensor,
+            sample: torch.Tensor,
+            *,
+            generator: torch.Generator | list[torch.Generator] | None = None,
+            return_dict: Literal[True] = True,
+        ) -> FlowSDESchedulerOutput: ...
+        @overload
+        def step(
+            self,
+            model_output: torch.Tensor,
+            timestep: float | torch.Tensor,
+            sample: torch.Tensor,
+            *,
+            generator: torch.Generator | list[torch.Generator] | None = None,
+            return_dict: Literal[False],
+        ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def step(
         self,

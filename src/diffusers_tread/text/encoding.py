@@ -129,7 +129,9 @@ class PromptEncoder:
             raise ValueError(f"Expected a text-to-image pipeline with encode_prompt, got {kind.__name__} without.")
         parameters = inspect.signature(kind.encode_prompt).parameters
         others = list(parameters.items())[2:]
-        options = {name: None for name, one in others if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+        options: dict[Any, Any] = {
+            name: None for name, one in others if one.default is one.empty and one.kind is not one.VAR_KEYWORD
+        }
         # What `__call__` would say, such as the length or Sana's instruction: not always the same default.
         called = inspect.signature(kind.__call__).parameters
         shared = {name: called[name].default for name, _ in others if name in called and "prompt" not in name}
@@ -146,7 +148,9 @@ class PromptEncoder:
                 f"Expected no max_sequence_length for {kind.__name__}, whose length is fixed, got "
                 f"{max_sequence_length}. Leave it out."
             )
-        return options if max_sequence_length is None else options | {name: max_sequence_length}
+        if name is not None and max_sequence_length is not None:
+            options[name] = max_sequence_length
+        return options
 
 
 def text_identity(

@@ -23,7 +23,10 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ...field_docs import with_field_docs
 
+
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class LatentCodec:
     """How latents of a VAE are normalised for a denoiser, and back.

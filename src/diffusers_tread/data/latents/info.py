@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ...field_docs import with_field_docs
 from .codec import LatentCodec
 from .features import COLUMNS, StoredFeatures
 from .text import MAX_VALUES, StoredText, is_count
@@ -36,6 +37,7 @@ _SHARD_FILE = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*\.arrow", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class LatentsInfo:
     """What a folder of latents holds, the content of its `latents.json`.

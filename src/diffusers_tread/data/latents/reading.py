@@ -310,8 +310,8 @@ def _read_captions(table, captions: CaptionColumns, places: list[dict[str, int]]
     """For each record of a table the caption that is drawn for its place, and the arrays of that."""
     names = {name: name for name in captions.names}
     columns = [captions.choose(names, **place) for place in places]
-    captions = [table.column(column)[row].as_py() for row, column in enumerate(columns)]
-    return {"captions": captions} | ({"text": read_arrays(table, columns, info.text)} if info.text else {})
+    texts = [table.column(column)[row].as_py() for row, column in enumerate(columns)]
+    return {"captions": texts} | ({"text": read_arrays(table, columns, info.text)} if info.text else {})
 
 
 def _as_array(column, shape: Sequence[int]) -> np.ndarray:

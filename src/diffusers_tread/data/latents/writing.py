@@ -182,7 +182,7 @@ class LatentsWriter:
         """
         if (self.folder / INFO).exists():
             return verify_latents(self.folder)
-        records = [self._read_record(shard) for shard in range(len(self.files))]
+        records: list[Any] = [self._read_record(shard) for shard in range(len(self.files))]
         if missing := [file for file, record in zip(self.files, records, strict=True) if record is None]:
             raise ValueError(
                 f"Expected every shard of {self.folder}, got none of {missing}. Run the same command again."

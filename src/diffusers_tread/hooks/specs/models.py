@@ -55,7 +55,7 @@ def _frames_first_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[in
 
 def _named_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...] | None:
     """Of latents that come as tokens, with their size beside them."""
-    size = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+    size: Any = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
     return None if None in size else size
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ...field_docs import with_field_docs
+
 
 class Window(NamedTuple):
     """The routable tokens of a stream: `length` of them from `start` on. All others are always kept."""
@@ -25,6 +27,7 @@ class Window(NamedTuple):
 Axis = int | tuple[int, ...] | Mapping[int, int]
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
     """How to give a block some of its tokens.
@@ -91,6 +94,7 @@ class BlockSpec:
         return named - set(self.newer)
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What the blocks alone do not tell."""

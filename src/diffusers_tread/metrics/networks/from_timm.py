@@ -21,7 +21,7 @@ def load_timm(name: str, weights: Path | None = None) -> TorchFeatureExtractor:
         ValueError: There is no such model, or the weights are those of another one.
     """
     try:
-        import timm
+        import timm  # type: ignore[import-not-found]
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
         raise ImportError(
             f'Expected timm and a torchvision for torch {torch.__version__}, got "{error}". Take a torchvision '

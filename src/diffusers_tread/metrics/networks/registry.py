@@ -29,13 +29,14 @@ def load_feature_extractor(
 
     Args:
         spec: One of
-            "inception": the Inception of 2015 in torch-fidelity's port, resizing as TensorFlow 1 does: the network of
-                FID, sFID, Inception Score, precision and recall in papers.
-            "clean-fid:clean" and "clean-fid:legacy_tensorflow": the same network in clean-fid's file, with clean-fid's
-                resizing and with TensorFlow 1's. Features only.
-            "transformers:<repository or folder>": the class token of a vision transformer, such as
-                "transformers:facebook/dinov2-large" for FDD. Features only.
-            "timm:<name>": the pooled features of a timm model. Features only.
+
+            - "inception": the Inception of 2015 in torch-fidelity's port, resizing as TensorFlow 1 does: the network
+              of FID, sFID, Inception Score, precision and recall in papers.
+            - "clean-fid:clean" and "clean-fid:legacy_tensorflow": the same network in clean-fid's file, with
+              clean-fid's resizing and with TensorFlow 1's. Features only.
+            - "transformers:<repository or folder>": the class token of a vision transformer, such as
+              "transformers:facebook/dinov2-large" for FDD. Features only.
+            - "timm:<name>": the pooled features of a timm model. Features only.
         weights: A local file to use instead of a download: for "inception" and "timm" a state dict (.safetensors, or
             .pth, from which only tensors are unpickled), for "clean-fid" its inception-2015-12-05.pt.
         device: Where the network runs.

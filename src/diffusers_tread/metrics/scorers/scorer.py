@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from ...field_docs import with_field_docs
+
 
 ScoreFunction = Callable[[torch.Tensor, list[str]], torch.Tensor]
 """Called as `score(images, prompts)`, images uint8 [B, 3, H, W] on any device; gives [B] numbers, one per image."""
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class LoadedScorer:
     """What rates images for their prompts."""

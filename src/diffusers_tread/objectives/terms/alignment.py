@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ...field_docs import with_field_docs
 from ...routing import TokenRoute
 from ...routing.ops import take_tokens
 from .base import ForwardRecord, LossTerm
@@ -22,6 +23,7 @@ from .heads import GridHead
 from .vision_encoder import VisionEncoder
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AlignmentLoss(LossTerm):
     """weight * the mean over blocks and tokens of 1 - cos(projected token, feature of the clean image at its place).
@@ -111,7 +113,8 @@ class AlignmentLoss(LossTerm):
         Raises:
             ValueError: The model does not give its tokens; there is no such encoder or block; a value out of range.
         """
-        num_layers, patch_size = (getattr(model, "config", {}).get(name) for name in ("num_layers", "patch_size"))
+        config: Any = getattr(model, "config", {})
+        num_layers, patch_size = (config.get(name) for name in ("num_layers", "patch_size"))
         gives_tokens = "hidden_states_at" in inspect.signature(model.forward).parameters
         if not gives_tokens or None in (num_layers, patch_size) or not hasattr(model, "patch_embedding"):
             raise ValueError(
@@ -142,7 +145,11 @@ class AlignmentLoss(LossTerm):
         projected = record.projected_states
         if projected is None:
             raise ValueError("Expected a DenoiserWithHeads, which has the projectors of the alignment, got none.")
-        if self.until_step is not None and record.step >= self.until_step:
+        if self.until_step is not None and record.step is None:
+            raise ValueError(
+                f"Expected the step of the training for until_step={self.until_step}, got none. Give step=."
+            )
+        if self.until_step is not None and (record.step or 0) >= self.until_step:
             means = [projected[block].float().mean(dim=(1, 2)) for block in self.projectors]
             return 0.0 * torch.stack(means).sum(dim=0)
 
@@ -212,8 +219,8 @@ class ConvProjector(GridHead):
 def make_projector(width: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """REPA's: three layers with SiLU between them, for each token by itself; Xavier's weights, no biases at first."""
     layers: list[Any] = [nn.Linear(width, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()]
-    projector = nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim))
-    for layer in projector[::2]:
+    layers += [nn.Linear(hidden_dim, out_dim)]
+    for layer in layers[::2]:
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return projector
+    return nn.Sequential(*layers)

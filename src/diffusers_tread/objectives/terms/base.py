@@ -12,7 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...field_docs import with_field_docs
 
+
+@with_field_docs
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForwardRecord:
     """One training forward: what went in, what should come out and what came out."""

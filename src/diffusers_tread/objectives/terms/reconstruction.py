@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from ...field_docs import with_field_docs
 from .base import ForwardRecord, LossTerm
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionLoss(LossTerm):
     """The mean over the routes of L_dsm over the tokens a route keeps + lambda L_mae over those it routes away.

@@ -1,0 +1,46 @@
+# Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
+"""For type checkers alone: the arguments of `TREADPipeline.__call__`, and its output by `output_type`."""
+
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput
+from PIL.Image import Image
+
+
+class CallOptions(TypedDict, total=False):
+    """All but the labels, `output_type` and `return_dict`; documented there."""
+
+    height: int | None
+    width: int | None
+    num_inference_steps: int
+    sigmas: "Sequence[float] | np.ndarray | None"
+    guidance_scale: float | None
+    num_images_per_prompt: int
+    generator: "torch.Generator | list[torch.Generator] | None"
+    latents: torch.Tensor | None
+    callback_on_step_end: Callable[..., dict | None] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+
+
+class PILOutput(ImagePipelineOutput):
+    """Of "pil"."""
+
+    images: list[Image]
+
+
+class ArrayOutput(ImagePipelineOutput):
+    """Of "np"."""
+
+    images: np.ndarray
+
+
+class TensorOutput(ImagePipelineOutput):
+    """Of "pt" and "latent"."""
+
+    images: torch.Tensor  # type: ignore[assignment] # diffusers names lists and arrays, and gives tensors as well
+
+
+Labels = int | str | Sequence[int | str] | torch.Tensor
