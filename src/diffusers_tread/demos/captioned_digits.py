@@ -130,7 +130,8 @@ def train_judge(pixels: torch.Tensor, scenes: torch.Tensor) -> nn.Module:
 
     def loss(batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = judge(to_floats(batch)).split(counts, dim=1)
-        return sum(F.cross_entropy(one, target) for one, target in zip(logits, targets.T, strict=True))
+        losses = [F.cross_entropy(one, target) for one, target in zip(logits, targets.T, strict=True)]
+        return torch.stack(losses).sum()
 
     fit(judge, loss, pixels, scenes, name="judge", num_steps=JUDGE_STEPS, batch_size=128, learning_rate=2e-3)
     return judge

@@ -23,6 +23,8 @@ class CallOptions(TypedDict, total=False):
     latents: torch.Tensor | None
     callback_on_step_end: Callable[..., dict | None] | None
     callback_on_step_end_tensor_inputs: Sequence[str]
+    guidance_interval: tuple[float, float] | None
+    guidance_rescale: float
 
 
 class PILOutput(ImagePipelineOutput):

@@ -125,13 +125,13 @@ class SamplingConfig:
         if self.guidance_interval is None:
             return None
         try:
-            interval = tuple(float(level) for level in self.guidance_interval.split(","))
+            low, high = (float(level) for level in self.guidance_interval.split(","))
         except ValueError as error:
             raise ValueError(
                 f"Expected --guidance_interval low,high, such as 0.28,2.9, got {self.guidance_interval!r}."
             ) from error
-        check_interval(interval)
-        return interval
+        check_interval((low, high))
+        return low, high
 
     def _check_guidance(self) -> None:
         given = {name for name in _GUIDER_FIELDS if getattr(self, name) is not None}

@@ -88,13 +88,13 @@ class UnseenSource(TrainingSource):
             )
         self.has_images = not config.data.startswith("latents:")
         is_latent = not self.has_images or config.pretrained_vae_name_or_path is not None
-        self.num_classes, self.resolution, self.name, self.vae = config.num_classes, config.resolution, None, None
+        side: Any = config.resolution
+        self.num_classes, self.resolution, self.name, self.vae = config.num_classes, side, None, None
         self.id2label = {}
         self.buckets, self.has_captions, self.info = config.buckets(), False, None
         # As the preset is made for, else as the VAEs of Stable Diffusion have it.
         kind = None if config.preset is None else denoiser_class(config.preset)
         known = kind.preset_config(config.preset) if hasattr(kind, "preset_config") else {}
-        side: Any = config.resolution  # which a dry run needs
         latents = known.get("in_channels", 4), known.get("sample_size", side // 8)
         self.channels, self.latent_size = latents if is_latent else (3, side)
 

@@ -88,7 +88,8 @@ class LatentsDataset(FeatureReading, Dataset):
         flips = np.array([self.random_flip and derive_seed(self.seed, "flip", *key) % 2 == 1 for key in keys])
         shape = self.info.record_shape(0 if self.bucket_ids is None else self.bucket_ids[indices[0]])
         moments, labels = np.empty((len(keys), *shape), self.dtype), np.empty(len(keys), np.int64)
-        features, stored = None, self.info.patch_features
+        features: Any = None
+        stored = self.info.patch_features
         if self.reads_features:
             features = torch.empty(len(keys), *stored.shape(shape[1:]), dtype=stored.torch_dtype)
         for column, rows in (("moments", np.flatnonzero(~flips)), ("moments_flipped", np.flatnonzero(flips))):
