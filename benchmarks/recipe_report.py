@@ -65,7 +65,8 @@ def reached(runs: list[dict[str, Any]], step: int) -> dict[str, Any]:
 
 def table(report: Report) -> str:
     """Two tables as Markdown, what was learned and what a step costs, and what the numbers are of."""
-    return f"{learning_table(report)}\n\n{cost_table(report)}\n\n{conditions(report)}"
+    tables = [learning_table(report)] if report["summary"] else []
+    return "\n\n".join([*tables, cost_table(report), conditions(report)])
 
 
 def learning_table(report: Report) -> str:
@@ -137,7 +138,8 @@ def conditions(report: Report) -> str:
         f"{rates(report)}"
     )
     if report["failures"]:
-        told += f" Failed: {'; '.join(one['what'] for one in report['failures'])}."
+        failed = [one["what"] for one in report["failures"]]
+        told += f" Failed: {'; '.join(failed) if report['summary'] else f'all {len(failed)} runs'}."
     return told
 
 
