@@ -4,10 +4,11 @@
     python benchmarks/alignment_step.py --preset S/2 --tokens 64 --batch_size 4 \\
         --output benchmarks/results/alignment_step_cpu.json
 
-The step is that of examples/train_tread.py from latents and images on: the encoder on the images, forward, backward,
-AdamW. The encoders are DINOv2 with random weights and 14 pixels for each token; the aligned block lies in the default
-route. With the last encoder's features stored, no encoder runs: "stored" has the same MLP, "conv" iREPA's convolution
-after the last block before the route. "ended" is a step after `until_step`, of the MLP. All kinds of step take turns.
+The step is that of examples/train_tread.py, starting from latents and images: encoder, forward, backward, AdamW. The
+encoders are DINOv2 with random weights and 14 pixels for each token; the aligned block lies in the default route.
+"stored" and "conv" read the last encoder's stored features instead of running it: "stored" with the same MLP, "conv"
+with iREPA's convolution after the last block before the route. "ended" is a step with the MLP after `until_step`. All
+kinds of step take turns.
 """
 
 import argparse

@@ -5,11 +5,11 @@
     python benchmarks/convergence.py --data outputs/avatars32.npz --variants dense,routed,ratio=0.75,start=0 \\
         --seeds 0,1,2 --output benchmarks/results/convergence_cpu.json --resume
 
-All variants of a seed have the same first weights, order of images, times and noise: only their routes differ. Flow
-matching in pixel space; the averaged weights are judged, dense, by their loss on held-out images and by the Fréchet
-distance of samples to held-out images in the features of a small classifier. Seconds are those of training steps
-alone, with `--threads 1` on the CPU those of the processor. The output is written after each evaluation, and with
---resume the finished runs in it are not repeated.
+All variants of a seed have the same first weights, order of images, times and noise: only their routes differ. They
+train by flow matching in pixel space. The averaged weights are judged, dense, by their loss on held-out images and by
+the Fréchet distance of samples to held-out images in the features of a small classifier. Seconds count only training
+steps; with `--threads 1` on the CPU they are CPU time. The output is written after each evaluation, and --resume does
+not repeat the finished runs in it.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The runs of convergence.py: what a variant is, and a training that differs from others by its routes alone.
 
-Every draw is a function of the seed and the step, made before the run or on the device: no step waits for the device.
+Draws depend only on the seed and the step, and are made before the run or on the device: no step waits for the device.
 
 Shapes: B images of a batch, H and W their sides.
 """

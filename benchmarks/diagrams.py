@@ -3,9 +3,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/diagrams.py --output_dir docs/images
 
-Nothing is drawn that a forward did not give: which tokens are kept, how much a block changes each of them, and what is
-predicted come from a small routed model. Where --pipeline has none yet, it is trained on avatars, which takes some
-minutes on one core and the packages dicebear-core, dicebear-styles and resvg-py.
+All that is drawn comes from forwards of a small routed model: which tokens are kept, how much a block changes each of
+them, and what is predicted. If there is none in --pipeline yet, one is trained on avatars, which takes some minutes on
+one core and needs the packages dicebear-core, dicebear-styles and resvg-py.
 """
 
 import argparse

@@ -5,9 +5,10 @@
         --plot docs/images/guidance_digits.png
 
 examples/train_tread.py trains the model of examples/demo.py on three quarters of the digits; the weak model of
-autoguidance is an early checkpoint of the same run. Per kind and guidance scale: the share of samples that an SVM of
-real digits recognises, the Fréchet distance to the held-out digits, of pixels and of a small network's features, and
-the FLOPs. Image i of a seed starts from the same noise in every row. A run that was interrupted goes on.
+autoguidance is an early checkpoint of the same run. For each kind and guidance scale it reports the share of samples
+that an SVM trained on real digits recognises, the Fréchet distance to the held-out digits, of pixels and of a small
+network's features, and the FLOPs. Image i of a seed starts from the same noise in every row. An interrupted run goes
+on.
 """
 
 import argparse

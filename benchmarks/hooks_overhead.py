@@ -3,8 +3,9 @@
 
     python benchmarks/hooks_overhead.py --output benchmarks/results/hooks_overhead_cpu.json
 
-The cost per block is that of blocks which do nothing else. The steps (forward, backward, AdamW; dense and routed in
-turns) stand beside their FLOP ceiling, counted by torch's FlopCounterMode with attention. Close other programs first.
+The cost per block is measured on blocks that do nothing else. The steps (forward, backward, AdamW; dense and routed in
+turns) are compared with their FLOP ceiling, counted by torch's FlopCounterMode with attention. Close other programs
+first.
 """
 
 import argparse

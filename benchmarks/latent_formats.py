@@ -2,8 +2,8 @@
 """Formats in which records of latents could be stored, for read_latents.py.
 
 `FORMATS` maps a name to (write, open): `write(folder, moments, labels)` stores records [N, V] float16 with labels [N],
-`open(folder)` gives a function from indices [B] to the records [B, V] and labels [B]. Where a format has no random
-access, the function ignores the indices and goes on through a shuffle buffer.
+`open(folder)` gives a function from indices [B] to the records [B, V] and labels [B]. If a format has no random
+access, the function ignores the indices and reads on through a shuffle buffer.
 """
 
 import io

@@ -5,12 +5,12 @@
     python benchmarks/memory.py --preset XL/2 --batch_sizes 8,32 --check_batch_size 64 --search --device cuda \\
         --dtype bfloat16
 
-A step is forward, backward and AdamW, with gradients and the optimiser's states there from the start, as with DDP or
-accumulated gradients. On a CPU each point is the peak of the resident memory of a process of its own (Linux' VmHWM)
-that gives freed tensors back, which glibc by default does not; on CUDA the peak of what torch has allocated. A line
-through --batch_sizes gives the bytes per image and those that every batch has (weights, gradients, states and, on a
-CPU, the libraries), and from them the largest batch for --budget_gib; the point at --check_batch_size tells how far
-off the line is there. --search finds the largest batch that runs on the device, by doubling and bisection.
+A step is forward, backward and AdamW. Gradients and optimiser states exist from the start, as with DDP or accumulated
+gradients. On a CPU each point is the peak resident memory (Linux' VmHWM) of its own process, which returns freed
+tensors to the system, unlike glibc's default; on CUDA it is the peak that torch allocated. A line through
+--batch_sizes gives the bytes per image and the fixed bytes (weights, gradients, states and, on a CPU, the libraries),
+and from them the largest batch for --budget_gib; the point at --check_batch_size shows the line's error there.
+--search finds the largest batch that runs on the device, by doubling and bisection.
 """
 
 import argparse

@@ -4,12 +4,12 @@
     python benchmarks/profile_step.py --output benchmarks/results/profile_step_cpu.json
     python benchmarks/profile_step.py --preset XL/2 --batch_size 128 --device cuda --dtype bfloat16 --mode compiled
 
-The time is that of a GPU's kernels, or of the CPU in each operation itself. What a route cannot shorten has a
-ratio of 1 and costs the more of the speed-up, the larger its share is. On the CPU, whose operations are known with the
-shapes of their arguments, those in which no token takes part are a kind of their own: casts and gradients of weights,
-products of the modulation. With the optimiser they are the weight-bound time W of the dense step, the rest is its
-token-bound time T, and the ceiling that counts both is (W + T) / (W + T / FLOP ceiling). Beside it stands the ratio of
-steps that are timed without the profiler.
+Times are those of a GPU's kernels, or the CPU's self time in each operation. Operations that a route cannot shorten
+have a ratio of 1; the larger their share, the more they reduce the speed-up. On the CPU, where the shapes of arguments
+are known, operations without tokens are a kind of their own: casts and gradients of weights, products of the
+modulation. With the optimiser they are the weight-bound time W of the dense step; the rest is its token-bound time T.
+The ceiling that counts both is (W + T) / (W + T / FLOP ceiling), reported beside the ratio of steps timed without the
+profiler.
 """
 
 import argparse

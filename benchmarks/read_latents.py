@@ -3,13 +3,13 @@
 
     python benchmarks/read_latents.py --output benchmarks/results/read_latents_cpu.json
 
-Records are 8x32x32 float16, mean and standard deviation of four channels: 16 KiB. Formats are read by one thread in
-batches of random records. The loader (`make_batches`) is measured by its samples/s when nothing is done with them, by
-the share of time that a consumer waits for it who takes so and so many samples/s, as a GPU would, and by the memory
-that the process (and its workers) gain over an epoch, copies of files left out.
+Records are 8x32x32 float16, mean and standard deviation of four channels: 16 KiB. One thread reads each format in
+batches of random records. Three things are measured of the loader (`make_batches`): its samples/s when nothing is done
+with them; the share of time that a consumer with a given rate of samples/s, such as a GPU, waits for it; and the
+memory that the process and its workers gain over an epoch, without copies of files.
 
-The data are read just after they were written, and unless they are larger than the memory they come from the page
-cache: what a disk can do is not measured.
+The data are read just after they were written, so unless they are larger than the memory they come from the page
+cache: the disk is not measured.
 """
 
 import argparse

@@ -9,13 +9,15 @@ A variant is a base, "dense", "tread" (the default route) or "sprint" (SPRINT's 
 (the blocks), "align" (representation alignment on the kept tokens, with a teacher that this script trains on the
 training images), "muon" and "delayed" (the route). All variants of a seed see the same images, times and noise.
 
-First the learning rates are chosen, AdamW's for the first routed variant and Muon's for the first with it, by the
-held-out loss after a few steps of a seed that counts for nothing else. Then the steps of all variants take turns on
-the idle device: these times are the ones that are compared. Then the runs, several at once, a seed of all variants
-before the next seed. The learning rate does not fall, so that averaged weights can be judged at any step; each variant
-is trained for --steps and, if it is faster than the dense one, until it has taken as long, by the clock and by the
-time of the GPU's kernels. A variant that fails is reported and the others go on; the exit status is 1. The output is
-written as runs end and samples are judged.
+1. Learning rates are chosen, AdamW's for the first routed variant and Muon's for the first with Muon, by the held-out
+   loss after a few steps of a seed that is used for nothing else.
+2. The steps of all variants take turns on the idle device: these are the times that are compared.
+3. The variants are trained, several at once, all variants of one seed before the next seed. The learning rate does not
+   fall, so averaged weights can be judged at any step. Each variant is trained for --steps and, if it is faster than
+   the dense one, on until it has taken as long, both by the clock and by the time of the GPU's kernels.
+
+If a variant fails, it is reported, the others go on, and the exit status is 1. The output is written as runs end and
+samples are judged.
 """
 
 import argparse

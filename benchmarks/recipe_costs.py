@@ -3,15 +3,15 @@
 
     python benchmarks/recipe_costs.py
 
-Hours are all FLOPs over those that eight H100 do at 40 % of their dense bfloat16 peak: the model's forward and
-backward on its routes (three times the forward), projectors likewise, and a forward of the vision encoder and of the
-VAE that run beside them. Reading, sampling, checkpoints and what routing gathers are not in it.
+Hours are all FLOPs divided by the rate of eight H100 at 40 % of their dense bfloat16 peak. FLOPs are the model's
+forward and backward with its routes (three times the forward), the projectors' likewise, and one forward each of the
+vision encoder and the VAE that run beside them. Reading, sampling, checkpoints and routing's gathers are left out.
 
 Memory is that of one of eight GPUs with DDP: 20 bytes per parameter (float32 weights, gradients, two moments, average)
-and what the forward keeps for the backward in bfloat16, counted on the meta device: without attention scores, which
-fused attention does not keep, but with two scaled copies that it does without too. For S/2 in float32 that is 9 %
-above what `memory.py` measured. Autocast's float32 copies, buffers of communication, the encoders' weights and what
-the allocator loses are not in it.
+and what the forward keeps for the backward in bfloat16, counted on the meta device. It excludes attention scores,
+which fused attention does not keep, but includes two scaled copies that it does not keep either. For S/2 in float32
+that is 9 % above what `memory.py` measured. Autocast's float32 copies, communication buffers, the encoders' weights
+and the allocator's losses are left out.
 """
 
 import json

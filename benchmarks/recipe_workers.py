@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Runs the trainings of recipe.py, in processes that share a device or in this one, and hands on what they report."""
+"""Runs the trainings of recipe.py, in processes that share a device or in this one, and passes on what they report."""
 
 import argparse
 import gc

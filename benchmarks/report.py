@@ -6,8 +6,8 @@
 
 A block from `<!-- results/NAME.json -->` to `<!-- end -->` becomes the table of the script that wrote that file, with
 its command, commit, date, hardware and versions; `<!-- goals -->` becomes the table of goals. --check writes nothing
-and exits with 1 where the document is not what would be written. The plot is not compared: its bytes depend on the
-release of matplotlib.
+and exits with 1 if the document is out of date. The plot is not compared: its bytes depend on the release of
+matplotlib.
 """
 
 import argparse

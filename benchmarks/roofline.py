@@ -4,16 +4,16 @@
     python benchmarks/roofline.py --output benchmarks/results/roofline_gpu.json \\
         --measured benchmarks/results/train_step_gpu.json,benchmarks/results/profile_step_gpu.json
 
-A step (forward, backward, AdamW) runs on tensors that have shapes but no values, and every operator is written down
-with its FLOPs and the bytes that it reads and writes. It takes the longer of FLOPs / rate and bytes / bandwidth; the
-rates are what an H200 was measured to reach on large products and copies. A step is predicted in two ways:
+A step (forward, backward, AdamW) runs on tensors that have shapes but no values, and every operator is recorded with
+its FLOPs and the bytes that it reads and writes. An operator takes the longer of FLOPs / rate and bytes / bandwidth;
+the rates are what an H200 reached on large products and copies. A step is predicted in two ways:
 
 - eager: each operator reads its inputs from memory and writes its outputs to it. Views cost nothing.
 - fused: elementwise operators, norms and reductions with equally many products, attentions and moves of tokens before
   them (on the longest way) are one kernel: it reads once what comes from outside and writes what is used outside.
 
-That is a bound: no launches, nothing computed twice, every kernel as fast as the largest product. Attention is a
-fused kernel in both, its backward five products, one of which is the forward's again.
+Both are lower bounds: no launches, nothing computed twice, every kernel as fast as the largest product. Attention
+is a fused kernel in both; its backward has five products, one of them the forward's again.
 """
 
 import argparse

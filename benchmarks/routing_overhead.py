@@ -4,9 +4,9 @@
     python benchmarks/routing_overhead.py --output benchmarks/results/routing_overhead_cpu.json
 
 A routed step plans once, takes the kept tokens out before the route and puts them back after it, forward and backward.
-"take_backward_writing" is the backward of the taking if it wrote each gradient instead of adding it. Each is timed
-alone, beside the forward and backward of one of the preset's blocks over all tokens and over the kept ones. The step
-stands for these blocks: as many of either as the default route has.
+"take_backward_writing" is the backward of taking them out if it wrote each gradient instead of adding it. Each part is
+timed alone, beside the forward and backward of one of the preset's blocks on all tokens and on the kept ones. The step
+is the sum of these blocks, with as many of each as the default route has.
 """
 
 import argparse

@@ -5,11 +5,11 @@
     python benchmarks/sampling.py --device cuda --dtype bfloat16 --compile --batch_size 32 --num_inference_steps 20 \\
         --repeats 10 --warmup 2 --output benchmarks/results/sampling_gpu.json
 
-No guidance, dense classifier-free guidance (CFG) and Sparse Guidance (SG, strong and weak ratio) take turns; a
-prediction costs the same at every step, so one will do. "SG, apart" runs both branches from the first block on, as a
-loop does that does not know that they share the blocks in front of the first route, or as CFG + SG has to. Weights are
-random, and there is no VAE. With one or two images on a CPU, reading the weights takes much of the weak branch's time.
-Close other programs first.
+No guidance, dense classifier-free guidance (CFG) and Sparse Guidance (SG, strong and weak ratio) take turns. A
+prediction costs the same at every step, so one step is enough. "SG, apart" runs both branches from the first block on,
+as CFG + SG must, or a loop that does not share the blocks before the first route. Weights are random, and there is no
+VAE. With one or two images on a CPU, reading the weights takes much of the weak branch's time. Close other programs
+first.
 """
 
 import argparse

@@ -6,8 +6,8 @@
     python benchmarks/scaling.py --study smallest --inter_node_gbps 50,6.25
     python benchmarks/scaling.py --check --output benchmarks/results/scaling_cpu.json
 
-The compute is what `train_step.py` measured on one GPU, or FLOPs over a rate; all else is arithmetic, whose formulas
-are in `scaling_model.py`. No cluster was measured. --check measures one and two processes on this CPU, and compares.
+The compute is what `train_step.py` measured on one GPU, or FLOPs over a rate; the rest is arithmetic with the formulas
+of `scaling_model.py`. No cluster was measured. --check compares with one and two processes measured on this CPU.
 """
 
 import argparse

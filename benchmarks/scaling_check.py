@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Measures one and two processes on a CPU (gloo, one thread each) beside what `scaling_model.py` predicts for them.
 
-Apart are measured: forward and backward, AdamW, and the collectives of a step without the step. From these the model
+Measured separately are forward and backward, AdamW, and a step's collectives without the step. From these the model
 predicts the steps of two processes, with nothing hidden (overlap 0) and with all but the last piece hidden (1). On a
-CPU the processes that send and add up are the ones that compute, so little can be hidden.
+CPU the processes that compute also send and add up, so little can be hidden.
 """
 
 import argparse

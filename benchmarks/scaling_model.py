@@ -3,7 +3,7 @@
 
 Letters: n GPUs, of which g share a node and m = n / g nodes; S bytes; B images per GPU and optimiser step. Bandwidths
 are bytes per second and direction of one GPU, as nccl-tests reports them as "bus bandwidth" (NVIDIA/nccl-tests,
-doc/PERFORMANCE.md). Routing shrinks the compute. What is sent depends on the weights alone and stays the same.
+doc/PERFORMANCE.md). Routing shrinks the compute; what is sent depends only on the weights and stays the same.
 """
 
 import math

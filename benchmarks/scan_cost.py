@@ -3,8 +3,8 @@
 
     python benchmarks/scan_cost.py --threads 1 --output benchmarks/results/scan_cost_cpu.json
 
-Without their projections: the scan of both directions with twice the width in heads of 64 channels, and attention with
-the width in such heads. In turns; on the CPU in seconds that the one thread computed, so that it must be one.
+Both are timed in turns, without their projections: the scan in both directions with twice the width, and attention
+with the width, in heads of 64 channels. On the CPU seconds are CPU time, so there must be one thread.
 """
 
 import argparse

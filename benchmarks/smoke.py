@@ -3,8 +3,8 @@
 
     echo 'first train_step.py --presets S/8 --tokens 16 --repeats 2' | python benchmarks/smoke.py
 
-Each line has a name, a script of this folder and its flags; on_gpu.sh writes them where SMOKE is set. Exits with 1 if
-a script failed, after the others.
+Each line has a name, a script of this folder and its flags; on_gpu.sh writes such lines if SMOKE is set. If a script
+fails, the others still run and the exit status is 1.
 """
 
 import importlib

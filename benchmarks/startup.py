@@ -4,9 +4,10 @@
     python benchmarks/startup.py --output benchmarks/results/startup_cpu.json
 
 Imports and first steps are timed in fresh processes, ours and diffusers' own DiT in turns. The first step is that of
-examples/train_tread.py with the digits recipe, counted from the start of its process. Checkpoints hold weights, AdamW
-and averaged weights; beside them stands the plain writing (flushed to the disk) and reading of files of the same
-sizes. What was just written is read from the system's cache, by the resume and by the plain reading alike.
+examples/train_tread.py with the digits recipe, counted from the start of its process. Checkpoints hold weights,
+AdamW's states and averaged weights; they are compared with plain writing (flushed to the disk) and reading of files of
+the same sizes. Both the resume and the plain reading read from the system's cache, because the files were just
+written.
 """
 
 import argparse

@@ -3,10 +3,10 @@
 
     python benchmarks/text_step.py --presets prx-s,sd3-s --tokens 1024 --output benchmarks/results/text_step_cpu.json
 
-The step is that of examples/train_text_to_image_tread.py from latents and encoded captions on: forward through the
-pipeline's own call, backward, AdamW. The captions are random numbers of the length that the pipeline encodes to (256
-tokens for PRX, 333 for Stable Diffusion 3); encoding them takes the same time dense and routed and is left out. Dense
-and routed steps take turns. The FLOP ceiling counts attention and the text's tokens.
+The step is that of examples/train_text_to_image_tread.py, starting from latents and encoded captions: forward through
+the pipeline's own call, backward, AdamW. The captions are random numbers of the length that the pipeline encodes to
+(256 tokens for PRX, 333 for Stable Diffusion 3); encoding them takes the same time dense and routed and is left out.
+Dense and routed steps take turns. The FLOP ceiling counts attention and the text's tokens.
 """
 
 import argparse

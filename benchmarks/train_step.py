@@ -6,12 +6,12 @@
         --modes eager,compiled,blocks --device cuda --dtype bfloat16
 
 The peer is diffusers' `DiTTransformer2DModel` of the same size with the same objective, data and optimiser. All steps
-take turns, so that a change of the machine's speed meets all; reported are medians and quartiles. The FLOP ceiling
+take turns, so that a change of the machine's speed affects all; medians and quartiles are reported. The FLOP ceiling
 counts attention (`diffusers_tread.flops`); on a quiet machine measured/ceiling stays below 1, apart from noise. Close
-other programs first: who shares its cores measures the others.
+other programs first, or you measure them too.
 
-The FLOPs of a step are those of the model, whatever is recomputed. Their rate is compared with the accelerator's data
-sheet ("mfu") or, where that is not known, with the fastest square product of the same run ("share_of_matmul_rate").
+The FLOPs of a step are those of the model, without recomputation. Their rate is compared with the accelerator's data
+sheet ("mfu") or, if that is not known, with the fastest square product of the same run ("share_of_matmul_rate").
 """
 
 import argparse

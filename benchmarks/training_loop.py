@@ -5,9 +5,9 @@
     python benchmarks/training_loop.py --preset XL/2 --batch_size 256 --steps_per_turn 10 --compile \\
         --device cuda --dtype bfloat16
 
-The loop is the script's own, run by its flags: random latents from disk, draws, clipping, average, log, checkpoint.
-After each turn of its steps the bare step has one: loss, backward and AdamW on the same model, with one batch that is
-on the device. The parts are the host's seconds: what an accelerator does for them is in the total alone.
+The loop is the script's own, run with its flags: random latents from disk, draws, clipping, average, log, checkpoint.
+Its steps and bare steps take turns; a bare step is loss, backward and AdamW on the same model, with one batch that is
+on the device. The parts are the host's seconds: an accelerator's work for them is only in the total.
 """
 
 import argparse
