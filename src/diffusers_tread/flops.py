@@ -58,7 +58,7 @@ class Flops:
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class GuidanceFlops:
-    """FLOPs of sampling one image with guidance, and of dense classifier-free guidance: two dense forwards per step."""
+    """FLOPs of guided sampling of one image, compared with classifier-free guidance (two dense forwards per step)."""
 
     steps: tuple[Flops, ...]
     """FLOPs of each step, all its forwards together."""
