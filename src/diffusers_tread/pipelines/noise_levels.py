@@ -10,8 +10,8 @@ from diffusers import SchedulerMixin
 def noise_levels(scheduler: SchedulerMixin) -> list[float]:
     """Noise level of each entry of `scheduler.timesteps`, in the scheduler's own unit.
 
-    EDM: the noise's standard deviation sigma. Flow matching: the share t of noise, in [0, 1]. DDPM: the ratio of noise
-    to signal, sqrt((1 - abar) / abar).
+    EDM: the noise's standard deviation sigma. Flow matching: the share t of noise, in [0, 1]. DDPM: the ratio of the
+    noise's standard deviation to the signal's, sqrt((1 - abar) / abar).
 
     Args:
         scheduler: A scheduler of diffusers or this package, after `set_timesteps`.
