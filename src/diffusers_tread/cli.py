@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if task == "--version":
         return print(__version__)
 
+    # An unknown task.
     if task not in (known := [*TASKS, "convert", "examples"]):
         print(f"Expected one of {', '.join(known)}, got {task!r}. `{NAME} --help` explains them.", file=sys.stderr)
         return 2
@@ -93,6 +94,7 @@ def _copy_examples() -> int:
     parser.add_argument("--overwrite", action="store_true", help="Replace files of the same names.")
     args = parser.parse_args()
 
+    # The files, none of which may be there yet.
     source = examples_folder()
     files = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.suffix in (".py", ".yaml")]
     there = [str(path) for path in files if (args.folder / path).exists()]
@@ -101,6 +103,8 @@ def _copy_examples() -> int:
             f"Expected none of the examples in {args.folder}, got {', '.join(there)}. Name another folder, or "
             "--overwrite them."
         )
+
+    # Copies.
     for path in files:
         (args.folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, args.folder / path)

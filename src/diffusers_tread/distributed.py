@@ -22,17 +22,22 @@ def on_main_process(work: Callable[[], Any], *, only_there: bool = False) -> Any
         ValueError: In all processes, with the same message, if `work` raised one, so that none waits for the others.
         RuntimeError: In the other processes, if `work` raised any other error; the main process raises that error.
     """
+    # In the main process.
     result, problem = None, None
     if PartialState().is_main_process:
         try:
             result = work()
         except Exception as error:
             problem = error
+
+    # To all others.
     told = (
         None if only_there else result,
         None if problem is None else (isinstance(problem, ValueError), str(problem)),
     )
     (shared, trouble), *_ = broadcast_object_list([told])
+
+    # Errors, else the result.
     if problem is not None:
         raise problem
     if trouble is not None:

@@ -198,6 +198,7 @@ class TREADMamba2Mixer(nn.Module):
         self.splits = [inner_dim, inner_dim + 4 * state_size, 2 * num_heads]
         """Channels of the gate; of x with b and c of both directions; of the time steps of both directions."""
 
+        # Layers.
         self.in_proj = nn.Linear(dim, sum(self.splits), bias=False)
         # A 2D convolution over [B, channels, 1, L] in channels-last layout is three times as fast as a 1D one on CPUs.
         channels = self.splits[1]

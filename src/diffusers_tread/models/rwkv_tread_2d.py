@@ -52,6 +52,7 @@ def bidirectional_wkv(
     Returns:
         [B, N, D] in the dtype of `value`.
     """
+    # Dtypes and sizes.
     value_dtype, dtype = value.dtype, torch.promote_types(value.dtype, torch.float32)
     batch_size, num_tokens, _ = key.shape
     chunk_size = min(chunk_size, num_tokens)

@@ -418,7 +418,8 @@ class TREADTransformer2DModel(LatentDenoiser, AttentionMixin):
         self.transformer_blocks = RoutedStack(blocks)
         self._make_output(dim, norm=make_norm(norm, dim, norm_eps))
 
-        if "rope" in positions:  # with context parallelism each process rotates its share of the tokens
+        # With context parallelism each process rotates its share of the tokens.
+        if "rope" in positions:
             self._cp_plan = self._cp_plan | {
                 "transformer_blocks.*": {"rotary": ContextParallelInput(split_dim=1, expected_dims=3)}
             }

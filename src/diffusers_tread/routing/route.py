@@ -62,10 +62,13 @@ class TokenRoute:
     trains the weak branch of `PathDropGuidance`. SPRINT uses 0.05 to 0.1."""
 
     def __post_init__(self):
+        # Blocks and ratio.
         for name in ("start", "end") if self.rejoin_from is None else ("start", "end", "rejoin_from"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise ValueError(f"Expected `{name}` to be a block index (int), got {getattr(self, name)!r}.")
         check_selection_ratio(self.selection_ratio)
+
+        # Rejoin.
         if self.rejoin not in ("state", "input", "sum", "fuse"):
             raise ValueError(
                 f"Expected rejoin 'state', 'input', 'sum' or 'fuse', got {self.rejoin!r}. The paper has 'state'."
@@ -75,6 +78,8 @@ class TokenRoute:
                 f"Expected rejoin='state' with rejoin_from={self.rejoin_from}, got {self.rejoin!r}. Leave one of them "
                 "out; rejoin_from=0 is rejoin='input'."
             )
+
+        # Choice of tokens and samples.
         check_magnitude_mix(self.magnitude_mix)
         if self.unit not in ("token", "row"):
             raise ValueError(f"Expected unit 'token' or 'row', got {self.unit!r}. The papers route tokens.")

@@ -90,6 +90,7 @@ class RoutedStack(nn.ModuleList):
         prefix_end = routes[0].start if prefix is not None or return_prefix else -1
         held_at = {one.route.rejoin_from for one in starts.values()} | set(in_prefix if return_prefix else ())
 
+        # The blocks.
         states, arguments, hidden_states, taken = {0: tokens}, per_token, {}, None  # states before blocks: B N D
         for index, block in enumerate(self):
             # The prefix: made here, or taken from another forward.

@@ -111,6 +111,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         s_tmax: float | None = None,
         s_noise: float = 1.0,
     ):
+        # Checks.
         rules = {
             "sigma_min > 0": 0 < sigma_min < math.inf,
             "sigma_max >= sigma_min": sigma_min <= sigma_max < math.inf,
@@ -128,6 +129,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             if not holds:
                 raise ValueError(f"Expected {rule}, got {self.config[rule.split()[0]]!r}. Correct that argument.")
 
+        # A schedule until `set_timesteps` is called.
         self.num_inference_steps = None
         self.init_noise_sigma = float(sigma_max)
         self._use_levels([*self._schedule(num_train_timesteps), 0.0], device=None)
@@ -291,6 +293,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if the call is out of order, the timestep is an integer, or shapes or generators do not match.
         """
+        # Noise levels of this call and the next.
         self._check_step(model_output, sample, generator)
         index = self._next_index(timestep)
         self._check_order(timestep, index)
@@ -319,6 +322,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             if churn > 0:
                 x_next = x_next + churn * randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
 
+        # The result, in the sample's dtype.
         self._step_index = index + 1
         prev_sample, pred_original_sample = x_next.to(sample.dtype), denoised.to(sample.dtype)
         if not return_dict:

@@ -88,6 +88,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         diffusion_scale: float = 2.0,
         last_step_size: float = 0.04,
     ):
+        # Checks.
         rules = {
             "num_train_timesteps >= 1": num_train_timesteps >= 1,
             "shift > 0": 0 < shift < math.inf,
@@ -99,6 +100,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
             if not holds:
                 raise ValueError(f"Expected {rule}, got {self.config[rule.split()[0]]!r}. Correct that argument.")
 
+        # A schedule until `set_timesteps` is called.
         self.num_inference_steps = None
         levels = [i / num_train_timesteps for i in range(num_train_timesteps, 0, -1)]
         self._use_levels(levels, device=None)
