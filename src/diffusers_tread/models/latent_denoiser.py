@@ -235,7 +235,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         """
         # Patches and positions.
         height, width = self._check_inputs(hidden_states, class_labels, kept_token_ids, routing)
-        # Contiguous from here on: the residual stream keeps its layout, and each norm and product would copy it.
+        # The residual stream keeps this layout: if it were not contiguous, each norm and product would copy it.
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # B N D
         # Added in the input's dtype: under autocast the residual stream then stays in fp32, and bfloat16 positions
         # are the same whether the model was cast by `to` or by `from_pretrained`.
