@@ -3,7 +3,7 @@
 
 Papers: TREAD (arXiv 2501.04765) and Sparse Guidance (arXiv 2601.01608).
 
-Train a model whose middle blocks a random half of the tokens skips, then sample it:
+Train a model in which a random half of the tokens skips the middle blocks, then sample from it:
 
     >>> import torch
     >>> from diffusers_tread import FlowMatchingObjective, SparseGuidance, TREADPipeline, TREADTransformer2DModel
@@ -18,12 +18,12 @@ Where to look::
 
     TokenRoute, token_routing           which blocks are skipped, and how one forward routes
     TREADTransformer2DModel             the denoiser; beside it TREADMamba2DModel, TREADRWKV2DModel
-    apply_token_routing                 the same on a transformer of diffusers, unedited
+    apply_token_routing                 the same on an unmodified diffusers transformer
     FlowMatchingObjective, EDMObjective the loss, and the scheduler that samples its models
     TREADPipeline, GuidedPipeline       sampling, with SparseGuidance or another guider
     register_...                        adds a backbone, objective, loss term, guider, ... of your own
 
-Further names in `diffusers_tread.data`, `metrics`, `hub`, `converters`, `flops` and `text`. Guides: docs/README.md.
+More names are in `diffusers_tread.data`, `metrics`, `hub`, `converters`, `flops` and `text`. Guides: docs/README.md.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: diffusers' pipelines import its autoencoders, UNets and transformers, which training does without.
+    # Imported on first use: diffusers' pipelines import its autoencoders, UNets and transformers, which training does
+    # not need.
     if name in ("CfgLayout", "GuidedPipeline", "TREADPipeline", "register_pipeline_layout"):
         from . import pipelines
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Who works in an output folder, and for which settings.
+"""Claims an output folder for one run, and checks that the folder's files were made with the same settings.
 
-The kernel's record lock tells whether somebody does: it ends with its process, whatever becomes of that, and is not
-inherited by the workers that outlive it. What `.lock` holds is for the error, and for file systems without such locks.
+The claim is a record lock of the kernel: it ends with its process, however that ends, and is not inherited by worker
+processes that outlive it. The content of `.lock` serves the error message, and file systems without such locks.
 """
 
 import errno
@@ -27,7 +27,7 @@ from .settings import check_settings
 LOCK, SETTINGS = ".lock", "settings.json"
 # Some network and FUSE file systems refuse to lock.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_HELD: set[Path] = set()  # by this process, whose own locks the kernel does not hold against it
+_HELD: set[Path] = set()  # by this process: the kernel does not refuse a process its own lock
 
 
 @contextmanager
@@ -39,21 +39,21 @@ def claim(
     record: str = SETTINGS,
     contents: Iterable[str] = (),
 ) -> Iterator[Path]:
-    """Keeps a folder for this run until the block ends; all processes of the run call it together.
+    """Claims a folder for this run until the block ends; all processes of the run call it together.
 
     Args:
-        folder: Made if missing, and gone again if nothing was written.
-        settings: What the folder's content depends on, JSON; None if it depends on nothing that must stay the same.
+        folder: Made if missing, and removed again if nothing was written.
+        settings: The settings that the folder's content depends on, JSON; None if there are none to keep the same.
         free: Names of settings that may change.
-        record: The file in the folder that keeps the settings.
-        contents: Patterns of the files that depend on the settings. Without any such file, settings bind nobody.
+        record: The file in the folder that stores the settings.
+        contents: Patterns of the files that depend on the settings. If no such file exists, any settings are accepted.
 
     Yields:
         The folder.
 
     Raises:
-        ValueError: Another process is at work there, the folder holds files of other settings or of none, or it cannot
-            be written.
+        ValueError: Another process is at work there; the folder holds files made with other or unknown settings; or it
+            cannot be written.
     """
     folder = Path(folder)
     lock = on_main_process(lambda: FolderLock.take(folder), only_there=True)
@@ -78,7 +78,7 @@ class FolderLock:
         """Locks a folder, which is made if it is missing.
 
         Raises:
-            ValueError: Another process, or this one, has it; the folder cannot be written.
+            ValueError: Another process, or this one, holds the lock; the folder cannot be written.
         """
         folder = Path(folder)
         made_folder = not folder.exists()
@@ -97,7 +97,7 @@ class FolderLock:
         return cls(folder, descriptor, made_folder=made_folder)
 
     def release(self) -> None:
-        """Gives the folder back; does nothing in a forked child, or the second time."""
+        """Releases the folder; does nothing in a forked child, or when called again."""
         if self._descriptor is None or os.getpid() != self.pid:
             return
         _HELD.discard(self.folder)
@@ -126,7 +126,7 @@ def _settle(folder: Path, settings: dict[str, Any], *, free: Iterable[str], reco
 
 
 def _lock(path: Path) -> int:
-    """The descriptor of the locked file, whose content tells who has it."""
+    """Locks a file, writes this process into it as the owner, and returns its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -138,17 +138,19 @@ def _lock(path: Path) -> int:
                     raise ValueError(_refusal(path.parent, owner)) from None
                 if error.errno not in _NO_LOCKS:
                     raise
-                # The next best: the owner that is written there, unless it is known to be dead.
+                # Without locks, believe the owner written in the file, unless it is known to be dead.
                 if owner and not _is_dead(owner):
                     raise ValueError(
                         f"{_refusal(path.parent, owner)} This file system has no locks: if that process is dead, "
                         f"delete {path}."
                     ) from None
 
-            # Its owner may have deleted it just before.
+            # The previous owner may have deleted the file in between: then lock a new one.
             if not _is_file(path, descriptor):
                 os.close(descriptor)
                 continue
+
+            # The new owner.
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(_describe_self()).encode(), 0)
             return descriptor
@@ -184,7 +186,7 @@ def _read_owner(descriptor: int) -> dict[str, Any]:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether a process of this host is gone, even if another one has got its number."""
+    """Whether the owner was a process of this host and is gone, even if its number is in use again."""
     if owner.get("host") != socket.gethostname():
         return False
     try:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The command `diffusers-tread`: runs the examples that come with the package, and copies them out to be edited."""
+"""The command `diffusers-tread`: runs the examples that come with the package, or copies them out for editing."""
 
 import argparse
 import ast
@@ -27,7 +27,7 @@ TASKS = {
     "demo-avatars": "demo_avatars",
     "demo-text": "demo_text",
 }
-"""The example of each task, a file of `examples_folder()`."""
+"""The example that each task runs, a file in `examples_folder()`."""
 CONVERT = "diffusers_tread.converters.__main__"
 
 _COPY_SUMMARY = "Copies the examples into a folder, to be edited and run there."
@@ -43,36 +43,38 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Runs a task.
 
     Args:
-        argv: Its name and flags; None for the arguments of this process.
+        argv: The task's name and flags; None for the arguments of this process.
 
     Returns:
         The exit code; None for success.
 
     Raises:
-        SystemExit: Where the task ends so.
+        SystemExit: If the task exits that way.
     """
+    # Help and version.
     task, *words = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if task in ("-h", "--help"):
         return print(_USAGE + "\n" + "\n".join(f"  {name:16} {summary}" for name, summary in summaries().items()))
     if task == "--version":
         return print(__version__)
 
+    # An unknown task.
     if task not in (known := [*TASKS, "convert", "examples"]):
         print(f"Expected one of {', '.join(known)}, got {task!r}. `{NAME} --help` explains them.", file=sys.stderr)
         return 2
 
-    # The task takes its flags, and its name in messages, from here.
+    # The task reads its flags, and its name for messages, from `sys.argv`.
     sys.argv = [f"{NAME} {task}", *words]
     if task == "examples":
         return _copy_examples()
     if task == "convert":
         return importlib.import_module(CONVERT).main(prog=sys.argv[0])
-    sys.path.insert(0, str(examples_folder()))  # as if Python had been given the file; processes it starts look there
+    sys.path.insert(0, str(examples_folder()))  # as `python FILE` does; processes that the task starts need it too
     return importlib.import_module(TASKS[task]).main()
 
 
 def summaries() -> dict[str, str]:
-    """A sentence for each task, the first of its file."""
+    """A one-line summary of each task: the first line of its file's docstring."""
     files = {task: examples_folder() / f"{name}.py" for task, name in TASKS.items()}
     files["convert"] = Path(__file__).with_name("converters") / "__main__.py"
     sentences = {task: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) for task, file in files.items()}
@@ -80,7 +82,7 @@ def summaries() -> dict[str, str]:
 
 
 def examples_folder() -> Path:
-    """The examples: those in the package or, where it is imported from a clone, those at the clone's root."""
+    """The folder of the examples: in the package or, if it is imported from a clone, at the clone's root."""
     package = Path(__file__).parent
     installed = package / "examples"
     return installed if installed.is_dir() else package.parents[1] / "examples"
@@ -92,6 +94,7 @@ def _copy_examples() -> int:
     parser.add_argument("--overwrite", action="store_true", help="Replace files of the same names.")
     args = parser.parse_args()
 
+    # The files, none of which may be there yet.
     source = examples_folder()
     files = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.suffix in (".py", ".yaml")]
     there = [str(path) for path in files if (args.folder / path).exists()]
@@ -100,6 +103,8 @@ def _copy_examples() -> int:
             f"Expected none of the examples in {args.folder}, got {', '.join(there)}. Name another folder, or "
             "--overwrite them."
         )
+
+    # Copies.
     for path in files:
         (args.folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, args.folder / path)

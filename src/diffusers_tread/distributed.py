@@ -9,30 +9,35 @@ from accelerate.utils import broadcast_object_list
 
 
 def on_main_process(work: Callable[[], Any], *, only_there: bool = False) -> Any:
-    """Calls `work()` in the main process alone; all processes call this together.
+    """Calls `work()` in the main process only; all processes call this function together.
 
     Args:
-        work: What to do.
-        only_there: Whether what it returns stays in the main process; the others get None.
+        work: The function to call.
+        only_there: Whether its result stays in the main process; the others then get None.
 
     Returns:
-        What it returned, in all processes; it must be picklable.
+        The result of `work`, in all processes; it must be picklable.
 
     Raises:
-        ValueError: If it raised one, with the same message, in all processes, so that none waits for the others.
-        RuntimeError: Likewise in the others if it raised anything else, which the main process raises as it is.
+        ValueError: In all processes, with the same message, if `work` raised one, so that none waits for the others.
+        RuntimeError: In the other processes, if `work` raised any other error; the main process raises that error.
     """
+    # In the main process.
     result, problem = None, None
     if PartialState().is_main_process:
         try:
             result = work()
         except Exception as error:
             problem = error
+
+    # To all others.
     told = (
         None if only_there else result,
         None if problem is None else (isinstance(problem, ValueError), str(problem)),
     )
     (shared, trouble), *_ = broadcast_object_list([told])
+
+    # Errors, else the result.
     if problem is not None:
         raise problem
     if trouble is not None:

@@ -11,9 +11,9 @@ T = TypeVar("T", bound=type)
 
 
 def with_field_docs(cls: T) -> T:
-    """Ends the docstring of a class with a section "Attributes:" of the docstrings under its fields.
+    """Appends a section "Attributes:" to the docstring of a class, made of the docstrings under its fields.
 
-    Python drops those: they are read from the source, once somebody asks for the docstring.
+    Python does not keep those, so they are read from the source the first time the docstring is used.
 
     Example:
         >>> from diffusers_tread import TokenRoute
@@ -25,7 +25,7 @@ def with_field_docs(cls: T) -> T:
 
 
 class _DocWithFields:
-    """In the place of `__doc__`: a descriptor, which a class asks for the text."""
+    """A descriptor in place of `__doc__`, which makes the text when it is read."""
 
     def __init__(self, cls: type):
         self.cls, self.text = cls, inspect.cleandoc(cls.__doc__ or "")

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Files and folders that are there whole or not at all."""
+"""Atomic writes: a file or folder is there complete or not at all."""
 
 import errno
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-# What libraries make of a full disk; some of them hide the number of the error.
+# How libraries report a full disk; some of them hide the error number.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FULL_TEXTS = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 122", "os error 27")
 _DISK_FULL_TEXTS += ("pytorchstreamwriter failed writing", "file write failed", "iostream error", "unexpected pos")
@@ -20,20 +20,20 @@ _DISK_FULL_TEXTS += ("pytorchstreamwriter failed writing", "file write failed", 
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """Lends a temporary name for a file or a folder; what was written there gets its own name when the block ends.
+    """Writes a file or folder under a temporary name, and renames it to `path` when the block ends.
 
     Args:
-        path: The name, in a folder that exists. What stands there is replaced at once.
+        path: The final name, in a folder that exists. Whatever has that name is replaced in one step.
 
     Yields:
         The temporary name. Nothing is left there if the block fails.
 
     Raises:
-        OSError: The disk is full, with its name and its room.
+        OSError: The disk is full; the message gives the disk and its free space.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    remove(temporary)  # of a process that was killed
+    remove(temporary)  # left by a process that was killed
     try:
         with full_disk_explained(path):
             yield temporary
@@ -49,11 +49,11 @@ def whole(path: str | Path) -> Iterator[Path]:
 def full_disk_explained(
     path: str | Path, *, remedy: str = "Free some space and run the same command again."
 ) -> Iterator:
-    """Raises an OSError that names the disk for whatever a full one makes libraries raise.
+    """Turns any error that a full disk causes in a library into an OSError that names the disk.
 
     Args:
-        path: What is written.
-        remedy: What to do, the last sentence of the error.
+        path: The file or folder being written.
+        remedy: What the user can do, the last sentence of the error.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def full_disk_explained(
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or the one that it came from, tells of a full disk, quota or limit on files."""
+    """Whether an error, or one that caused it, reports a full disk, an exceeded quota or a file-size limit."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             if error.errno in _DISK_FULL:
@@ -85,7 +85,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def find_disk(path: str | Path) -> Path:
-    """Where the file system is mounted that a path, which need not exist, is on."""
+    """The mount point of the file system that holds a path; the path need not exist."""
     path = Path(path).resolve()
     while not path.is_mount() and path != path.parent:
         path = path.parent
@@ -93,14 +93,14 @@ def find_disk(path: str | Path) -> Path:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Flushes a written file to the disk and gives it its final name, in place of what may stand there."""
+    """Flushes a written file to the disk and renames it to its final name, replacing a file of that name."""
     sync(temporary)
     os.replace(temporary, final)
     sync(final.parent)
 
 
 def replace_folder(folder: Path, final: Path) -> None:
-    """Flushes a finished folder to the disk and renames it to its final name, in place of what may stand there."""
+    """Flushes a finished folder to the disk and renames it to its final name, replacing what has that name."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
     old = final.with_name(final.name + ".old.tmp")
@@ -113,7 +113,7 @@ def replace_folder(folder: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link or a folder with all that is in it, if it is there."""
+    """Deletes a file, a link or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -121,7 +121,7 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that is there whole or not at all."""
+    """Writes a JSON file atomically."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
@@ -160,7 +160,7 @@ def sync(path: Path) -> None:
 
 
 def forget_local_paths(folder: str | Path) -> None:
-    """Takes out of a saved pipeline's configs where it was loaded from, if that is a folder of this machine."""
+    """Removes `_name_or_path` from a saved pipeline's configs where it is a folder of this machine."""
     for path in [*Path(folder).glob("*/*config.json"), Path(folder, "model_index.json")]:
         content = json.loads(path.read_text(encoding="utf-8"))
         place = Path(content.get("_name_or_path") or "-")
@@ -169,10 +169,10 @@ def forget_local_paths(folder: str | Path) -> None:
 
 
 def find_pipeline(name: str | Path) -> str:
-    """The pipeline in a run's folder where that was named instead of it; else the name as it is.
+    """The folder "pipeline" inside a run's folder; any other name is returned unchanged.
 
     Args:
-        name: A pipeline's folder, a run's, or a repository on the Hub.
+        name: The folder of a pipeline or of a run, or a repository on the Hub.
     """
     inside = Path(name, "pipeline")
     is_run = (inside / "model_index.json").is_file() and not Path(name, "model_index.json").exists()

@@ -10,12 +10,12 @@ def weights_fingerprint(module: torch.nn.Module, *, rounded_to: torch.dtype = to
     """A hash of the names, shapes and float32 values of a module's weights.
 
     Args:
-        module: Of any kind.
-        rounded_to: To what the values are rounded first, so that a module that was loaded in this precision and one
-            that was loaded in a higher one are the same.
+        module: Any module.
+        rounded_to: Precision that the values are rounded to first, so that a module loaded in this precision and one
+            loaded in a higher precision give the same hash.
 
     Returns:
-        64 hexadecimal digits, the same on every device and for weights stored in any precision that float32 holds.
+        64 hexadecimal digits, the same on every device and for every storage precision that float32 can represent.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

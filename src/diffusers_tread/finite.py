@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Numbers that are numbers."""
+"""A check for NaN and infinity."""
 
 from collections.abc import Mapping
 
@@ -7,9 +7,9 @@ import torch
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
-    """Raises ValueError for tensors with NaN or infinity, by name; `what` says what they are, in the plural.
+    """Raises ValueError with the names of the tensors that hold NaN or infinity.
 
-    Only floating-point and complex tensors are looked at.
+    Only floating-point and complex tensors are checked. `what` names the tensors in the message, in the plural.
     """
     wrong = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if wrong:
@@ -23,5 +23,5 @@ def check_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         return True
-    # float8 knows no isfinite.
+    # float8 has no isfinite.
     return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())

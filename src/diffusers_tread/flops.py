@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""How many FLOPs a denoiser needs with and without its routes: counted in a forward without data, not derived.
+"""The FLOPs of a denoiser with and without its routes, counted in a forward on the meta device, not derived.
 
-A multiply-add counts as two FLOPs, as in torch's `FlopCounterMode`. The papers write "GFLOPs" for multiply-adds: half
-of the numbers here. Norms, activations, softmax and residuals are not counted. Every denoiser of this package can be
-counted, and every diffusers model with `apply_token_routing` whose forward does not look at values.
+A multiply-add counts as two FLOPs, as in torch's `FlopCounterMode`. The papers write "GFLOPs" for multiply-adds, half
+of the numbers here. Norms, activations, softmax and residuals are not counted. This works for every denoiser of this
+package, and for every diffusers model with `apply_token_routing` whose forward does not depend on tensor values.
 """
 
 import copy
@@ -32,7 +32,7 @@ __all__ = [
     "training_flops",
 ]
 
-# What attention decomposes into; all other operations that are counted belong to linear layers and convolutions.
+# The products that attention decomposes into; all other counted operations are linear layers and convolutions.
 _ATTENTION = ("aten.bmm", "aten.baddbmm")
 
 
@@ -42,10 +42,10 @@ class Flops:
     """FLOPs of one sample."""
 
     linear: int
-    """Linear layers and convolutions; half of it is the "GFLOPs" of Sparse Guidance's paper (see above)."""
+    """Linear layers and convolutions; half of this is the "GFLOPs" of the Sparse Guidance paper (see above)."""
 
     attention: int
-    """The products query x key and weights x value, quadratic in the tokens."""
+    """The products query x key and weights x value, quadratic in the number of tokens."""
 
     @property
     def total(self) -> int:
@@ -58,44 +58,44 @@ class Flops:
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class GuidanceFlops:
-    """FLOPs of one sample's guided sampling, next to dense classifier-free guidance: two dense forwards per step."""
+    """FLOPs of guided sampling of one image, compared with classifier-free guidance (two dense forwards per step)."""
 
     steps: tuple[Flops, ...]
-    """Of each step, all its forwards together."""
+    """FLOPs of each step, all its forwards together."""
 
     dense: Flops
-    """Of one dense forward of the main model."""
+    """FLOPs of one dense forward of the main model."""
 
     @property
     def linear(self) -> int:
-        """Of the linear layers, all steps together."""
+        """FLOPs of the linear layers, all steps together."""
         return sum(step.linear for step in self.steps)
 
     @property
     def total(self) -> int:
-        """Of linear layers and attention, all steps together."""
+        """FLOPs of linear layers and attention, all steps together."""
         return sum(step.total for step in self.steps)
 
     @property
     def share_of_cfg(self) -> float:
-        """`total` over that of as many steps of dense classifier-free guidance."""
+        """`total` divided by the FLOPs of dense classifier-free guidance with as many steps."""
         return self.total / (len(self.steps) * 2 * self.dense.total)
 
 
 def forward_flops(
     model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *, selection_ratio: float | None = None
 ) -> Flops:
-    """FLOPs of one forward on its routes.
+    """FLOPs of one forward that takes the routes.
 
     Args:
         model: A denoiser of this package, on any device, or a diffusers model, with `apply_token_routing` unless it is
-            dense; with its adapters, but without what others hooked on it; not wrapped in DDP. It stays as it is.
-        inputs: The arguments of its forward, of one sample, of which only the shapes count. None: a latent of the size
-            of training and a class, for the denoisers of this package.
+            dense. Not wrapped in DDP, and not modified. Adapters count; hooks of other libraries do not.
+        inputs: The arguments of its forward for one sample; only the shapes are used. None: a latent of the training
+            size and a class, for the denoisers of this package.
         selection_ratio: Share of tokens routed away, in [0, 1), on every route; 0.0 is dense. None: each route's own.
 
     Raises:
-        ValueError: `selection_ratio` out of range, a model that wants `inputs`, or one whose forward looks at values.
+        ValueError: `selection_ratio` is out of range; the model needs `inputs`; or its forward depends on values.
 
     Example:
         >>> from diffusers_tread import TREADTransformer2DModel
@@ -110,11 +110,11 @@ def forward_flops(
 def training_flops(
     model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *, selection_ratio: float | None = None
 ) -> int:
-    """FLOPs of one forward and backward on the routes, with decomposed attention.
+    """FLOPs of one forward and backward that take the routes, with decomposed attention.
 
-    About three times the forward's: each product has two in the backward, one per factor. Not counted: what gradient
-    checkpointing or a fused attention computes again, the optimiser, averages, losses. Arguments and errors as
-    `forward_flops`.
+    About three times the forward's, because each product needs two in the backward, one per factor. Not counted: the
+    recomputation of gradient checkpointing or fused attention, the optimiser, weight averages, losses. Arguments and
+    errors as `forward_flops`.
     """
     return _Counter(model, inputs).forward(selection_ratio, backward=True).total
 
@@ -122,10 +122,10 @@ def training_flops(
 def flop_ceiling(
     model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *, selection_ratio: float | None = None
 ) -> float:
-    """Dense over routed FLOPs, attention counted: the speed-up of a step that spends its time on nothing else.
+    """Dense divided by routed FLOPs, with attention: the upper limit of a step's speed-up.
 
-    With the default route and 256 tokens 1.44 for S/2, 1.43 for B/2, 1.67 for L/2, 1.72 for XL/2 (4,096 tokens: 1.95).
-    Arguments and errors as `forward_flops`.
+    With the default route and 256 tokens it is 1.44 for S/2, 1.43 for B/2, 1.67 for L/2 and 1.72 for XL/2 (1.95 with
+    4,096 tokens). Arguments and errors as `forward_flops`.
     """
     counter = _Counter(model, inputs)
     return counter.forward(0.0).total / counter.forward(selection_ratio).total
@@ -134,7 +134,7 @@ def flop_ceiling(
 def block_flops_saved(
     model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *, selection_ratio: float | None = None
 ) -> float:
-    """The share of the FLOPs of the model's lists of blocks, attention counted, that the routes save, in [0, 1).
+    """The share of the blocks' FLOPs, with attention, that the routes save, in [0, 1).
 
     Arguments and errors as `forward_flops`.
     """
@@ -156,18 +156,17 @@ def guidance_flops(
 
     Args:
         model: The denoiser, one of this package.
-        guider: Whose branches count, such as `SparseGuidance`; those of diffusers' own are dense forwards of the
-            model. It stays as it is.
+        guider: The guider, such as `SparseGuidance`; not modified. The branches of diffusers' own guiders count as
+            dense forwards of the model.
         num_steps: Guided predictions: the sampler's steps N, or 2N - 1 with Heun's method.
-        guidance_model: What runs the branches of an earlier checkpoint; None for a model of the same size.
-        shared_prefix: Whether the blocks in front of the first route count once where branches have the same inputs,
-            as `TREADPipeline` runs them. False counts all of them, as the papers do and as a loop of your own runs
-            them.
+        guidance_model: Model that runs the branches of an earlier checkpoint; None for one of the same size.
+        shared_prefix: Whether the blocks before the first route count only once for branches with the same inputs, as
+            in `TREADPipeline`. False counts them for each branch, as the papers do and as in a loop of your own.
         guided_steps: The predictions, 0-based, that are guided, such as `TREADPipeline.guided_steps`; the others are
-            one dense forward. None for those that the guider says.
+            one dense forward. None: the guider decides.
 
     Raises:
-        ValueError: Fewer than one step, or as `forward_flops`.
+        ValueError: `num_steps` below 1, or as `forward_flops`.
 
     Example:
         >>> from diffusers_tread import SparseGuidance, TREADTransformer2DModel
@@ -190,6 +189,7 @@ def guidance_flops(
             )
         return counted[branch]
 
+    # Each step's branches.
     guider, steps = copy.deepcopy(guider), []
     for step in range(num_steps):
         guider.set_state(step=step, num_inference_steps=num_steps, timestep=None)
@@ -199,13 +199,13 @@ def guidance_flops(
 
 
 class _Counter:
-    """Runs a copy of a model that has shapes but no values."""
+    """Counts the FLOPs of forwards of a copy of a model on the meta device."""
 
     def __init__(self, model: torch.nn.Module, inputs: Mapping[str, Any] | None = None):
         model = getattr(model, "_orig_mod", model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT, adapters and all
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, with its adapters
         self.model = _without_values(model)
-        self.model.float()  # whatever autocast or casts make of it
+        self.model.float()  # FLOPs do not depend on the dtype
         inputs = _example_inputs(model) if inputs is None else inputs
         self.inputs = {name: _to_meta(value) for name, value in inputs.items()}
         self.counter: FlopCounterMode | None = None
@@ -223,7 +223,7 @@ class _Counter:
         with_prefix: bool = False,
         backward: bool = False,
     ) -> Flops:
-        """Of one forward, without the blocks of the prefix if that is given, and its backward."""
+        """FLOPs of one forward, without the prefix's blocks if `with_prefix`, and of its backward if `backward`."""
         given = {"path_drop": True} if path_drop else {}
         if with_prefix:
             given["prefix"] = self._call(0.0, return_prefix=True).prefix.detach()
@@ -232,7 +232,7 @@ class _Counter:
         return Flops(linear=sum(counts.values()) - attention, attention=attention)
 
     def blocks(self, selection_ratio: float | None) -> int:
-        """Of all blocks in the model's lists of them, in one forward."""
+        """FLOPs of all blocks in the model's lists of blocks, in one forward."""
         self._count(selection_ratio)
         return self.block_flops
 
@@ -261,9 +261,9 @@ class _Counter:
 
 
 class _CountedBlock:
-    """Set as the `forward` of a block: adds up what blocks take, and runs blocks of the same sizes once.
+    """Set as the `forward` of a block: adds up the FLOPs of blocks, and runs blocks of the same sizes only once.
 
-    A block of another package may do more than its arguments tell (routing itself, for one): those all run.
+    Blocks of other packages all run: what they do may depend on more than their arguments, such as routing.
     """
 
     def __init__(self, block: torch.nn.Module, counter: _Counter, *, is_ours: bool):
@@ -279,6 +279,8 @@ class _CountedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.counter.counter is None:
             return self.block_forward(*args, **kwargs)
+
+        # Reuse the result of an equal block, or run this one.
         totals, known = self.counter.counter.flop_counts["Global"], self.counter.known
         key = self.kind, str([getattr(argument, "shape", argument) for argument in args]) if self.is_ours else None
         may_reuse = self.is_ours and not torch.is_grad_enabled()
@@ -297,7 +299,7 @@ class _CountedBlock:
 
 
 def _stacks(model: torch.nn.Module) -> Iterator[torch.nn.ModuleList]:
-    """The model's lists of blocks, also those in its dicts of modules, and those that route wherever they are."""
+    """The model's lists of blocks, also inside its `ModuleDict`s, and every `RoutedStack` wherever it is."""
     for module in model.children():
         if isinstance(module, torch.nn.ModuleList):
             yield module
@@ -308,15 +310,15 @@ def _stacks(model: torch.nn.Module) -> Iterator[torch.nn.ModuleList]:
 
 
 def _without_values(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy on the meta device, with adapters and routing, without hooks of others."""
-    # What the memo has is not copied.
+    """A copy on the meta device, with adapters and routing, without hooks of other libraries."""
+    # deepcopy does not copy what is in its memo.
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
 
-    # Hooks (offloading, caches, a user's) may hold the model's weights, streams, and forwards of the model itself.
+    # Hooks (offloading, caches, a user's) may hold the model's weights, CUDA streams, or forwards of the model.
     keeps_forward = hasattr(model, "_token_routing")
     hooks = ("_diffusers_hook", "_hf_hook", *(() if keeps_forward else ("forward",)))
     for module in model.modules():
@@ -330,7 +332,7 @@ def _without_values(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """One sample for a denoiser of this package."""
+    """Inputs of one sample for a denoiser of this package."""
     config: Any = model.config
     if "num_classes" not in config or "sample_size" not in config:
         raise ValueError(

@@ -1,27 +1,27 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""How the package is installed: its name for pip, its extras, where others get it."""
+"""How the package is installed: its name for pip, its extras, and where to get it."""
 
 from importlib import metadata
 from importlib.util import find_spec
 
 
 NAME = "diffusers-tread"
-"""What pip calls the package, and what its command is called."""
+"""The name of the package for pip, and of its command."""
 
 FID_NETWORKS = "pip install --no-deps clean-fid torch-fidelity"
-"""Installs the networks of FID. They ask for torchvision, of which pip takes the newest and the torch that goes with
-it; what this package uses of them needs none."""
+"""Installs the networks of FID. `--no-deps`, because they depend on torchvision, which this package does not need and
+for which pip would install the newest release together with its torch."""
 
 
 def require(extra: str, *modules: str) -> None:
-    """Says in one sentence what to install, before an import fails.
+    """Raises an ImportError that says what to install, before an import fails.
 
     Args:
-        extra: The extra of this package that brings the modules; several with commas between.
-        modules: What will be imported.
+        extra: The extra of this package that installs the modules; several separated by commas.
+        modules: The modules that will be imported.
 
     Raises:
-        ImportError: Modules are missing.
+        ImportError: A module is missing.
 
     Example:
         >>> from diffusers_tread.installation import require
@@ -37,7 +37,7 @@ def require(extra: str, *modules: str) -> None:
 
 
 def how_to_install() -> str:
-    """Commands that bring the package to somebody who does not have it, for cards and errors."""
+    """Commands that install the package, for model cards and errors."""
     return f"`pip install {NAME}` or, where no index has it, {_from_source()}"
 
 
@@ -47,9 +47,9 @@ def _from_source() -> str:
 
 
 def repository() -> str | None:
-    """The address of the repository that the installed package was built from; None if it does not say."""
+    """The URL of the repository in the installed package's metadata; None if it has none."""
     try:
         urls = metadata.metadata(NAME).get_all("Project-URL") or []
-    except metadata.PackageNotFoundError:  # taken from a folder on sys.path
+    except metadata.PackageNotFoundError:  # not installed, but imported from a folder on sys.path
         urls = []
     return dict(url.split(", ", 1) for url in urls).get("Repository")

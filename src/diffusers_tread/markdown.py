@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Text of others in Markdown, as text: names of classes, data sets and files may hold anything."""
+"""Escapes foreign text for Markdown: names of classes, data sets and files may contain any character."""
 
 import html
 import re
@@ -7,16 +7,16 @@ from typing import Any
 
 
 def as_text(value: Any) -> str:
-    """Escapes HTML and what Markdown has a use for, in one line."""
+    """Escapes the special characters of HTML and Markdown, and joins lines to one."""
     text = html.escape(" ".join(str(value).split()), quote=False)
     return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
 def as_code(value: Any) -> str:
-    """For what stands between backticks, or between quotes in a block of code: names and paths, nothing else."""
+    """Makes a name or path safe between backticks, or between quotes in a code block."""
     return re.sub(r"[^\w ./:@+=,-]", "-", " ".join(str(value).split()))
 
 
 def table_row(*cells: Any) -> str:
-    """A row of a table, whose cells are text."""
+    """A table row with escaped cells."""
     return f"| {' | '.join(map(as_text, cells))} |"

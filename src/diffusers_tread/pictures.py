@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Pictures that a run leaves."""
+"""Image grids and curves that a run saves."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def make_grid(images: list[PIL.Image.Image], *, columns: int = 10) -> PIL.Image.
 
     Args:
         images: At least one.
-        columns: Images in a row, where there are that many.
+        columns: Images in a row, at most.
     """
     columns = min(columns, len(images))
     width, height = images[0].size
@@ -38,20 +38,22 @@ def make_grid(images: list[PIL.Image.Image], *, columns: int = 10) -> PIL.Image.
 def add_labels(
     grid: PIL.Image.Image, *, title: str = "", rows: Sequence[str] = (), columns: Sequence[str] = ()
 ) -> PIL.Image.Image:
-    """The grid with texts around it, which say what is where.
+    """The grid with a title and labels for its rows and columns.
 
     Args:
-        grid: Cells of one size.
-        title: Above everything.
-        rows: Beside each row, from the top.
-        columns: Above each column, from the left, cut where they are wider.
+        grid: A grid with cells of one size.
+        title: Text above everything.
+        rows: Text to the left of each row, from the top.
+        columns: Text above each column, from the left; cut if wider than the column.
     """
+    # A white margin around the grid.
     font, line = PIL.ImageFont.load_default(14), 22
     left = max([8 + round(font.getlength(text)) for text in rows], default=0)
     top = line * (bool(title) + bool(columns))
     picture = PIL.Image.new("RGB", (left + grid.width, top + grid.height), "white")
     picture.paste(grid, (left, top))
 
+    # The texts.
     write = partial(PIL.ImageDraw.Draw(picture).text, fill="black", font=font)
     write((left + 4, line / 2), title, anchor="lm")
     for column, text in enumerate(columns):
@@ -68,14 +70,17 @@ def caption_grid(images: list[PIL.Image.Image], captions: Sequence[str], *, colu
     Args:
         images: At least one; small ones are enlarged by repeating pixels.
         captions: One per image.
-        columns: Images in a row, where there are that many.
+        columns: Images in a row, at most.
     """
+    # The size of a cell: an image, its frame and the longest caption.
     font, line = PIL.ImageFont.load_default(14), 18
     columns, zoom = min(columns, len(images)), -(-160 // images[0].width)  # room for about 20 letters
     width, height = images[0].width * zoom, images[0].height * zoom
     texts = [_wrap(caption, font, width - 4, num_lines=4) for caption in captions]
     top, bottom = FRAME, 4 + line * max(text.count("\n") + 1 for text in texts)
     cell = (width + 2 * FRAME, height + 2 * FRAME + bottom)
+
+    # The cells.
     rows = -(-len(images) // columns)
     picture = PIL.Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
     draw = PIL.ImageDraw.Draw(picture)
@@ -89,15 +94,15 @@ def caption_grid(images: list[PIL.Image.Image], captions: Sequence[str], *, colu
 def name_classes(
     labels: Sequence[int], *, num_classes: int, id2label: Mapping[str, str] | None = None
 ) -> tuple[int, dict[str, list[str]]]:
-    """How many images of a grid go in a row, and the texts with which `add_labels` says what they show.
+    """The number of columns for a grid of class samples, and the labels for `add_labels`.
 
-    Up to ten classes have columns of their own, with the name above; of more a row says from which to which. There are
-    no texts without classes, or where these do not take turns.
+    Up to ten classes get one column each, with the name above. With more, each row is labelled "first to last". There
+    are no labels for a model without classes, or if the images do not cycle through the classes.
 
     Args:
-        labels: Of at least one image.
-        num_classes: Of the model; 0 for one without classes.
-        id2label: Class id, as a string, to name; classes without a name have their number.
+        labels: The class ids of the images, at least one.
+        num_classes: The model's number of classes; 0 for an unconditional model.
+        id2label: Class id, as a string, to name; classes without a name are labelled with their id.
     """
     if num_classes == 0 or any(label != (labels[0] + index) % num_classes for index, label in enumerate(labels)):
         return min(10, len(labels)), {}
@@ -111,7 +116,7 @@ def name_classes(
 
 
 def _wrap(text: str, font: PIL.ImageFont.FreeTypeFont, width: int, *, num_lines: int) -> str:
-    """A text in lines of at most so many pixels, the last one cut where there would be more."""
+    """Wraps a text to at most `num_lines` lines of `width` pixels; what does not fit is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -123,7 +128,7 @@ def _wrap(text: str, font: PIL.ImageFont.FreeTypeFont, width: int, *, num_lines:
 
 
 def _cut(text: str, font: PIL.ImageFont.FreeTypeFont, width: int) -> str:
-    """As much of a text as fits into so many pixels."""
+    """As much of a text as fits into `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while len(text) > 1 and font.getlength(f"{text}…") > width:
@@ -132,7 +137,7 @@ def _cut(text: str, font: PIL.ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def save_image(image: PIL.Image.Image, path: Path) -> None:
-    """Writes a PNG that is there whole or not at all, and the folder it goes into."""
+    """Writes a PNG atomically, and makes its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         image.save(temporary, format="PNG")
@@ -154,14 +159,15 @@ def save_curves(
     """Writes a PNG of points joined by lines; needs matplotlib.
 
     Args:
-        curves: Points (x, y) of each, by what the legend says; x numbers, or texts that stand side by side unjoined.
-        path: Of the file.
-        x_label: Of the axis.
-        y_label: Likewise.
-        best: The point to be ringed; None for none.
+        curves: Legend label to points (x, y). x is a number, or a text; points with texts are not joined.
+        path: The PNG.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        best: A point to circle; None for none.
     """
     from matplotlib.figure import Figure
 
+    # The points.
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
     is_text = any(isinstance(x, str) for points in curves.values() for x, _ in points)
@@ -171,6 +177,8 @@ def save_curves(
         axes.plot(
             *best, marker="o", markersize=12, fillstyle="none", linestyle="none", color="black", label="best here"
         )
+
+    # Grid, tick labels and legend.
     axes.grid(alpha=0.3)
     if is_text:
         axes.tick_params(axis="x", labelrotation=30)
@@ -178,6 +186,8 @@ def save_curves(
             tick.set_horizontalalignment("right")
     if len(curves) > 1:
         axes.legend(fontsize="small")
+
+    # The file.
     pixels = io.BytesIO()
     figure.savefig(pixels, dpi=120)
     save_image(PIL.Image.open(pixels), path)

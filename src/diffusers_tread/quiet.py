@@ -1,20 +1,20 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Keeps diffusers from logging the same warning for every guider, and one about an empty list for every cast."""
+"""Silences two warnings of diffusers: one that repeats for every guider, one about an empty list at every cast."""
 
 import logging
 
 
-# In the constructor of each guider:
+# Logged by the constructor of each guider:
 # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/guiders/guider_utils.py
 ONCE = "Guiders are currently an experimental feature"
-# Of `to(dtype)` of models without such modules, since 0.42:
+# Logged by `to(dtype)` for models without such modules, since 0.42:
 # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/modeling_utils.py
 NEVER = "that should be kept in float32: []"
 LOGGERS = ("diffusers.guiders.guider_utils", "diffusers.models.modeling_utils")
 
 
 class QuietFilter(logging.Filter):
-    """Lets `ONCE` through once in a process, `NEVER` never, all else always."""
+    """Passes `ONCE` once per process, `NEVER` never, and every other record."""
 
     was_said = False
 
@@ -30,6 +30,6 @@ _FILTER = QuietFilter()
 
 
 def quieten_diffusers() -> None:
-    """Sets the filter; a second call changes nothing."""
+    """Installs the filter; further calls change nothing."""
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_FILTER)

@@ -8,7 +8,7 @@ def add_entry(table: dict[str, Any], name: str, value: Any) -> None:
     """Adds an entry under a new name.
 
     Raises:
-        ValueError: The name is that of something else.
+        ValueError: Another entry has this name.
     """
     if table.get(name, value) is not value:
         raise ValueError(f"Expected a new name for {value!r}, got {name!r}, the name of {table[name]!r}.")

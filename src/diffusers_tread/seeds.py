@@ -1,14 +1,14 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Stateless randomness: every draw of a run is a function of what it is for, so a resumed run needs no saved state."""
+"""Stateless randomness: the seed of every draw follows from its purpose, so a resumed run needs no saved state."""
 
 import hashlib
 
 
 def derive_seed(*keys: int | str) -> int:
-    """Hashes what a draw is for into a seed in [0, 2**63).
+    """Hashes the keys of a draw into a seed in [0, 2**63).
 
     Args:
-        keys: What tells this draw from every other one, such as the run's seed, a purpose, the step and the rank.
+        keys: What distinguishes this draw from all others, such as the run's seed, a purpose, the step and the rank.
             Integers and strings do not collide: 1 and "1" give different seeds.
 
     Returns:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Settings that a folder keeps in a JSON file, and how others differ from them."""
+"""Compares settings with those stored in a folder's JSON file."""
 
 import json
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from .files import read_object
 
 
 def check_settings(path: Path, settings: dict[str, Any], *, free: Iterable[str] = ()) -> None:
-    """Compares settings with those that a folder's file keeps.
+    """Compares settings with those stored in a folder's file.
 
     Raises:
-        ValueError: With each setting that differs; the file is damaged.
+        ValueError: Settings differ, which the message lists; or the file is damaged.
     """
     try:
         before = read_object(path)
@@ -27,9 +27,9 @@ def check_settings(path: Path, settings: dict[str, Any], *, free: Iterable[str] 
 
 
 def list_changes(before: dict[str, Any], now: dict[str, Any], *, free: Iterable[str] = ()) -> list[str]:
-    """What differs between two settings, each as a text; of nested ones the innermost names.
+    """The differences between two settings, one text each; nested settings have dotted names.
 
-    Ten are told, the others counted.
+    At most ten are listed; further ones are counted.
     """
     before, now = _flatten(before), _flatten(json.loads(json.dumps(now)))
     changes = [
@@ -41,7 +41,7 @@ def list_changes(before: dict[str, Any], now: dict[str, Any], *, free: Iterable[
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} becomes {"a.b": 1}, so that a difference has a name."""
+    """{"a": {"b": 1}} becomes {"a.b": 1}, so that each difference has one name."""
     flat = {}
     for key, value in settings.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

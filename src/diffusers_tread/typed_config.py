@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""diffusers' `register_to_config`, which has no types: for type checkers a constructor keeps its arguments."""
+"""diffusers' `register_to_config`, typed so that type checkers keep the arguments of a decorated constructor."""
 
 from typing import TYPE_CHECKING, TypeVar
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Sparse Guidance and its ratios; a base class for guiders with several branches."""
+"""Sparse Guidance and its ratio schedules, path-drop guidance, and a base class for guiders with several branches."""
 
 from .branches import Branch, BranchGuidance, branches_of
 from .path_drop_guidance import PathDropGuidance

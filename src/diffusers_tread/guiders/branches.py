@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a guider combines in a step: predictions that differ in condition, routing or denoiser."""
+"""The branches of a guider: the predictions it combines in a step, which differ in condition, routing or denoiser."""
 
 import threading
 from abc import abstractmethod
@@ -21,24 +21,24 @@ class Branch:
     """One of the predictions that a guider combines in a step."""
 
     condition: Literal["given", "null"] = "given"
-    """What the denoiser is conditioned on: what the user gave, or the null condition."""
+    """The condition: the user's, or the null condition."""
 
     selection_ratio: float = 0.0
     """Share of tokens routed away, in [0, 1); 0.0 is dense."""
 
     denoiser: Literal["main", "guidance"] = "main"
-    """Who runs it: the denoiser that is sampled from, or the one that guides it, such as an earlier checkpoint."""
+    """The denoiser that runs it: the one that is sampled, or one that guides it, such as an earlier checkpoint."""
 
     path_drop: bool = False
-    """Whether the blocks of routes with rejoin "fuse" are left out, see `RoutingCall.path_drop`."""
+    """Whether the blocks of routes with rejoin "fuse" are skipped, see `RoutingCall.path_drop`."""
 
     shares_prefix: bool = False
-    """Whether it has the denoiser, condition and inputs of the first branch, so that all blocks in front of the first
-    route compute the same."""
+    """Whether it has the denoiser, condition and inputs of the first branch, so that the blocks before the first route
+    compute the same in both."""
 
 
 class _Prepared(threading.local):
-    """What `prepare_models` has done in this thread."""
+    """State of `prepare_models` in this thread."""
 
     def __init__(self):
         self.count = 0
@@ -47,18 +47,18 @@ class _Prepared(threading.local):
 
 
 class BranchGuidance(BaseGuidance):
-    """A guider of diffusers that says what it runs by `branches`, and combines by `forward`.
+    """A diffusers guider whose predictions are listed by `branches` and combined by `forward`.
 
-    `TREADPipeline` and `guidance_flops` read the branches. Other loops, diffusers' modular pipelines among them, use
-    it as any guider: `prepare_models` sets the routing of a branch for the thread, and `cleanup_models` takes it back.
-    The step that `set_state` told belongs to the guider: loops that run side by side each take a `copy.copy` of it, as
+    `TREADPipeline` and `guidance_flops` read the branches. Other loops, such as diffusers' modular pipelines, use it
+    like any guider: `prepare_models` sets the routing of a branch for the thread, and `cleanup_models` removes it.
+    The guider keeps the step from `set_state`, so loops that run in parallel must each take a `copy.copy` of it, as
     `TREADPipeline` does.
 
     A guider of your own is a subclass in one file with a constructor under `register_to_config`, `branches` and
     `forward`, and one line `register_guider(MyGuider)`.
     """
 
-    # The names that diffusers' modular loops know, one for each branch; "uncond" is the second one, whatever it is.
+    # The names that diffusers' modular loops expect, one per branch; "uncond" is the second branch, whatever it is.
     _input_predictions = ["pred_cond", "pred_uncond"]
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, enabled: bool = True):
@@ -71,7 +71,7 @@ class BranchGuidance(BaseGuidance):
 
     @abstractmethod
     def branches(self) -> list[Branch]:
-        """The branches of the current step, which `set_state` told.
+        """The branches of the current step, as set by `set_state`.
 
         Returns:
             At least one; as many as `forward` takes predictions.
@@ -85,21 +85,23 @@ class BranchGuidance(BaseGuidance):
         """Combines the predictions of the branches, each of the same shape."""
 
     def check_denoisers(self, denoiser: torch.nn.Module, guidance_denoiser: torch.nn.Module | None = None) -> None:
-        """Raises ValueError if these denoisers cannot run the branches; to be called before sampling.
+        """Raises ValueError if these denoisers cannot run the branches; call it before sampling.
 
         Args:
-            denoiser: The main one.
-            guidance_denoiser: The one of branches with `denoiser="guidance"`; not looked at otherwise.
+            denoiser: The main denoiser.
+            guidance_denoiser: The denoiser of branches with `denoiser="guidance"`; ignored without such branches.
         """
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Sets the branch's routing in this thread; call `cleanup_models` after the forward, also on error.
 
         Raises:
-            ValueError: The denoiser has no routes and the branch a ratio, or none whose path the branch could drop,
-                or the branch wants another denoiser than the first one.
+            ValueError: The branch has a ratio and the denoiser no routes; the branch drops the path and no route
+                allows it; or the branch needs another denoiser than the first branch.
         """
-        self.cleanup_models(denoiser)  # what a caller left behind that failed in between
+        self.cleanup_models(denoiser)  # left behind by a caller that failed in between
+
+        # Checks.
         index = self._count_prepared
         branch, router = self.branches()[index], get_token_router(denoiser)
         check_routes(denoiser, branch.selection_ratio)
@@ -112,13 +114,15 @@ class BranchGuidance(BaseGuidance):
                 "Expected another denoiser for the weak branch (weak_checkpoint=True), got the strong branch's. "
                 "Use TREADPipeline with a guidance_transformer, or weak_checkpoint=False."
             )
+
+        # The routing.
         self._count_prepared += 1
         self._prepared.routing.enter_context(
             token_routing(denoiser, enabled=True, selection_ratio=branch.selection_ratio, path_drop=branch.path_drop)
         )
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
-        """Takes the branch's routing back."""
+        """Removes the branch's routing."""
         self._prepared.routing.close()
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
@@ -133,7 +137,7 @@ class BranchGuidance(BaseGuidance):
         ]
 
     @property
-    def _count_prepared(self) -> int:  # diffusers' name for it, set by its constructor and `set_state`
+    def _count_prepared(self) -> int:  # diffusers' name; its constructor and `set_state` assign to it
         return self._prepared.count
 
     @_count_prepared.setter
@@ -153,17 +157,17 @@ class BranchGuidance(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        """Branches, and so model calls, of the current step."""
+        """Number of branches, and so of model calls, in the current step."""
         return len(self.branches())
 
     def _inputs(self) -> list[tuple[int, str]]:
-        """Per branch the index into (conditional, unconditional) inputs and the prediction's name."""
-        self._count_prepared = 0  # the first branch comes first, also in a loop that does not call `set_state`
+        """Per branch the index into (conditional, unconditional) inputs, and the prediction's name."""
+        self._count_prepared = 0  # start with the first branch, also in a loop that does not call `set_state`
         indices = [0 if branch.condition == "given" else 1 for branch in self.branches()]
         return list(zip(indices, self._input_predictions, strict=False))
 
     def _is_within_range(self) -> bool:
-        """Whether the current step is one of those that are guided."""
+        """Whether the current step is guided."""
         if not self._enabled or self._num_inference_steps is None:
             return self._enabled
         first = int(self._start * self._num_inference_steps)
@@ -172,14 +176,13 @@ class BranchGuidance(BaseGuidance):
 
 
 def branches_of(guider: BaseGuidance) -> list[Branch]:
-    """The branches of the current step of any guider; those of diffusers' own are dense and of the main denoiser."""
-    # Not by its class: a guider from the Hub brings code of its own.
+    """The current step's branches of any guider; diffusers' own guiders have dense ones of the main denoiser."""
+    # Not isinstance: a guider from the Hub brings its own copy of the class.
     return guider.branches() if hasattr(guider, "branches") else [Branch()] * guider.num_conditions
 
 
 def check_routes(denoiser: torch.nn.Module, selection_ratio: float) -> None:
-    """Raises ValueError if the ratio is above 0 and the denoiser has no routes, or cannot take them as it is set
-    up."""
+    """Raises ValueError if the ratio is above 0 and the denoiser has no routes, or its setup does not allow them."""
     if selection_ratio == 0.0:
         return
     if not get_token_router(denoiser).routes:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Path-drop guidance: a prediction without the routes' blocks guides the whole one (SPRINT, arXiv 2510.21986)."""
+"""Path-drop guidance: a prediction without the routes' blocks guides the full one (SPRINT, arXiv 2510.21986)."""
 
 import math
 
@@ -16,20 +16,20 @@ from .branches import Branch, BranchGuidance, check_routes
 class PathDropGuidance(BranchGuidance):
     r"""D = w * D(x, t, c) + (1 - w) * D(x, t, null; path dropped): classifier-free guidance with a cheap weak branch.
 
-    The weak branch runs none of the blocks of the routes, for which the learned mask vector stands. It needs a
+    The weak branch skips the blocks of the routes; the learned mask vector replaces their output. This needs a
     denoiser with a route of `rejoin="fuse"`, trained with `path_drop`.
 
     Args:
-        guidance_scale: w, at least 0. 1.0 leaves the strong branch alone (and does not run the weak one).
+        guidance_scale: w, at least 0. 1.0 is the strong branch alone (the weak one is not run).
         strong_ratio: Share of tokens routed away in the strong branch, in [0, 1); 0.0 is dense, as in the paper.
         null_weak_branch: Whether the weak branch also drops the condition, as in the paper.
         start: Share of the model calls after which guidance starts.
-        stop: Share of the model calls after which guidance stops. Outside there is one dense prediction, with the
+        stop: Share of the model calls after which guidance stops. Unguided steps make one dense prediction, with the
             condition.
-        enabled: False for one dense prediction everywhere.
+        enabled: False for one dense prediction in every step.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
 
     Example:
         >>> from diffusers_tread import PathDropGuidance
@@ -55,11 +55,11 @@ class PathDropGuidance(BranchGuidance):
         self.null_weak_branch = null_weak_branch
 
     def check_denoisers(self, denoiser: torch.nn.Module, guidance_denoiser: torch.nn.Module | None = None) -> None:
-        """Raises ValueError if `denoiser` cannot run the branches; to be called before sampling.
+        """Raises ValueError if `denoiser` cannot run the branches; call it before sampling.
 
         Args:
-            denoiser: What runs both branches.
-            guidance_denoiser: Not looked at.
+            denoiser: The denoiser of both branches.
+            guidance_denoiser: Ignored.
         """
         if not self._enabled:
             return
@@ -67,7 +67,7 @@ class PathDropGuidance(BranchGuidance):
         get_token_router(denoiser).check_path_drop()
 
     def branches(self) -> list[Branch]:
-        """The strong branch and, where this step is guided, the weak one."""
+        """The strong branch and, if this step is guided, the weak one."""
         if not self._is_within_range():
             return [Branch()]
         strong = Branch(selection_ratio=self.strong_ratio)
@@ -85,7 +85,7 @@ class PathDropGuidance(BranchGuidance):
 
         Args:
             pred_cond: The strong prediction, any shape.
-            pred_uncond: The weak prediction, same shape; None where there is one branch only.
+            pred_uncond: The weak prediction, same shape; None if there is only one branch.
         """
         pred = pred_cond if pred_uncond is None else torch.lerp(pred_uncond, pred_cond, self.guidance_scale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)

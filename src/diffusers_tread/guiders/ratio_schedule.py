@@ -13,10 +13,10 @@ from ..routing.route import check_selection_ratio
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class RatioSchedule:
-    """`first` at the first model call, `last` at the last one. Its inverse, first + last - ratio, swaps the two.
+    """A ratio that goes from `first` at the first model call to `last` at the last one.
 
-    It counts model calls, not noise levels: these mean different things to different schedulers, and guiders know
-    only the former (`start` and `stop` count them too).
+    Its inverse, first + last - ratio, swaps the two. The schedule runs over model calls, as `start` and `stop` of
+    guiders do, not over noise levels: guiders do not know those, and schedulers define them differently.
 
     Raises:
         ValueError: A ratio outside [0, 1), or an unknown shape.
@@ -34,7 +34,7 @@ class RatioSchedule:
     """Share of tokens routed away at the last model call, in [0, 1)."""
 
     shape: Literal["cosine", "linear"] = "cosine"
-    """How it gets there: "cosine" is half a period, flat at both ends."""
+    """The shape in between: "cosine" is half a period, flat at both ends."""
 
     def __post_init__(self):
         check_selection_ratio(self.first)
@@ -43,7 +43,7 @@ class RatioSchedule:
             raise ValueError(f"Expected shape 'cosine' or 'linear', got {self.shape!r}.")
 
     def at(self, progress: float) -> float:
-        """The ratio at `progress`, in [0, 1]: the share of the model calls before this one."""
+        """The ratio at `progress`, in [0, 1]: 0 at the first model call, 1 at the last."""
         share = (1.0 - math.cos(math.pi * progress)) / 2.0 if self.shape == "cosine" else progress
         return (1.0 - share) * self.first + share * self.last  # exact at both ends
 
@@ -53,12 +53,12 @@ class RatioSchedule:
 
 
 def as_schedule(ratio: Any) -> RatioSchedule:
-    """A schedule from itself, its mapping, or a constant ratio.
+    """A schedule from a schedule, its mapping, or a constant ratio.
 
     Raises:
-        ValueError: None of these, or as `RatioSchedule`.
+        ValueError: `ratio` is none of these, or as `RatioSchedule`.
     """
-    if hasattr(ratio, "at"):  # not by its class, which diffusers makes anew for each pipeline with code of its own
+    if hasattr(ratio, "at"):  # not isinstance: diffusers loads a new class for each pipeline with code of its own
         return ratio
     if not isinstance(ratio, Mapping):
         check_selection_ratio(ratio)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The guiders of this package by class name: what a repository on the Hub may hold and is loaded with our code."""
+"""The guiders by class name: those that a repository on the Hub may contain and that are loaded with our code."""
 
 from diffusers import BaseGuidance
 
@@ -12,10 +12,10 @@ GUIDERS: dict[str, type[BaseGuidance]] = {}
 
 
 def register_guider(guider: type[BaseGuidance]) -> None:
-    """Makes `TREADPipeline` save, export and load a guider of your own.
+    """Lets `TREADPipeline` save, export and load a guider of your own.
 
     Raises:
-        ValueError: Another guider is called so.
+        ValueError: Another guider has this name.
     """
     add_entry(GUIDERS, guider.__name__, guider)
 

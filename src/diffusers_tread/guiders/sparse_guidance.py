@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Sparse Guidance: the difference between a lightly and a heavily routed prediction guides (arXiv 2601.01608)."""
+"""Sparse Guidance: guidance by the difference of a lightly and a heavily routed prediction (arXiv 2601.01608)."""
 
 import math
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from .branches import Branch, BranchGuidance, check_routes
 from .ratio_schedule import RatioSchedule, as_schedule
 
 
-# arXiv 2601.01608, ImageNet-256, Euler with 40 steps. It prints no guidance scale for "flops" and "fid", and of the
-# cosine of "fid" only its ends: half a period is our reading.
+# arXiv 2601.01608, ImageNet-256, Euler with 40 steps. The paper gives no guidance scale for "flops" and "fid", and
+# only the ends of the cosine of "fid": half a period is our reading.
 _PRESETS = {
     "single": {"guidance_scale": 1.4, "strong_ratio": 0.2, "weak_ratio": 0.8},
     "flops": {"strong_ratio": 0.5, "weak_ratio": 0.9},
@@ -31,28 +31,28 @@ class SparseGuidance(BranchGuidance):
     r"""D = w * D(x, t, c; strong_ratio) + (1 - w) * D(x, t, c; weak_ratio), both branches with the condition c.
 
     Works wherever diffusers' guiders do, on `TREADTransformer2DModel` and on models prepared by `apply_token_routing`.
-    `null_weak_branch` and `weak_checkpoint` make it the related kinds of guidance, and with ratios of 0.0 autoguidance
-    (arXiv 2406.02507, here with the condition in both branches, as in the paper and unlike diffusers' `AutoGuidance`).
-    An attribute that is changed later counts in sampling, but what is saved are the constructor's arguments.
+    `null_weak_branch` and `weak_checkpoint` give related kinds of guidance. `weak_checkpoint` with ratios of 0.0 is
+    autoguidance (arXiv 2406.02507, with the condition in both branches, as in the paper and unlike diffusers'
+    `AutoGuidance`). Attributes changed later affect sampling, but the constructor's arguments are what is saved.
 
     Args:
-        guidance_scale: w, at least 0. 1.0 leaves the strong branch alone (and does not run the weak one).
+        guidance_scale: w, at least 0. 1.0 is the strong branch alone (the weak one is not run).
         strong_ratio: Share of tokens routed away in the strong branch; 0.0 is dense. A `RatioSchedule` (or its
             mapping) changes it from model call to model call.
         weak_ratio: Share of tokens routed away in the weak branch, below 1, or its schedule. Unless
             `weak_checkpoint`, never below `strong_ratio`, and not always equal to it.
         null_weak_branch: Whether the weak branch also drops the condition, which adds classifier-free guidance.
         weak_checkpoint: Whether another denoiser, an earlier checkpoint, runs the weak branch, which adds
-            autoguidance. `TREADPipeline` takes its `guidance_transformer`; a loop of your own calls `prepare_models`,
+            autoguidance. `TREADPipeline` uses its `guidance_transformer`; a loop of your own calls `prepare_models`,
             the forward and `cleanup_models` with that denoiser for the second branch.
         guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4.
         start: Share of the model calls after which guidance starts.
-        stop: Share of the model calls after which guidance stops. Outside there is one dense prediction, with the
-            condition, of the main denoiser.
-        enabled: False for one dense prediction everywhere.
+        stop: Share of the model calls after which guidance stops. Unguided steps make one dense prediction, with the
+            condition, by the main denoiser.
+        enabled: False for one dense prediction in every step.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
 
     Example:
         >>> from diffusers_tread import RatioSchedule, SparseGuidance
@@ -73,6 +73,7 @@ class SparseGuidance(BranchGuidance):
         stop: float = 1.0,
         enabled: bool = True,
     ):
+        # Checks.
         super().__init__(start, stop, enabled)
         schedules = {"strong_ratio": as_schedule(strong_ratio), "weak_ratio": as_schedule(weak_ratio)}
         if not weak_checkpoint:
@@ -82,6 +83,7 @@ class SparseGuidance(BranchGuidance):
         if not 0.0 <= guidance_rescale <= 1.0:
             raise ValueError(f"Expected guidance_rescale in [0, 1], got {guidance_rescale}.")
 
+        # Attributes.
         self.guidance_scale = guidance_scale
         self.strong_ratio = _shorten(schedules["strong_ratio"])
         self.weak_ratio = _shorten(schedules["weak_ratio"])
@@ -89,7 +91,7 @@ class SparseGuidance(BranchGuidance):
         self.weak_checkpoint = weak_checkpoint
         self.guidance_rescale = guidance_rescale
 
-        # As JSON can hold them.
+        # The config holds schedules as mappings, for JSON.
         for name in schedules:
             ratio = getattr(self, name)
             self.register_to_config(**{name: ratio.to_dict() if isinstance(ratio, RatioSchedule) else ratio})
@@ -99,15 +101,15 @@ class SparseGuidance(BranchGuidance):
         """The settings of the paper (arXiv 2601.01608; XL/2 on ImageNet-256), for its models and 40 Euler steps.
 
         Args:
-            preset: "single": one model at w 1.4 with ratios 0.2 and 0.8, amid the best ranges 0.05-0.3 and 0.75-0.85.
+            preset: "single": one model, w = 1.4, ratios 0.2 and 0.8, within the best ranges 0.05-0.3 and 0.75-0.85.
                 "flops": one model with ratios 0.5 and 0.9 (SG_FLOPS, FID 2.14 at 97.67 GFLOPs per step).
                 "fid": the weak branch is an early checkpoint, whose ratio falls by a cosine from 0.6 to 0 while the
                 main one's rises by its inverse (SG_FID, FID 1.58 at 173.16 GFLOPs; checkpoint of 50K steps).
-            **settings: Arguments of the constructor, to add or to replace. "flops" and "fid" need `guidance_scale`:
-                the paper does not print theirs.
+            **settings: Arguments of the constructor that add to or replace the preset's. "flops" and "fid" need a
+                `guidance_scale`: the paper does not give theirs.
 
         Raises:
-            ValueError: An unknown preset, or no `guidance_scale` where there is none to take.
+            ValueError: An unknown preset, or no `guidance_scale` for a preset without one.
 
         Example:
             >>> from diffusers_tread import SparseGuidance
@@ -125,11 +127,11 @@ class SparseGuidance(BranchGuidance):
         return cls(**settings)
 
     def check_denoisers(self, denoiser: torch.nn.Module, guidance_denoiser: torch.nn.Module | None = None) -> None:
-        """Raises ValueError if these denoisers cannot run the branches; to be called before sampling.
+        """Raises ValueError if these denoisers cannot run the branches; call it before sampling.
 
         Args:
-            denoiser: What runs the strong branch, and the weak one too unless `weak_checkpoint`.
-            guidance_denoiser: What runs the weak branch if `weak_checkpoint`; not looked at otherwise.
+            denoiser: The denoiser of the strong branch, and of the weak one unless `weak_checkpoint`.
+            guidance_denoiser: The denoiser of the weak branch if `weak_checkpoint`; ignored otherwise.
         """
         if not self._enabled:
             return
@@ -142,7 +144,7 @@ class SparseGuidance(BranchGuidance):
         check_routes(guidance_denoiser if self.weak_checkpoint else denoiser, _largest(self.weak_ratio))
 
     def branches(self) -> list[Branch]:
-        """The strong branch and, where this step is guided, the weak one.
+        """The strong branch and, if this step is guided, the weak one.
 
         Raises:
             ValueError: A ratio is a schedule and `set_state` was not called.
@@ -165,7 +167,7 @@ class SparseGuidance(BranchGuidance):
 
         Args:
             pred_cond: The strong prediction, any shape.
-            pred_uncond: The weak prediction, same shape; None where there is one branch only.
+            pred_uncond: The weak prediction, same shape; None if there is only one branch.
         """
         pred = pred_cond
         if pred_uncond is not None:
@@ -186,7 +188,8 @@ class SparseGuidance(BranchGuidance):
 
 
 def _check_gap(*, strong_ratio: RatioSchedule, weak_ratio: RatioSchedule) -> None:
-    """Raises ValueError unless the weak branch of one model routes more tokens away than the strong one."""
+    """Raises ValueError unless the weak branch routes at least as many tokens away as the strong one at every model
+    call, and more at some."""
     gaps = [weak_ratio.at(i / 100) - strong_ratio.at(i / 100) for i in range(101)]
     if min(gaps) < 0.0 or max(gaps) == 0.0:
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The same routing on transformers of diffusers, and on your own, unedited."""
+"""Token routing on diffusers transformers, and on your own, without editing them."""
 
 from .apply import apply_token_routing, compile_blocks, main_stacks, remove_token_routing
 from .check import check_token_routing

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Puts token routing on an unmodified diffusers transformer, and takes it away."""
+"""Adds token routing to an unmodified diffusers transformer, and removes it."""
 
 import inspect
 from typing import Any
@@ -24,25 +24,25 @@ from .wrap_model import ModelForward, forward_of_model
 
 
 def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | None = None) -> TokenRouter:
-    """Lets tokens skip blocks of a diffusers transformer, whose classes, weights, config and files stay as they are.
+    """Lets tokens skip blocks of a diffusers transformer without changing its classes, weights, config or files.
 
-    In training mode the tokens take the routes; in evaluation mode the model is dense unless `token_routing` asks for
-    a ratio. Only tokens of the image, video or audio that is being denoised are routed.
+    In training mode the tokens take the routes; in evaluation mode the model is dense unless `token_routing` sets a
+    ratio. Only tokens of the image, video or audio that is being denoised are routed.
 
     Args:
-        model: The transformer itself, not wrapped in DDP or `torch.compile`. Before or after adding LoRA.
-        routes: One `TokenRoute`, several, or their mappings; without `rejoin` and `rejoin_from`, which are for
-            our own models.
-        stack: Attribute name of the stack whose blocks the routes count, such as "single_transformer_blocks". None
-            (default): they count all main stacks in the order they run.
+        model: The transformer itself, not wrapped in DDP or `torch.compile`. LoRA may be added before or after.
+        routes: One `TokenRoute`, several, or their mappings; without `rejoin` and `rejoin_from`, which only work with
+            the models of this package.
+        stack: Attribute name of the stack in which routes count blocks, such as "single_transformer_blocks". None
+            (default): they count through all main stacks in the order they run.
 
     Returns:
         The router, also found by `get_token_router(model)`.
 
     Raises:
-        ValueError: The model has routing already; it or one of its blocks cannot be routed, with the reason; a block
-            class is unknown; a route does not fit the model, see `TokenRoute.resolve`, or has another `rejoin`, a
-            `rejoin_from`, or a `unit` that does not go with it.
+        ValueError: The model has routing already; it or one of its blocks cannot be routed (with the reason); a block
+            class is unknown; a route does not fit the model, see `TokenRoute.resolve`; or a route has another
+            `rejoin`, a `rejoin_from`, or a `unit` that the model does not support.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -51,25 +51,28 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
         >>> apply_token_routing(transformer, TokenRoute(start=2, end=-4))
         TokenRouter(routes=[TokenRoute(start=2, end=4, selection_ratio=0.5)], num_layers=8)
     """
+    # The blocks and their specs.
     _check_routable(model)
     spec = find_by_class(MODEL_SPECS, model) or ModelSpec()
     stacks = _stack_names(model, spec, stack)
     blocks = [block for name in stacks for block in _blocks(model, name)]
     specs = [_block_spec(block, model, name) for name in stacks for block in _blocks(model, name)]
+
+    # The routes.
     router = TokenRouter(routes, num_layers=len(blocks))
     if not router.routes:
         raise ValueError("Expected at least one route, got none. Use TokenRoute(start=2, end=-4).")
-    # What earlier blocks were given is not at hand here, and need not have the routed blocks' layout. A fusion would
-    # be weights that the model's class and files do not have.
+    # The inputs of earlier blocks are not available here, and may have another layout than the routed blocks'. A
+    # fusion would need weights that the model's class and files do not have.
     if any(route.rejoin != "state" or route.rejoin_from is not None for route in router.routes):
         raise ValueError(
             f"Expected rejoin='state' in the routes of {type(model).__name__} and no rejoin_from, got "
             f"{list(router.routes)}. Leave both out: they are for the denoisers of this package, whose forward holds "
             "earlier states and whose files have the weights of a fusion."
         )
-
     _check_units(model, router, spec, blocks, specs)
 
+    # The wrappers of model and blocks.
     shared = RoutedModel(model, router)
     forward = ModelForward(shared, spec=spec, argument_names=_argument_names(model))
     forward.blocks = [
@@ -78,12 +81,13 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
         for route_index, route in enumerate(router.routes)
         if route.start <= index <= route.end
     ]
-    # The model's first block may be the one that tells text from image for later ones, see `BlockForward._window`.
+    # The model's first block may tell later ones which tokens are text and which image, see `BlockForward._window`.
     first_stack = next(iter(_known_stacks(model, spec)), stacks[0])
     first = _blocks(model, first_stack)[0]
     if all(wrapper.module is not first for wrapper in forward.blocks):
         forward.blocks.insert(0, _wrap(first, _block_spec(first, model, first_stack), shared, None))
 
+    # Set in place.
     for wrapper in forward.blocks:
         wrapper.module.forward = wrapper
     model.forward = forward
@@ -94,16 +98,17 @@ def apply_token_routing(model: torch.nn.Module, routes: Any, *, stack: str | Non
 
 
 def main_stacks(model: torch.nn.Module) -> list[str]:
-    """The names of a diffusers transformer's main stacks of blocks, in the order they run; none of other modules."""
+    """The names of a diffusers transformer's main stacks of blocks, in the order they run; empty for other modules."""
     return _known_stacks(model, find_by_class(MODEL_SPECS, model) or ModelSpec())
 
 
 def remove_token_routing(model: torch.nn.Module) -> None:
-    """Takes away what `apply_token_routing` set; the outputs are those of the untouched model again, bit for bit.
+    """Removes what `apply_token_routing` added; outputs are bit for bit those of the original model again.
 
     Raises:
         ValueError: The model has no routing, or something else has wrapped a forward since and must be removed first.
     """
+    # Checks.
     forward = model_forward(model)
     wrappers = forward.blocks
     top = model.__dict__.get("forward")
@@ -115,6 +120,8 @@ def remove_token_routing(model: torch.nn.Module) -> None:
             f"Expected the forward of {type(covered[0]).__name__} as apply_token_routing left it, but it has been "
             "wrapped since (accelerate, offloading, another hook). Remove that first."
         )
+
+    # Restored.
     for wrapper in [*wrappers, forward]:
         if wrapper.before is None:
             del wrapper.module.forward
@@ -129,12 +136,12 @@ def remove_token_routing(model: torch.nn.Module) -> None:
 def compile_blocks(model: torch.nn.Module, **compile_options: Any) -> None:
     """Compiles the blocks of a routed model, one graph per block class and token count.
 
-    Use this instead of `model.compile_repeated_blocks`, which would trace the routing around each block and recompile
-    for every one of them. `torch.compile(model)` works too.
+    Use this instead of `model.compile_repeated_blocks`, which would trace the routing around the blocks and recompile
+    for each of them. `torch.compile(model)` works too.
 
     Args:
         model: A model with `apply_token_routing`.
-        compile_options: As `torch.compile` takes them.
+        compile_options: Options of `torch.compile`.
 
     Raises:
         ValueError: The model has no routing.
@@ -166,7 +173,7 @@ def _check_routable(model: torch.nn.Module) -> None:
 def _check_units(
     model: torch.nn.Module, router: TokenRouter, spec: ModelSpec, blocks: list[torch.nn.Module], specs: list[BlockSpec]
 ) -> None:
-    """Raises ValueError for a route of rows without a grid, or one of tokens over blocks that need rows."""
+    """Raises ValueError for a route of rows if the model has no grid, or of tokens over blocks that need rows."""
     for route in router.routes:
         if route.unit == "row" and spec.grid is None:
             raise ValueError(
@@ -182,7 +189,7 @@ def _check_units(
 
 
 def _stack_names(model: torch.nn.Module, spec: ModelSpec, stack: str | None) -> list[str]:
-    """The names of the stacks whose blocks the routes count."""
+    """The names of the stacks in which routes count blocks."""
     known = _known_stacks(model, spec)
     if stack is None:
         if known:
@@ -241,7 +248,7 @@ def _argument_names(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def model_forward(model: torch.nn.Module) -> ModelForward:
-    """What `apply_token_routing` set as the model's forward; ValueError if it has not."""
+    """The model's forward as set by `apply_token_routing`; raises ValueError if it was not called."""
     forward = model.__dict__.get("_token_routing")
     if forward is None:
         raise ValueError(f"Expected a model with apply_token_routing, got {type(model).__name__} without.")

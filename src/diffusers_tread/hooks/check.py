@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Tests on a model that what belongs to a token is routed with it."""
+"""Tests on a model whether everything that belongs to a token is routed with it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,23 +17,24 @@ def check_token_routing(model: torch.nn.Module, *, tolerance: float = 1e-4, **in
     """Runs the routed blocks on all tokens in a random order per sample and compares the output with the dense one.
 
     They agree only if everything that belongs to a token (positions, masks, modulations) was gathered with it. Do this
-    once for a model of your own or a spec you registered. It does not see text that is routed by mistake, and no
-    mistake at all through weights that are zero, such as the gates of a freshly initialised model.
+    once for a model of your own or a spec you registered. It does not detect text that is routed by mistake, nor any
+    mistake that zero weights hide, such as the gates of a freshly initialised model.
 
-    Blocks that convolve over the grid (`BlockSpec.num_rows`) get the lower half of the rows before the upper one, each
-    block by itself, and only the row in the middle of each half is compared: its neighbours are the same.
+    Blocks that convolve over the grid (`BlockSpec.num_rows`) are tested one by one: they get the lower half of the
+    rows before the upper half, and only the middle row of each half is compared, because its neighbours are the same.
 
     Args:
         model: A model with `apply_token_routing`.
         tolerance: Largest difference allowed, relative to the largest value of the dense output.
-        inputs: The arguments of the model's forward. At least two samples. For blocks that convolve, six rows of
-            tokens, more for kernels of more than three.
+        inputs: The arguments of the model's forward, with at least two samples. Blocks that convolve need six rows of
+            tokens, more for kernels larger than three.
 
     Returns:
         The largest relative difference found.
 
     Raises:
-        ValueError: The outputs differ by more; names the block classes at fault. Fewer than six rows.
+        ValueError: The outputs differ by more than `tolerance`; the message names the block classes at fault. Or there
+            are fewer than six rows for blocks that convolve.
 
     Example:
         >>> import torch
@@ -46,9 +47,12 @@ def check_token_routing(model: torch.nn.Module, *, tolerance: float = 1e-4, **in
         ...     transformer, hidden_states=latents, timestep=timestep, class_labels=labels
         ... )
     """
+    # Evaluation mode.
     modes = {module: module.training for module in model.modules()}
     blocks = [block for block in model_forward(model).blocks if block.route_index is not None]
     model.eval()
+
+    # Differences of all blocks together, then of each one.
     try:
         if any(block.spec.num_rows is not None for block in blocks):
             errors = _rolled_errors(model, inputs, blocks)
@@ -75,26 +79,30 @@ def check_token_routing(model: torch.nn.Module, *, tolerance: float = 1e-4, **in
 def _permuted_error(
     model: torch.nn.Module, inputs: Mapping[str, Any], dense: torch.Tensor, *, only: torch.nn.Module | None = None
 ) -> float:
-    """Largest difference to `dense`, relative to its largest value, with the kept tokens being all, permuted."""
+    """Largest difference to `dense`, relative to its largest value, when all tokens are kept but permuted."""
     return _relative_error(_first_output(_probed(model, inputs, Probe(only))), dense)
 
 
 def _rolled_errors(
     model: torch.nn.Module, inputs: Mapping[str, Any], blocks: list[BlockForward]
 ) -> dict[BlockForward, float]:
-    """Of each block: largest difference in the middle rows of both halves, with the lower half of the rows first."""
+    """Per block the largest difference in the middle rows of both halves, with the lower half of the rows first."""
+    # The middle rows.
     grid: Any = model_forward(model).spec.grid
     frames, height, width = (1, *grid(model, inputs))[-3:]
     upper, lower = height - height // 2, height // 2
     if lower < 3:
         raise ValueError(f"Expected at least six rows of tokens to check blocks that convolve, got {height}.")
     middle = [(upper - 1) // 2, upper + (lower - 1) // 2]
+
+    # Their tokens after each block.
     seen: dict[torch.nn.Module, torch.Tensor] = {}
 
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
         tokens = output[module.forward.spec.output] if isinstance(output, (tuple, list)) else output
         seen[module] = tokens.unflatten(1, (frames, height, width))[:, :, middle]
 
+    # Dense, and then with one block rolled at a time.
     handles = [block.module.register_forward_hook(keep) for block in blocks]
     try:
         with token_routing(model, enabled=False):
@@ -110,11 +118,11 @@ def _rolled_errors(
 
 
 def _probed(model: torch.nn.Module, inputs: Mapping[str, Any], probe: Probe) -> Any:
-    """What the model returns with all tokens in another order."""
+    """The model's output with all tokens in another order."""
     thread = model_forward(model).shared.thread
     thread.probe = probe
     try:
-        with token_routing(model, seed=0):  # of no account here, and else drawn
+        with token_routing(model, seed=0):  # has no effect here, but without it a seed would be drawn
             return model(**inputs)
     finally:
         thread.probe = None

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""A stand-in for unbatched rotary tables, so that each sample can have rows of its own.
+"""A stand-in for unbatched rotary tables that gives each sample its own rows.
 
 Shapes: B batch, K kept tokens, D table width.
 """
@@ -10,15 +10,15 @@ import torch
 
 
 class PerSampleTable:
-    """Behaves like a table [K, ...] without a batch axis, but carries one per sample.
+    """Behaves like a table [K, ...] without a batch axis, but holds one table per sample.
 
-    Rotary code takes a table [N, D], adds axes to broadcast it over batch and heads, and multiplies. As soon as the
-    batch axis is added, by `table[None, ...]`, `unsqueeze(0)`, `view(1, ...)` or by broadcasting in a product with a
-    batched tensor, the result is a plain tensor with B in its place. What is not defined here fails with a TypeError
-    or AttributeError, so nothing can silently pair samples with tokens.
+    Rotary code takes a table [N, D], adds axes to broadcast it over batch and heads, and multiplies. When the batch
+    axis is added, by `table[None, ...]`, `unsqueeze(0)`, `view(1, ...)` or by broadcasting in a product with a
+    batched tensor, the result is a plain tensor with batch axis B. Anything not defined here fails with a TypeError
+    or AttributeError, so samples cannot silently be paired with tokens.
 
     Args:
-        rows: [B, K, ...], for each sample the rows of the table that its kept tokens need.
+        rows: [B, K, ...], for each sample the table rows of its kept tokens.
     """
 
     def __init__(self, rows: torch.Tensor):
@@ -90,7 +90,7 @@ class PerSampleTable:
 
     def __getitem__(self, index: Any) -> "torch.Tensor | PerSampleTable":
         index = index if isinstance(index, tuple) else (index,)
-        if index and index[0] is None:  # the batch axis is asked for, and it is there already
+        if index and index[0] is None:  # adds the batch axis, which `rows` already has
             return self.rows[(slice(None), *index[1:])]
         return PerSampleTable(self.rows[(slice(None), *index)])
 

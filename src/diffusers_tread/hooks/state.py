@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""One forward of a routed model, and what its wrappers share.
+"""The state of one forward of a routed model, and the state that the model's wrappers share.
 
 Shapes: B batch, L tokens of a block's stream, N routable tokens among them, K kept tokens, D width.
 """
@@ -18,17 +18,17 @@ from .specs import Window
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Asks for all tokens in another order instead of a subset: what `check_token_routing` does."""
+    """Makes blocks run on all tokens in another order instead of a subset, for `check_token_routing`."""
 
     only: torch.nn.Module | None = None
-    """The one block that gets them so; None for all routed blocks."""
+    """The only block that does so; None for all routed blocks."""
 
     rolled: bool = False
-    """Whether every other sample has the lower half of its rows first, instead of a random order of tokens in each."""
+    """Whether every other sample gets the lower half of its rows first, instead of a random token order in each."""
 
 
 class _ThreadState(threading.local):
-    """What belongs to the forward that a thread is in, and so to no attribute of the model."""
+    """The forward that a thread is in; per thread, so it cannot be an attribute of the model."""
 
     def __init__(self):
         self.running: ForwardPass | None = None
@@ -36,15 +36,15 @@ class _ThreadState(threading.local):
 
 
 class RoutedModel:
-    """What the wrappers of one model share.
+    """The state that the wrappers of one model share.
 
     Args:
         model: The model.
         router: Its router.
 
     Attributes:
-        thread: What belongs to this thread's forward.
-        passes: The forward that a block's input is from, for the recomputation in a foreign checkpoint.
+        thread: The state of this thread's forward.
+        passes: A block's input to the forward that it is from, for recomputation in a checkpoint of other code.
     """
 
     def __init__(self, model: torch.nn.Module, router: TokenRouter):
@@ -65,17 +65,17 @@ class RoutedModel:
 
 
 class ForwardPass:
-    """What the blocks of one forward share: mode, seed, and the kept tokens once the first routed block needs them.
+    """The state that blocks share in one forward: mode, seed and, from the first routed block on, the kept tokens.
 
     Args:
         router: The model's router.
         training: The model's mode.
         call: The forward's `routing`.
-        seed: From `TokenRouter.forward_seed`, or None for a dense forward. Drawn here and not in a block, because the
+        seed: From `TokenRouter.forward_seed`, or None for a dense forward. Not drawn in a block, because the
             recomputation of a checkpointed block must not draw again.
-        window: Where the routable tokens lie in the stream, if the model's arguments tell.
+        window: Position of the routable tokens in the stream, if the model's arguments determine it.
         grid: (h, w) or (F, h, w) of the routable tokens, for routes of rows.
-        probe: Keep all tokens, in random order.
+        probe: Keeps all tokens in another order; None for real routing.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ForwardPass:
         self.stream_ids: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def kept_tokens(self, hidden_states: torch.Tensor, route_index: int, window: Window) -> torch.Tensor | None:
-        """[B, K] ids within the window for one route, or None if the route keeps all; planned at the first call."""
+        """[B, K] ids within the window for one route, or None if it keeps all tokens; planned at the first call."""
         if self.kept_token_ids is None:
             tokens = _window_tokens(hidden_states, window)
             self.num_routable = window.length
@@ -125,14 +125,14 @@ class ForwardPass:
         return [None] * num_routes if plan is None else plan
 
     def _random_order(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, N] ids."""
+        """[B, N] ids, a random order of all tokens."""
         batch_size, num_tokens = tokens.shape[:2]
         rows = 1 if self.has_same_subsets else batch_size
         order = torch.rand(rows, num_tokens, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
         return order.to(tokens.device).expand(batch_size, -1)
 
     def _rolled_rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, N] ids."""
+        """[B, N] ids, with the lower half of the rows first in every other sample."""
         grid = check_grid(self.grid, tokens.shape[1])
         rows = torch.arange(grid[1], device=tokens.device).repeat(tokens.shape[0], 1)
         step = 1 if self.has_same_subsets else 2
@@ -140,7 +140,7 @@ class ForwardPass:
         return tokens_of_rows(rows, grid)
 
     def ids_in_stream(self, kept: torch.Tensor, window: Window, length: int, route_index: int) -> torch.Tensor:
-        """[B, L - N + K]: positions that a stream of `length` tokens keeps, all outside the window among them."""
+        """[B, L - N + K]: positions kept in a stream of `length` tokens, including all those outside the window."""
         key = (route_index, length, window.start if isinstance(window.start, int) else None)
         ids = self.stream_ids.get(key)
         if ids is None:
@@ -149,7 +149,7 @@ class ForwardPass:
 
 
 def _window_tokens(hidden_states: torch.Tensor, window: Window) -> torch.Tensor:
-    """[B, N, D]: the routable tokens, whose magnitude may count in the choice."""
+    """[B, N, D]: the routable tokens, whose magnitude may affect which are kept."""
     if isinstance(window.start, int):
         return hidden_states[:, window.start : window.start + window.length]
     positions = torch.arange(window.length, device=hidden_states.device)

@@ -21,9 +21,9 @@ class BlockForward:
 
     Args:
         block: The block.
-        spec: How it is called.
-        shared: What the wrappers of the model share; it knows the running forward.
-        route_index: Which route the block belongs to; None only notes the number of image tokens.
+        spec: The block's spec.
+        shared: The state shared by the model's wrappers, with the running forward.
+        route_index: Index of the block's route; with None the wrapper only records the number of image tokens.
         argument_names: The names of the block's arguments, in order.
     """
 
@@ -42,7 +42,7 @@ class BlockForward:
         self.route_index = route_index
         self.positions = {name: index for index, name in enumerate(argument_names)}
         self.gathers = [gather for gather in spec.gathers if gather[0] in self.positions]
-        # The function itself: `type(block).forward` cannot be traced for classes that diffusers allows in graphs.
+        # The function, because `type(block).forward` cannot be traced for classes that diffusers allows in graphs.
         self.function = type(block).forward
         self.before = block.__dict__.get("forward")
         self.compiled: Callable | None = None
@@ -62,17 +62,20 @@ class BlockForward:
     def route(
         self, running: ForwardPass | None, run: Callable, args: tuple, kwargs: dict[str, Any], *, inside: bool
     ) -> Any:
-        """Calls `run` on the kept tokens. `inside`: a foreign checkpoint may have put us inside its recomputation."""
+        """Calls `run` on the kept tokens. `inside`: this may be the recomputation in a checkpoint of other code."""
+        # Dense forwards, and blocks without a route.
         if running is None or running.seed is None:
             return run(*args, **kwargs)
         hidden_states = self._argument(args, kwargs, self.spec.hidden)
-        if hidden_states is None:  # an absent stream, such as Kandinsky 6 with audio alone
+        if hidden_states is None:  # the stream is absent, as in Kandinsky 6 with audio alone
             return run(*args, **kwargs)
         if self.spec.sequence_first:
             hidden_states = hidden_states.transpose(0, 1)
         window = self._window(running, hidden_states, args, kwargs)
         if self.route_index is None or not self._is_probed(running):
             return run(*args, **kwargs)
+
+        # Checks.
         self._refuse_positions(args, kwargs)
         if inside and running.grad_enabled and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -80,15 +83,16 @@ class BlockForward:
                 "checkpoint, whose recomputation would not know which tokens were kept. Use use_reentrant=False or "
                 "model.enable_gradient_checkpointing()."
             )
+
+        # The kept tokens.
         kept = running.kept_tokens(hidden_states, self.route_index, window)
         if kept is None:
             return run(*args, **kwargs)
-
         args, kwargs, ids = self._gather(running, kept, window, hidden_states, args, kwargs)
         return self._put(hidden_states, ids, run(*args, **kwargs))
 
     def _is_probed(self, running: ForwardPass) -> bool:
-        """Whether this block routes in a forward that may probe another one."""
+        """Whether this block routes, in a forward that may probe only another block."""
         return running.probe is None or running.probe.only in (None, self.module)
 
     def _gather(
@@ -100,7 +104,8 @@ class BlockForward:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[tuple, dict[str, Any], torch.Tensor]:
-        """The call with the kept tokens only, and their ids in the stream of `hidden_states`."""
+        """The arguments for the kept tokens only, and the ids of these in the stream of `hidden_states`."""
+        # Whether one subset serves all samples.
         spec, (batch_size, stream_length) = self.spec, hidden_states.shape[:2]
         image_length = window.length if spec.joint else stream_length
         same_rows = batch_size == 1 or running.has_same_subsets
@@ -111,6 +116,7 @@ class BlockForward:
                 "magnitude_mix nor a force_keep per sample."
             )
 
+        # The ids in an array of another length, which may cover text or only the image.
         def ids_for(length: int) -> torch.Tensor | None:
             shifted = window
             if length != stream_length:
@@ -122,6 +128,7 @@ class BlockForward:
                 shifted = Window(start + (length - image_length if spec.text == "first" else 0), window.length)
             return running.ids_in_stream(kept, shifted, length, self.route_index)
 
+        # Per-token arguments.
         arguments, kwargs = list(args), dict(kwargs)
         for name, path, axes in self.gathers:
             value = self._argument(arguments, kwargs, name)
@@ -135,12 +142,16 @@ class BlockForward:
                     sequence_first=spec.sequence_first,
                 )
                 self._replace(arguments, kwargs, name, map_leaves(value, path, gather))
+
+        # The number of rows.
         if spec.num_rows is not None:
             name, *path = spec.num_rows.split(".")
             num_rows = self._argument(arguments, kwargs, name)
             num_kept = map_leaves(num_rows, tuple(path), lambda rows: rows * kept.shape[1] // window.length)
             self._replace(arguments, kwargs, name, num_kept)
-        ids: Any = ids_for(stream_length)  # of image and text together, which is never None
+
+        # The tokens.
+        ids: Any = ids_for(stream_length)  # never None for the block's own stream
         short = take_tokens(hidden_states, ids)
         self._replace(arguments, kwargs, spec.hidden, short.transpose(0, 1) if spec.sequence_first else short)
         return tuple(arguments), kwargs, ids
@@ -157,7 +168,8 @@ class BlockForward:
         return (*output[: self.spec.output], full, *output[self.spec.output + 1 :])
 
     def _window(self, running: ForwardPass, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> Window:
-        """Where the routable tokens lie in this block's stream."""
+        """Position of the routable tokens in this block's stream."""
+        # As the model's arguments say, or from the number of image tokens, or the whole stream.
         spec, length = self.spec, hidden_states.shape[1]
         if not spec.joint:
             running.num_image_tokens = length
@@ -178,13 +190,15 @@ class BlockForward:
             start = length - num_tokens if spec.text == "first" else 0
         else:
             start, num_tokens = 0, length
+
+        # Without conditions at the start.
         if spec.keep_first is not None:
             num_first = self._argument(args, kwargs, spec.keep_first)
             start, num_tokens = start + num_first, num_tokens - num_first
         return Window(start, num_tokens)
 
     def _refuse_positions(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raises ValueError if something about this call addresses tokens by their position."""
+        """Raises ValueError if this call addresses tokens by their position."""
         spec, name_of_block = self.spec, type(self.module).__name__
         for name in spec.must_be_none:
             if self._argument(args, kwargs, name) is not None:
@@ -197,15 +211,18 @@ class BlockForward:
             raise ValueError(f"Expected a {name_of_block} that can be routed, but {reason}.")
 
     def _find_pass(self, args: tuple, kwargs: dict[str, Any]) -> ForwardPass | None:
-        """The running forward; in a checkpoint's recomputation the one that the block's input is from."""
+        """The running forward; in a checkpoint's recomputation, the forward that the block's input is from."""
+        # In a forward.
         running = self.shared.thread.running
-        if torch.compiler.is_compiling():  # a traced checkpoint replays the graph, it does not call the block again
+        if torch.compiler.is_compiling():  # a traced checkpoint replays the graph and does not call the block again
             return running
         hidden_states = self._argument(args, kwargs, self.spec.hidden)
         if running is not None:
             if running.grad_enabled and hidden_states is not None:
                 self.shared.passes[hidden_states] = running
             return running
+
+        # In a recomputation.
         if hidden_states is not None and torch.is_grad_enabled():
             running = self.shared.passes.get(hidden_states)
         if running is None and self.route_index is not None and self.shared.is_routing():
@@ -247,7 +264,7 @@ def _gather_leaf(
     same_rows: bool,
     sequence_first: bool,
 ) -> Any:
-    """The entries of the kept tokens along each of `axes`; axis 0 means that `value` has no batch axis."""
+    """The kept tokens' entries of `value` along each of `axes`; axis 0 means that `value` has no batch axis."""
     if not isinstance(value, torch.Tensor):
         return value
     if isinstance(axes, Mapping):
@@ -271,7 +288,8 @@ def _gather_leaf(
 
 
 def map_leaves(value: Any, path: tuple[str, ...], function: Callable[[Any], Any]) -> Any:
-    """`function` of all leaves of nested tuples, lists and dicts below `path`; the containers are copied."""
+    """Applies `function` to all leaves of nested tuples, lists and dicts below `path`; the containers are copied."""
+    # Along the path.
     if path and isinstance(value, dict):
         if path[0] not in value:
             return value
@@ -280,6 +298,8 @@ def map_leaves(value: Any, path: tuple[str, ...], function: Callable[[Any], Any]
         index = int(path[0])
         changed = [map_leaves(x, path[1:], function) if i == index else x for i, x in enumerate(value)]
         return type(value)(changed)
+
+    # Below it.
     if isinstance(value, (tuple, list)):
         return type(value)([map_leaves(x, (), function) for x in value])
     if isinstance(value, dict):

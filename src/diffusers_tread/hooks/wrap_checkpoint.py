@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The wrapper around a model's checkpoint function, so that gathering and putting back stay outside of it."""
+"""The wrapper around a model's checkpoint function, which keeps gathering and putting back outside of it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +14,12 @@ from .wrap_block import BlockForward
 class CheckpointForward:
     """Set as the model's checkpoint function.
 
-    Gathers and puts back outside the checkpoint and lets it run the bare block on the short input. So nothing about
-    routing has to be known again in the recomputation, and the checkpoint stores less.
+    Gathers and puts back outside the checkpoint, which runs the bare block on the short input. So the recomputation
+    needs to know nothing about routing, and the checkpoint stores less.
 
     Args:
-        checkpoint: The model's own.
-        shared: What the wrappers of the model share.
+        checkpoint: The model's own checkpoint function.
+        shared: The state shared by the model's wrappers.
     """
 
     def __init__(self, checkpoint: Callable, shared: RoutedModel):
@@ -37,9 +37,9 @@ class CheckpointForward:
 
 
 def wrap_checkpoint_function(shared: RoutedModel) -> Callable | None:
-    """Wraps the checkpoint function of a model that uses one. Gives the bare one, or None if there was none to wrap.
+    """Wraps the checkpoint function of a model that uses one. Returns the bare function, or None if none was wrapped.
 
-    Called by each forward, too: the function may be set at any time, by `enable_gradient_checkpointing`.
+    Each forward calls this too, because `enable_gradient_checkpointing` may set the function at any time.
     """
     model = shared.model
     function = getattr(model, "_gradient_checkpointing_func", None)
@@ -50,7 +50,7 @@ def wrap_checkpoint_function(shared: RoutedModel) -> Callable | None:
 
 
 class RoutedBlock:
-    """Calls a block, hooks and all, whose tokens have been gathered. A `partial` is not traced in all models."""
+    """Calls a block, with its hooks, on gathered tokens. Not a `partial`, which cannot be traced in all models."""
 
     def __init__(self, block: torch.nn.Module):
         self.block = block

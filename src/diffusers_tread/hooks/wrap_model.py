@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The wrapper around a model, which opens and closes a forward.
 
-This and the wrappers of blocks and of the checkpoint function are objects, set in place of what they wrap. Each holds
-its module and finds everything else through it, so a deepcopy (EMA) or a pickle of the model carries routing of its
-own. diffusers' HookRegistry does neither.
+This wrapper and those of blocks and of the checkpoint function are objects that replace what they wrap. Each holds its
+module and finds everything else through it, so a deepcopy (EMA) or a pickle of the model has its own working routing.
+diffusers' HookRegistry supports neither.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from .wrap_checkpoint import wrap_checkpoint_function
 
 
 class ModelForward:
-    """Set as the `forward` of the model: opens a `ForwardPass` for the blocks below, closes it afterwards.
+    """Set as the `forward` of the model: opens a `ForwardPass` for its blocks, and closes it afterwards.
 
-    Takes one more argument than the model does: `routing`, a `RoutingCall`.
+    Takes one argument more than the model: `routing`, a `RoutingCall`.
 
     Args:
-        shared: The model, its router, and what its wrappers share.
-        spec: Where its stacks are, and how its arguments tell the routable tokens.
+        shared: The model, its router, and the state that its wrappers share.
+        spec: The model's stacks, and how to find the routable tokens from its arguments.
         argument_names: The names of its forward's arguments, in order.
     """
 
@@ -39,11 +39,13 @@ class ModelForward:
         self.blocks: list[BlockForward] = []
 
     def __call__(self, *args: Any, routing: RoutingCall | None = None, **kwargs: Any) -> Any:
+        # New tensors for each forward, so that a recomputation in other code's checkpoint finds it by a block's input.
         model, thread = self.module, self.shared.thread
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Tensors of this forward alone: by a block's input, its recomputation in a foreign checkpoint finds it.
             args = tuple(_view(value) for value in args)
             kwargs = {name: _view(value) for name, value in kwargs.items()}
+
+        # The forward.
         unwrapped = wrap_checkpoint_function(self.shared)
         outer, thread.running = thread.running, self._open(routing, args, kwargs)
         try:
@@ -53,14 +55,17 @@ class ModelForward:
         finally:
             thread.running = outer
             if unwrapped is not None and torch.compiler.is_compiling():
-                # A graph that left the wrapper behind would not serve the next call.
+                # If the wrapper stayed, the graph would not fit the next call.
                 model._gradient_checkpointing_func = unwrapped
 
     def _open(self, routing: RoutingCall | None, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
+        # A dense forward.
         shared, training = self.shared, self.module.training
         router, probe = shared.router, shared.thread.probe
         if not shared.is_routing(routing):
             return ForwardPass(router, training=training, call=routing, seed=None, window=None)
+
+        # Checks.
         check_can_route(self.module)
         arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
         for name in self.spec.must_be_none:
@@ -69,6 +74,8 @@ class ModelForward:
                     f"Expected `{name}` of {type(self.module).__name__} to be None in a routed forward: "
                     f"{self.spec.must_be_none[name]}. Leave it out, or switch routing off for this call."
                 )
+
+        # A routed forward.
         window = None if self.spec.window is None else self.spec.window(self.module, arguments)
         has_rows = any(route.unit == "row" for route in router.routes)
         grid = self.spec.grid(self.module, arguments) if has_rows and self.spec.grid is not None else None
@@ -77,12 +84,12 @@ class ModelForward:
 
     @property
     def __func__(self) -> Callable:
-        # accelerate's `prepare` wraps `model.forward.__func__`, and its `unwrap_model` binds what it finds underneath
-        # to the model again; without this it would bind this object, which is bound already.
+        # accelerate's `prepare` wraps `model.forward.__func__`, and its `unwrap_model` binds the original to the model
+        # again; without this property it would bind this object, which is bound already.
         return forward_of_model
 
     @property
-    def __signature__(self) -> Signature:  # pipelines look at it
+    def __signature__(self) -> Signature:  # pipelines inspect it
         return signature(self.before if self.before is not None else type(self.module).forward.__get__(self.module))
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What the class-conditional denoisers of this package have in common: everything but their blocks.
+"""The base class of this package's class-conditional denoisers: everything but their blocks.
 
-As in DiT (arXiv 2212.09748), latents become patches with positions, time and class modulate the blocks and the output.
+As in DiT (arXiv 2212.09748), latents become patches with positions, and time and class modulate blocks and output.
 Shapes: B batch, C latent channels, H and W latent size, P patch size, N = (H / P) * (W / P) tokens, K kept tokens,
 D width.
 """
@@ -45,18 +45,18 @@ Routes = Literal["default"] | Iterable[TokenRoute | Mapping[str, Any]] | None
 
 
 class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
-    """A denoiser of latents whose blocks a subclass makes.
+    """A denoiser of latents; subclasses add the blocks.
 
-    The constructor of a subclass calls `_make_input`, sets `transformer_blocks`, a `RoutedStack` of blocks that each
+    The constructor of a subclass calls `_make_input`, sets `transformer_blocks`, a `RoutedStack` whose blocks each
     have a linear layer `modulation` of the conditioning, and calls `_make_output`. Its config has at least
     `num_layers`, `in_channels`, `out_channels`, `sample_size`, `patch_size`, `num_classes`, `routes`,
-    `timestep_scale`, `objective`, `norm_eps` and `freq_shift`; where it has `patch_bottleneck_dim`, that counts too.
+    `timestep_scale`, `objective`, `norm_eps` and `freq_shift`; `patch_bottleneck_dim` is optional.
     """
 
     _presets: Mapping[str, Mapping[str, Any]] = {}
-    """By name, what of the config makes a size."""
+    """Preset name to the config values of that size."""
     _route_unit: Literal["token", "row"] = "token"
-    """What the default route keeps as a whole."""
+    """The `unit` of the default route."""
 
     transformer_blocks: RoutedStack
 
@@ -116,7 +116,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
     @classmethod
     def preset_config(cls, preset: str) -> dict[str, Any]:
-        """What of the config makes a preset; for some that is `in_channels` and `sample_size` too."""
+        """The config values of a preset; some presets also set `in_channels` and `sample_size`."""
         return dict(cls._presets[preset])
 
     @classmethod
@@ -129,7 +129,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 `objective`.
 
         Raises:
-            ValueError: Unknown preset; the others as the constructor.
+            ValueError: Unknown preset; else as the constructor.
             TypeError: An argument that the constructor does not have.
         """
         if preset not in cls._presets:
@@ -137,15 +137,16 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return cls(**{**cls._presets[preset], **config})
 
     def _make_input(self, dim: int, *, positions: bool = True) -> None:
-        """Routes, patches, positions, time and class.
+        """Makes the routes, and the embeddings of patches, positions, time and class.
 
         Args:
             dim: D, the width.
             positions: Whether sine-cosine positions are added to the patches.
 
         Raises:
-            ValueError: A value of the config out of range.
+            ValueError: A config value is out of range.
         """
+        # Checks.
         config = self.config
         if dim < 4 or dim % 4:
             raise ValueError(f"Expected a width divisible by 4, at least 4, for the 2D positions, got {dim}.")
@@ -160,11 +161,13 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         if config.freq_shift not in (0, 1):
             raise ValueError(f"Expected freq_shift 0 or 1, got {config.freq_shift!r}.")
 
+        # Routes.
         routes = default_route(config.num_layers, self._route_unit) if config.routes == "default" else config.routes
         self.token_router = TokenRouter(routes, num_layers=config.num_layers)
         self.register_to_config(routes=[route.to_dict() for route in self.token_router.routes] or None)
         self.route_fusions = make_fusions(self.token_router.routes, dim)
 
+        # Embeddings.
         self.out_channels = config.in_channels if config.out_channels is None else config.out_channels
         patch_size, bottleneck = config.patch_size, config.get("patch_bottleneck_dim")
         if bottleneck is None:
@@ -178,7 +181,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         self.register_buffer("position_table", table, persistent=False)
 
     def _make_output(self, dim: int, *, norm: nn.Module | None = None) -> None:
-        """The last norm (None: DiT's), its modulation and the projection to patches; then the weights of all."""
+        """Makes the last norm (None: DiT's), its modulation and the projection to patches, then sets all weights."""
         self.norm_out = nn.LayerNorm(dim, eps=self.config.norm_eps, elementwise_affine=False) if norm is None else norm
         self.modulation_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, self.config.patch_size**2 * self.out_channels)
@@ -199,48 +202,49 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return_prefix: bool = False,
         hidden_states_at: Iterable[int] = (),
     ) -> "DenoiserOutput | tuple[Any, ...]":
-        """Predicts what the objective asks for (EDM: the raw network F, flow: noise - data, JiT: the data).
+        """Predicts what the model's objective needs (EDM: the raw network F, flow: noise - data, JiT: the data).
 
         Args:
             hidden_states: [B, C, H, W] latents, H and W divisible by the patch size.
             timestep: [B] or one for all, as the scheduler gives it (EDM: ln(sigma) / 4, flow: sigma * 1000). Give
-                a compiled forward a tensor: each value of a Python float makes another graph.
-            class_labels: [B] int64 in [0, num_classes]; None for the null class. The range is checked on the CPU;
-                elsewhere that would make every step wait for the device: the pipeline and the training script check.
+                a compiled forward a tensor: it makes a new graph for each value of a Python float.
+            class_labels: [B] int64 in [0, num_classes]; None for the null class. The range is checked on the CPU only,
+                because elsewhere every step would wait for the device; the pipeline and the training script check it.
             kept_token_ids: Per route the ids of the kept tokens, [B, K] int64 in [0, N), sorted ascending, each once,
-                or None for a route not taken, as `TokenRouter.plan` gives them; whole rows for RWKV. Scans and shifts
-                take the tokens in this order. None: the token router decides, on dropped paths too.
+                or None for a route not taken, as from `TokenRouter.plan`; whole rows for RWKV. Scans and shifts
+                take the tokens in this order. None: the token router chooses them, and dropped paths too.
             return_dict: Whether to return a `DenoiserOutput` or a tuple.
-            routing: How this forward routes; what it leaves open, `token_routing` and the router's defaults decide.
-            prefix: [B, N, D], the tokens in front of the first route's first block, as another forward with the same
-                `hidden_states`, `timestep` and `class_labels` gave them; the blocks before are not run then. They do
-                not depend on what is routed away, so the branches of Sparse Guidance share them. D channels more where
-                blocks hand more on than tokens, and for each earlier state that is to rejoin
+            routing: How this forward routes; `token_routing` and the router's defaults decide the fields left None.
+            prefix: [B, N, D], the tokens before the first route's first block, from another forward with the same
+                `hidden_states`, `timestep` and `class_labels`; the earlier blocks are then not run. The prefix does
+                not depend on what is routed away, so the branches of Sparse Guidance share it. It has D more channels
+                if blocks pass on more than tokens, and for each earlier state that a route rejoins with
                 (`TokenRoute.rejoin_from`).
-            return_prefix: Whether to give `prefix`.
-            hidden_states_at: Indices of blocks, 0-based, after which to give the tokens, for losses on them.
+            return_prefix: Whether to return `prefix`.
+            hidden_states_at: Indices of blocks, 0-based, whose output tokens to return, for losses on them.
 
         Returns:
-            `sample`: [B, out_channels, H, W] in the dtype of `hidden_states`; `kept_token_ids`, those that were used,
-            `prefix` and `hidden_states`, which a tuple has only where they are not None.
+            `sample`: [B, out_channels, H, W] in the dtype of `hidden_states`; the `kept_token_ids` that were used;
+            `prefix` and `hidden_states`. A tuple leaves out those that are None.
 
         Raises:
-            ValueError: Wrong number of channels, timesteps or labels, labels out of range, a size not divisible by the
-                patch size, both `kept_token_ids` and `routing`, a routed forward with a cache or context parallelism,
-                any with a cache where a route is fused, a dropped path with group offloading; else as
+            ValueError: Wrong number of channels, timesteps or labels; labels out of range; a size not divisible by the
+                patch size; both `kept_token_ids` and `routing`; a routed forward with a cache or context parallelism;
+                any forward with a cache if a route has a fusion; a dropped path with group offloading; else as
                 `RoutedStack.forward`.
         """
+        # Patches and positions.
         height, width = self._check_inputs(hidden_states, class_labels, kept_token_ids, routing)
-        # Made contiguous once: the residual stream keeps its layout, and layer norms and products would copy it each.
+        # The residual stream keeps this layout: if it were not contiguous, each norm and product would copy it.
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # B N D
-        # In the input's dtype, whichever way the weights came to theirs: under autocast the residual stream stays in
-        # fp32, and bfloat16 positions are the same after `to` and after `from_pretrained`.
+        # Added in the input's dtype: under autocast the residual stream then stays in fp32, and bfloat16 positions
+        # are the same whether the model was cast by `to` or by `from_pretrained`.
         if self.position_table is not None:
             tokens = tokens + self._positions_for(height, width).to(hidden_states.dtype)  # N D
         tokens = tokens.to(hidden_states.dtype)
         conditioning = self._embed_conditioning(timestep, class_labels, hidden_states)  # B D
 
-        # Blocks.
+        # Routing.
         path_drops = None
         if kept_token_ids is None:
             router, how = self.token_router, {"training": self.training, "call": routing}
@@ -248,6 +252,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             kept_token_ids = router.plan(tokens, **how, grid_size=(height, width))
             path_drops = router.plan_drops(tokens, **how)
         self._check_setup(kept_token_ids, path_drops)
+
+        # Blocks.
         per_token, shared = self._block_arguments(tokens, conditioning, height, width)
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         tokens, prefix, hidden_states_after = self.transformer_blocks(
@@ -278,10 +284,10 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     def _block_arguments(
         self, tokens: torch.Tensor, conditioning: torch.Tensor, height: int, width: int
     ) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
-        """What a block gets after its tokens: what there is for each token, and, before it, what is the same for all.
+        """The arguments that a block gets after its tokens: first those shared by all tokens, then those per token.
 
         Args:
-            tokens: [B, N, D], in front of the first block.
+            tokens: [B, N, D], before the first block.
             conditioning: [B, D].
             height: Rows of tokens.
             width: Columns of tokens.
@@ -294,7 +300,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     def _embed_conditioning(
         self, timestep: "torch.Tensor | float", class_labels: torch.Tensor | None, hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        """[B, D]: SiLU of the sum of the time and class embeddings, which every block and the output use."""
+        """[B, D]: SiLU of the sum of the time and class embeddings, used by every block and the output."""
+        # Frequencies of the time, and labels.
         batch_size = hidden_states.shape[0]
         timestep = torch.as_tensor(timestep, device=hidden_states.device, dtype=torch.float32)
         if timestep.shape not in ((), (1,), (batch_size,)):
@@ -306,13 +313,14 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         if class_labels is None:
             class_labels = torch.full((batch_size,), self.config.num_classes, device=hidden_states.device)
 
+        # Their sum.
         embedding = self.timestep_embedding(frequencies.to(hidden_states.dtype)) + self.class_embedding(class_labels)
         return F.silu(embedding).to(hidden_states.dtype)
 
     def _positions_for(self, height: int, width: int) -> torch.Tensor:
-        """[N, D] for height x width tokens, scaled to the range of the training's; for that size the stored table."""
+        """[N, D] for height x width tokens, scaled to the training grid's range; for its own size the stored table."""
         base = self.config.sample_size // self.config.patch_size
-        # A graph has no branch for one size, which would make it another graph for each kind of size.
+        # No branch on the size while compiling: it would make separate graphs for the training size and others.
         if not torch.compiler.is_compiling() and height == width == base:
             return self.position_table
         return sincos_positions(
@@ -326,7 +334,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # B C h P w P -> B C H W
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        # diffusers' own leaves an empty registry of hooks on a model that has none.
+        # diffusers' method would leave an empty hook registry on a model that has no hooks.
         if hook_names(self):
             super()._reset_stateful_cache(recurse)
 
@@ -337,7 +345,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         kept_token_ids: list[torch.Tensor | None] | None,
         routing: RoutingCall | None,
     ) -> tuple[int, int]:
-        """Compares shapes, nothing that waits for the device; gives the grid's height and width in tokens."""
+        """Checks the inputs without waiting for the device; returns the grid's height and width in tokens."""
+        # Latents.
         patch_size, in_channels = self.config.patch_size, self.config.in_channels
         if hidden_states.dim() != 4 or hidden_states.shape[1] != in_channels:
             raise ValueError(f"Expected latents [B, {in_channels}, H, W], got {list(hidden_states.shape)}.")
@@ -346,6 +355,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             raise ValueError(
                 f"Expected height and width divisible by the patch size {patch_size}, got {height}x{width}."
             )
+
+        # Labels.
         if class_labels is not None and class_labels.shape != (batch_size,):
             raise ValueError(f"Expected {batch_size} class labels, got shape {list(class_labels.shape)}.")
         if class_labels is not None and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -359,7 +370,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     def _check_setup(
         self, kept_token_ids: list[torch.Tensor | None] | None, path_drops: "list[torch.Tensor | bool] | None"
     ) -> None:
-        """Raises ValueError for what others put on the model, such as caches, and its routes do not go with."""
+        """Raises ValueError if the model has a cache, parallelism or offloading that its routes do not support."""
         if self.route_fusions:
             check_can_fuse(self)
         if kept_token_ids is not None:
@@ -369,7 +380,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
     def _init_weights(self) -> None:
         """DiT's initialisation (arXiv 2212.09748, section 3.2 and appendix A); the zeros come last."""
-        # Query, key and value are drawn as the one matrix that they are, as in DiT, SiT and TREAD's reference.
+        # Query, key and value are initialised as one matrix, as in DiT, SiT and TREAD's reference.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -380,21 +391,22 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+        # Embeddings and fusions.
         nn.init.normal_(self.class_embedding.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_2.weight, std=0.02)
-
         for fusion in self.route_fusions.values():
             fusion.reset_parameters()
 
-        # adaLN-Zero: every block is the identity, the output 0.
+        # adaLN-Zero: every block starts as the identity, and the output is 0.
         for module in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
 
 class BottleneckPatchEmbedding(nn.Sequential):
-    """Patches to tokens through few channels: two linear maps, nothing between them (JiT, arXiv 2511.13720).
+    """Embeds patches by two linear maps with few channels and no activation between them (JiT, arXiv 2511.13720).
 
     Args:
         in_channels: C, of the latents or pixels.
@@ -403,7 +415,7 @@ class BottleneckPatchEmbedding(nn.Sequential):
         bottleneck_dim: Channels between the maps, the first of which has no bias.
 
     Raises:
-        ValueError: `bottleneck_dim` is no int of at least 1.
+        ValueError: `bottleneck_dim` is not an int of at least 1.
     """
 
     def __init__(self, in_channels: int, dim: int, patch_size: int, bottleneck_dim: int):
@@ -421,20 +433,20 @@ def sincos_positions(
 ) -> torch.Tensor:
     """Fixed 2D sine-cosine position embeddings (arXiv 2111.06377), computed in float64 and rounded.
 
-    The scaled rows and columns themselves are float32, as in diffusers, whose bits these are: exact for the training
-    grid and its power-of-two multiples, else off by a rounding.
+    The scaled rows and columns are float32, so the result is bit-identical to diffusers': exact for the training grid
+    and its power-of-two multiples, else off by a rounding.
 
     Args:
         dim: D, divisible by 4.
         height: Rows of tokens.
         width: Columns of tokens.
         base: Rows and columns are scaled to [0, base), the range of the training grid.
-        device: Where to make them.
+        device: Device of the result.
 
     Returns:
-        [height * width, D] float32, tokens in row-major order; the first half of the channels is for the column.
+        [height * width, D] float32, tokens in row-major order; the first half of the channels encodes the column.
     """
-    # Not by diffusers' function for two dimensions, which makes a graph for square and one for other images.
+    # diffusers' function for two dimensions would compile separate graphs for square and other images.
     rows, columns = (
         get_1d_sincos_pos_embed_from_grid(
             dim // 2, torch.arange(size, device=device, dtype=torch.float32) / (size / base), output_type="pt"

@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """A class-conditional diffusion model of bidirectional Mamba-2 blocks with token routes.
 
-The scan is that of Mamba-2 (SSD, arXiv 2405.21060), in both directions by one input projection (Hydra, arXiv
-2407.09941); adaLN-Zero modulates it as in DiT (arXiv 2212.09748), the routes are TREAD's (arXiv 2501.04765).
+The scan is Mamba-2's (SSD, arXiv 2405.21060), in both directions with one input projection (Hydra, arXiv 2407.09941).
+adaLN-Zero modulates it as in DiT (arXiv 2212.09748), and the routes are TREAD's (arXiv 2501.04765).
 
 Shapes: B batch, N tokens, K kept tokens, D width; in the scan L tokens in M chunks of Q, H heads of P channels, S
-channels of state. A direction is 0 (forward, state of the tokens before) or 1 (backward, of the tokens after).
+channels of state. Direction 0 is forward (a state of the tokens before), direction 1 backward (of the tokens after).
 """
 
 import importlib
@@ -25,7 +25,8 @@ from ..typed_config import register_to_config
 from .latent_denoiser import LatentDenoiser, Routes
 
 
-# Width, blocks: DiT's of the same letter with twice the blocks, each of half the weights. Heads have 64 channels.
+# Width, blocks: DiT's width for the same letter, and twice its blocks, each with half the weights. Heads have 64
+# channels.
 # Parameters at patch 2, 4 channels, 1000 classes: S 36M, B 136M, L 474M.
 MAMBA_PRESETS = {
     "S": ( 384, 24),
@@ -37,7 +38,7 @@ _CHUNK_SIZE = 64
 """Measured on CPUs: as fast as 128 and half the memory."""
 
 _LARGEST_SINGLE_CHUNK = 128
-"""Measured on CPUs: up to here one chunk, which needs no state, takes half the time of chunks of 64."""
+"""Up to this length one chunk, which needs no state, takes half the time of chunks of 64 (measured on CPUs)."""
 
 
 # The scan.
@@ -52,39 +53,40 @@ def bidirectional_scan(
     *,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Reads, at each token, the decayed states of the tokens before and of the tokens after it, not its own.
+    """Reads at each token the decayed states of the tokens before it and of those after it, without the token itself.
 
     With S_t = exp(log_decay_t) S_{t-1} + time_step_t x_t (x) b_t (arXiv 2405.21060, equations 1 and 2) the forward
-    part is exp(log_decay_t) S_{t-1} c_t and the backward part the same on the reversed sequence: the strict triangles
-    of Hydra's quasiseparable matrix (arXiv 2407.09941, section 3), whose diagonal the caller adds.
+    part is exp(log_decay_t) S_{t-1} c_t; the backward part is the same on the reversed sequence. These are the strict
+    triangles of Hydra's quasiseparable matrix (arXiv 2407.09941, section 3), whose diagonal the caller adds.
 
-    In chunks (arXiv 2405.21060, section 6): a masked matrix product within each of them, for both directions at once
-    because their triangles do not overlap, and between them the states that chunks leave.
+    Computed in chunks (arXiv 2405.21060, section 6): within a chunk by a masked matrix product, for both directions at
+    once because their triangles do not overlap; between chunks by the states that they leave behind.
 
     Args:
         x: [B, L, H, P].
         time_step: [B, L, 2, H], per direction, >= 0. Below 1e-30 it counts as 1e-30.
         log_decay: [B, L, 2, H], per direction, <= 0.
         b: [B, L, 2, S], per direction how a token is written to the state, for all heads.
-        c: [B, L, 2, S], per direction how it is read.
-        chunk_size: Q; None for what is fast. It changes the result by rounding only.
+        c: [B, L, 2, S], per direction how a token reads the state.
+        chunk_size: Q; None for a fast one. It changes the result by rounding only.
 
     Returns:
         [B, L, H, P].
     """
+    # Chunks.
     length, state_size = x.shape[1], b.shape[-1]
     if chunk_size is None:
         chunk_size = length if length <= _LARGEST_SINGLE_CHUNK else _CHUNK_SIZE
     log_time_step = time_step.clamp_min(1e-30).log()
 
-    # Chunks in front; heads before tokens, so that all products are of contiguous matrices.
+    # Chunks come first, and heads before tokens, so that all products are of contiguous matrices.
     x = _in_chunks(x, chunk_size).permute(1, 0, 3, 2, 4).contiguous()  # M B H Q P
     b, c = (_in_chunks(one, chunk_size).permute(1, 0, 3, 2, 4) for one in (b, c))  # M B 2 Q S
     log_decay, log_time_step = (
         _in_chunks(one, chunk_size).permute(3, 1, 0, 4, 2).contiguous() for one in (log_decay, log_time_step)
     )  # 2 M B H Q
 
-    # Within chunks. Log decays from the chunk's start, `ahead` with the token itself, `behind` without it.
+    # Within chunks. Log decays are summed from the chunk's start: `ahead` includes the token itself, `behind` doesn't.
     sums = log_decay.cumsum(dim=-1)
     ahead, behind = sums[0], F.pad(sums[1, ..., :-1], (1, 0))  # M B H Q
     lower = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril(-1)
@@ -98,7 +100,7 @@ def bidirectional_scan(
     weights = log_weights.exp() * scores.unsqueeze(2)  # M B H Q Q
     y = weights @ x  # M B H Q P
 
-    # Between chunks: what each writes, what arrives in each, and how its tokens read it.
+    # Between chunks: the state that each writes, the state that arrives in each, and its tokens reading it.
     if x.shape[0] > 1:
         totals = sums[..., -1]  # 2 M B H
         leaving = torch.stack([totals[0].unsqueeze(-1) - ahead, behind], dim=-1) + log_time_step.movedim(0, -1)
@@ -110,7 +112,7 @@ def bidirectional_scan(
 
 
 def _in_chunks(sequence: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """[B, L, ...] to [B, M, Q, ...], with zeros at the end: what is not written and does not decay changes nothing."""
+    """[B, L, ...] to [B, M, Q, ...], padded with zeros, which write nothing, do not decay, and so change nothing."""
     padding = -sequence.shape[1] % chunk_size
     if padding:
         sequence = F.pad(sequence, (0, 0) * (sequence.dim() - 2) + (0, padding))
@@ -123,15 +125,16 @@ def _weigh(vectors: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
 
 
 def _pass_on(states: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
-    """What arrives in each chunk: the states that those before it, or after it, leave, decayed on their way.
+    """The state that arrives in each chunk: those left by the chunks before it, or after it, decayed on the way.
 
     Args:
-        states: [M, B, H, 2, S, P], per direction what each chunk writes.
+        states: [M, B, H, 2, S, P], per direction the state that each chunk writes.
         totals: [2, M, B, H], the log decay of each chunk.
 
     Returns:
         The shape of `states`.
     """
+    # Log decays from chunk to chunk.
     num_chunks = states.shape[0]
     after = totals.cumsum(dim=1).movedim(1, -1)  # 2 B H M, log decay from the first chunk, with the chunk itself
     before = F.pad(after[..., :-1], (1, 0))  # without it
@@ -142,7 +145,8 @@ def _pass_on(states: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
         ],
         dim=2,
     )  # B H 2 M M
-    # Masked before the exponential, which would be infinite on the other side.
+
+    # Sums of decayed states. Masked before the exponential, which would be infinite on the other side.
     lower = torch.ones(num_chunks, num_chunks, dtype=torch.bool, device=states.device).tril(-1)
     decays = log_decays.masked_fill(~torch.stack([lower, lower.T]), -torch.inf).exp().flatten(0, 2)  # BH2 M M
     arriving = decays @ states.flatten(4).flatten(1, 3).transpose(0, 1)  # BH2 M SP
@@ -152,7 +156,7 @@ def _pass_on(states: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
 @cache
 def _find_kernel() -> Callable[..., torch.Tensor] | None:
     """The scan of the package `mamba-ssm`, or None where it cannot be imported."""
-    # Not by an import statement, for which diffusers would ask of everyone who loads the model from the Hub.
+    # An import statement would make diffusers demand the package from everyone who loads the model from the Hub.
     try:
         return importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     except ImportError:
@@ -171,7 +175,7 @@ def _scan_by_kernel(
     x = torch.cat([x, x.flip(1)])  # 2B L H P
     time_step, b, c = (torch.cat([one[:, :, 0], one[:, :, 1].flip(1)]) for one in (time_step, b, c))
     y = kernel(x, time_step, decay_rate, b.unsqueeze(2), c.unsqueeze(2), chunk_size=256)
-    # The kernel's states have the token itself.
+    # The kernel's states include the token itself, which is subtracted.
     own = (b * c).sum(dim=-1, keepdim=True) * time_step  # 2B L H
     forward, backward = (y - own.unsqueeze(-1) * x).chunk(2)
     return forward + backward.flip(1)
@@ -192,10 +196,11 @@ class TREADMamba2Mixer(nn.Module):
         num_heads = inner_dim // head_dim
         self.head_dim, self.state_size = head_dim, state_size
         self.splits = [inner_dim, inner_dim + 4 * state_size, 2 * num_heads]
-        """Channels of the gate; of x and, for both directions, b and c; of the time steps of both."""
+        """Channels of the gate; of x with b and c of both directions; of the time steps of both directions."""
 
+        # Layers.
         self.in_proj = nn.Linear(dim, sum(self.splits), bias=False)
-        # Over [B, channels, 1, L] in channels-last layout: on CPUs three times as fast as in one dimension.
+        # A 2D convolution over [B, channels, 1, L] in channels-last layout is three times as fast as a 1D one on CPUs.
         channels = self.splits[1]
         self.conv = nn.Conv2d(
             channels, channels, kernel_size=(1, conv_kernel), padding=(0, conv_kernel // 2), groups=channels
@@ -210,7 +215,7 @@ class TREADMamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(num_heads))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, L, D] in the order of the scan to [B, L, D]."""
+        """[B, L, D] in scan order to [B, L, D]."""
         gate, mixed, time_step = self.in_proj(hidden_states).split(self.splits, dim=-1)
         mixed = F.silu(self.conv(mixed.transpose(1, 2).unsqueeze(2))).squeeze(2).transpose(1, 2)  # B L channels
         y = self._scan(mixed, time_step).to(self.norm.weight.dtype)  # B L inner
@@ -225,7 +230,7 @@ class TREADMamba2Mixer(nn.Module):
         time_step = F.softplus(time_step.to(dtype) + self.dt_bias.to(dtype))
         decay_rate = -self.A_log.to(dtype).exp()  # H
 
-        # Autocast does not know the device of models without data.
+        # Autocast does not know the meta device.
         device = x.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             kernel = _find_kernel() if device == "cuda" and not torch.compiler.is_compiling() else None
@@ -240,7 +245,7 @@ class TREADMamba2DBlock(nn.Module):
     """A mixer with adaLN-Zero (arXiv 2212.09748, figure 3) and without a feed-forward layer.
 
     Args:
-        scan_order: "rows", the raster order in which the tokens are, or "columns".
+        scan_order: "rows", which is the raster order of the tokens, or "columns".
     """
 
     def __init__(self, dim: int, *, scan_order: str, norm_eps: float, **mixer: Any):
@@ -257,7 +262,7 @@ class TREADMamba2DBlock(nn.Module):
         Args:
             hidden_states: [B, N, D] in raster order, or the kept tokens [B, K, D].
             conditioning: [B, D], SiLU of the embedded time and class.
-            column_ranks: [B or 1, N] or [B, K] int64, where the tokens are if columns are read one after the other.
+            column_ranks: [B or 1, N] or [B, K] int64, the tokens' ranks when columns are read one after the other.
 
         Returns:
             The shape of `hidden_states`.
@@ -274,7 +279,7 @@ class TREADMamba2DBlock(nn.Module):
         return torch.addcmul(hidden_states, gate, output)
 
 
-# What diffusers' caches and layer skipping ask of a block; see transformer_tread_2d.py.
+# What diffusers' caches and layer skipping need to know of a block; see transformer_tread_2d.py.
 TransformerBlockRegistry._registry[TREADMamba2DBlock] = TransformerBlockMetadata(
     return_hidden_states_index=0, _cls=TREADMamba2DBlock
 )
@@ -284,7 +289,7 @@ class TREADMamba2DModel(LatentDenoiser):
     r"""Bidirectional Mamba-2 blocks, of which the middle ones can be skipped by a random share of the rows of tokens.
 
     Every other block scans the columns of the grid instead of its rows. In training mode the tokens take the routes;
-    in evaluation mode the model is dense, unless `token_routing` asks for a ratio. At initialisation the output is
+    in evaluation mode the model is dense, unless `token_routing` sets a ratio. At initialisation the output is
     exactly 0.
 
     Args:
@@ -292,27 +297,26 @@ class TREADMamba2DModel(LatentDenoiser):
         num_layers: Number of blocks.
         in_channels: Channels C of the latents (4 for the SD VAE, 16 for Flux's, 1 or 3 for pixels).
         out_channels: Channels of the prediction; None for `in_channels`.
-        sample_size: Height and width of the training latents; any other size divisible by `patch_size` works too, its
+        sample_size: Height and width of the training latents. Any other size divisible by `patch_size` works too; its
             positions are scaled to the same range.
-        patch_size: P, latent pixels on a token's side.
+        patch_size: P, side of a token in latent pixels.
         num_classes: Number of classes. Index `num_classes` is the null class of classifier-free guidance; 0 makes an
             unconditional model.
         routes: The token routes: "default" for half of the rows from block 2 to block num_layers - 4, a list of
-            `TokenRoute` or of their mappings, None for a model without routing. Kept in the config as mappings with
+            `TokenRoute` or of their mappings, None for a model without routing. Stored in the config as mappings with
             absolute indices.
-        timestep_scale: The timestep is multiplied by it before the sinusoidal embedding, see
-            `TREADTransformer2DModel`.
+        timestep_scale: Factor on the timestep before the sinusoidal embedding, see `TREADTransformer2DModel`.
         objective: What the weights are trained for, a name of `diffusers_tread.objectives`.
-        expand: Width of the scan over D.
+        expand: Width of the scan divided by D.
         head_dim: Channels of a head of the scan; divides expand * D.
-        state_size: Channels of the state by which each channel of a head is multiplied.
-        conv_kernel: Tokens under the convolution, odd.
+        state_size: Channels of state for each channel of a head.
+        conv_kernel: Number of tokens under the convolution, odd.
         norm_eps: Epsilon of the norms.
         freq_shift: The timestep's frequencies are 10000^(-i / (128 - freq_shift)), 0 or 1.
-        patch_bottleneck_dim: As of `TREADTransformer2DModel`.
+        patch_bottleneck_dim: As in `TREADTransformer2DModel`.
 
     Raises:
-        ValueError: An argument out of range; routes as `resolve_routes`.
+        ValueError: An argument is out of range; routes as `resolve_routes`.
 
     Example:
         >>> import torch
@@ -353,6 +357,7 @@ class TREADMamba2DModel(LatentDenoiser):
         freq_shift: int = 0,
         patch_bottleneck_dim: int | None = None,
     ):
+        # Checks.
         super().__init__()
         for name in ("expand", "head_dim", "state_size", "conv_kernel"):
             if not isinstance(value := self.config[name], int) or value < 1:
@@ -363,6 +368,8 @@ class TREADMamba2DModel(LatentDenoiser):
             )
         if conv_kernel % 2 == 0:
             raise ValueError(f"Expected an odd conv_kernel, which is symmetric about a token, got {conv_kernel}.")
+
+        # Layers.
         self._make_input(hidden_size)
         blocks = [
             TREADMamba2DBlock(

@@ -1,14 +1,14 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The denoisers of this package by class name: what can be trained by a preset or config, exported and loaded.
+"""The denoisers by class name: those that can be trained from a preset or config, exported, and loaded.
 
-A denoiser is a diffusers `ModelMixin` that offers:
+A denoiser is a diffusers `ModelMixin` with:
 
 - in its config `in_channels`, `sample_size` (height and width of the training latents), `num_classes` (0:
   unconditional) and `objective` (a name of `diffusers_tread.objectives`);
 - `forward(hidden_states [B, C, H, W], timestep [B], class_labels=[B], return_dict=True, *, routing=None,
-  hidden_states_at=())`, which gives a `DenoiserOutput`;
+  hidden_states_at=())`, which returns a `DenoiserOutput`;
 - `token_router`, a `TokenRouter`, with or without routes;
-- if it has sizes with names, `presets()` and `from_preset(name, **config)`.
+- if it has named sizes, `presets()` and `from_preset(name, **config)`.
 """
 
 from typing import Any
@@ -25,10 +25,10 @@ DENOISERS: dict[str, type[ModelMixin]] = {}
 
 
 def register_denoiser(denoiser: type[ModelMixin]) -> None:
-    """Makes a denoiser of your own known to the training script, `TREADPipeline` and the Hub.
+    """Registers a denoiser of your own for the training script, `TREADPipeline` and the Hub.
 
     Raises:
-        ValueError: Another denoiser is called so, or has a preset of the same name.
+        ValueError: Another denoiser has this name, or a preset of the same name.
     """
     others = {name: kind for name, kind in _presets().items() if kind is not denoiser}
     if taken := sorted(others.keys() & set(getattr(denoiser, "presets", list)())):
@@ -37,7 +37,7 @@ def register_denoiser(denoiser: type[ModelMixin]) -> None:
 
 
 def make_denoiser(preset_or_class: str, **config: Any) -> ModelMixin:
-    """A new denoiser of a preset, such as "XL/2", or of the class of this name.
+    """A new denoiser from a preset, such as "XL/2", or of the class with this name.
 
     Raises:
         ValueError: As `denoiser_class` and the class.
@@ -47,10 +47,10 @@ def make_denoiser(preset_or_class: str, **config: Any) -> ModelMixin:
 
 
 def denoiser_class(preset_or_class: str) -> type[ModelMixin]:
-    """The class of a preset, or the one of this name.
+    """The class of a preset, or the class with this name.
 
     Raises:
-        ValueError: Neither a preset nor a class is called so.
+        ValueError: No preset or class has this name.
     """
     kinds = _presets() | DENOISERS
     if preset_or_class not in kinds:

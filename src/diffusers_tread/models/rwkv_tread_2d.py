@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """A class-conditional diffusion model of RWKV blocks (Vision-RWKV, arXiv 2403.02308) with token routes (TREAD).
 
-Shapes: B batch, h x w token grid, N = h * w tokens or those of the kept rows, D width, C tokens of a chunk,
+Shapes: B batch, h x w token grid, N tokens (h * w, or those of the kept rows), D width, C tokens per chunk,
 n = N / C chunks.
 """
 
@@ -32,26 +32,27 @@ def bidirectional_wkv(
     """Vision-RWKV's average of all values, weighted by keys and distances (arXiv 2403.02308, equations 4-6).
 
     out_t = sum_i a_ti v_i / sum_i a_ti with a_ti = exp(k_i - decay * (|t - i| - 1) / N) for i != t and
-    a_tt = exp(k_t + bonus), for each channel. The decay is divided by the number of tokens, so it rescales itself: of
-    half the tokens, the farthest two are as far apart as before.
+    a_tt = exp(k_t + bonus), for each channel. The decay is divided by the number of tokens, so it adapts to a shorter
+    sequence: with half the tokens, the farthest two decay as much as before.
 
-    Exact sums inside chunks of tokens, one matrix per channel, and between chunks what each sums up to: N * C + n^2
-    products per channel, next to linear in N up to a few thousand tokens. All is relative to the largest exponent that
-    reaches a chunk. So float32 is enough for keys of any size while a chunk decays by at most exp(-60), decay <= 480
-    at 256 tokens, and for any decay while the keys of a channel differ by at most 60. Beyond both, weights may vanish,
-    and the average is 0 where all do. Computed in at least float32, also under autocast; TF32, where allowed, rounds
-    the sums.
+    Tokens inside a chunk are summed by one matrix per channel, and chunks interact through their sums: N * C + n^2
+    products per channel, nearly linear in N up to a few thousand tokens. Weights are relative to the largest exponent
+    that reaches a chunk. So float32 is enough for keys of any size while a chunk decays by at most exp(-60) (decay <=
+    480 at 256 tokens), and for any decay while the keys of a channel differ by at most 60. Beyond both limits weights
+    may vanish, and where all do the average is 0. Computed in at least float32, also under autocast; TF32, if allowed,
+    rounds the sums.
 
     Args:
         key: [B, N, D].
         value: [B, N, D].
         decay: [D], >= 0.
-        bonus: [D], what a token's own key is raised by; a few units.
-        chunk_size: C, which changes only the cost. On CPUs 32 was best for 256 and for 1,024 tokens.
+        bonus: [D], added to a token's own key; a few units.
+        chunk_size: C, which affects only the cost. On CPUs 32 was best for 256 and for 1,024 tokens.
 
     Returns:
         [B, N, D] in the dtype of `value`.
     """
+    # Dtypes and sizes.
     value_dtype, dtype = value.dtype, torch.promote_types(value.dtype, torch.float32)
     batch_size, num_tokens, _ = key.shape
     chunk_size = min(chunk_size, num_tokens)
@@ -59,14 +60,14 @@ def bidirectional_wkv(
 
     device = key.device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-        # Channels first, so that sums over a chunk are products of one matrix per channel.
+        # Chunks. Channels come first, so that sums over a chunk are products with one matrix per channel.
         key, value = (tensor.to(dtype).flatten(0, 1).t().contiguous() for tensor in (key, value))  # D B*N
         key, value = (tensor.unflatten(1, (batch_size, num_tokens)) for tensor in (key, value))  # D B N
         if padding:
             key, value = F.pad(key, (0, padding), value=-torch.inf), F.pad(value, (0, padding))
         key, value = (tensor.unflatten(2, (-1, chunk_size)) for tensor in (key, value))  # D B n C
 
-        # Weights relative to the chunk's largest.
+        # Weighted sums, with weights relative to the chunk's largest.
         decay = decay.to(dtype) / num_tokens
         largest = key.detach().amax(dim=-1, keepdim=True)  # D B n 1, it cancels
         weight = torch.exp(key - largest)  # D B n C
@@ -75,6 +76,8 @@ def bidirectional_wkv(
             *_decay_inside_chunk(decay, bonus.to(dtype), chunk_size),
             *_decay_between_chunks(largest, decay, chunk_size),
         )
+
+        # Their quotient.
         numerator, denominator = sums.unbind(1)
         out = (numerator / (denominator + 1e-35)).flatten(2)[:, :, :num_tokens]  # D B N
         return out.flatten(1).t().unflatten(0, (batch_size, num_tokens)).to(value_dtype)
@@ -83,7 +86,7 @@ def bidirectional_wkv(
 def _decay_inside_chunk(
     decay: torch.Tensor, bonus: torch.Tensor, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[D, C, C] from each token of a chunk to each, and [D, C, 2] to the first token after and the last before it."""
+    """[D, C, C] decays between the tokens of a chunk, and [D, C, 2] to the first token after and last before it."""
     tokens = torch.arange(chunk_size, device=decay.device)
     skipped = (tokens.unsqueeze(1) - tokens).abs() - 1  # C C, -1 for the token itself
     decay = decay.view(-1, 1, 1)
@@ -95,7 +98,7 @@ def _decay_inside_chunk(
 def _decay_between_chunks(
     largest: torch.Tensor, decay: torch.Tensor, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Changes what sums are relative to, from the largest key of a chunk to the largest exponent that reaches one.
+    """Factors that rescale sums from a chunk's largest key to the largest exponent that reaches the receiving chunk.
 
     Args:
         largest: [D, B, n, 1].
@@ -103,8 +106,8 @@ def _decay_between_chunks(
         chunk_size: C.
 
     Returns:
-        [D, B, n, 1] for sums of the chunk itself, and [D, B, n, n] to each chunk for those of each, with the decay
-        over the chunks in between. Nothing above 1.
+        [D, B, n, 1] for a chunk's own sums, and [D, B, n, n] to each chunk for the sums of each, including the decay
+        over the chunks in between. At most 1.
     """
     chunks = torch.arange(largest.shape[2], device=decay.device)
     skipped = ((chunks.unsqueeze(1) - chunks).abs() - 1).clamp_min(0) * chunk_size  # n n, tokens in between
@@ -116,7 +119,7 @@ def _decay_between_chunks(
 def _sum_over_tokens(
     weighted: torch.Tensor, inside: torch.Tensor, outside: torch.Tensor, own: torch.Tensor, between: torch.Tensor
 ) -> torch.Tensor:
-    """[D, 2, B, n, C] to the same, what reaches each token: of its own chunk, of those before and of those after."""
+    """[D, 2, B, n, C] to the same shape: the sums at each token over its own chunk, those before and those after."""
     chunks = weighted.flatten(1, 3)  # D 2*B*n C
     sums = (chunks @ outside).view(*weighted.shape[:4], 2).movedim(1, 3)  # D B n 2 2
     before, after = between.tril(-1) @ sums[..., 0], between.triu(1) @ sums[..., 1]  # D B n 2
@@ -126,7 +129,7 @@ def _sum_over_tokens(
 
 
 def q_shift(tokens: torch.Tensor, width: int) -> torch.Tensor:
-    """Each quarter of the channels from one neighbour on the grid: above, below, left, right; 0 beyond the border.
+    """Takes each quarter of the channels from one neighbour: above, below, left, right; 0 beyond the border.
 
     Vision-RWKV's shift by one token in four directions (arXiv 2403.02308, section 3.2).
 
@@ -135,7 +138,7 @@ def q_shift(tokens: torch.Tensor, width: int) -> torch.Tensor:
         width: Columns of the grid.
 
     Raises:
-        ValueError: The tokens are no whole rows.
+        ValueError: The tokens are not whole rows.
     """
     if tokens.shape[1] % width:
         raise ValueError(
@@ -160,9 +163,9 @@ class TREADRWKVSpatialMix(nn.Module):
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
-        # Of the neighbours in what the three see: 1 - mu in the papers.
+        # Share of the neighbours in the inputs of receptance, key and value: 1 - mu in the papers.
         self.shift = nn.Parameter(torch.full((3, dim), 0.5))
-        # Over the grid a channel decays by exp(-1) to exp(-64): it sees all of the image, or a few tokens.
+        # Over the grid channels decay by exp(-1), seeing all of the image, to exp(-64), seeing a few tokens.
         self.log_decay = nn.Parameter(torch.linspace(0, math.log(64), dim))
         self.bonus = nn.Parameter(torch.zeros(dim))
 
@@ -216,7 +219,7 @@ class TREADRWKV2DBlock(nn.Module):
             The shape of `hidden_states`.
 
         Raises:
-            ValueError: The tokens are no whole rows.
+            ValueError: The tokens are not whole rows.
         """
         modulation = self.modulation(conditioning).unsqueeze(1)  # B 1 6D
         shift_spatial, scale_spatial, gate_spatial, shift_channel, scale_channel, gate_channel = modulation.chunk(
@@ -230,7 +233,7 @@ class TREADRWKV2DBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_channel, self.channel_mix(channel_input, width))
 
 
-# For diffusers' caches and layer skipping, as that of TREADTransformerBlock.
+# What diffusers' caches and layer skipping need to know of a block; see transformer_tread_2d.py.
 TransformerBlockRegistry._registry[TREADRWKV2DBlock] = TransformerBlockMetadata(
     return_hidden_states_index=0, _cls=TREADRWKV2DBlock
 )
@@ -239,36 +242,35 @@ TransformerBlockRegistry._registry[TREADRWKV2DBlock] = TransformerBlockMetadata(
 class TREADRWKV2DModel(LatentDenoiser):
     r"""A denoiser of RWKV blocks, without attention, whose middle blocks can be skipped by rows of tokens.
 
-    Blocks as in Vision-RWKV (arXiv 2403.02308), for diffusion as Diffusion-RWKV (arXiv 2404.04478) proposed, with
-    DiT's conditioning, positions and output; without skips between blocks, which would pair kept with all tokens.
-    The shift to neighbours needs a grid, so routes keep whole rows: the next kept row is the neighbour then. In
-    training mode the tokens take the routes; in evaluation mode the model is dense, unless `token_routing` asks for
-    a ratio. At initialisation the output is exactly 0.
+    Blocks as in Vision-RWKV (arXiv 2403.02308), applied to diffusion as in Diffusion-RWKV (arXiv 2404.04478), with
+    DiT's conditioning, positions and output. There are no skips between blocks, which would pair kept tokens with all
+    tokens. The shift to neighbours needs a grid, so routes keep whole rows; the neighbour is then the next kept row.
+    In training mode the tokens take the routes; in evaluation mode the model is dense, unless `token_routing` sets a
+    ratio. At initialisation the output is exactly 0.
 
-    TREAD's row for RWKV (210M parameters) has no published settings: neither the sizes nor the route here are known
-    to be those.
+    TREAD's RWKV result (210M parameters) has no published settings; the sizes and the route here may differ from it.
 
     Args:
         hidden_size: Width D, divisible by 4.
         num_layers: Number of blocks.
         in_channels: Channels of the latents.
         out_channels: Channels of the prediction; None for `in_channels`.
-        sample_size: Height and width of the training latents; any other size divisible by `patch_size` works too.
-        patch_size: Latent pixels on a token's side.
+        sample_size: Height and width of the training latents. Any other size divisible by `patch_size` works too.
+        patch_size: Side of a token in latent pixels.
         num_classes: Number of classes. Index `num_classes` is the null class of classifier-free guidance; 0 makes an
             unconditional model.
         routes: The token routes, all of unit "row": "default" for `default_route(num_layers, "row")`, a list of
             `TokenRoute` or of their mappings, None for a model without routing.
-        timestep_scale: The timestep is multiplied by it before the sinusoidal embedding.
+        timestep_scale: Factor on the timestep before the sinusoidal embedding.
         objective: What the weights are trained for, a name of `diffusers_tread.objectives`.
-        mlp_ratio: Width of the channel mix over D.
+        mlp_ratio: Width of the channel mix divided by D.
         norm_eps: Epsilon of the layer norms.
         freq_shift: The timestep's frequencies are 10000^(-i / (128 - freq_shift)).
-        patch_bottleneck_dim: As of `TREADTransformer2DModel`.
+        patch_bottleneck_dim: As in `TREADTransformer2DModel`.
 
     Raises:
-        ValueError: An argument out of range; a route of another unit; else as `resolve_routes`. In a forward, kept
-            tokens that are no whole rows; that they are in fact rows is not checked.
+        ValueError: An argument is out of range; a route has another unit; else as `resolve_routes`. In a forward, the
+            number of kept tokens is not a multiple of the width; whether they really form rows is not checked.
 
     Example:
         >>> import torch

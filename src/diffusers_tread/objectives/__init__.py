@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a denoiser is trained to predict, EDM, flow matching or noise, and terms that are added to the loss."""
+"""Training objectives (EDM, flow matching, noise prediction, JiT), and terms that are added to the loss."""
 
 from .base import CorruptedLatents, Objective
 from .edm import EDMObjective

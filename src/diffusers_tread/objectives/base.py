@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What the network is trained to predict: noise, target, per-sample loss, and the scheduler that samples it.
+"""The base class of objectives: noise, target, per-sample loss, and the scheduler that samples the model.
 
-Every draw and all arithmetic outside the network are float32, whatever the dtype of the latents: in bfloat16 a noise
-level has three significant digits. The network gets its input in the dtype of the latents.
+All draws and all arithmetic outside the network are float32, whatever the dtype of the latents: in bfloat16 a noise
+level would have only three significant digits. The network gets its input in the dtype of the latents.
 
 Shapes: B batch, C channels, H and W latent size.
 """
@@ -25,36 +25,36 @@ from .terms import ForwardRecord, LossTerm
 @with_field_docs
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CorruptedLatents:
-    """Latents with noise, as a network gets them, and what it should say of them."""
+    """Noisy latents as the network gets them, and the target of its prediction."""
 
     hidden_states: torch.Tensor
     """[B, C, H, W], the network's input, in the latents' dtype."""
 
     timestep: torch.Tensor
-    """[B] float32, the network's time."""
+    """[B] float32, the network's timestep."""
 
     target: torch.Tensor
-    """[B, C, H, W] float32, what a prediction should be: a network's output as a scheduler takes it."""
+    """[B, C, H, W] float32, the target of the prediction, which is the output after `Objective.for_scheduler`."""
 
     noisy: torch.Tensor
-    """[B, C, H, W] float32, the latents with their noise, not scaled for the network."""
+    """[B, C, H, W] float32, the noisy latents, not scaled for the network."""
 
     denoise: Callable[[torch.Tensor], torch.Tensor]
-    """Maps a prediction, [B, C, H, W] float32, to the clean latents that it stands for."""
+    """Maps a prediction, [B, C, H, W] float32, to the clean latents that it implies."""
 
 
 class Objective(ABC):
-    """A way to train a denoiser, and the sampler that goes with it.
+    """A way to train a denoiser, and the matching scheduler.
 
     An objective of your own is a frozen dataclass in one file with `corrupt`, `scheduler` and `accepts`, and one line
     `register_objective("name", MyObjective)`.
     """
 
     name: ClassVar[Any] = None
-    """As in a model's config; set by `register_objective`."""
+    """The name in a model's config; set by `register_objective`."""
 
     scheduler_advice: ClassVar[str]
-    """Which schedulers `accepts`, for error messages."""
+    """The schedulers that `accepts` allows, for error messages."""
 
     @abstractmethod
     def corrupt(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> CorruptedLatents:
@@ -70,21 +70,21 @@ class Objective(ABC):
 
     @abstractmethod
     def scheduler(self) -> SchedulerMixin:
-        """A sampler for models trained so."""
+        """A scheduler for models trained with this objective."""
 
     @classmethod
     @abstractmethod
     def accepts(cls, scheduler: SchedulerMixin) -> bool:
-        """Whether `scheduler` samples from models trained so."""
+        """Whether `scheduler` can sample from models trained with this objective."""
 
     @classmethod
     def for_scheduler(cls, output: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """What schedulers and the loss take for the prediction: here the network's output itself.
+        """Converts the network's output to the prediction that schedulers and the loss use; here they are the same.
 
         Args:
-            output: [B, C, H, W] float32, of the network.
-            noisy: [B, C, H, W] float32, the latents with their noise, as the sampler has them.
-            timestep: [B] or one for all, the network's time.
+            output: [B, C, H, W] float32, the network's output.
+            noisy: [B, C, H, W] float32, the noisy latents, as the sampler has them.
+            timestep: [B] or one for all, the network's timestep.
         """
         return output
 
@@ -101,38 +101,39 @@ class Objective(ABC):
         step: int | None = None,
         **conditions: Any,
     ) -> torch.Tensor:
-        """The loss of each sample: the mean squared error of the prediction, `for_scheduler`, and `terms`.
+        """The loss of each sample: the mean squared error of the prediction (after `for_scheduler`), plus `terms`.
 
         Args:
-            denoiser: Called as `denoiser(hidden_states, timestep=..., **conditions)`; gives an object with `sample`.
+            denoiser: Called as `denoiser(hidden_states, timestep=..., **conditions)`; returns an object with `sample`.
                 A diffusers model, wrapped or not, or any function. If it has a config with an `objective`, it must be
                 this one.
             latents: [B, C, H, W], clean samples of the scale that the model is meant for (about unit variance, images
-                in [-1, 1]), floating-point. Values are looked at on the CPU alone, because each step would have to
-                wait for an accelerator: images in [0, 255] there train without a word.
+                in [-1, 1]), floating-point. Values are checked on the CPU only, because each step would have to wait
+                for an accelerator: there, images in [0, 255] train without an error.
             generator: As in `corrupt`.
-            routing: How the forward routes, handed to the denoiser; None leaves it to what surrounds the call.
+            routing: How the forward routes, passed to the denoiser; None leaves it to `token_routing` and defaults.
             terms: Added to the denoising loss.
-            images: [B, 3 or 1, height, width] in [-1, 1], those that the latents are of, for terms that want them.
-            image_features: [B, N, E], what a vision encoder made of them, for terms that take it instead.
-            step: Optimiser steps done before this one, for terms that end.
-            **conditions: Handed to the denoiser, such as `class_labels` [B]. Labels are not looked at: check them
+            images: [B, 3 or 1, height, width] in [-1, 1], the images of the latents, for terms that need them.
+            image_features: [B, N, E], a vision encoder's features of the images, for terms that accept these instead.
+            step: Optimiser steps done before this one, for terms that stop at some step.
+            **conditions: Passed to the denoiser, such as `class_labels` [B]. Labels are not checked here: check them
                 where they come from.
 
         Returns:
             [B] float32.
 
         Raises:
-            ValueError: The denoiser is trained for another objective, returns another shape, or not the tokens that a
-                term asks for; two terms take the denoising loss's place; the latents are not [B, C, H, W] floats, or
-                look like images in [0, 255].
+            ValueError: The denoiser is trained for another objective, returns another shape, or does not return the
+                tokens that a term needs; two terms replace the denoising loss; the latents are not [B, C, H, W]
+                floats, or look like images in [0, 255].
         """
+        # Noisy latents.
         self.check_denoiser(denoiser)
         if sum(term.replaces_denoising for term in terms) > 1:
             raise ValueError(f"Expected one term at most in the denoising loss's place, got {list(terms)}.")
         noised = self.corrupt(latents, generator)
 
-        # The network's forward, with what the terms want of it.
+        # The network's forward, which also returns what the terms need.
         wanted = tuple(index for term in terms for index in term.hidden_states_at)
         asked = {} if routing is None else {"routing": routing}
         asked |= {"hidden_states_at": wanted} if wanted else {}
@@ -147,11 +148,13 @@ class Objective(ABC):
                 f"Expected the denoiser to give the tokens after blocks {sorted(set(wanted))} as `hidden_states`, "
                 "which a loss term asks for, got none. Take a denoiser of this package, or leave the term out."
             )
+
+        # The denoising loss alone.
         prediction = self.for_scheduler(output.sample.float(), noised.noisy, noised.timestep)
         if not terms:
             return (prediction - noised.target).square().mean(dim=(1, 2, 3))
 
-        # The terms.
+        # The loss with terms.
         record = ForwardRecord(
             latents=latents,
             noisy=noised.noisy,
@@ -173,7 +176,7 @@ class Objective(ABC):
         return torch.stack(losses).sum(dim=0)
 
     def check_denoiser(self, denoiser: Callable[..., Any]) -> None:
-        """Raises ValueError for a model whose config says that it is for another objective."""
+        """Raises ValueError for a model whose config names another objective."""
         module = denoiser
         while getattr(module, "config", None) is None:
             module = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
@@ -191,8 +194,8 @@ def draw(latents: torch.Tensor, generator: torch.Generator | None) -> tuple[torc
     """A standard normal number per sample, [B], then one per element, [B, C, H, W], both float32.
 
     Raises:
-        ValueError: The latents are not [B, C, H, W] floats; on a CPU, they are of the scale of images in [0, 255]; the
-            generator is on an accelerator and the latents are elsewhere.
+        ValueError: The latents are not [B, C, H, W] floats; on a CPU, they look like images in [0, 255]; the generator
+            is on an accelerator and the latents are elsewhere.
     """
     if latents.ndim != 4 or not latents.is_floating_point():
         raise ValueError(
@@ -214,7 +217,7 @@ def check_scale(latents: torch.Tensor) -> None:
 
 
 def check_fields(objective: Objective, *, positive: tuple[str, ...] = (), finite: tuple[str, ...] = ()) -> None:
-    """Raises ValueError for a field that is not a finite number, or not a positive one."""
+    """Raises ValueError for a field that is not a finite number, or, in `positive`, not above 0."""
     for field in positive + finite:
         value = getattr(objective, field)
         if not math.isfinite(value) or (field in positive and value <= 0):

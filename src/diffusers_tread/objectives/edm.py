@@ -16,12 +16,12 @@ from .base import CorruptedLatents, Objective, check_fields, draw
 class EDMObjective(Objective):
     """Denoising with EDM's preconditioning and noise distribution (arXiv 2206.00364, Table 1).
 
-    EDM's loss lambda(sigma) (D - x)^2, with lambda = 1 / c_out^2, is the squared error of the network's own output
-    (Equation 8). That form is the one computed: at sigma = 0.002 lambda is 250,000 and would blow up the rounding of
+    EDM's loss lambda(sigma) (D - x)^2, with lambda = 1 / c_out^2, equals the squared error of the network's own output
+    (Equation 8), which is what is computed here: at sigma = 0.002 lambda is 250,000 and would amplify the rounding of
     D - x, while the network's target has unit variance at every sigma. The network's timestep is ln(sigma) / 4.
 
     Raises:
-        ValueError: A field is outside its range.
+        ValueError: A field is out of range.
 
     Example:
         >>> import torch
@@ -48,11 +48,12 @@ class EDMObjective(Objective):
         check_fields(self, positive=("sigma_data", "P_std"), finite=("P_mean",))
 
     def corrupt(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> CorruptedLatents:
+        # Noise levels.
         log_sigma, noise = draw(latents, generator)
         log_sigma = self.P_mean + self.P_std * log_sigma
         sigma = log_sigma.exp()[:, None, None, None]
 
-        # The network's target is (x - c_skip (x + sigma noise)) / c_out, written without its cancellation.
+        # The target is (x - c_skip (x + sigma noise)) / c_out, rearranged to avoid cancellation.
         x = latents.float()
         c_skip, c_out, c_in = edm_preconditioning(sigma, self.sigma_data)
         noisy = x + sigma * noise
@@ -65,7 +66,7 @@ class EDMObjective(Objective):
         )
 
     def scheduler(self) -> EDMHeunScheduler:
-        """The sampler with this objective's preconditioning."""
+        """The scheduler with this objective's preconditioning."""
         return EDMHeunScheduler(sigma_data=self.sigma_data)
 
     @classmethod

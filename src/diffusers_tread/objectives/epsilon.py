@@ -24,7 +24,7 @@ class EpsilonObjective(Objective):
     least noise.
 
     Raises:
-        ValueError: A field is outside its range.
+        ValueError: A field is out of range.
 
     Example:
         >>> import torch
@@ -48,10 +48,12 @@ class EpsilonObjective(Objective):
         check_fields(self, positive=("num_train_timesteps", "beta_start", "beta_end"))
 
     def corrupt(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> CorruptedLatents:
+        # Times.
         normal, noise = draw(latents, generator)
         uniform = torch.special.ndtr(normal)
         t = (uniform * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)  # B
 
+        # Noisy latents.
         betas = torch.linspace(self.beta_start, self.beta_end, self.num_train_timesteps, device=latents.device)
         alpha_bar = (1.0 - betas).cumprod(dim=0)[t][:, None, None, None]
         signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -65,7 +67,7 @@ class EpsilonObjective(Objective):
         )
 
     def scheduler(self) -> "DDIMScheduler":
-        """The deterministic sampler with this objective's noise levels."""
+        """The deterministic scheduler with this objective's noise levels."""
         from diffusers import DDIMScheduler
 
         return DDIMScheduler(

@@ -21,9 +21,9 @@ _TRAIN_TIMESTEPS = 1000
 
 
 def dimension_shift(num_values: float) -> float:
-    """sqrt(C H W / 4096): 1 for Stable Diffusion's latents of 256 pixels, above for larger ones (arXiv 2510.11690).
+    """sqrt(C H W / 4096): 1 for Stable Diffusion's latents at 256 pixels, more for larger ones (arXiv 2510.11690).
 
-    Noise of one level hides less of latents with more values, so that larger ones are trained with more of it.
+    The same noise level hides less of latents with more values, so larger latents are trained with more noise.
 
     Args:
         num_values: C H W of the latents, > 0.
@@ -34,11 +34,13 @@ def dimension_shift(num_values: float) -> float:
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingObjective(Objective):
-    """Rectified flow in diffusers' direction: t = 1 is noise, the network predicts noise - x (arXiv 2403.03206,
-    Section 3.1 for the times, Equation 23 for the shift). The network's timestep is 1000 t.
+    """Rectified flow in diffusers' direction: t = 1 is noise, the network predicts noise - x.
+
+    The source is arXiv 2403.03206: Section 3.1 for the times, Equation 23 for the shift. The network's timestep is
+    1000 t.
 
     Raises:
-        ValueError: A field is outside its range.
+        ValueError: A field is out of range.
 
     Example:
         >>> import torch
@@ -58,9 +60,9 @@ class FlowMatchingObjective(Objective):
     weighting_scheme: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of the training times before the shift."""
     logit_mean: float = 0.0
-    """Mean of logit(t); read by `logit_normal` only."""
+    """Mean of logit(t); used by `logit_normal` only."""
     logit_std: float = 1.0
-    """Standard deviation of logit(t), > 0; read by `logit_normal` only."""
+    """Standard deviation of logit(t), > 0; used by `logit_normal` only."""
     shift: float = 1.0
     """t becomes shift t / (1 + (shift - 1) t), in training and in the scheduler; > 0, above 1 for more noise."""
 
@@ -72,13 +74,15 @@ class FlowMatchingObjective(Objective):
         check_fields(self, positive=("logit_std", "shift"), finite=("logit_mean",))
 
     def corrupt(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> CorruptedLatents:
+        # Times.
         normal, noise = draw(latents, generator)
         if self.weighting_scheme == "logit_normal":
             t = torch.sigmoid(self.logit_mean + self.logit_std * normal)
         else:
-            t = torch.special.ndtr(normal)  # the normal's distribution function makes it uniform
+            t = torch.special.ndtr(normal)  # the normal distribution function of a normal number is uniform
         t = self.shift * t / (1 + (self.shift - 1) * t)
 
+        # Noisy latents.
         x, t_map = latents.float(), t[:, None, None, None]
         noisy = (1 - t_map) * x + t_map * noise
         return CorruptedLatents(
@@ -90,14 +94,14 @@ class FlowMatchingObjective(Objective):
         )
 
     def scheduler(self) -> "FlowMatchEulerDiscreteScheduler":
-        """The sampler with this objective's shift, calling the network with 1000 t."""
-        from diffusers import FlowMatchEulerDiscreteScheduler  # which imports scipy.stats where it is installed
+        """The scheduler with this objective's shift, which calls the network with 1000 t."""
+        from diffusers import FlowMatchEulerDiscreteScheduler  # imports scipy.stats, if installed
 
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_TRAIN_TIMESTEPS, shift=self.shift)
 
     @classmethod
     def accepts(cls, scheduler: SchedulerMixin) -> bool:
-        # These say by their class, not by their `prediction_type`, that the network predicts noise - data.
+        # The class of these, not their `prediction_type`, implies that the network predicts noise - data.
         from diffusers import (
             FlowMatchEulerDiscreteScheduler,
             FlowMatchHeunDiscreteScheduler,
@@ -107,9 +111,10 @@ class FlowMatchingObjective(Objective):
         if scheduler.config.get("num_train_timesteps") != _TRAIN_TIMESTEPS:  # the network's time is 1000 t
             return False
         kinds = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
-        # FlowSDEScheduler, not by its class: one from the Hub brings code of its own.
+        # FlowSDEScheduler. Not isinstance: one from the Hub brings its own copy of the class.
         if isinstance(scheduler, kinds) or hasattr(scheduler, "diffusion_coefficient"):
             return True
-        # Solvers of several kinds say with `use_flow_sigmas` whose noise levels they have.
+
+        # Solvers that support several kinds of models say by `use_flow_sigmas` that they use flow noise levels.
         is_flow = scheduler.config.get("prediction_type") == "flow_prediction" and "sigma_data" not in scheduler.config
         return is_flow and scheduler.config.get("use_flow_sigmas", True)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Flow matching by a network that predicts the clean sample, for pixels (JiT, arXiv 2511.13720)."""
+"""Flow matching with a network that predicts the clean sample, for pixels (JiT, arXiv 2511.13720)."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from .base import CorruptedLatents
 from .flow import FlowMatchingObjective
 
 
-# Times below it count as it where a velocity is divided by them.
+# Lower bound of t where a velocity is divided by it.
 _SMALLEST_TIME = 0.05
 
 
 def velocity_from_clean(clean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """v = (z_t - x) / max(t, 0.05), JiT's velocity of an estimate of the clean sample (arXiv 2511.13720).
+    """v = (z_t - x) / max(t, 0.05), JiT's velocity for an estimate of the clean sample (arXiv 2511.13720).
 
-    The paper writes (x - z_t) / (1 - t) with data at t = 1 and clips the denominator at 0.05. Of the true x it is
-    noise - x where t >= 0.05, and less by the factor t / 0.05 below.
+    The paper writes (x - z_t) / (1 - t) with data at t = 1 and clips the denominator at 0.05. For the true x this is
+    noise - x if t >= 0.05, and t / 0.05 times that below.
 
     Args:
         clean: [B, C, H, W], x or an estimate of it.
@@ -30,14 +30,14 @@ def velocity_from_clean(clean: torch.Tensor, noisy: torch.Tensor, timestep: torc
 
 @dataclass(frozen=True, kw_only=True)
 class JiTObjective(FlowMatchingObjective):
-    """Flow matching whose network predicts x; the loss is on the velocity that x stands for (arXiv 2511.13720).
+    """Flow matching whose network predicts x; the loss is on the velocity that x implies (arXiv 2511.13720).
 
-    Noise and times are those of `FlowMatchingObjective`, schedulers too: the pipeline hands them the velocity. In
-    patches of many pixels x lies on a manifold of few dimensions, noise and velocity fill them all. JiT's t has the
-    data at 1 and a logit of mean -0.8; here t = 1 is noise, so that the mean is 0.8.
+    Noise, times and schedulers are those of `FlowMatchingObjective`; the pipeline passes them the velocity. In patches
+    of many pixels x lies on a low-dimensional manifold, while noise and velocity fill all dimensions. JiT's t is 1 for
+    data, with mean -0.8 of logit(t); here t = 1 is noise, so the mean is 0.8.
 
     Raises:
-        ValueError: A field is outside its range.
+        ValueError: A field is out of range.
 
     Example:
         >>> import torch
@@ -50,9 +50,9 @@ class JiTObjective(FlowMatchingObjective):
     """
 
     logit_mean: float = 0.8
-    """Mean of logit(t), above 0 for more noise; read by `logit_normal` only."""
+    """Mean of logit(t), above 0 for more noise; used by `logit_normal` only."""
     logit_std: float = 0.8
-    """Standard deviation of logit(t), > 0; read by `logit_normal` only."""
+    """Standard deviation of logit(t), > 0; used by `logit_normal` only."""
 
     def corrupt(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> CorruptedLatents:
         noised = super().corrupt(latents, generator)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The objectives by the names that a model's config has for them."""
+"""The objectives by their names in a model's config."""
 
 from ..registry import add_entry
 from .base import Objective
@@ -13,10 +13,10 @@ OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 def register_objective(name: str, objective: type[Objective]) -> None:
-    """Makes an objective known by a name: in a model's config, for the pipeline and for the training script.
+    """Registers an objective under a name, for model configs, the pipeline and the training script.
 
     Raises:
-        ValueError: The name is that of another objective, or the objective has another name.
+        ValueError: Another objective has this name, or the objective has another name.
     """
     if vars(objective).get("name", name) != name:
         raise ValueError(f"Expected an objective without a name, got {objective.name!r}. Register a subclass of it.")
@@ -25,10 +25,10 @@ def register_objective(name: str, objective: type[Objective]) -> None:
 
 
 def find_objective(name: str) -> type[Objective]:
-    """The objective of a model's config.
+    """The objective with this name, as in a model's config.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: The name is unknown.
     """
     if name not in OBJECTIVES:
         raise ValueError(

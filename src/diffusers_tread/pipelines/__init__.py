@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Sampling: images of classes, and Sparse Guidance for pipelines of others that take no guider."""
+"""Sampling: a class-conditional pipeline, and Sparse Guidance for diffusers pipelines that take no guider."""
 
 from .cfg_layouts import CfgLayout, register_pipeline_layout
 from .guided_pipeline import GuidedPipeline

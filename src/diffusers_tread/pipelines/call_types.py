@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""For type checkers alone: the arguments of `TREADPipeline.__call__`, and its output by `output_type`."""
+"""For type checkers only: the arguments of `TREADPipeline.__call__`, and its output by `output_type`."""
 
 from collections.abc import Callable, Sequence
 from typing import TypedDict
@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 
 class CallOptions(TypedDict, total=False):
-    """All but the labels, `output_type` and `return_dict`; documented there."""
+    """The arguments of `TREADPipeline.__call__` except the labels, `output_type` and `return_dict`."""
 
     height: int | None
     width: int | None
@@ -28,21 +28,21 @@ class CallOptions(TypedDict, total=False):
 
 
 class PILOutput(ImagePipelineOutput):
-    """Of "pil"."""
+    """The output for "pil"."""
 
     images: list[Image]
 
 
 class ArrayOutput(ImagePipelineOutput):
-    """Of "np"."""
+    """The output for "np"."""
 
     images: np.ndarray
 
 
 class TensorOutput(ImagePipelineOutput):
-    """Of "pt" and "latent"."""
+    """The output for "pt" and "latent"."""
 
-    images: torch.Tensor  # type: ignore[assignment] # diffusers names lists and arrays, and gives tensors as well
+    images: torch.Tensor  # type: ignore[assignment] # diffusers declares lists and arrays, but returns tensors too
 
 
 Labels = int | str | Sequence[int | str] | torch.Tensor

@@ -11,30 +11,30 @@ from ..registry import add_entry
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class CfgLayout:
-    """What one pipeline class does in a step. Without CFG each calls its transformer once, with the prompt."""
+    """How one pipeline class calls its transformer in a step. Without CFG each calls it once, with the prompt."""
 
     cfg: Literal["null first", "given first", "two calls"] | None = "null first"
-    """With CFG: one call whose batch is [without prompt, with prompt], one with [with, without], or one call with the
+    """With CFG: one call on the batch [without prompt, with prompt], one on [with, without], or one call with the
     prompt and then one without. None: it has no CFG that can be routed."""
 
     scale: str | None = "guidance_scale"
-    """The argument of its call that is the scale of CFG; None if it has none."""
+    """The pipeline's argument for the CFG scale; None if it has none."""
 
     offset: float = 0.0
-    """The scale of this package minus that of the pipeline: 1.0 where the latter counts from 0."""
+    """The scale of this package minus that of the pipeline: 1.0 if the pipeline's scale 0 means no guidance."""
 
     shared: tuple[str, ...] = ()
-    """The transformer's arguments that have no axis of samples."""
+    """The transformer's arguments without a sample axis."""
 
     sample_lists: bool = False
-    """Whether lists among the transformer's arguments have an entry per sample."""
+    """Whether lists among the transformer's arguments have one entry per sample."""
 
 
 PIPELINE_LAYOUTS: dict[str, CfgLayout] = {}
 
 
 def register_pipeline_layout(pipeline: str, layout: CfgLayout) -> None:
-    """Lets `GuidedPipeline` take a pipeline class of that name, and its subclasses.
+    """Lets `GuidedPipeline` accept pipelines of the class with that name, and of its subclasses.
 
     Raises:
         ValueError: The name has another layout.
@@ -60,7 +60,7 @@ for _name in (
 register_pipeline_layout("Krea2Pipeline", CfgLayout(cfg="two calls", offset=1.0))
 for _name in ("FluxPipeline", "QwenImagePipeline"):
     register_pipeline_layout(_name, CfgLayout(cfg="two calls", scale="true_cfg_scale"))
-# Flux 2 has no CFG, and HiDream has its samples on two different axes.
+# Flux 2 has no CFG; HiDream's arguments have the samples on two different axes.
 register_pipeline_layout("Flux2Pipeline", CfgLayout(cfg=None, scale=None))
 register_pipeline_layout("HiDreamImagePipeline", CfgLayout(cfg=None))
 
@@ -72,11 +72,11 @@ REFUSED_PIPELINES = {
 
 
 def find_layout(pipeline: Any) -> CfgLayout:
-    """The layout of a pipeline or of the nearest class that it inherits from.
+    """The layout of a pipeline's class, or of its nearest base class that has one.
 
     Raises:
-        ValueError: It takes a guider itself, cannot be guided, with the reason, or nobody said how it calls its
-            transformer.
+        ValueError: The pipeline takes a guider itself; it cannot be guided (with the reason); or it has no registered
+            layout.
     """
     name = type(pipeline).__name__
     if hasattr(pipeline, "guider"):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Which components of `TREADPipeline` belong together, and whether they give samples."""
+"""Checks that the components of `TREADPipeline` fit together and can sample."""
 
 import copy
 import inspect
@@ -13,7 +13,7 @@ from ..data.latents.codec import latent_channels
 from ..objectives import OBJECTIVES, FlowMatchingObjective, find_objective
 
 
-# Settings that ask for what a pipeline does not give. Not all schedulers fail with them: some ignore them.
+# Settings that need something the pipeline does not provide. Some schedulers ignore them instead of failing.
 _NOT_GIVEN = {
     "variance_type": (("learned", "learned_range"), "the network predicts no variance"),
     "use_dynamic_shifting": ((True,), "the pipeline gives no mu"),
@@ -22,7 +22,7 @@ _NOT_GIVEN = {
 
 
 def check_scheduler(scheduler: SchedulerMixin, transformer: ModelMixin) -> None:
-    """Raises ValueError if `scheduler` cannot sample from the transformer, or nobody said what that is trained for."""
+    """Raises ValueError if `scheduler` cannot sample from the transformer, or the transformer names no objective."""
     name = transformer.config.get("objective")
     if name is None:
         raise ValueError(
@@ -38,15 +38,16 @@ def check_scheduler(scheduler: SchedulerMixin, transformer: ModelMixin) -> None:
 
 
 def check_can_sample(scheduler: SchedulerMixin) -> None:
-    """Lets a copy of the scheduler take the steps of a short sampling, of which nothing is kept.
+    """Runs a short trial sampling with a copy of the scheduler.
 
-    Many of diffusers' schedulers take settings with which they fail later, or give NaN: Karras' sigmas for a flow,
-    betas above 1, solvers that want more than a prediction.
+    Many diffusers schedulers accept settings with which they later fail or return NaN: Karras' sigmas for a flow,
+    betas above 1, solvers that need more than a prediction.
 
     Raises:
-        ValueError: A step fails or gives what is no sample, or the steps lead from the data to the noise; or a setting
-            asks for what the pipeline does not give.
+        ValueError: A step fails or does not return a finite sample; the steps go from data to noise; or a setting
+            needs something the pipeline does not provide.
     """
+    # Settings.
     for name, (values, reason) in _NOT_GIVEN.items():
         if scheduler.config.get(name) in values:
             raise ValueError(
@@ -54,6 +55,7 @@ def check_can_sample(scheduler: SchedulerMixin) -> None:
                 f"{name}={scheduler.config[name]!r}: {reason}. Use the default of {name}."
             )
 
+    # The trial.
     trial = copy.deepcopy(scheduler)
     sample = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8)  # B C H W
     try:
@@ -68,7 +70,7 @@ def check_can_sample(scheduler: SchedulerMixin) -> None:
                 if following.shape != sample.shape or not following.isfinite().all():
                     raise ValueError(f"its step at {timestep:g} gives NaN, infinity or another shape")
                 sample = following
-    except Exception as error:  # schedulers fail in any way
+    except Exception as error:  # schedulers raise errors of any kind
         defaults = inspect.signature(type(scheduler).__init__).parameters
         changes = [
             f"{name}={value!r:.40}"
@@ -82,8 +84,8 @@ def check_can_sample(scheduler: SchedulerMixin) -> None:
 
 
 def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
-    """Raises ValueError if `scheduler` takes no noise levels, or these make no schedule."""
-    # diffusers' EDMEulerScheduler takes `sigmas` for positions in [0, 1] of its own schedule (`set_timesteps`):
+    """Raises ValueError if `scheduler` takes no noise levels, or these are not a valid schedule."""
+    # diffusers' EDMEulerScheduler reads `sigmas` as positions in [0, 1] of its own schedule (`set_timesteps`):
     # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/schedulers/scheduling_edm_euler.py
     takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if not takes_sigmas or isinstance(scheduler, EDMEulerScheduler):
@@ -91,6 +93,8 @@ def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
             f"Expected a scheduler that takes noise levels, got {type(scheduler).__name__}. Leave sigmas out, or use "
             "EDMHeunScheduler or FlowMatchEulerDiscreteScheduler."
         )
+
+    # The levels.
     levels = [*map(float, sigmas), 0.0]
     largest = 1.0 if FlowMatchingObjective.accepts(scheduler) else sys.float_info.max
     is_decreasing = all(sigma > following for sigma, following in zip(levels, levels[1:], strict=False))
@@ -103,7 +107,7 @@ def check_sigmas(scheduler: SchedulerMixin, sigmas: Sequence[float]) -> None:
 
 
 def check_channels(transformer: ModelMixin, vae: ModelMixin | None) -> None:
-    """Raises ValueError if the transformer's output is not of its input's kind, or the VAE cannot decode it."""
+    """Raises ValueError if the transformer's output channels differ from its input's, or the VAE has others."""
     config = transformer.config
     if config.get("out_channels") not in (None, config.in_channels):
         raise ValueError(
@@ -118,7 +122,7 @@ def check_channels(transformer: ModelMixin, vae: ModelMixin | None) -> None:
 
 
 def check_guidance_transformer(transformer: ModelMixin, guidance_transformer: ModelMixin | None) -> None:
-    """Raises ValueError if the predictions of the two cannot be combined; None is not checked."""
+    """Raises ValueError if the predictions of the two transformers cannot be combined; None is not checked."""
     if guidance_transformer is None:
         return
     for name in ("in_channels", "patch_size", "num_classes", "objective"):
@@ -132,7 +136,7 @@ def check_guidance_transformer(transformer: ModelMixin, guidance_transformer: Mo
 
 
 def check_no_dropout(transformer: ModelMixin | None) -> None:
-    """Raises ValueError if the transformer would drop values at random: sampling leaves its mode as it is."""
+    """Raises ValueError if the transformer has active dropout, because sampling does not change its mode."""
     if transformer is None or not transformer.training:
         return
     kinds = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.AlphaDropout)

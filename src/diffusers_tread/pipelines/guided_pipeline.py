@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Sparse Guidance for pipelines of diffusers that take no guider, by what their transformer answers."""
+"""Sparse Guidance for diffusers pipelines that take no guider, by answering the calls of their transformer."""
 
 import copy
 import functools
@@ -20,27 +20,27 @@ from .noise_levels import check_interval, steps_inside
 
 
 class GuidedPipeline:
-    """Samples from a text-to-image pipeline that takes no guider with `SparseGuidance`, as if it took one.
+    """Samples with `SparseGuidance` from a text-to-image pipeline that takes no guider.
 
-    Called as the pipeline is. While it runs, each call of the transformer is answered with a guided prediction. The
-    pipeline's loop stays its own, and afterwards the pipeline is what it was; nothing is set outside of a call.
+    Called like the pipeline. During a call, each call of the transformer returns a guided prediction, while the
+    pipeline's own loop runs unchanged. Outside of a call nothing about the pipeline is changed.
 
-    With `null_weak_branch` (CFG + SG) the pipeline runs its classifier-free guidance, renormalisation included, whose
-    conditional prediction is the strong branch and whose unconditional one the weak branch. Otherwise both branches
+    With `null_weak_branch` (CFG + SG) the pipeline runs its own classifier-free guidance, including renormalisation;
+    its conditional prediction is the strong branch and its unconditional one the weak branch. Otherwise both branches
     have the prompt, and the pipeline's own guidance is off. Its argument for the scale is set in either case. The
     subsets of tokens are drawn from the `generator` of the call.
 
-    Other threads that use the transformer meanwhile are not guided.
+    Other threads that use the transformer at the same time are not guided.
 
     Args:
         pipeline: One of `PIPELINE_LAYOUTS`, its transformer prepared by `apply_token_routing`.
         guider: A `SparseGuidance`.
         guidance_transformer: An earlier checkpoint, for `weak_checkpoint=True`.
-        guidance_interval: Noise levels (low, high] in which guidance acts, in the unit of `scheduler.sigmas` (flow
-            matching's t in [0, 1]); elsewhere there is one dense prediction. None for all. arXiv 2404.07724.
+        guidance_interval: Noise levels (low, high] at which guidance is on, in the unit of `scheduler.sigmas` (flow
+            matching's t in [0, 1]); other steps make one dense prediction. None for all. arXiv 2404.07724.
 
     Raises:
-        ValueError: The pipeline or the guider cannot be used, alone or together, with the reason.
+        ValueError: The pipeline or the guider cannot be used, or not together; the message gives the reason.
 
     Example:
         >>> from diffusers_tread import GuidedPipeline, SparseGuidance, TokenRoute, apply_token_routing
@@ -66,11 +66,12 @@ class GuidedPipeline:
         self._check()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pipeline returns for these arguments; its scale of classifier-free guidance is not among them.
+        """Runs the pipeline with these arguments, which must not include its scale of classifier-free guidance.
 
         Raises:
-            ValueError: The scale is given, or the pipeline calls its transformer in another way than its layout says.
+            ValueError: The scale is given, or the pipeline does not call its transformer as its layout says.
         """
+        # The pipeline's own scale.
         self._check()
         pipeline, guider, scale = self.pipeline, self.guider, self.layout.scale
         given = inspect.signature(type(pipeline).__call__).bind_partial(pipeline, *args, **kwargs).arguments
@@ -82,6 +83,7 @@ class GuidedPipeline:
                 )
             kwargs[scale] = (guider.guidance_scale if self._uses_cfg else 1.0) - self.layout.offset
 
+        # Its loop.
         steps = _GuidedSteps(self, uses_cfg=self._uses_cfg, generator=given.get("generator"))
         with _forwards_answered(pipeline.transformer, steps), _steps_counted(pipeline.scheduler, steps):
             return pipeline(*args, **kwargs)
@@ -91,8 +93,8 @@ class GuidedPipeline:
         return self.guider.null_weak_branch and self.guider.guidance_scale != 1.0
 
     def _check(self) -> None:
+        # The guider and the denoisers. Not isinstance: a guider from the Hub brings its own copy of the class.
         guider, name = self.guider, type(self.pipeline).__name__
-        # Not by its class: a guider from the Hub brings code of its own.
         if not hasattr(guider, "weak_ratio"):
             raise ValueError(f"Expected a SparseGuidance for {name}, got {type(guider).__name__}.")
         if self.guidance_transformer is self.pipeline.transformer:
@@ -100,6 +102,8 @@ class GuidedPipeline:
                 "Expected another guidance_transformer than the pipeline's own transformer, got that one."
             )
         guider.check_denoisers(self.pipeline.transformer, self.guidance_transformer)
+
+        # The pipeline's own guidance.
         if not self._uses_cfg:
             return
         if self.layout.cfg is None:
@@ -115,12 +119,12 @@ class GuidedPipeline:
 
 
 class _GuidedSteps:
-    """Answers the transformer's calls of one sampling.
+    """Answers the calls of the transformer in one sampling.
 
     Args:
-        guided: Whose sampling it is.
+        guided: The pipeline that samples.
         uses_cfg: Whether the pipeline runs its classifier-free guidance.
-        generator: What the pipeline was given: one generator, one per image, or None.
+        generator: The `generator` of the call: one generator, one per image, or None.
     """
 
     def __init__(self, guided: GuidedPipeline, *, uses_cfg: bool, generator: Any):
@@ -132,7 +136,8 @@ class _GuidedSteps:
         self.calls_per_step = 2 if uses_cfg and self.layout.cfg == "two calls" else 1
 
     def answer(self, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What the transformer is to return for these arguments; `run` is its own forward."""
+        """The transformer's output for these arguments; `run` is its own forward."""
+        # A new step sets the branches.
         self.calls += 1
         if self.calls > self.calls_per_step:
             self._refuse_calls()
@@ -142,12 +147,14 @@ class _GuidedSteps:
             scheduler, interval = self.pipeline.scheduler, self.interval
             is_guided = interval is None or self.step in steps_inside(scheduler, interval)
             self.branches = self.guider.branches() if is_guided else [Branch()]
+
+        # The answer.
         if not self.uses_cfg:
             return self._answer_once(run, args, kwargs)
         return (self._answer_one_of_two if self.calls_per_step == 2 else self._answer_both)(run, args, kwargs)
 
     def end_step(self) -> None:
-        """Called in front of the scheduler's step."""
+        """Called before the scheduler's step."""
         if self.calls != self.calls_per_step:
             self._refuse_calls()
         self.step, self.calls = self.step + 1, 0
@@ -162,7 +169,7 @@ class _GuidedSteps:
     def _answer_one_of_two(self, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The strong branch for the first call of a step, the weak one for the second.
 
-        Where the step is not guided, the first prediction again: the pipeline's extrapolation between equals gives it.
+        In an unguided step it answers both with the first prediction: the pipeline's combination of equals returns it.
         """
         if self.calls == 1:
             self.first = self._run(self.branches[0], run, args, kwargs)
@@ -184,6 +191,7 @@ class _GuidedSteps:
 
     def _run(self, branch: Branch, run: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
         """The transformer's output for one branch."""
+        # Routing, and the seed of the subset.
         denoiser = self.denoisers[branch.denoiser]
         run = run if branch.denoiser == "main" else denoiser
         if branch.selection_ratio == 0.0 and not hasattr(denoiser, "token_router"):
@@ -193,15 +201,16 @@ class _GuidedSteps:
             if get_token_router(denoiser).resolve().seed is None:
                 latents = next(iter([*args, *kwargs.values()]))
                 settings["seed"] = draw_routing_seed(self.generator, device=latents[0].device)
+
+        # The forward. Copied: a CUDA graph of torch.compile overwrites its outputs in the next call.
         with token_routing(denoiser, **settings):
             output = run(*args, **kwargs)
-        # Copied: a CUDA graph of torch.compile writes its next outputs over these.
         prediction = output[0]
         is_list = isinstance(prediction, list)
         return _with_prediction(output, [one.clone() for one in prediction] if is_list else prediction.clone())
 
     def _half(self, value: Any, index: int) -> Any:
-        """One half of an argument that has an entry per sample; any other as it is."""
+        """One half of an argument that has an entry per sample; any other argument unchanged."""
         if isinstance(value, dict):
             return {name: self._half(entry, index) for name, entry in value.items()}
         if isinstance(value, list | tuple) and not self.layout.sample_lists:
@@ -213,7 +222,7 @@ class _GuidedSteps:
         return value[middle:] if index else value[:middle]
 
     def _check_halves(self, latents: "torch.Tensor | list[torch.Tensor]") -> None:
-        """Raises ValueError unless the batch has the same latents twice (looked at once) and the size it had."""
+        """Raises ValueError unless both halves of the batch are equal (checked once) and its size never changes."""
         middle = len(latents) // 2
         if self.num_rows is None:
             pairs = zip(latents[:middle], latents[-middle:], strict=True)
@@ -234,7 +243,8 @@ class _GuidedSteps:
 
 
 class _Forward:
-    """Set as the `forward` of a transformer: threads that sample with guidance get its answers, others the model's."""
+    """Set as the `forward` of a transformer: threads that sample with guidance get guided answers, others the model's
+    own output."""
 
     def __init__(self, module: torch.nn.Module):
         self.module = module
@@ -246,13 +256,13 @@ class _Forward:
         return self.run(*args, **kwargs) if steps is None else steps.answer(self.run, args, kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What the transformer did before."""
+        """The transformer's forward from before."""
         if self.before is not None:
             return self.before(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     @property
-    def __signature__(self) -> inspect.Signature:  # pipelines look at it
+    def __signature__(self) -> inspect.Signature:  # pipelines inspect it
         return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
 
 
@@ -261,7 +271,8 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def _forwards_answered(transformer: torch.nn.Module, steps: _GuidedSteps) -> Iterator[None]:
-    """This thread's calls of the transformer go to `steps`; the last thread to leave takes everything back."""
+    """Sends this thread's calls of the transformer to `steps`; the last thread to leave restores the forward."""
+    # Take over the forward.
     attributes, thread = vars(transformer), threading.get_ident()  # not setattr: torch.compile's wrapper redirects it
     with _LOCK:
         if not isinstance(attributes.get("forward"), _Forward):
@@ -270,6 +281,8 @@ def _forwards_answered(transformer: torch.nn.Module, steps: _GuidedSteps) -> Ite
         if thread in forward.steps:
             raise ValueError("Expected a transformer that no GuidedPipeline of this thread is sampling with.")
         forward.steps[thread] = steps
+
+    # Give it back.
     try:
         yield
     finally:
@@ -281,7 +294,7 @@ def _forwards_answered(transformer: torch.nn.Module, steps: _GuidedSteps) -> Ite
 
 @contextmanager
 def _steps_counted(scheduler: Any, steps: _GuidedSteps) -> Iterator[None]:
-    """Tells `steps` of each step of the scheduler, which gets the call's generators: many pipelines give it none."""
+    """Reports each scheduler step to `steps`, and passes the call's generators to it, which many pipelines do not."""
     attributes, step = vars(scheduler), scheduler.step
     before = attributes.get("step")
     given = {"generator": steps.generator} if "generator" in inspect.signature(step).parameters else {}
@@ -306,7 +319,7 @@ def _restore(attributes: dict[str, Any], name: str, before: Any) -> None:
 
 
 def _combined(guider: SparseGuidance, predictions: list[Any]) -> Any:
-    """The guided prediction, in float32 and then the predictions' dtype; per sample where they are lists."""
+    """The guided prediction, computed in float32 and cast to the predictions' dtype; per sample if they are lists."""
     if isinstance(predictions[0], list):
         samples = zip(*predictions, strict=True)
         return [_combined(guider, [one.unsqueeze(0) for one in sample]).squeeze(0) for sample in samples]
@@ -314,7 +327,7 @@ def _combined(guider: SparseGuidance, predictions: list[Any]) -> Any:
 
 
 def _with_prediction(output: Any, prediction: Any) -> Any:
-    """A transformer's output, a tuple or a dataclass, with another first entry."""
+    """A transformer's output, a tuple or a dataclass, with its first entry replaced."""
     if isinstance(output, tuple):
         return prediction, *output[1:]
     return replace(output, **{fields(output)[0].name: prediction})

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""One step's prediction by any guider, with as few and as large forwards as its branches allow.
+"""The prediction of one step with any guider, in as few and as large forwards as its branches allow.
 
 Shapes: B images, C latent channels, H and W latent size.
 """
@@ -21,14 +21,14 @@ from ..routing import RoutingCall, TokenRouter, draw_routing_seed, get_token_rou
 class GuidedPrediction:
     """Runs the denoisers of one sampling; called at each of its steps.
 
-    Changes nothing about them, nor about the guider, but what diffusers keeps in the model: a cache, and while their
-    forward runs the hooks of `SkipLayerGuidance`, `PerturbedAttentionGuidance` and others that have `prepare_models`.
+    Denoisers and guider stay unchanged, except for what diffusers keeps in the model: a cache and, during a forward,
+    the hooks of `SkipLayerGuidance`, `PerturbedAttentionGuidance` and other guiders with `prepare_models`.
 
     Args:
         transformer: The denoiser.
         guidance_transformer: Runs the branches with `denoiser="guidance"`.
-        generator: One generator, or one per image, from which the routes' subsets are drawn; None for torch's default.
-        num_steps: Predictions of the whole sampling.
+        generator: One generator, or one per image, for the routes' subsets; None for torch's default.
+        num_steps: Number of predictions in the whole sampling.
     """
 
     def __init__(
@@ -62,26 +62,30 @@ class GuidedPrediction:
 
         Args:
             latents: [B, C, H, W] float32, as the scheduler scales them.
-            timestep: Of the scheduler.
-            step: Which of the predictions, 0-based.
+            timestep: The scheduler's timestep.
+            step: Index of the prediction, 0-based.
             class_labels: [B] int64.
-            guider: Any guider of diffusers; None for plain classifier-free guidance by `guidance_scale`.
-            guidance_scale: w; None or at most 1 for the conditional prediction alone. Not looked at with a guider.
-            guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4; likewise.
-            is_guided: False for the conditional prediction alone, dense under a guider that routes.
+            guider: Any diffusers guider; None for plain classifier-free guidance by `guidance_scale`.
+            guidance_scale: w; None or at most 1 for the conditional prediction alone. Ignored with a guider.
+            guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4. Ignored with a
+                guider.
+            is_guided: False for the conditional prediction alone; it is dense if the guider routes.
 
         Returns:
             [B, C, H, W] float32.
         """
+        # No guidance.
         labels = {"given": class_labels}
         labels["null"] = torch.full_like(class_labels, self.denoisers["main"].config.num_classes)
         if not is_guided:
             routing = RoutingCall(enabled=False) if hasattr(guider, "branches") else None
             return self._run(self.denoisers["main"], latents, timestep, class_labels, routing)[0]
+
+        # A guider.
         if guider is not None:
             guider = self._own(guider)
             guider.set_state(step=step, num_inference_steps=self.num_steps, timestep=timestep)
-            if hasattr(guider, "branches"):  # not by its class: a guider from the Hub brings code of its own
+            if hasattr(guider, "branches"):  # not isinstance: one from the Hub brings its own class
                 predictions = self._run_branches(guider.branches(), latents, timestep, labels)
                 return guider.forward(*predictions)[0]
             return self._run_guider(guider, latents, timestep, labels)
@@ -94,7 +98,7 @@ class GuidedPrediction:
         return self._run(self.denoisers["main"], latents, timestep, class_labels)[0]
 
     def _own(self, guider: BaseGuidance) -> BaseGuidance:
-        """A copy that this sampling alone tells its steps; a new one where the guider was replaced or changed."""
+        """This sampling's own copy of the guider, which holds the step; copied anew if the guider has changed."""
         if self.given[0] is not guider or self.given[1] != vars(guider):
             if hasattr(guider, "check_denoisers"):
                 guider.check_denoisers(self.denoisers["main"], self.denoisers["guidance"])
@@ -105,12 +109,12 @@ class GuidedPrediction:
         self, branches: list[Branch], latents: torch.Tensor, timestep: torch.Tensor, labels: dict[str, torch.Tensor]
     ) -> "list[torch.Tensor] | tuple[torch.Tensor, ...]":
         """The prediction of each branch."""
-        # Dense branches that differ in the condition alone are one forward.
+        # Dense branches that differ only in the condition run in one forward.
         if all(branch == Branch(condition=branch.condition) for branch in branches):
             dense = RoutingCall(enabled=False)
             return self._run_together([labels[branch.condition] for branch in branches], latents, timestep, dense)
 
-        # The others run one by one; with the same inputs, they go on where the first met its first route.
+        # Other branches run one by one; those with the first branch's inputs reuse its tokens before the first route.
         shares = self.takes_prefix and any(branch.shares_prefix for branch in branches[1:])
         predictions, prefix = [], None
         for index, branch in enumerate(branches):
@@ -136,7 +140,8 @@ class GuidedPrediction:
     def _run_guider(
         self, guider: BaseGuidance, latents: torch.Tensor, timestep: torch.Tensor, labels: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """The guided prediction of a guider of diffusers, which may change the model for a batch of its own."""
+        """The guided prediction of a diffusers guider, which may change the model for each of its batches."""
+        # In one forward if nothing differs between the batches, else one by one.
         transformer = self.denoisers["main"]
         batches = guider.prepare_inputs({"class_labels": (labels["given"], labels["null"])})
         changes_model = type(guider).prepare_models is not BaseGuidance.prepare_models
@@ -146,13 +151,15 @@ class GuidedPrediction:
             predictions = []
             for batch in batches:
                 guider.prepare_models(transformer)
-                # By its name: with some guiders a step's second batch is not always the same prediction.
+                # The cache context is the batch's name: with some guiders the second batch is not always the same one.
                 name = getattr(batch, guider._identifier_key)
                 try:
                     output = self._run(transformer, latents, timestep, batch.class_labels, context=name)
                 finally:
                     guider.cleanup_models(transformer)
                 predictions.append(output[0])
+
+        # The guider combines them.
         for batch, prediction in zip(batches, predictions, strict=True):
             batch.noise_pred = prediction
         return guider(batches)[0]
@@ -164,8 +171,7 @@ class GuidedPrediction:
         timestep: torch.Tensor,
         routing: RoutingCall | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """A prediction [B, C, H, W] for each of several labels, in one forward unless routing has settings per
-        sample."""
+        """A prediction [B, C, H, W] per tensor of labels, in one forward unless routing has per-sample settings."""
         transformer = self.denoisers["main"]
         if _routes_per_sample(get_token_router(transformer), routing):
             return tuple(self._run(transformer, latents, timestep, labels, routing)[0] for labels in class_labels)
@@ -183,27 +189,30 @@ class GuidedPrediction:
         context: str = "all",
         **prefix: Any,
     ) -> tuple[torch.Tensor, ...]:
-        """One forward in the model's dtype: what the scheduler takes of it in float32, and the prefix last where that
-        is asked for.
+        """One forward in the model's dtype; returns the scheduler's prediction in float32, and last the prefix if
+        requested.
 
         It routes as in evaluation mode, whatever mode the model is in. Its subset is drawn from the caller's
-        generators, and a cache of diffusers keeps what belongs to `context` apart.
+        generators, and a diffusers cache keeps separate states for each `context`.
         """
+        # How it routes.
         router, generator, seed = get_token_router(transformer), self.generator, None
         is_routing = router.is_routing(training=False, call=routing)
         if not is_routing and routing is not None and routing.selection_ratio:
-            check_routes(transformer, routing.selection_ratio)  # it has none
+            check_routes(transformer, routing.selection_ratio)  # raises: there are none
         if is_routing and generator is not None and router.resolve().seed is None:
             if isinstance(generator, list):
                 generator = generator * (len(latents) // len(generator))  # for each half of classifier-free guidance
             seed = draw_routing_seed(generator, device=latents.device)
         ratio = None if routing is None else routing.selection_ratio
-        # Never None, with which a model in training mode draws samples. Not all code from the Hub knows it.
+        # Never None: then a model in training mode would drop random samples. Code from the Hub may lack the field.
         path_drop = bool(getattr(router.resolve(routing), "path_drop", False))
         call = RoutingCall(enabled=is_routing, selection_ratio=ratio, seed=seed, path_drop=path_drop)
+
+        # The forward.
         is_caching = getattr(transformer, "is_cache_enabled", False)
         if is_caching and self.batch_size not in (None, len(latents)):
-            transformer._reset_stateful_cache()  # guidance began or ended: what it keeps is of another batch
+            transformer._reset_stateful_cache()  # guidance began or ended: the cached states are of another batch
         self.batch_size = len(latents)
         with transformer.cache_context(context) if is_caching else nullcontext():
             prediction, *others = transformer(
@@ -214,13 +223,14 @@ class GuidedPrediction:
                 routing=call,
                 **prefix,
             )
-        # Copied, also above: a CUDA graph of torch.compile writes its next outputs over these.
+
+        # Copied (as is the prefix): a CUDA graph of torch.compile overwrites its outputs in the next call.
         prediction = self.objective.for_scheduler(prediction.to(torch.float32, copy=True), latents, timestep)
         return prediction, *others
 
 
 def _input_dtype(transformer: ModelMixin) -> torch.dtype:
-    """What the first layer computes in. Not `transformer.dtype`, which looks at every module."""
+    """The dtype of the first parameter. Not `transformer.dtype`, which looks at every module."""
     return next(transformer.parameters()).dtype
 
 
@@ -233,11 +243,11 @@ def _routes_per_sample(router: TokenRouter, routing: RoutingCall | None) -> bool
 
 
 def _takes_prefix(transformer: ModelMixin) -> bool:
-    """Whether two forwards of `transformer` can share the blocks in front of its first route."""
-    # A cache of diffusers compares what its first block gives in each forward.
+    """Whether two forwards of `transformer` can share the blocks before its first route."""
+    # A diffusers cache compares the first block's output in each forward.
     if not getattr(transformer, "_supports_prefix", False) or has_cache(transformer):
         return False
-    # Group offloading fetches the blocks in the order of the first forward, and diffusers 0.36 fails where the first
-    # ones are left out (`LazyPrefetchGroupOffloadingHook`):
+    # Group offloading fetches the blocks in the order of the first forward, and diffusers 0.36 fails if the first ones
+    # are skipped (`LazyPrefetchGroupOffloadingHook`):
     # https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/hooks/group_offloading.py
     return "group_offloading" not in hook_names(transformer)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The noise level of each model call, and an interval of them in which guidance acts (arXiv 2404.07724)."""
+"""The noise level of each model call, and guidance in an interval of noise levels (arXiv 2404.07724)."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from diffusers import SchedulerMixin
 def noise_levels(scheduler: SchedulerMixin) -> list[float]:
     """Noise level of each entry of `scheduler.timesteps`, in the scheduler's own unit.
 
-    EDM: the noise's standard deviation sigma. Flow matching: the share t of noise, in [0, 1]. DDPM: the deviation of
-    the noise over that of the signal, sqrt((1 - abar) / abar).
+    EDM: the noise's standard deviation sigma. Flow matching: the share t of noise, in [0, 1]. DDPM: the ratio of the
+    noise's standard deviation to the signal's, sqrt((1 - abar) / abar).
 
     Args:
-        scheduler: Of diffusers or this package, after `set_timesteps`.
+        scheduler: A scheduler of diffusers or this package, after `set_timesteps`.
 
     Raises:
-        ValueError: It keeps neither a level per call nor DDPM's `alphas_cumprod`.
+        ValueError: It has neither a level per call nor DDPM's `alphas_cumprod`.
     """
     num_calls, sigmas = len(scheduler.timesteps), getattr(scheduler, "sigmas", ())
     if num_calls <= len(sigmas) <= num_calls + 1:
@@ -38,7 +38,7 @@ def check_interval(interval: Sequence[float]) -> None:
 
 
 def steps_inside(scheduler: SchedulerMixin, interval: Sequence[float]) -> list[int]:
-    """Model calls, 0-based, whose noise level lies in (low, high], as arXiv 2404.07724 has it.
+    """Indices of the model calls, 0-based, whose noise level lies in (low, high], as in arXiv 2404.07724.
 
     Raises:
         ValueError: See `noise_levels`.

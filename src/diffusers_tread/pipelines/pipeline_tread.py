@@ -38,33 +38,33 @@ if TYPE_CHECKING:
     from .call_types import ArrayOutput, CallOptions, Labels, PILOutput, TensorOutput
 
 
-# The LoRA methods of diffusers' pipelines that adapt the transformer alone; none of them is about Sana.
+# Sana's mixin has the LoRA methods for pipelines that adapt only the transformer; nothing in it is specific to Sana.
 class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
     r"""Samples images of given classes from a denoiser.
 
     Args:
-        transformer: The denoiser, such as a `TREADTransformer2DModel`, of this package, from code on the Hub, or one
-            that `register_denoiser` made known. It may be shared with other pipelines, threads and a training loop:
-            nothing about it is changed, and it is sampled as in evaluation mode whatever mode it is in. But for
-            diffusers' caches, and guiders that hook the model (`SkipLayerGuidance`, `PerturbedAttentionGuidance`):
-            those keep their state in the model, so that one thread at a time may sample from it.
+        transformer: The denoiser, such as a `TREADTransformer2DModel`: of this package, registered by
+            `register_denoiser`, or from code on the Hub. It may be shared with other pipelines, threads and a training
+            loop: it is not changed, and sampling uses evaluation-mode routing whatever mode it is in. The exceptions
+            are diffusers' caches, and guiders that hook the model (`SkipLayerGuidance`, `PerturbedAttentionGuidance`):
+            they keep their state in the model, so only one thread at a time may sample from it.
         scheduler: Any diffusers scheduler of the kind that the transformer was trained for: EDM (`EDMHeunScheduler`,
             `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`) or flow matching (`FlowMatchEulerDiscreteScheduler`,
             `FlowMatchHeunDiscreteScheduler`, or a solver with `prediction_type="flow_prediction"` and
-            `use_flow_sigmas=True`; for JiT's models too), or DDPM's noise prediction (`DDIMScheduler` and others of
+            `use_flow_sigmas=True`; also for JiT models), or DDPM's noise prediction (`DDIMScheduler` and others with
             `prediction_type="epsilon"`).
         vae: Decodes latents to images; None for a model of pixels.
-        guider: `SparseGuidance` or any other guider of diffusers that needs nothing but the class labels. None for
-            plain classifier-free guidance by `guidance_scale`.
+        guider: `SparseGuidance` or any other diffusers guider that needs only the class labels. None for plain
+            classifier-free guidance by `guidance_scale`.
         guidance_transformer: An earlier checkpoint, or another worse model of the same data, for the weak branch of
             `SparseGuidance(weak_checkpoint=True)`; not run otherwise.
-        id2label: Class id to name; integer keys become strings, as in JSON. A name may hold several, separated by
-            commas, as ImageNet's do.
+        id2label: Class id to name; integer keys become strings, as in JSON. A value may hold several names, separated
+            by commas, as ImageNet's do.
 
     Raises:
-        ValueError: The scheduler does not match the transformer's objective or has settings with which it cannot
-            sample, the VAE does not match the transformer's channels, or the guidance transformer its channels, patch
-            size, classes or objective.
+        ValueError: The scheduler does not match the transformer's objective, or cannot sample with its settings; the
+            VAE does not match the transformer's channels; or the guidance transformer does not match the
+            transformer's channels, patch size, classes or objective.
 
     Example:
         >>> from diffusers_tread import EDMHeunScheduler, SparseGuidance, TREADPipeline, TREADTransformer2DModel
@@ -74,10 +74,10 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         (8, 8)
     """
 
-    # Without the guidance transformer: it takes turns with the transformer, and each would evict the other.
+    # Without the guidance transformer: it alternates with the transformer, and each would evict the other.
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "guider", "guidance_transformer"]
-    # "prompt_embeds", the condition by its usual name, for callbacks of diffusers that ask for it.
+    # "prompt_embeds" is another name for the labels, for diffusers' callbacks that ask for it.
     _callback_tensor_inputs = ["latents", "class_labels", "prompt_embeds"]
 
     def __init__(
@@ -89,6 +89,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         guidance_transformer: Optional[ModelMixin] = None,  # noqa: UP045
         id2label: Optional[dict[Any, str]] = None,  # noqa: UP045
     ):
+        # Checks and components.
         super().__init__()
         check_scheduler(scheduler, transformer)
         check_channels(transformer, vae)
@@ -103,6 +104,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         id2label = None if id2label is None else {str(index): name for index, name in id2label.items()}
         self.register_to_config(id2label=id2label)
 
+        # State of a call.
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.set_progress_bar_config(desc="Sampling")
         self._guidance_scale = None
@@ -112,9 +114,9 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "TREADPipeline":
-        """Another pipeline over the components of `pipeline`, or over those in `kwargs` in their place.
+        """A new pipeline with the components of `pipeline`, replaced by those in `kwargs`.
 
-        Nothing is cast and no model left out; diffusers' own method makes all float32.
+        Unlike diffusers' own method, which casts all models to float32, it keeps their dtypes, and all models.
         """
         parts = pipeline.components | {"id2label": pipeline.config.get("id2label")}
         names = inspect.signature(cls.__init__).parameters
@@ -124,19 +126,19 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         if name == "scheduler":
             check_can_sample(value)
         super().__setattr__(name, value)
-        # diffusers does not save a component that took the place of None: `__setattr__` leaves its entry (None, None).
+        # diffusers does not save a component that replaced None: its `__setattr__` leaves the entry (None, None).
         # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/pipeline_utils.py
         if name in self._optional_components and value is not None and self.config[name][0] is None:
             self.register_modules(**{name: value})
 
     @property
     def vae_scale_factor(self) -> int:
-        """Image pixels on the side of a latent pixel."""
+        """Side of a latent pixel in image pixels."""
         return 1 if self.vae is None else spatial_compression(self.vae)
 
     @property
     def guidance_scale(self) -> float | None:
-        """Scale of the classifier-free guidance of the current or last call; None where a guider was used."""
+        """Scale of the classifier-free guidance in the current or last call; None without, or with a guider."""
         return self._guidance_scale
 
     @property
@@ -146,7 +148,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
 
     @property
     def guided_steps(self) -> list[int]:
-        """Model evaluations, 0-based, inside the `guidance_interval` of the current or last call; all without one."""
+        """Indices of the model evaluations, 0-based, inside the current or last call's `guidance_interval`; all if it
+        is None."""
         return self._guided_steps
 
     @property
@@ -229,37 +232,38 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         Args:
             class_labels: Class ids in [0, num_classes), the null class `num_classes`, or names of `id2label`; one or
                 several.
-            height: In pixels of the image; None for the size of training.
-            width: As `height`.
+            height: Height of the image in pixels; None for the training size.
+            width: Width of the image in pixels; None for the training size.
             num_inference_steps: Steps N of the sampler; Heun's method calls the model 2N - 1 times.
             sigmas: The N noise levels to use instead of the scheduler's own, strictly decreasing, without the final 0;
-                `num_inference_steps` is not used then. A scheduler with a `shift` applies it to them.
+                `num_inference_steps` is then ignored. A scheduler with a `shift` applies it to them.
             guidance_scale: Plain classifier-free guidance w: uncond + w * (cond - uncond), both in one forward.
                 Values of at most 1 mean no guidance. If given, the pipeline's guider is not used in this call.
             num_images_per_prompt: Images for each label.
-            generator: One generator, or one per image: then each image depends on its own generator alone, whatever
-                else is in the batch, routing included.
+            generator: One generator, or one per image: then each image, routing included, depends only on its own
+                generator and not on the rest of the batch.
             latents: [B, C, H, W] standard normal noise to start from; None draws it from `generator`.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent".
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each scheduler step; may
-                return changed tensors, and set `pipe._guidance_scale` or `pipe.guider` for the steps to come (a scale
-                of 0 ends all guidance).
+                return changed tensors, and set `pipe._guidance_scale` or `pipe.guider` for later steps (a scale of 0
+                ends all guidance).
             callback_on_step_end_tensor_inputs: What the callback gets: "latents", "class_labels", or the labels as
-                "prompt_embeds", under which nothing is taken back.
-            guidance_interval: Noise levels (low, high] in which guidance acts, of `guidance_scale` or of the guider;
-                elsewhere there is one dense prediction with the class. In the unit of `scheduler.sigmas`: EDM's
+                "prompt_embeds", whose changes are ignored.
+            guidance_interval: Noise levels (low, high] at which guidance is on, by `guidance_scale` or by the guider;
+                other steps make one dense prediction with the class. In the unit of `scheduler.sigmas`: EDM's
                 sigma, flow matching's t in [0, 1], for DDPM sqrt((1 - abar) / abar). None for all. arXiv 2404.07724.
-            guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4, of `guidance_scale`;
-                a guider has its own.
+            guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4, with
+                `guidance_scale`; a guider has its own.
 
         Returns:
             `images`: B images of the output type.
 
         Raises:
-            ValueError: An argument out of range, before any work; or, unless latents are asked for, samples that are
-                not finite, which an image would hide.
+            ValueError: An argument is out of range, raised before any work; or samples are not finite, which an image
+                would hide (not checked for output type "latent").
         """
+        # Arguments.
         class_labels = self.get_label_ids(class_labels)
         image_size = self.transformer.config.sample_size * self.vae_scale_factor
         height = image_size if height is None else height
@@ -299,8 +303,9 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         if guidance_interval is not None:
             self._guided_steps = steps_inside(self.scheduler, guidance_interval)
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)  # spares a search, and with it a wait for the device
+            self.scheduler.set_begin_index(0)  # saves a search, which would wait for the device
 
+        # Sampling and decoding.
         try:
             callbacks = callback_on_step_end, callback_on_step_end_tensor_inputs
             latents = self._denoise(latents, timesteps, class_labels, generator, *callbacks, guidance_rescale)
@@ -309,15 +314,15 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
                 images = self._decode(latents)
                 check_finite_samples(latents, images, self.transformer.dtype)
         finally:
-            self.maybe_free_model_hooks()  # which also empties caches
+            self.maybe_free_model_hooks()  # also empties caches
         images = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def get_label_ids(self, class_labels: "int | str | Sequence[int | str] | torch.Tensor") -> list[int]:
-        """Class ids of ids or names, nested or not, tensors and arrays included.
+        """Class ids from ids or names: single, in nested lists, or as tensors and arrays.
 
         Raises:
-            ValueError: An unknown name, a name of several classes, or something that is no label.
+            ValueError: An unknown name, a name of several classes, or something that is not a label.
         """
         if hasattr(class_labels, "tolist"):  # a tensor or an array, of any shape
             class_labels = class_labels.tolist()
@@ -347,7 +352,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
     ) -> None:
-        """Raises ValueError for the first argument of `__call__` that cannot work."""
+        """Raises ValueError for the first invalid argument of `__call__`."""
+        # Components.
         config = self.transformer.config
         check_scheduler(self.scheduler, self.transformer)
         check_channels(self.transformer, self.vae)
@@ -358,9 +364,10 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             guider.check_denoisers(self.transformer, self.guidance_transformer)
         if sigmas is not None:
             check_sigmas(self.scheduler, sigmas)
+
+        # Labels and sizes.
         batch_size = len(class_labels) * num_images_per_prompt
         stride = self.vae_scale_factor * config.get("patch_size", 1)
-
         if batch_size < 1:
             raise ValueError(
                 f"Expected at least one label and one image per label, got {len(class_labels)} labels and "
@@ -373,6 +380,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             )
         if height < stride or width < stride or height % stride or width % stride:
             raise ValueError(f"Expected height and width divisible by {stride}, got {height}x{width}.")
+
+        # Steps and guidance.
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"Expected an integer num_inference_steps >= 1, got {num_inference_steps!r}.")
         if guidance_scale is not None and not math.isfinite(guidance_scale):
@@ -384,6 +393,8 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
                 f"Expected guidance_rescale in [0, 1], above 0 only with a guidance_scale, got {guidance_rescale}. A "
                 "guider has its own."
             )
+
+        # Noise, output and callback.
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected one generator per image ({batch_size}), got {len(generator)}.")
         if not isinstance(generator, (torch.Generator, list, type(None))):
@@ -406,7 +417,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         latents: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """[B, C, H, W] float32 (the trajectory stays in fp32 whatever the model's dtype) at the first noise level."""
+        """Latents [B, C, H, W] float32 at the first noise level; the trajectory is fp32 whatever the model's dtype."""
         factor = self.vae_scale_factor
         shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
         if latents is None:
@@ -436,14 +447,18 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
+
+                # Prediction. Guider and scale are read at each step, because a callback may change them.
                 scaled = self._scale(latents, timestep)
-                # Read at each step: a callback may change them.
                 guider, scale = (self.guider, None) if self._guidance_scale is None else (None, self._guidance_scale)
                 guidance = {"guider": guider, "guidance_scale": scale, "guidance_rescale": guidance_rescale}
                 guidance["is_guided"] = step in guided_steps
                 prediction = predict(scaled, timestep, step, class_labels, **guidance)
+
+                # Step.
                 latents = self.scheduler.step(prediction, timestep, latents, **step_generator, return_dict=False)[0]
 
+                # Callback.
                 if callback is not None:
                     tensors = {"latents": latents, "class_labels": class_labels, "prompt_embeds": class_labels}
                     tensors = {name: tensors[name] for name in callback_tensor_inputs}
@@ -454,13 +469,13 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
         return latents
 
     def _scale(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The latents as the scheduler feeds them to the model."""
+        """The latents, scaled by the scheduler for the model."""
         if hasattr(self.scheduler, "scale_model_input"):
             return self.scheduler.scale_model_input(latents, timestep)
         return latents
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to images in [-1, 1]; a model of pixels has them already."""
+        """Latents to images in [-1, 1]; for a model of pixels they are the same."""
         return latents if self.vae is None else decode_latents(self.vae, latents)
 
     def _label_id(self, name: str) -> int:

@@ -27,11 +27,11 @@ def take_tokens(hidden_states: torch.Tensor, kept_token_ids: torch.Tensor) -> to
 def put_tokens(
     hidden_states: torch.Tensor, kept_token_ids: torch.Tensor, kept_hidden_states: torch.Tensor
 ) -> torch.Tensor:
-    """The full sequence with the kept tokens replaced; all others keep their bits.
+    """The full sequence with the kept tokens replaced; all others are copied bit for bit.
 
     Args:
-        hidden_states: [B, N, ...], what the routed tokens rejoin as: the sequence before the route, or see
-            `TokenRoute.rejoin`. It is not changed.
+        hidden_states: [B, N, ...], the states that routed tokens return with: the sequence before the route, or
+            another one, see `TokenRoute.rejoin`. Not modified.
         kept_token_ids: [B, K] int64, as given to `take_tokens`.
         kept_hidden_states: [B, K, ...], the kept tokens after the routed blocks; cast to the dtype of `hidden_states`
             (under autocast a block may return another dtype than it was given).

@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Models that are set up in a way that routing does not go with."""
+"""Checks for model setups that routing does not support."""
 
 import torch
 
 
 def check_can_route(denoiser: torch.nn.Module) -> None:
-    """Raises ValueError if `denoiser` is set up in a way that counts tokens by their position in the sequence."""
+    """Raises ValueError if `denoiser` has context parallelism or a cache, which address tokens by position."""
     parallel = getattr(denoiser, "_parallel_config", None)
     if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
         raise ValueError(
@@ -21,7 +21,7 @@ def check_can_route(denoiser: torch.nn.Module) -> None:
 
 
 def check_can_fuse(denoiser: torch.nn.Module) -> None:
-    """Raises ValueError if `denoiser`, a route of which ends in a fusion, has a cache."""
+    """Raises ValueError if `denoiser`, which has a route with a fusion, also has a cache."""
     if has_cache(denoiser):
         raise ValueError(
             "Expected a model without a cache where a route has rejoin='fuse': caches add up what blocks change, and "
@@ -30,8 +30,8 @@ def check_can_fuse(denoiser: torch.nn.Module) -> None:
 
 
 def check_can_drop_path(denoiser: torch.nn.Module) -> None:
-    """Raises ValueError if the blocks of `denoiser` are moved to the device in the order of another forward."""
-    # As in `pipelines.guided_prediction`, where the blocks in front of a route are left out.
+    """Raises ValueError if `denoiser` has group offloading, which fetches blocks in the order of its first forward."""
+    # `_takes_prefix` in `pipelines.guided_prediction` has the same limit: it skips the blocks before a route.
     if "group_offloading" in hook_names(denoiser):
         raise ValueError(
             "Expected a model without group offloading where a path is dropped: it fetches blocks in the order of its "
@@ -40,8 +40,8 @@ def check_can_drop_path(denoiser: torch.nn.Module) -> None:
 
 
 def has_cache(model: torch.nn.Module) -> bool:
-    """Whether a cache of diffusers is on the model, by `enable_cache` or, unless it is being compiled, by a function
-    such as `apply_first_block_cache`."""
+    """Whether the model has a diffusers cache, set by `enable_cache` or by a function such as
+    `apply_first_block_cache`. While compiling, only the former is checked."""
     if getattr(model, "is_cache_enabled", False) or torch.compiler.is_compiling():
         return getattr(model, "is_cache_enabled", False)
     return any(word in name for name in hook_names(model) for word in ("cache", "fbc", "broadcast"))
@@ -50,7 +50,7 @@ def has_cache(model: torch.nn.Module) -> bool:
 def hook_names(model: torch.nn.Module) -> set[str]:
     """The names of diffusers' hooks on the modules of a model."""
     names, modules = set(), [model]
-    # In every routed forward: `model.modules()` takes four times as long (0.3 ms for XL/2).
+    # Runs in every routed forward, and `model.modules()` takes four times as long (0.3 ms for XL/2).
     for module in modules:
         if module is None:
             continue

@@ -15,7 +15,7 @@ from ..field_docs import with_field_docs
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class TokenRoute:
-    """A route r(start -> end): routed tokens skip blocks start..end and rejoin after `end` in the state they had.
+    """A route r(start -> end): routed tokens skip blocks start..end and rejoin after `end`, unchanged.
 
     `rejoin` "input" or "sum" and `magnitude_mix` are options of the paper's first version (arXiv 2501.04765v1);
     `rejoin` "fuse" and `path_drop` are SPRINT's (arXiv 2510.21986).
@@ -37,35 +37,38 @@ class TokenRoute:
 
     rejoin: Literal["state", "input", "sum", "fuse"] = "state"
     """What a routed token is after `end`: its "state" before `start` (v1's x_D_last), its "input" to the model's first
-    block (v1's x_T), or the "sum" of both. The final paper has "state". With "fuse" all tokens, kept or not, go on as
-    a learned linear map of their state before `start` and after `end`, where a mask vector stands for the routed ones,
-    in dense forwards too (`RouteFusion`). SPRINT has start=2, end=-3 and a selection ratio of 0.75 with it."""
+    block (v1's x_T), or the "sum" of both. The final paper uses "state". With "fuse" every token, kept or routed, goes
+    on as a learned linear map of its states before `start` and after `end`, in dense forwards too; a mask vector
+    replaces the second for routed tokens (`RouteFusion`). SPRINT uses start=2, end=-3 and selection_ratio=0.75."""
 
     rejoin_from: int | None = None
-    """With rejoin "state": a routed token comes back in the state it had before this block, 0-based, up to `start`,
-    instead of before `start` (None), a "delayed" route. Up to `start` all tokens run; what the blocks from this one on
-    made of a routed token only served as context for the others. Negative counts from the end of the model. The
-    papers have None."""
+    """With rejoin "state": a "delayed" route. A routed token returns in the state it had before this block (0-based,
+    at most `start`); None means before `start`. All tokens still run through the blocks up to `start`, but the work of
+    the blocks from this one on only serves as context for the other tokens. Negative counts from the end of the model.
+    The papers use None."""
 
     magnitude_mix: float = 0.0
-    """l in [-1, 1] mixes the tokens' magnitude into the choice: `(1 - |l|) * rand + |l| * m`, the highest are kept,
-    with m the L1 norm of a token scaled to [0, 1] within its sample, or 1 - m where l is negative. v1's code keeps the
-    smallest: its `l1_reg` is -l, with its `inverse` +l. The final paper has 0.0, uniform subsets."""
+    """l in [-1, 1] mixes token magnitude into the choice: tokens with the highest `(1 - |l|) * rand + |l| * m` are
+    kept, where m is a token's L1 norm scaled to [0, 1] within its sample, or 1 minus that if l is negative. v1's code
+    keeps the smallest: its `l1_reg` is -l, or +l with its `inverse`. The final paper uses 0.0, uniform subsets."""
 
     unit: Literal["token", "row"] = "token"
-    """What is kept or routed as a whole: single tokens, or rows of the token grid. The kept rows are again a grid,
-    which blocks that convolve, shift or scan over it need. The papers route tokens."""
+    """What is kept or routed as a whole: single tokens, or rows of the token grid. Kept rows form a grid again, which
+    blocks that convolve, shift or scan over it need. The papers route tokens."""
 
     path_drop: float = 0.0
-    """With rejoin "fuse": share of the samples, in [0, 1), of which a forward in training mode puts the mask vector in
-    place of all tokens after `end`, chosen by the seed as the kept tokens are. It trains the weak branch of
-    `PathDropGuidance`. SPRINT has 0.05 to 0.1."""
+    """With rejoin "fuse": share of the samples, in [0, 1), for which a forward in training mode replaces the route's
+    output by the mask vector for all tokens. The routing seed chooses the samples, as it does the kept tokens. This
+    trains the weak branch of `PathDropGuidance`. SPRINT uses 0.05 to 0.1."""
 
     def __post_init__(self):
+        # Blocks and ratio.
         for name in ("start", "end") if self.rejoin_from is None else ("start", "end", "rejoin_from"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise ValueError(f"Expected `{name}` to be a block index (int), got {getattr(self, name)!r}.")
         check_selection_ratio(self.selection_ratio)
+
+        # Rejoin.
         if self.rejoin not in ("state", "input", "sum", "fuse"):
             raise ValueError(
                 f"Expected rejoin 'state', 'input', 'sum' or 'fuse', got {self.rejoin!r}. The paper has 'state'."
@@ -75,6 +78,8 @@ class TokenRoute:
                 f"Expected rejoin='state' with rejoin_from={self.rejoin_from}, got {self.rejoin!r}. Leave one of them "
                 "out; rejoin_from=0 is rejoin='input'."
             )
+
+        # Choice of tokens and samples.
         check_magnitude_mix(self.magnitude_mix)
         if self.unit not in ("token", "row"):
             raise ValueError(f"Expected unit 'token' or 'row', got {self.unit!r}. The papers route tokens.")
@@ -90,21 +95,23 @@ class TokenRoute:
     def resolve(self, num_layers: int) -> "TokenRoute":
         """The same route with absolute indices, checked against a model of `num_layers` blocks.
 
-        A `rejoin_from` that is `start` becomes None, which means the same.
+        A `rejoin_from` equal to `start` becomes None, which means the same.
 
         Raises:
             ValueError: The route lies outside the model, is empty, or leaves fewer than two blocks after the rejoin
                 (routes that reach the last two blocks hurt: arXiv 2501.04765, ablation of the route's position);
-                `rejoin_from` lies outside the model or behind `start`.
+                `rejoin_from` lies outside the model or after `start`.
 
         Warns:
-            UserWarning: Fewer than three blocks are left after the rejoin, unless that is a fusion; not while a saved
-                model is loaded.
+            UserWarning: Fewer than three blocks are left after the rejoin, unless the route ends in a fusion or a
+                saved model is being loaded.
         """
+        # Absolute indices.
         start = self.start + num_layers if self.start < 0 else self.start
         end = self.end + num_layers if self.end < 0 else self.end
         largest_end = num_layers - 3
 
+        # Checks.
         if not (0 <= start < num_layers and 0 <= end < num_layers):
             raise ValueError(
                 f"Expected a route inside the model's {num_layers} blocks (0 to {num_layers - 1}), got "
@@ -132,7 +139,7 @@ class TokenRoute:
         return replace(self, start=start, end=end, rejoin_from=self._resolve_rejoin_from(start, num_layers))
 
     def _resolve_rejoin_from(self, start: int, num_layers: int) -> int | None:
-        """`rejoin_from` as an absolute index in front of `start`; None for the state before `start`."""
+        """`rejoin_from` as an absolute index below `start`; None for the state before `start`."""
         if self.rejoin_from is None:
             return None
         rejoin_from = self.rejoin_from + num_layers if self.rejoin_from < 0 else self.rejoin_from
@@ -147,7 +154,7 @@ class TokenRoute:
     def to_dict(self) -> dict[str, int | float | str]:
         """The route as JSON-serialisable values; `TokenRoute(**route.to_dict())` gives it back.
 
-        Options that are off are left out: a model that has none of them has the config it had before there were any.
+        Options that are off are left out, so configs without them look as they did before the options existed.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.rejoin == "state":
@@ -186,7 +193,8 @@ def check_magnitude_mix(magnitude_mix: float) -> None:
 def default_route(num_layers: int, unit: Literal["token", "row"] = "token") -> TokenRoute:
     """The paper's route for a model of `num_layers` blocks: start 2, end num_layers - 4 (inclusive), ratio 0.5.
 
-    Placement is absolute, not relative to the depth: S/2 and B/2 2 -> 8, L/2 2 -> 20, XL/2 2 -> 24.
+    Both ends are fixed distances from the ends of the model, not shares of its depth: 2 -> 8 for S/2 and B/2, 2 -> 20
+    for L/2, 2 -> 24 for XL/2.
 
     Raises:
         ValueError: The model has fewer than six blocks, which leaves nothing to route.
@@ -202,16 +210,17 @@ def default_route(num_layers: int, unit: Literal["token", "row"] = "token") -> T
 def resolve_routes(
     routes: "TokenRoute | Mapping[str, Any] | Iterable[TokenRoute | Mapping[str, Any]] | None", num_layers: int
 ) -> tuple[TokenRoute, ...]:
-    """Checks routes against a model of `num_layers` blocks; gives them with absolute indices, in the model's order.
+    """Checks routes against a model of `num_layers` blocks; returns them with absolute indices, in the model's order.
 
     Args:
         routes: One route or several, as `TokenRoute` or as the mapping of `TokenRoute.to_dict`; None for no route.
         num_layers: Number of transformer blocks of the model.
 
     Raises:
-        ValueError: As `TokenRoute.resolve`, or two routes overlap, or tokens are to rejoin in a state from inside
-            another route, which not all of them have, or a mapping has unknown or missing keys.
+        ValueError: As `TokenRoute.resolve`; two routes overlap; a `rejoin_from` lies inside another route, where
+            routed tokens have no state; or a mapping has unknown or missing keys.
     """
+    # A list of routes.
     if routes is None:
         return ()
     if isinstance(routes, (TokenRoute, Mapping)):
@@ -219,6 +228,7 @@ def resolve_routes(
     if isinstance(routes, str) or not isinstance(routes, Iterable):
         raise ValueError(f"Expected a TokenRoute, its mapping, or a list of them, got {routes!r}.")
 
+    # In the model's order, without overlaps.
     resolved = sorted((_as_route(route).resolve(num_layers) for route in routes), key=lambda route: route.start)
     for first, second in zip(resolved, resolved[1:], strict=False):
         if second.start <= first.end:
@@ -227,7 +237,7 @@ def resolve_routes(
                 f"{second.start}-{second.end} (both ends inclusive). Start the second at {first.end + 1} or later."
             )
     for route, other in itertools.product(resolved, resolved):
-        # Before `other.start` and after `other.end` all tokens are together, also with that route behind them.
+        # Up to `other.start` and after `other.end` every token has a state.
         if route.rejoin_from is not None and other.start < route.rejoin_from <= other.end:
             raise ValueError(
                 f"Expected rejoin_from outside of other routes, got rejoin_from={route.rejoin_from} and a route over "
@@ -240,18 +250,18 @@ def resolve_routes(
 def num_kept_tokens(num_tokens: int, selection_ratio: float) -> int:
     """N - floor(N * ratio): how many of `num_tokens` tokens, or rows of them, go through the routed blocks.
 
-    The tiny constant undoes the rounding of products such as 100 * 0.29 = 28.999…; as the ratio is below 1, at least
-    one is kept.
+    The small constant undoes float rounding such as 100 * 0.29 = 28.999…. At least one is kept, as the ratio is below
+    1.
     """
     num_routed = math.floor(num_tokens * selection_ratio + 1e-9)
     return max(num_tokens - num_routed, 1)
 
 
 def _stacklevel_of_caller() -> int | None:
-    """For `warnings.warn` where this is called: the line outside of this package that led there.
+    """The `stacklevel` with which `warnings.warn` in the calling function points at the user's line.
 
-    Routes are checked deep inside of constructors, which diffusers and huggingface_hub wrap. None if a saved model is
-    being loaded, whose routes are what they are.
+    Routes are checked deep inside constructors that diffusers and huggingface_hub wrap. None while a saved model is
+    being loaded: its routes cannot be changed any more.
     """
     inside = {__name__.partition(".")[0], "diffusers", "huggingface_hub"}
     frame, level = inspect.currentframe().f_back, 1

@@ -23,8 +23,8 @@ from .subset import choose_samples, magnitude_priority, random_priority, select_
 class RoutingCall:
     """How one forward routes: the argument `routing` of a denoiser.
 
-    A field that is None says nothing: then `token_routing` around the call decides, then `TokenRouter.defaults`, then
-    what is said below.
+    A field that is None is unset: then an enclosing `token_routing` decides, then `TokenRouter.defaults`, then the
+    default given with the field below.
 
     Raises:
         ValueError: A value outside its range.
@@ -38,37 +38,36 @@ class RoutingCall:
     """
 
     enabled: bool | None = None
-    """True or False switches routing on or off; said by nobody, it is on in training mode or with a `selection_ratio`,
-    and off otherwise."""
+    """True or False switches routing on or off. Unset: on in training mode or with a `selection_ratio`, else off."""
 
     selection_ratio: float | None = None
-    """Share of tokens routed away on every route, in [0, 1); 0.0 is dense. Said by nobody, each route has its own."""
+    """Share of tokens routed away on every route, in [0, 1); 0.0 is dense. Unset: each route's own ratio."""
 
     seed: "int | torch.Tensor | None" = None
     """Makes the subset a pure function of (seed, route, sample, position). A 64-bit integer for the whole batch, or an
-    int64 tensor [B] with one per sample, which makes a sample's subset independent of the batch around it. Said by
-    nobody, a fresh one is drawn in each forward."""
+    int64 tensor [B] with one per sample, which makes a sample's subset independent of the batch around it. Unset: each
+    forward draws a fresh one."""
 
     generator: torch.Generator | None = None
-    """Where fresh seeds come from; said by nobody, torch's default generator of the tokens' device. It is neither
-    copied nor pickled with a model, and cannot be used inside a compiled forward: give a `seed` there."""
+    """Source of fresh seeds. Unset: torch's default generator of the tokens' device. It is neither copied nor pickled
+    with a model, and cannot be used inside a compiled forward: give a `seed` there."""
 
     shared_subset: bool | None = None
-    """Whether one random draw serves all samples of the batch; said by nobody, False. A [B, N] `force_keep` or a
-    `magnitude_mix` still makes the samples' subsets differ."""
+    """Whether all samples of the batch share one random draw. Unset: False. A [B, N] `force_keep` or a `magnitude_mix`
+    still makes the samples' subsets differ."""
 
     force_keep: torch.Tensor | None = None
     """[N] or [B, N] bool, tokens that are never routed (text, padding, masked losses). If a sample forces more tokens
-    than the ratio keeps, all samples keep that many. Of rows, those with such a token are kept. Each new largest count
-    per sample recompiles a compiled forward: there, give `kept_token_ids`."""
+    than the ratio keeps, all samples keep that many. Routes of rows keep each row with such a token. A compiled
+    forward recompiles for each new largest count per sample: give `kept_token_ids` there."""
 
     magnitude_mix: float | None = None
     """Overrides `TokenRoute.magnitude_mix` of every route, in [-1, 1]."""
 
     path_drop: bool | None = None
-    """Of routes with rejoin "fuse": True leaves their blocks out and puts the mask vector in place of all tokens that
-    they would give, the weak branch of `PathDropGuidance`; False does so for no sample. Said by nobody, each route
-    does for its share `TokenRoute.path_drop` of the samples in training mode, unless `enabled` is False."""
+    """For routes with rejoin "fuse": True skips their blocks and replaces their output by the mask vector for all
+    tokens, which is the weak branch of `PathDropGuidance`; False does so for no sample. Unset: in training mode each
+    route does so for a share `TokenRoute.path_drop` of the samples, unless `enabled` is False."""
 
     def __post_init__(self):
         if self.enabled is not None and not isinstance(self.enabled, bool):
@@ -85,7 +84,7 @@ class RoutingCall:
                 "seed=draw_routing_seed(generators)."
             )
 
-        # A tensor, never a Python int, for which a compiled forward would recompile at each change.
+        # A tensor, because a compiled forward would recompile at each new Python int.
         seed = self.seed
         if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63:
             seed = torch.tensor(seed, dtype=torch.int64)
@@ -94,6 +93,7 @@ class RoutingCall:
             raise ValueError(f"Expected a 64-bit int or an int64 tensor [] or [B] as seed, got {_describe(seed)}.")
         object.__setattr__(self, "seed", seed)
 
+        # The mask.
         mask = self.force_keep
         is_mask = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() in (1, 2)
         if mask is not None and not is_mask:
@@ -104,13 +104,13 @@ class RoutingCall:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResolvedCall(RoutingCall):
-    """What holds for one forward: each field as the nearest layer has it that says anything. None: nobody does."""
+    """The settings of one forward: each field from the innermost layer that sets it; None if none does."""
 
     num_forced: dict[tuple[int, int], int] | None = None
-    """The most rows with tokens of `force_keep` in a sample, by the frames and width that its grid may have; of (1, 1)
-    tokens."""
+    """The most rows with tokens of `force_keep` in a sample, by (frames, width) of each possible grid; for (1, 1) the
+    most tokens."""
 
-    def __post_init__(self):  # checked where it was said
+    def __post_init__(self):  # the fields were checked where they were set
         pass
 
 
@@ -125,7 +125,7 @@ _FIELDS = [field.name for field in fields(ResolvedCall)]
 
 
 class TokenRouter:
-    """Holds the routes of one denoiser and plans each of its forwards. Has no parameters, and no forward changes it.
+    """Holds the routes of one denoiser and plans each forward. It has no parameters, and no forward changes it.
 
     Args:
         routes: One `TokenRoute`, several, their mappings, or None for a model that never routes.
@@ -133,8 +133,8 @@ class TokenRouter:
 
     Attributes:
         routes (`tuple[TokenRoute, ...]`): The routes with absolute indices, in the model's order.
-        defaults (`RoutingCall`): What holds in all threads where neither the forward's `routing` nor `token_routing`
-            says otherwise. Changed by assigning another one.
+        defaults (`RoutingCall`): Settings for all threads, used where neither the forward's `routing` nor
+            `token_routing` sets a field. Assign another one to change them.
 
     Raises:
         ValueError: As `resolve_routes`.
@@ -149,10 +149,10 @@ class TokenRouter:
         self._surroundings = _Surroundings()
 
     def resolve(self, call: RoutingCall | None = None) -> ResolvedCall:
-        """What holds for a forward with this call: what it says itself, then `token_routing`, then `defaults`.
+        """The settings of a forward with this call: each field from the call, then `token_routing`, then `defaults`.
 
         Raises:
-            ValueError: As `check_path_drop`, where the path is to be dropped.
+            ValueError: As `check_path_drop`, if `path_drop` is True.
         """
         layers = (*(() if call is None else (call,)), *self._surroundings.calls, self.defaults)
         said = ResolvedCall(**{name: _first_said([getattr(one, name) for one in layers]) for name in _FIELDS})
@@ -173,7 +173,7 @@ class TokenRouter:
         return asked and any(route.path_drop > 0.0 for route in self.routes)
 
     def check_path_drop(self) -> None:
-        """Raises ValueError unless the model has a route whose blocks can be left out."""
+        """Raises ValueError unless the model has a route whose blocks can be skipped, one with rejoin "fuse"."""
         if not any(route.rejoin == "fuse" for route in self.routes):
             raise ValueError(
                 f"Expected a route with rejoin='fuse', whose path can be dropped, got {list(self.routes)}. Use a "
@@ -198,22 +198,23 @@ class TokenRouter:
         """Chooses the kept tokens of one forward. Call it once per forward, outside any checkpointed block.
 
         Args:
-            hidden_states: [B, N, D], the tokens that may be routed. Only the shape and device count, and the values
-                with `magnitude_mix`.
+            hidden_states: [B, N, D], the tokens that may be routed. Only shape and device are used; with
+                `magnitude_mix` the values too.
             training: The denoiser's mode.
             call: The forward's `routing`.
-            seed: What `forward_seed` gave for this forward; None (default) asks it now.
-            grid_size: (rows, columns) of the tokens in raster order, which routes of rows need. Of a video (frames,
-                rows, columns): all its frames keep the same rows.
+            seed: The result of `forward_seed` for this forward; None (default) calls it here.
+            grid_size: (rows, columns) of the tokens in raster order, needed by routes of rows; for a video (frames,
+                rows, columns), where all frames keep the same rows.
 
         Returns:
             None for a dense forward; else per route the ids of the kept tokens, [B, K] int64 sorted ascending, or None
-            for a route that keeps all, or whose path `path_drop=True` drops. Of h rows of w columns K is
-            w * `num_kept_tokens(h, ratio)`.
+            for a route that keeps all tokens or is dropped by `path_drop=True`. For a route of rows over h rows and w
+            columns, K is w * `num_kept_tokens(h, ratio)`.
 
         Raises:
             ValueError: `seed` or `force_keep` does not fit the batch, or a route of rows has no grid of N tokens.
         """
+        # Settings, seed and mask.
         if not self.is_routing(training, call):
             return None
         said = self.resolve(call)
@@ -229,6 +230,7 @@ class TokenRouter:
                 )
             force_keep = force_keep.to(hidden_states.device, non_blocking=True)
 
+        # The kept tokens of each route.
         kept_token_ids = []
         for index, route in enumerate(self.routes):
             if _skips(route, said):
@@ -252,13 +254,13 @@ class TokenRouter:
         call: RoutingCall | None = None,
         seed: torch.Tensor | None = None,
     ) -> "list[torch.Tensor | bool] | None":
-        """Chooses the samples of one forward that go without the blocks of routes with rejoin "fuse".
+        """Chooses the samples of one forward that skip the blocks of routes with rejoin "fuse".
 
         Args:
-            hidden_states: [B, N, D], of which only B and the device count.
+            hidden_states: [B, N, D]; only B and the device are used.
             training: The denoiser's mode.
             call: The forward's `routing`.
-            seed: What `plan` was given; needed where `is_dropping`.
+            seed: The same as for `plan`; needed if `is_dropping`.
 
         Returns:
             None for a forward without path drop; else per route True (all samples), False (none), or [B] bool.
@@ -280,7 +282,7 @@ class TokenRouter:
         ]
 
     def forward_seed(self, device: "torch.device | str", call: RoutingCall | None = None) -> torch.Tensor:
-        """The seed of one forward: the one that was given, else a fresh one. int64, [] or [B]."""
+        """The seed of one forward: the given one, else a fresh one. int64, [] or [B]."""
         said = self.resolve(call)
         if said.seed is not None:
             return said.seed.to(device, non_blocking=True)
@@ -303,9 +305,9 @@ def draw_routing_seed(
     """A fresh value for `RoutingCall.seed`.
 
     Args:
-        generator: One generator for a seed of the whole batch, or a list with one per sample for a seed per sample.
-            None takes torch's default generator of `device`.
-        device: Where the seed is needed.
+        generator: One generator for one seed for the whole batch, or a list of one per sample for a seed per sample.
+            None uses torch's default generator of `device`.
+        device: Device of the seed.
 
     Returns:
         int64 tensor on `device`, [] or [B], in [0, 2**62).
@@ -313,7 +315,7 @@ def draw_routing_seed(
     if isinstance(generator, (list, tuple)):
         return torch.stack([draw_routing_seed(one, device=device) for one in generator])
     if generator is None:
-        # Without the argument: `generator=None` breaks an AOTInductor package (seen with torch 2.13).
+        # No `generator=None`: it breaks an AOTInductor package (seen with torch 2.13).
         return torch.randint(0, 2**62, (), device=device, dtype=torch.int64)
     seed = torch.randint(0, 2**62, (), generator=generator, device=generator.device, dtype=torch.int64)
     return seed.to(device, non_blocking=True)
@@ -329,7 +331,7 @@ def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
     """
     module = denoiser
     while module is not None:
-        # By what it can do, not by its class: a model loaded from the Hub brings the code of its own.
+        # Not isinstance: a model loaded from the Hub brings its own copy of the class.
         router: Any = getattr(module, "token_router", None)
         if hasattr(router, "is_routing"):
             return router
@@ -342,11 +344,11 @@ def get_token_router(denoiser: torch.nn.Module) -> TokenRouter:
 
 @contextmanager
 def token_routing(denoiser: torch.nn.Module, **settings: Any) -> Iterator[TokenRouter]:
-    """Changes how `denoiser` routes inside the `with` block, in this thread alone.
+    """Changes how `denoiser` routes inside the `with` block, in this thread only.
 
     Args:
         denoiser: A model with a token router, see `get_token_router`.
-        **settings: Fields of `RoutingCall`. What is not given stays as it is.
+        **settings: Fields of `RoutingCall`. Those not given keep their value.
 
     Yields:
         The router.
@@ -369,7 +371,7 @@ def token_routing(denoiser: torch.nn.Module, **settings: Any) -> Iterator[TokenR
     try:
         yield router
     finally:
-        # Takes out what it put in: guiders may end theirs after a block around it has ended.
+        # Removes its own call, wherever it is: a guider may leave its block after an enclosing one has ended.
         surroundings.calls = tuple(one for one in surroundings.calls if one is not call)
 
 
@@ -392,12 +394,15 @@ def _choose(
     frames: int = 1,
     row_width: int = 1,
 ) -> torch.Tensor | None:
-    """[B, K] ids of those kept of [B, N, D] tokens, or rows as tokens; None for all."""
+    """[B, K] ids of the kept among [B, N, D] tokens, or rows as tokens; None for all."""
+    # How many are kept.
     batch_size, num_tokens = tokens.shape[:2]
     num_forced = 0 if said.num_forced is None else said.num_forced[frames, row_width]
     num_kept = max(num_kept_tokens(num_tokens, _ratio(route, said)), num_forced)
     if num_kept == num_tokens:
         return None
+
+    # Which ones.
     hashes = subset_hashes(seed, route_index=route_index, batch_size=batch_size, num_tokens=num_tokens)  # B N
     if said.shared_subset:
         hashes = hashes[:1].expand(batch_size, -1)
@@ -415,7 +420,7 @@ def _check_seed(seed: torch.Tensor, batch_size: int) -> None:
 
 
 def _skips(route: TokenRoute, said: ResolvedCall) -> bool:
-    """Whether the blocks of a route are not run."""
+    """Whether this forward skips the blocks of a route for all samples."""
     return bool(said.path_drop) and route.rejoin == "fuse"
 
 

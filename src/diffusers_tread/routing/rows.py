@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Rows of the token grid as what a route keeps: they are chosen as if each were one token.
+"""Routes of rows: each row of the token grid is kept or routed as if it were one token.
 
 Shapes: B batch, N tokens in raster order, F frames (1 for images), h rows, w columns, h' kept rows, D width.
 """
@@ -14,7 +14,7 @@ def check_grid(grid_size: tuple[int, ...] | None, num_tokens: int) -> tuple[int,
     """(F, h, w) of `num_tokens` tokens, from (h, w) or (F, h, w).
 
     Raises:
-        ValueError: There is no grid, or one of another number of tokens.
+        ValueError: There is no grid, or it does not have `num_tokens` tokens.
     """
     grid = (1, *grid_size)[-3:] if grid_size is not None else ()
     if len(grid) != 3 or math.prod(grid) != num_tokens:
@@ -38,9 +38,9 @@ def tokens_of_rows(row_ids: torch.Tensor, grid: tuple[int, int, int]) -> torch.T
 
 
 def count_forced(force_keep: torch.Tensor) -> dict[tuple[int, int], int]:
-    """The most rows of a sample that have a forced token, by the frames and the width that its grid may have.
+    """The largest number of rows with a forced token in a sample, by (frames, width) of each possible grid.
 
-    Of one frame and width 1: tokens.
+    For (1, 1) this is the number of forced tokens.
 
     Args:
         force_keep: [N] or [B, N] bool.

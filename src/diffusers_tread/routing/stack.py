@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Runs a stack of blocks whose routed tokens skip some of them.
+"""Runs a stack of blocks, some of which the routed tokens skip.
 
 Shapes: B batch, N tokens, K kept tokens, D width.
 """
@@ -17,27 +17,27 @@ from .route import TokenRoute
 
 
 class StackOutput(NamedTuple):
-    """What a forward of `RoutedStack` gives."""
+    """What a forward of `RoutedStack` returns."""
 
     tokens: torch.Tensor
     """[B, N, D] after the last block."""
 
     prefix: torch.Tensor | None
-    """The tokens in front of the first route's first block, [B, N, D], if they were given or asked for. Beside them, D
-    channels each: what the first block made, then the states from before that are to rejoin, see
-    `TokenRoute.rejoin_from`."""
+    """The tokens before the first route's first block, [B, N, D], if they were given or requested. Further channels, D
+    each, hold the first block's extra output, if any, and the earlier states that routes rejoin with
+    (`TokenRoute.rejoin_from`)."""
 
     hidden_states: dict[int, torch.Tensor]
-    """After each block asked for: [B, N, D], or [B, K, D] of the kept tokens for a block in a route that was taken."""
+    """The tokens after each requested block: [B, N, D], or the kept ones, [B, K, D], inside a route that was taken."""
 
 
 class RoutedStack(nn.ModuleList):
     """The blocks of a denoiser and the one place where their tokens are routed.
 
     Kept tokens are gathered once before a route's first block and put back once after its last, so the blocks know
-    nothing of routing and run on a shorter sequence. An earlier state that is to rejoin (`TokenRoute.rejoin_from`) is
-    held until the forward ends, [B, N, D] for each such block, and only if its route is taken or the prefix asked for;
-    in training it adds none, as the backward keeps the block's input anyway.
+    nothing of routing and run on a shorter sequence. Each earlier state that a route rejoins with
+    (`TokenRoute.rejoin_from`), [B, N, D], is held until the forward ends, if the route is taken or the prefix is
+    requested. This costs no memory in training, where the backward keeps the block's input anyway.
 
     Args:
         blocks: Called as `block(tokens, *shared, *per_token)`, [B, N, D] to [B, N, D] for any N.
@@ -61,24 +61,25 @@ class RoutedStack(nn.ModuleList):
 
         Args:
             tokens: [B, N, D].
-            shared: What every block gets as it is, such as the conditioning.
+            shared: Arguments that every block gets unchanged, such as the conditioning.
             routes: The model's routes, `TokenRouter.routes`.
             kept_token_ids: The plan: per route [B, K] int64, or None for a route not taken; None for a dense forward.
-            fusions: The `RouteFusion` of each route with `rejoin="fuse"`, by its index, as `make_fusions` gives them.
-            path_drops: What of those routes is dropped, `TokenRouter.plan_drops`.
+            fusions: The `RouteFusion` of each route with `rejoin="fuse"`, by route index, as from `make_fusions`.
+            path_drops: Per route which samples skip its blocks, from `TokenRouter.plan_drops`.
             per_token: Arguments with an entry for each token, [B, N, ...] or [1, N, ...], such as rotary tables:
-                inside a route a block gets those of its kept tokens. None stays None, but for the last: then the
-                blocks give `(tokens, made)`, and what the first made, [B, N, D], is the last argument of the others.
-                No route may begin at the first block then.
-            prefix: The prefix that another forward with the same inputs gave: the blocks before it are not run again.
-            return_prefix: Whether to give the prefix.
-            hidden_states_at: Indices of blocks, 0-based, whose output to give as well.
-            checkpoint: Calls a block in a way that it is recomputed in the backward, `checkpoint(block, *arguments)`.
+                inside a route a block gets the entries of its kept tokens. None is passed on as None, except in last
+                place: there it means that blocks return `(tokens, made)`, and the `made` of the first block,
+                [B, N, D], becomes the last argument of the others. Then no route may begin at the first block.
+            prefix: The prefix from another forward with the same inputs; the blocks before it are not run again.
+            return_prefix: Whether to return the prefix.
+            hidden_states_at: Indices of blocks, 0-based, whose output to return as well.
+            checkpoint: Gradient checkpointing, called as `checkpoint(block, *arguments)`.
 
         Raises:
-            ValueError: `kept_token_ids` or `prefix` that does not fit the routes and the tokens; a prefix without
-                routes; a route without its fusion; the index of a block that there is not or that is not run.
+            ValueError: `kept_token_ids` or `prefix` does not fit the routes and the tokens; a prefix without routes; a
+                route without its fusion; the index of a block that does not exist or is not run.
         """
+        # What is requested, and the routes taken.
         wanted, per_token = set(hidden_states_at), list(per_token)
         makes = bool(per_token) and per_token[-1] is None
         in_prefix = _states_in_prefix(routes)
@@ -89,9 +90,10 @@ class RoutedStack(nn.ModuleList):
         prefix_end = routes[0].start if prefix is not None or return_prefix else -1
         held_at = {one.route.rejoin_from for one in starts.values()} | set(in_prefix if return_prefix else ())
 
-        states, arguments, hidden_states, taken = {0: tokens}, per_token, {}, None  # in front of blocks: B N D
+        # The blocks.
+        states, arguments, hidden_states, taken = {0: tokens}, per_token, {}, None  # states before blocks: B N D
         for index, block in enumerate(self):
-            # The prefix.
+            # The prefix: made here, or taken from another forward.
             if prefix is not None and index < prefix_end:
                 continue
             if index == prefix_end and prefix is None:
@@ -106,7 +108,7 @@ class RoutedStack(nn.ModuleList):
             if index in held_at:
                 states[index] = tokens
 
-            # A route begins: the kept tokens go on alone.
+            # A route begins: only the kept tokens go on.
             if index in starts:
                 taken = starts[index]
                 rejoining = _rejoining_tokens(taken.route, states, tokens)  # B N D
@@ -114,6 +116,7 @@ class RoutedStack(nn.ModuleList):
                     tokens = take_tokens(tokens, taken.ids)  # B K D
                     arguments = [_take_each(one, taken.ids) for one in per_token]
 
+            # The block.
             if taken is None or taken.is_run:
                 run = block if checkpoint is None else partial(checkpoint, block)
                 tokens = run(tokens, *shared, *arguments)
@@ -123,7 +126,7 @@ class RoutedStack(nn.ModuleList):
             if index in wanted:
                 hidden_states[index] = tokens
 
-            # It ends: all tokens are together again.
+            # The route ends: the other tokens rejoin.
             if taken is not None and index == taken.route.end:
                 tokens, arguments, taken = taken.rejoin(rejoining, tokens, checkpoint), per_token, None  # B N D
         return StackOutput(tokens, prefix, hidden_states)
@@ -137,9 +140,10 @@ class RoutedStack(nn.ModuleList):
         return_prefix: bool,
         num_parts: int,
     ) -> None:
-        """Compares shapes and types, nothing that waits for the device."""
+        """Raises ValueError for arguments that do not fit; never waits for an accelerator."""
+        # The kept tokens.
         if kept_token_ids is not None:
-            # Not by `len`, for which `torch.export` fixes the batch size.
+            # Not `len(tokens)`, with which `torch.export` would fix the batch size.
             batch_size, num_tokens = tokens.shape[:2]
             fits = [
                 isinstance(ids, torch.Tensor)
@@ -153,10 +157,12 @@ class RoutedStack(nn.ModuleList):
                     f"Expected int64 kept_token_ids of shape [{batch_size}, K <= {num_tokens}], or None, for each of "
                     f"the {len(routes)} routes, got {[_describe_ids(ids) for ids in kept_token_ids]}."
                 )
-            # Values only where that waits for no device, and not under the tracers, which have none.
+            # Values are checked on the CPU only, where nothing waits, and not while tracing, where there are none.
             if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
                 for index, ids in enumerate(kept_token_ids):
                     _check_ids(ids, num_tokens=num_tokens, route_index=index)
+
+        # The prefix.
         if (prefix is not None or return_prefix) and not routes:
             raise ValueError("Expected a model with routes for a prefix, got routes=None. Leave the prefix out.")
         shape = (*tokens.shape[:2], tokens.shape[2] * num_parts)
@@ -177,14 +183,14 @@ class RoutedStack(nn.ModuleList):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _TakenRoute:
-    """A route that does something in a forward."""
+    """A route that has an effect in this forward."""
 
     route: TokenRoute
     ids: torch.Tensor | None
     """[B, K] int64, the kept tokens; None for all."""
     fusion: torch.nn.Module | None
     drop: "torch.Tensor | bool" = False
-    """Of `TokenRouter.plan_drops`."""
+    """Which samples skip the blocks, from `TokenRouter.plan_drops`."""
 
     @property
     def is_run(self) -> bool:
@@ -193,7 +199,7 @@ class _TakenRoute:
     def rejoin(
         self, rejoining: torch.Tensor, tokens: torch.Tensor, checkpoint: Callable[..., Any] | None
     ) -> torch.Tensor:
-        """[B, N, D] of what the tokens rejoin as and the kept ones after the last block, [B, K, D]."""
+        """[B, N, D] after the route, from the rejoining states, [B, N, D], and the last block's output, [B, K, D]."""
         if self.fusion is None:
             return put_tokens(rejoining, self.ids, tokens)
         fuse = self.fusion if checkpoint is None else partial(checkpoint, self.fusion)
@@ -207,7 +213,7 @@ def _taken_routes(
     fusions: Mapping[str, torch.nn.Module],
     path_drops: "list[torch.Tensor | bool] | None",
 ) -> list[_TakenRoute]:
-    """Those with tokens to route away, and those with a fusion, whose end is one in dense forwards too."""
+    """The routes with tokens to route away, and those with a fusion, which runs in dense forwards too."""
     taken = []
     for index, route in enumerate(routes):
         ids = None if kept_token_ids is None else kept_token_ids[index]
@@ -226,7 +232,7 @@ def _describe_ids(ids: Any) -> str:
 
 
 def _check_ids(ids: torch.Tensor | None, *, num_tokens: int, route_index: int) -> None:
-    """Raises ValueError for ids of tokens that there are not, which would be taken from another sample."""
+    """Raises ValueError for ids out of range, which would silently take tokens of another sample."""
     if ids is not None and ids.numel() and not (0 <= ids.min() and ids.max() < num_tokens):
         wrong = ids[(ids < 0) | (ids >= num_tokens)].unique().tolist()
         raise ValueError(
@@ -236,18 +242,18 @@ def _check_ids(ids: torch.Tensor | None, *, num_tokens: int, route_index: int) -
 
 
 def _take_each(argument: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor | None:
-    """Of an argument [B or 1, N, ...] what belongs to the kept tokens of each sample: [B, K, ...]."""
+    """The entries of an argument [B or 1, N, ...] that belong to each sample's kept tokens: [B, K, ...]."""
     return None if argument is None else take_tokens(argument.expand(ids.shape[0], *argument.shape[1:]), ids)
 
 
 def _states_in_prefix(routes: Sequence[TokenRoute]) -> list[int]:
-    """The blocks in front of the first route whose input is to rejoin; that of block 0 is at hand in every forward."""
+    """Blocks before the first route whose input a route rejoins with, except block 0, whose input is always known."""
     return sorted({route.rejoin_from for route in routes if 0 < (route.rejoin_from or 0) < routes[0].start})
 
 
 def _rejoining_tokens(route: TokenRoute, states: dict[int, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """[B, N, D]: as what the routed tokens come back after the route, see `TokenRoute.rejoin` and `rejoin_from`, or
-    what all are fused with."""
+    """[B, N, D]: the state that routed tokens return with (`TokenRoute.rejoin`, `rejoin_from`), or, with a fusion, the
+    first of its two states for all tokens."""
     if route.rejoin_from is not None:
         return states[route.rejoin_from]
     if route.rejoin == "input":

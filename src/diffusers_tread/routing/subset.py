@@ -2,7 +2,7 @@
 """Which tokens are kept: a pure function of (seed, route, sample, position).
 
 Nothing here holds state or draws a random number, so the subset is the same on every device, in the recomputation of
-a checkpointed block and after a resume. Integer arithmetic only: all products stay below 2**63, so no overflow either.
+a checkpointed block and after a resume. The hashes are integers, and all products stay below 2**63, so none overflows.
 Shapes: B batch, N tokens, K kept tokens.
 """
 
@@ -16,8 +16,8 @@ def subset_hashes(seed: torch.Tensor, *, route_index: int, batch_size: int, num_
     """One hash per token, uniform over [0, 2**32); independent between seeds, routes, samples and positions.
 
     Args:
-        seed: int64 tensor, [] for the whole batch (then the row enters the hash) or [B], one per sample (then the row
-            does not enter: a sample's subset is the same in every batch).
+        seed: int64 tensor, [] for the whole batch (the sample's index in the batch then enters the hash) or [B], one
+            per sample (the index does not enter, so a sample's subset is the same in every batch).
         route_index: Which route of the model.
         batch_size: B.
         num_tokens: N, below 2**30.
@@ -31,7 +31,7 @@ def subset_hashes(seed: torch.Tensor, *, route_index: int, batch_size: int, num_
 
 
 def choose_samples(seed: torch.Tensor, *, route_index: int, batch_size: int, share: float) -> torch.Tensor:
-    """Which samples of a batch an event of probability `share` happens to; independent of the tokens that are kept.
+    """Chooses each sample of a batch with probability `share`, independently of the tokens that are kept.
 
     Args:
         seed: As in `subset_hashes`.
@@ -49,7 +49,7 @@ def select_kept_tokens(priority: torch.Tensor, num_kept: int) -> torch.Tensor:
     """Ids of the `num_kept` tokens of highest priority, sorted ascending.
 
     Args:
-        priority: [B, N], int64 or float. Ties between int64 priorities are the caller's to exclude.
+        priority: [B, N], int64 or float. The caller must exclude ties between int64 priorities.
         num_kept: K, 1 <= K <= N.
 
     Returns:
@@ -59,11 +59,11 @@ def select_kept_tokens(priority: torch.Tensor, num_kept: int) -> torch.Tensor:
 
 
 def random_priority(hashes: torch.Tensor, *, force_keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Priorities under which every subset of the same size is equally likely: the hash, then the position (no ties).
+    """Priorities that make all subsets of one size equally likely: the hash, with ties broken by the position.
 
     Args:
         hashes: [B, N] int64 in [0, 2**32), from `subset_hashes`.
-        force_keep: [B, N] or [N] bool, tokens that come before all others.
+        force_keep: [B, N] or [N] bool, tokens that rank above all others.
 
     Returns:
         [B, N] int64.
@@ -85,8 +85,8 @@ def magnitude_priority(
     Args:
         hashes: [B, N] int64, from `subset_hashes`.
         hidden_states: [B, N, D], the tokens whose magnitude counts. No gradient flows through the choice.
-        magnitude_mix: l in [-1, 1]. Positive keeps large tokens, negative small ones, which v1's code does without its
-            `inverse`.
+        magnitude_mix: l in [-1, 1]. Positive keeps large tokens; negative keeps small ones, as v1's code does unless
+            its `inverse` is set.
         force_keep: As in `random_priority`.
 
     Returns:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Samplers that diffusers does not have."""
+"""Schedulers that diffusers does not have."""
 
 from .registry import SCHEDULERS
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The schedulers of this package by class name: what a repository on the Hub may hold and is loaded with our code."""
+"""The schedulers by class name: those that a repository on the Hub may contain and that are loaded with our code."""
 
 from diffusers import SchedulerMixin
 

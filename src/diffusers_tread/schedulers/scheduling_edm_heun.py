@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """EDM's second-order stochastic sampler as a diffusers scheduler (Karras et al. 2022, arXiv 2206.00364, Algorithm 2).
 
-The names are the paper's: `sigma` is a noise level, `gamma` its relative increase by churn, `sigma_hat` the level
-after it, `F` the network, `D` the denoiser that the preconditioning makes of it.
+Names follow the paper: `sigma` is a noise level, `gamma` its relative increase by churn, `sigma_hat` the level
+after churn, `F` the network, `D` the denoiser that the preconditioning makes of it.
 """
 
 import math
@@ -54,17 +54,17 @@ def edm_preconditioning(sigma, sigma_data: float):
 class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     r"""Heun's method with optional churn, for networks trained with EDM preconditioning (EDM, Algorithm 2).
 
-    `num_inference_steps = N` costs 2N - 1 model calls, so `timesteps` has 2N - 1 entries: the calls of a step lie side
-    by side, first the predictor at sigma_hat_i, then the corrector at sigma_{i+1}; the last step, to 0, is Euler's.
-    A timestep is ln(sigma) / 4, a float (negative below sigma = 1), of the noise that the sample really has.
+    `num_inference_steps = N` costs 2N - 1 model calls, so `timesteps` has 2N - 1 entries. The two calls of a step are
+    adjacent: the predictor at sigma_hat_i, then the corrector at sigma_{i+1}. The last step, to 0, is an Euler step.
+    A timestep is ln(sigma) / 4 of the sample's actual noise level: a float, negative below sigma = 1.
 
-    Churn needs nothing of the loop: the noise that lifts a sample from sigma_i to sigma_hat_i is added at the end of
-    the step that produced it, and `init_noise_sigma` holds it for the first step.
+    Churn needs no support from the loop: the noise that lifts a sample from sigma_i to sigma_hat_i is added at the end
+    of the step that produced it, and `init_noise_sigma` includes it for the first step.
 
     Args:
         sigma_min: smallest noise level before 0, > 0.
         sigma_max: noise level that sampling starts from, >= `sigma_min`.
-        sigma_data: standard deviation of the data, > 0; the one the network was trained with.
+        sigma_data: standard deviation of the data, > 0, as in the network's training.
         sigma_schedule: `"karras"` (EDM, Equation 5) or `"exponential"` (evenly spaced in ln sigma).
         num_train_timesteps: how many noise levels `timesteps` lists before `set_timesteps` is called, >= 1.
         prediction_type: `"epsilon"` if the network's output is F, `"v_prediction"` if it is -F.
@@ -111,6 +111,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         s_tmax: float | None = None,
         s_noise: float = 1.0,
     ):
+        # Checks.
         rules = {
             "sigma_min > 0": 0 < sigma_min < math.inf,
             "sigma_max >= sigma_min": sigma_min <= sigma_max < math.inf,
@@ -128,6 +129,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             if not holds:
                 raise ValueError(f"Expected {rule}, got {self.config[rule.split()[0]]!r}. Correct that argument.")
 
+        # A schedule until `set_timesteps` is called.
         self.num_inference_steps = None
         self.init_noise_sigma = float(sigma_max)
         self._use_levels([*self._schedule(num_train_timesteps), 0.0], device=None)
@@ -151,7 +153,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Fixes the noise levels of one run of sampling; to be called before each.
+        """Sets the noise levels of one sampling run; call it before each run.
 
         Args:
             num_inference_steps: N >= 1; may be left out if `sigmas` is given.
@@ -162,6 +164,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if neither is given, they disagree, or a value is outside its range.
         """
+        # N levels, given or from the schedule.
         if sigmas is None:
             if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
                 raise ValueError(
@@ -196,7 +199,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """Lets sampling start at `timesteps[begin_index]`, as image-to-image pipelines do.
 
         Args:
-            begin_index: even, because a run starts with the first of a step's two calls: the step times `order`.
+            begin_index: index of the step times `order`; even, because a run starts with the first of a step's calls.
 
         Raises:
             ValueError: if it is odd or outside `timesteps`.
@@ -274,7 +277,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     ) -> EDMHeunSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Moves the sample on by one model call: half a Heun step (EDM, Algorithm 2, lines 6 to 11).
 
-        Computes in float32 (float64 for float64 samples) and never reads a tensor of an accelerator, except for the
+        Computes in float32 (float64 for float64 samples). It never reads a value from an accelerator, except for the
         first timestep of a run without `set_begin_index`.
 
         Args:
@@ -290,6 +293,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if the call is out of order, the timestep is an integer, or shapes or generators do not match.
         """
+        # Noise levels of this call and the next.
         self._check_step(model_output, sample, generator)
         index = self._next_index(timestep)
         self._check_order(timestep, index)
@@ -305,19 +309,20 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         slope = (x - denoised) / sigma
 
         if index % 2 == 0:
-            # Euler step from sigma_hat_i to sigma_{i+1}; the last one, to 0, is not corrected.
+            # Euler step from sigma_hat_i to sigma_{i+1}; the last one, to 0, gets no correction.
             x_next = x + (next_sigma - sigma) * slope
             self._predictor = (x, slope) if next_sigma > 0 else None
         else:
-            # Second-order correction: the whole step again with the mean of both slopes.
+            # Second-order correction: redo the step with the mean of both slopes.
             (x_hat, slope_hat), self._predictor = self._predictor, None
             x_next = x_hat + (sigma - self._levels[index - 1]) * 0.5 * (slope_hat + slope)
 
-            # Churn of the step to come: from sigma_{i+1} to sigma_hat_{i+1}.
+            # Churn for the next step: from sigma_{i+1} to sigma_hat_{i+1}.
             churn = self.config.s_noise * (next_sigma**2 - sigma**2) ** 0.5
             if churn > 0:
                 x_next = x_next + churn * randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
 
+        # The result, in the sample's dtype.
         self._step_index = index + 1
         prev_sample, pred_original_sample = x_next.to(sample.dtype), denoised.to(sample.dtype)
         if not return_dict:
@@ -330,7 +335,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         Args:
             original_samples: `[B, C, H, W]`, clean samples.
             noise: `[B, C, H, W]`, standard normal.
-            timesteps: `[B]` or `[1]`, floats, entries of `timesteps` or any other ln(sigma) / 4.
+            timesteps: `[B]` or `[1]`, floats, entries of `self.timesteps` or any other ln(sigma) / 4.
 
         Raises:
             ValueError: if the timesteps are integers.
@@ -343,7 +348,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return (original_samples.to(dtype) + sigma * noise.to(dtype)).to(original_samples.dtype)
 
     def _schedule(self, num_steps: int) -> list[float]:
-        """`num_steps` noise levels from sigma_max to sigma_min; for one step sigma_max alone."""
+        """`num_steps` noise levels from sigma_max to sigma_min; for one step only sigma_max."""
         low, high, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
         ramp = [i / max(num_steps - 1, 1) for i in range(num_steps)]
         if self.config.sigma_schedule == "exponential":
@@ -357,7 +362,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return min(self.config.s_churn / num_steps, 2**0.5 - 1) if churned else 0.0
 
     def _use_levels(self, levels: list[float], device: str | torch.device | None) -> None:
-        # Python floats next to the tensors: arithmetic with them never waits for an accelerator.
+        # Python floats besides the tensors: arithmetic with them never waits for an accelerator.
         self._levels = levels
         self._c_noise = [0.25 * math.log(sigma) for sigma in levels[:-1]]
         self.sigmas = torch.tensor(levels, dtype=torch.float32)
@@ -389,7 +394,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return self._step_index
 
     def _check_order(self, timestep: float | torch.Tensor, index: int) -> None:
-        # On an accelerator the timestep is taken on trust: to read it would stall every step.
+        # On an accelerator the timestep is not checked: reading it would stall every step.
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
             return
         if abs(float(timestep) - self._c_noise[index]) > _TIMESTEP_TOLERANCE:

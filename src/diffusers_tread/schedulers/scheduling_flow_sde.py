@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """The reverse SDE of flow matching as a diffusers scheduler (SiT, Ma et al. 2024, arXiv 2401.08740).
 
-The direction is diffusers': t = 1 is noise, x_t = (1 - t) x + t noise, the network predicts v = noise - x. The names
-are the paper's: `w` is the diffusion coefficient, `score` the gradient of ln p_t.
+The direction is diffusers': t = 1 is noise, x_t = (1 - t) x + t noise, the network predicts v = noise - x. Names
+follow the paper: `w` is the diffusion coefficient, `score` the gradient of ln p_t.
 """
 
 import math
@@ -41,21 +41,21 @@ class FlowSDESchedulerOutput(BaseOutput):
 
 
 class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
-    r"""Euler-Maruyama's method for the reverse SDE of flow matching, one model call per step.
+    r"""The Euler-Maruyama method for the reverse SDE of flow matching, one model call per step.
 
     dx = [v - w(t) / 2 * score] dt + sqrt(w(t)) dW, from t = 1 to 0, has the same distribution at each t as the ODE
-    dx = v dt, whatever w >= 0 (arXiv 2401.08740). With x_t = (1 - t) x + t noise the score is
+    dx = v dt, for any w >= 0 (arXiv 2401.08740). With x_t = (1 - t) x + t noise the score is
     -(x_t + (1 - t) v) / t. The last of the N steps, from `last_step_size` to 0, follows the drift and adds no noise.
 
-    REPA's published sampler has N = 250, `last_step_size=0.04` and w(t) = 2 t; SiT's code has the same last step and
-    multiplies noise and score of each of its diffusion coefficients as if w were twice that, sigma_t among them. Hence
-    the default of `diffusion_scale`.
+    REPA's published sampler uses N = 250, `last_step_size=0.04` and w(t) = 2 t. SiT's code has the same last step, and
+    its noise and score terms act as if w were twice each of its diffusion coefficients, including sigma_t. Hence the
+    default of `diffusion_scale`.
 
     Args:
-        num_train_timesteps: the network is called with `num_train_timesteps` t, >= 1.
+        num_train_timesteps: the network is called with `num_train_timesteps` * t, >= 1.
         shift: t becomes shift t / (1 + (shift - 1) t), as in `FlowMatchEulerDiscreteScheduler`; > 0.
         diffusion_form: `"sigma"` for w = `diffusion_scale` t, `"sin2"` for w = `diffusion_scale` sin^2(pi t).
-        diffusion_scale: factor of w, >= 0: 2 as in the published code, 1 for w = sigma_t to the letter, 0 for the ODE.
+        diffusion_scale: factor of w, >= 0: 2 as in the published code, 1 for exactly w = sigma_t, 0 for the ODE.
         last_step_size: t at which the last step starts, before the shift, in (0, 1).
 
     Raises:
@@ -88,6 +88,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         diffusion_scale: float = 2.0,
         last_step_size: float = 0.04,
     ):
+        # Checks.
         rules = {
             "num_train_timesteps >= 1": num_train_timesteps >= 1,
             "shift > 0": 0 < shift < math.inf,
@@ -99,6 +100,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
             if not holds:
                 raise ValueError(f"Expected {rule}, got {self.config[rule.split()[0]]!r}. Correct that argument.")
 
+        # A schedule until `set_timesteps` is called.
         self.num_inference_steps = None
         levels = [i / num_train_timesteps for i in range(num_train_timesteps, 0, -1)]
         self._use_levels(levels, device=None)
@@ -122,10 +124,10 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Fixes the times of one run of sampling; to be called before each.
+        """Sets the times of one sampling run; call it before each run.
 
         Args:
-            num_inference_steps: N >= 1; may be left out if `sigmas` is given. With N = 1 the one step, from t = 1,
+            num_inference_steps: N >= 1; may be left out if `sigmas` is given. With N = 1 the only step, from t = 1,
                 is the last.
             device: device of `timesteps`.
             sigmas: the N times to use, before the shift, instead of even ones from 1 to `last_step_size`: in (0, 1],
@@ -134,6 +136,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if neither is given, they disagree, or a value is outside its range.
         """
+        # N times, given or even ones.
         if sigmas is None:
             if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
                 raise ValueError(
@@ -162,7 +165,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """Index into `timesteps` of `timestep`. Raises ValueError if it is none of them."""
+        """Index of `timestep` in `timesteps`. Raises ValueError if it is not one of them."""
         value, scale = float(timestep), self.config.num_train_timesteps
         index = min(range(len(self.timesteps)), key=lambda i: abs(scale * self._levels[i] - value))
         if abs(scale * self._levels[index] - value) > _TIMESTEP_TOLERANCE:
@@ -179,7 +182,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             sample: `[B, C, H, W]`, clean samples.
-            timestep: `[B]` or `[1]`, num_train_timesteps t.
+            timestep: `[B]` or `[1]`, `num_train_timesteps` * t.
             noise: `[B, C, H, W]`, standard normal.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -224,9 +227,9 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> FlowSDESchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One step of Euler-Maruyama's method.
+        """One step of the Euler-Maruyama method.
 
-        Computes in float32 (float64 for float64 samples) and never reads a tensor of an accelerator, except for the
+        Computes in float32 (float64 for float64 samples). It never reads a value from an accelerator, except for the
         first timestep of a run without `set_begin_index`.
 
         Args:
@@ -242,6 +245,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if no step is left, the timestep is an integer, or shapes or generators do not match.
         """
+        # The interval.
         self._check_step(model_output, sample, generator)
         index = self._next_index(timestep)
         t, next_t = self._levels[index : index + 2]
@@ -253,11 +257,12 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         score = -(x + (1 - t) * v) / t
         x_next = x + (next_t - t) * (v - 0.5 * w * score)
 
-        # Noise, but for the last step.
+        # Noise, except in the last step.
         if w > 0 and next_t > 0:
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
             x_next = x_next + (w * (t - next_t)) ** 0.5 * noise
 
+        # The result, in the sample's dtype.
         self._step_index = index + 1
         prev_sample, pred_original_sample = x_next.to(sample.dtype), (x - t * v).to(sample.dtype)
         if not return_dict:
@@ -265,7 +270,7 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         return FlowSDESchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
     def _use_levels(self, levels: list[float], device: str | torch.device | None) -> None:
-        # Python floats next to the tensors: arithmetic with them never waits for an accelerator.
+        # Python floats besides the tensors: arithmetic with them never waits for an accelerator.
         shift = self.config.shift
         self._levels = [shift * t / (1 + (shift - 1) * t) for t in levels] + [0.0]
         self.sigmas = torch.tensor(self._levels, dtype=torch.float32)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""How other people's transformer blocks are called: one line per class."""
+"""The specs of diffusers' transformer blocks: how each class is called."""
 
 from collections.abc import Callable
 from typing import Any
@@ -90,7 +90,7 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         joint=True,
         must_be_none=("attention_mask", "layer_cache"),
     ),
-    # One stream, the image first or where the model says.
+    # One stream, with the image first or where the model's window says.
     "HiDreamBlock/single_stream_blocks": BlockSpec(
         tokens={"image_rotary_emb": 1, "hidden_states_masks": 1}, text="last", joint=True
     ),
@@ -123,7 +123,7 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         joint=True,
         needs_shared_subset=True,
     ),
-    # Convolutions over the grid, so that rows alone can be routed.
+    # Convolutions over the grid, so only rows can be routed.
     "SanaTransformerBlock": BlockSpec(num_rows="height"),
     "SanaVideoTransformerBlock": BlockSpec(tokens={"rotary_emb": 1, "timestep": 1}, num_rows="height"),
     "SanaVideoMSCamCtrlBlock": BlockSpec(
@@ -189,5 +189,5 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
 
 
 def register_block_spec(name: str, spec: BlockSpec) -> None:
-    """Makes `apply_token_routing` accept blocks of the class called `name`, or of its subclasses."""
+    """Makes `apply_token_routing` accept blocks of the class `name` and of its subclasses."""
     BLOCK_SPECS[name] = spec

@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What routing has to know about models whose blocks do not tell which tokens are being denoised.
+"""The specs of models: facts that routing needs and that the specs of their blocks do not give.
 
-Each function below finds the routable window in the arguments of a model's forward: all other tokens (text, padding,
-time, registers, reference images, history) are conditions and never routed.
+Functions that return a `Window` find the routable tokens from the arguments of a model's forward. All other tokens
+(text, padding, time, registers, reference images, history) are conditions and never routed. Those that return a tuple
+find the grid of the routable tokens.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch
 from .types import ModelSpec, Window
 
 
-# The attributes that are a model's main stacks, in the order they run.
+# Attributes that hold a model's main stacks, in the order they run.
 MAIN_STACKS = (
     "transformer_blocks",
     "joint_transformer_blocks",
@@ -43,24 +44,24 @@ def _patched(model: torch.nn.Module, size: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _latent_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...]:
-    """Of latents [B, C, H, W] or [B, C, F, H, W]."""
+    """The grid for latents [B, C, H, W] or [B, C, F, H, W]."""
     return _patched(model, arguments["hidden_states"].shape[2:])
 
 
 def _frames_first_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...]:
-    """Of latents [B, F, C, H, W]."""
+    """The grid for latents [B, F, C, H, W]."""
     frames, _, height, width = arguments["hidden_states"].shape[1:]
     return _patched(model, (frames, height, width))
 
 
 def _named_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...] | None:
-    """Of latents that come as tokens, with their size beside them."""
+    """The grid for latents given as tokens, from the size given with them."""
     size: Any = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
     return None if None in size else size
 
 
 def _qwen_grid(model: torch.nn.Module, arguments: Arguments) -> tuple[int, ...]:
-    """Of the first image of each sample; a layered model has several to denoise, and so no grid."""
+    """The grid of the first image of each sample; a layered model has several images to denoise, and so no grid."""
     return _only({tuple(shapes[0]) for shapes in arguments["img_shapes"]})
 
 
@@ -94,7 +95,7 @@ def _after_caption(model: torch.nn.Module, arguments: Arguments) -> Window:
 
 
 def _z_image(model: torch.nn.Module, arguments: Arguments) -> Window:
-    """[image_i, padding, caption_i, padding], images given one by one as [C, F, H, W]."""
+    """[image_i, padding, caption_i, padding], with images in a list of [C, F, H, W]."""
     images = arguments["x"]
     if isinstance(images[0], (list, tuple)):
         raise ValueError("Expected one image per sample, got lists of them: Z-Image's omni mode cannot be routed.")
@@ -105,7 +106,7 @@ def _z_image(model: torch.nn.Module, arguments: Arguments) -> Window:
 
 
 def _qwen_image(model: torch.nn.Module, arguments: Arguments) -> Window | None:
-    """[latents, reference images]; of a layered model all images but the last are latents."""
+    """[latents, reference images]; in a layered model all images except the last are latents."""
     shapes = arguments.get("img_shapes")
     if not shapes or not isinstance(shapes[0], (list, tuple)) or not isinstance(shapes[0][0], (list, tuple)):
         return None
@@ -120,7 +121,7 @@ def _qwen_image21(model: torch.nn.Module, arguments: Arguments) -> Window:
 
 
 def _joy_image(model: torch.nn.Module, arguments: Arguments) -> Window:
-    """Of several items [B, items, C, F, H, W] the model moves the target to the front."""
+    """[target, other items]: with several items [B, items, C, F, H, W] the model moves the target to the front."""
     size = arguments["hidden_states"].shape[-3:]
     return Window(0, math.prod(n // p for n, p in zip(size, model.config.patch_size, strict=True)))
 
@@ -131,7 +132,7 @@ def _joy_image_plus(model: torch.nn.Module, arguments: Arguments) -> Window:
 
 
 def _ideogram4(model: torch.nn.Module, arguments: Arguments) -> Window:
-    """`indicator` is 2 on image tokens, which are one stretch of each sample."""
+    """`indicator` is 2 on image tokens, which are contiguous in each sample."""
     is_image = arguments["indicator"] == 2
     return Window(is_image.int().argmax(dim=1), _only(set(is_image.sum(dim=1).tolist())))
 
@@ -178,7 +179,7 @@ MODEL_SPECS: dict[str, ModelSpec] = {
     "StableAudio3DiTModel": ModelSpec(window=_audio_at_end),
     "StableAudioDiTModel": ModelSpec(window=_audio_at_end),
     "ZImageTransformer2DModel": ModelSpec(window=_z_image),
-    # Their blocks tell which tokens are denoised, and the latents in which grid.
+    # Their blocks' specs give the routable tokens, and their latents the grid.
     **dict.fromkeys(
         (
             "AllegroTransformer3DModel",
@@ -216,5 +217,5 @@ MODEL_SPECS: dict[str, ModelSpec] = {
 
 
 def register_model_spec(name: str, spec: ModelSpec) -> None:
-    """Tells `apply_token_routing` about models of the class called `name`, or of its subclasses."""
+    """Registers a spec for `apply_token_routing` on models of the class `name` and of its subclasses."""
     MODEL_SPECS[name] = spec

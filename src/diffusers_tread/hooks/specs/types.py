@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a spec of a block or of a model says.
+"""The types of specs for blocks and models.
 
-A spec says which argument holds the tokens, where they come out, and which other arguments have an entry per token.
+A spec says which argument holds the tokens, which output they are, and which other arguments have an entry per token.
 Specs are keyed by class name and found through the MRO, because FSDP2 replaces a module's class by a subclass of it.
 """
 
@@ -30,7 +30,7 @@ Axis = int | tuple[int, ...] | Mapping[int, int]
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """How to give a block some of its tokens.
+    """How to run a block on a subset of its tokens.
 
     Example:
         >>> from diffusers_tread import BlockSpec, register_block_spec
@@ -41,19 +41,20 @@ class BlockSpec:
     """The argument that holds the routable tokens, [B, L, D]."""
 
     output: int = 0
-    """Which element of the returned tuple holds them. Without meaning for blocks that return a tensor."""
+    """Index of the tokens in the returned tuple; ignored for blocks that return a tensor."""
 
     tokens: Mapping[str, Axis] = field(default_factory=dict)
-    """The other arguments with an entry per token, and their token axis. Axis 0 means without a batch axis. A tuple
-    names several axes (a mask [B, 1, L, L]: (2, 3)); a mapping gives the axis by number of dimensions, and leaves
-    other ranks alone (a modulation [B, L, 6, D] that may also be [B, 6, D]: {4: 1}). "name.0" or "name.key" reaches
-    into a tuple or dict; else all tensors inside count. Axes of length 1 broadcast and stay."""
+    """The other arguments with an entry per token, and their token axis. Axis 0 means that there is no batch axis. A
+    tuple gives several axes (a mask [B, 1, L, L]: (2, 3)); a mapping gives the axis by number of dimensions and leaves
+    tensors of other ranks unchanged (a modulation [B, L, 6, D] that may also be [B, 6, D]: {4: 1}). "name.0" or
+    "name.key" selects from a tuple or dict; without it all tensors inside are meant. Axes of length 1 are unchanged:
+    they broadcast."""
 
     text: Literal["first", "last"] | None = None
-    """Where the text lies in arrays that cover text and image. None: no argument covers both."""
+    """Position of the text in arrays that cover text and image. None: no argument covers both."""
 
     joint: bool = False
-    """Whether the block's own stream holds text and image."""
+    """Whether the block's own stream holds both text and image."""
 
     sequence_first: bool = False
     """Whether the stream is [L, B, D]. Token axis 0 of other arguments then means [L, B, ...] too."""
@@ -65,17 +66,17 @@ class BlockSpec:
     """An argument [B, L] that is 1 on the routable tokens, which are contiguous."""
 
     num_rows: str | None = None
-    """An integer argument, or "name.1" in a tuple: the rows of the token grid, over which the block convolves, shifts
-    or scans. Only whole rows of its tokens can be routed; it gets the number of kept ones."""
+    """An integer argument, or "name.1" for one in a tuple: the number of rows of the token grid, over which the block
+    convolves, shifts or scans. Then only whole rows can be routed, and the block gets the number of kept rows."""
 
     must_be_none: tuple[str, ...] = ()
     """Arguments that address tokens by position. The block cannot be routed when they are given."""
 
     objection: Callable[[torch.nn.Module, Callable[[str], Any]], str | None] | None = None
-    """From the block and a function that gives its arguments by name, why this call cannot be routed, or None."""
+    """Returns why a call cannot be routed, or None, from the block and a function that gives its arguments by name."""
 
     newer: tuple[str, ...] = ()
-    """Arguments that the block does not have in the oldest supported diffusers."""
+    """Arguments that the block lacks in the oldest supported diffusers."""
 
     needs_shared_subset: bool = False
     """Whether an argument without a batch axis is used as an index, so that all samples must keep the same tokens."""
@@ -97,20 +98,20 @@ class BlockSpec:
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What the blocks alone do not tell."""
+    """Facts about a model that the specs of its blocks do not give."""
 
     stacks: tuple[str, ...] | None = None
     """The main stacks, in the order they run. None: those attributes of `MAIN_STACKS` that the model has."""
 
     window: Callable[[torch.nn.Module, Mapping[str, Any]], Window | None] | None = None
-    """From the model and the arguments of its forward, where the routable tokens lie in the stream of its blocks."""
+    """Returns where the routable tokens lie in the blocks' stream, from the model and its forward's arguments."""
 
     grid: Callable[[torch.nn.Module, Mapping[str, Any]], tuple[int, ...]] | None = None
-    """From the model and the arguments of its forward, the grid of the routable tokens in raster order, for routes of
-    rows: (rows, columns) or (frames, rows, columns). None: nothing tells it."""
+    """Returns the grid of the routable tokens in raster order, from the model and its forward's arguments, for routes
+    of rows: (rows, columns) or (frames, rows, columns). None: the grid is unknown."""
 
     must_be_none: Mapping[str, str] = field(default_factory=dict)
-    """Arguments of the model's forward that routing does not go with, and why."""
+    """Arguments of the model's forward that routing does not support, and why."""
 
 
 def find_by_class(table: Mapping[str, Any], module: torch.nn.Module, *, stack: str = "") -> Any:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Representation alignment (REPA, arXiv 2410.06940; iREPA, 2512.10794), in a route on the kept tokens.
+"""Representation alignment (REPA, arXiv 2410.06940; iREPA, 2512.10794); inside a route, on the kept tokens.
 
 Shapes: B batch, N tokens, K kept tokens, D the denoiser's width, E the encoder's.
 """
@@ -28,39 +28,40 @@ from .vision_encoder import VisionEncoder
 class AlignmentLoss(LossTerm):
     """weight * the mean over blocks and tokens of 1 - cos(projected token, feature of the clean image at its place).
 
-    REPA (arXiv 2410.06940) has -cos, which differs by a constant: the gradient is the same, and nothing is
-    added where all is aligned. After a block in a route that was taken the mean is over the tokens that the sample
-    keeps, with the features at their places; else over all.
+    REPA (arXiv 2410.06940) uses -cos, which differs by a constant: the gradient is the same, and the loss here is 0
+    when all is aligned. After a block inside a route that was taken, the mean is over the sample's kept tokens and the
+    features at their places; otherwise over all tokens.
 
     Raises:
-        ValueError: A field out of range; a projector that looks at neighbours at a block in a route of tokens.
+        ValueError: A field is out of range; or a block inside a route of tokens has a projector that uses neighbours.
     """
 
     wants_images: ClassVar[bool] = True
 
     encoder: VisionEncoder
-    """What the tokens are compared with; it sees the images without noise, or saw them when its features were
-    stored."""
+    """The encoder whose features the tokens are compared with. It sees the images without noise, now or when its
+    features were stored."""
 
     projectors: Mapping[int, nn.Module]
-    """By the index of a block the projector of its tokens, D to E."""
+    """Block index to the projector of its tokens, D to E."""
 
     routes: tuple[TokenRoute, ...] = ()
-    """The model's, in the order of `kept_token_ids`."""
+    """The model's routes, in the order of `kept_token_ids`."""
 
     patch_size: int
-    """Of the model."""
+    """The model's patch size."""
 
     weight: float = 0.5
-    """At least 0; REPA has 0.5."""
+    """At least 0; REPA uses 0.5."""
 
     until_step: int | None = None
-    """Steps with alignment, at least 1; None for all. The projectors go on without a gradient."""
+    """Number of steps with alignment, at least 1; None for all. Afterwards the projectors run with zero gradient."""
 
     spatial_norm: float | None = None
     """gamma of iREPA's `normalize_features`, in [0, 1]; None for the features as they are."""
 
     def __post_init__(self):
+        # Numbers.
         if not (isinstance(self.weight, (int, float)) and 0 <= self.weight < math.inf):
             raise ValueError(f"Expected weight to be a finite number >= 0, got {self.weight!r}. Use 0.5.")
         if self.until_step is not None and not (isinstance(self.until_step, int) and self.until_step >= 1):
@@ -68,6 +69,8 @@ class AlignmentLoss(LossTerm):
         gamma = self.spatial_norm
         if gamma is not None and not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
             raise ValueError(f"Expected spatial_norm in [0, 1], or null for none, got {gamma!r}.")
+
+        # Projectors that use neighbours.
         for block, projector in self.projectors.items():
             around = [route for route in self.routes if route.start <= block <= route.end and route.unit == "token"]
             if around and isinstance(projector, GridHead):
@@ -101,8 +104,8 @@ class AlignmentLoss(LossTerm):
         """The term for a denoiser of patches, with new projectors.
 
         Args:
-            model: Of this package.
-            encoder: Repository on the Hub, or a folder, as `VisionEncoder.from_pretrained` takes it.
+            model: A denoiser of this package.
+            encoder: Repository on the Hub, or a folder, as for `VisionEncoder.from_pretrained`.
             blocks: Indices of the blocks, 0-based, after which tokens are aligned; REPA's depth 8 is 7 here.
             projector: "mlp", REPA's `make_projector`, or "conv", iREPA's `ConvProjector`.
             projector_dim: Width of the two hidden layers of "mlp"; None for 2048.
@@ -111,8 +114,9 @@ class AlignmentLoss(LossTerm):
             until_step: As the field.
 
         Raises:
-            ValueError: The model does not give its tokens; there is no such encoder or block; a value out of range.
+            ValueError: The model does not return its tokens; no such encoder or block exists; a value is out of range.
         """
+        # Checks.
         config: Any = getattr(model, "config", {})
         num_layers, patch_size = (config.get(name) for name in ("num_layers", "patch_size"))
         gives_tokens = "hidden_states_at" in inspect.signature(model.forward).parameters
@@ -129,6 +133,8 @@ class AlignmentLoss(LossTerm):
             raise ValueError(f"Expected projector_dim >= 1, got {projector_dim!r}. Use 2048.")
         if projector_dim is not None and projector == "conv":
             raise ValueError(f'Expected no projector_dim for "conv", which has no hidden layer, got {projector_dim}.')
+
+        # Encoder and projectors.
         teacher, width = VisionEncoder.from_pretrained(encoder), model.patch_embedding.out_channels
         make = ConvProjector if projector == "conv" else partial(make_projector, hidden_dim=projector_dim or 2048)
         return cls(
@@ -142,6 +148,7 @@ class AlignmentLoss(LossTerm):
         )
 
     def __call__(self, record: ForwardRecord) -> torch.Tensor:
+        # Steps after the alignment has ended.
         projected = record.projected_states
         if projected is None:
             raise ValueError("Expected a DenoiserWithHeads, which has the projectors of the alignment, got none.")
@@ -153,7 +160,7 @@ class AlignmentLoss(LossTerm):
             means = [projected[block].float().mean(dim=(1, 2)) for block in self.projectors]
             return 0.0 * torch.stack(means).sum(dim=0)
 
-        # The encoder's feature for each token, then per block those of the tokens that went through it.
+        # The encoder's features for all tokens, then for each block those of the tokens that went through it.
         features = self._features(record)  # B N E
         losses = []
         for block in self.projectors:
@@ -163,7 +170,7 @@ class AlignmentLoss(LossTerm):
         return self.weight * torch.stack(losses).mean(dim=0)
 
     def _features(self, record: ForwardRecord) -> torch.Tensor:
-        """[B, N, E] float32, those that were stored, or else of the images; normalised if that is asked for."""
+        """[B, N, E] float32: the stored features, else those of the images; normalised if `spatial_norm` is set."""
         features = record.image_features
         if features is None:
             if record.images is None:
@@ -174,7 +181,7 @@ class AlignmentLoss(LossTerm):
         return features if self.spatial_norm is None else normalize_features(features, gamma=self.spatial_norm)
 
     def _kept_token_ids(self, block: int, record: ForwardRecord) -> torch.Tensor | None:
-        """[B, K], those of the route around a block; None where all tokens went through it."""
+        """[B, K], the kept tokens of the route around a block; None if all tokens went through it."""
         for route, ids in zip(self.routes, record.kept_token_ids or (), strict=False):
             if route.start <= block <= route.end:
                 return ids
@@ -182,24 +189,24 @@ class AlignmentLoss(LossTerm):
 
 
 def normalize_features(features: torch.Tensor, *, gamma: float) -> torch.Tensor:
-    """iREPA's spatial normalisation (arXiv 2512.10794), of each channel over all tokens of an image, routed or not.
+    """iREPA's spatial normalisation (arXiv 2512.10794) of each channel over all tokens of an image, routed or not.
 
     Args:
         features: [B, N, E], N at least 2.
-        gamma: Share of the mean that is taken away. It leaves less of what all tokens of the image have in common.
+        gamma: Share of the mean that is subtracted, to reduce what all tokens of the image have in common.
 
     Returns:
-        [B, N, E], (x - gamma mean(x)) / (std(x) + 1e-6), with the unbiased deviation.
+        [B, N, E], (x - gamma mean(x)) / (std(x) + 1e-6), with the unbiased standard deviation.
     """
     mean, std = features.mean(dim=1, keepdim=True), features.std(dim=1, keepdim=True)  # B 1 E
     return (features - gamma * mean) / (std + 1e-6)
 
 
 class ConvProjector(GridHead):
-    """iREPA's (arXiv 2512.10794): one 3x3 convolution over the grid of tokens with zeros around it.
+    """iREPA's projector (arXiv 2512.10794): one 3x3 convolution over the grid of tokens, padded with zeros.
 
-    In a route of rows the grid is that of the kept rows, each next to the kept one above and below it however many
-    are routed away between them, which is how the blocks of such a route see them.
+    In a route of rows the grid consists of the kept rows: each is adjacent to the next kept row above and below, as
+    in the blocks of such a route.
 
     Args:
         width: D.
@@ -217,7 +224,7 @@ class ConvProjector(GridHead):
 
 
 def make_projector(width: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """REPA's: three layers with SiLU between them, for each token by itself; Xavier's weights, no biases at first."""
+    """REPA's projector: three layers with SiLU between them, applied per token; Xavier weights, biases start at 0."""
     layers: list[Any] = [nn.Linear(width, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()]
     layers += [nn.Linear(hidden_dim, out_dim)]
     for layer in layers[::2]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a loss is computed from, and what a term of a loss is.
+"""The interface of loss terms, and the record of a forward that they are computed from.
 
 Shapes: B batch, C channels, H and W latent size, N tokens, K kept tokens, D width.
 """
@@ -18,28 +18,28 @@ from ...field_docs import with_field_docs
 @with_field_docs
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForwardRecord:
-    """One training forward: what went in, what should come out and what came out."""
+    """One training forward: inputs, target and outputs."""
 
     latents: torch.Tensor
-    """[B, C, H, W], the clean latents, in the dtype they came in."""
+    """[B, C, H, W], the clean latents, in their original dtype."""
 
     noisy: torch.Tensor
-    """[B, C, H, W] float32, the latents with their noise, not scaled for the network."""
+    """[B, C, H, W] float32, the noisy latents, not scaled for the network."""
 
     timestep: torch.Tensor
-    """[B] float32, as the network got it."""
+    """[B] float32, the network's timestep."""
 
     target: torch.Tensor
-    """[B, C, H, W] float32, what the network should predict."""
+    """[B, C, H, W] float32, the target of the prediction."""
 
     prediction: torch.Tensor
-    """[B, C, H, W] float32, what it predicted."""
+    """[B, C, H, W] float32, the prediction."""
 
     denoise: Callable[[torch.Tensor], torch.Tensor]
-    """Maps a prediction to the clean latents that it stands for, [B, C, H, W] float32."""
+    """Maps a prediction to the clean latents that it implies, [B, C, H, W] float32."""
 
     conditions: dict[str, Any]
-    """What the denoiser was conditioned on, such as `class_labels`."""
+    """The denoiser's conditions, such as `class_labels`."""
 
     kept_token_ids: list[torch.Tensor | None] | None = None
     """Per route [B, K] int64, or None for a route not taken; None for a dense forward."""
@@ -48,17 +48,16 @@ class ForwardRecord:
     """The tokens after the blocks of `LossTerm.hidden_states_at`: [B, N, D], inside a route [B, K, D]."""
 
     projected_states: dict[int, torch.Tensor] | None = None
-    """What the networks of `LossTerm.heads` made of the tokens after their blocks: [B, N, ...], inside a route
-    [B, K, ...]."""
+    """The outputs of `LossTerm.heads` on the tokens after their blocks: [B, N, ...], inside a route [B, K, ...]."""
 
     images: torch.Tensor | None = None
-    """[B, 3 or 1, height, width] in [-1, 1], the images that the latents are of, for terms that want them."""
+    """[B, 3 or 1, height, width] in [-1, 1], the images of the latents, for terms that need them."""
 
     image_features: torch.Tensor | None = None
-    """[B, N, E], what `LossTerm.stored_features` describes, which was stored of the images, instead of `images`."""
+    """[B, N, E], stored features of the images, as described by `LossTerm.stored_features`, instead of `images`."""
 
     step: int | None = None
-    """Optimiser steps done before this one, if told."""
+    """Optimiser steps done before this one, if known."""
 
 
 class LossTerm(ABC):
@@ -68,26 +67,26 @@ class LossTerm(ABC):
     """
 
     hidden_states_at: tuple[int, ...] = ()
-    """Indices of the blocks whose output the term wants in the record."""
+    """Indices of the blocks whose output the term needs in the record."""
 
     heads: Mapping[int, torch.nn.Module] = MappingProxyType({})
-    """By the index of the block: a network on the block's tokens that is trained with the denoiser and not saved with
-    it. `DenoiserWithHeads` calls it; one that looks at neighbours is a `GridHead`."""
+    """Block index to a network on the block's tokens, which is trained with the denoiser but not saved with it.
+    `DenoiserWithHeads` calls it; one that uses a token's neighbours is a `GridHead`."""
 
     wants_images: ClassVar[bool] = False
-    """Whether the term looks at the record's `images`, or at its `image_features` where it has `stored_features`."""
+    """Whether the term uses the record's `images` or, if it has `stored_features`, its `image_features`."""
 
     stored_features: Mapping[str, Any] | None = None
-    """What `image_features` must be to do instead of `images`: the identity of the `encoder` and the `patch_size` of
-    the tokens; None if only images do."""
+    """Which `image_features` may replace `images`: the identity of the `encoder` and the `patch_size` of the tokens;
+    None if only images will do."""
 
     replaces_denoising: ClassVar[bool] = False
-    """Whether the term has the denoising loss in it, so that it is not added once more."""
+    """Whether the term includes the denoising loss, so that it is not added again."""
 
     @classmethod
     @abstractmethod
     def for_model(cls, model: torch.nn.Module, **settings: Any) -> "LossTerm":
-        """The term for a denoiser, not wrapped.
+        """The term for a denoiser that is not wrapped.
 
         Raises:
             ValueError: The model cannot be trained with it.
@@ -95,4 +94,4 @@ class LossTerm(ABC):
 
     @abstractmethod
     def __call__(self, record: ForwardRecord) -> torch.Tensor:
-        """[B] float32, of each sample."""
+        """The loss of each sample, [B] float32."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""A denoiser together with the networks that its loss terms train beside it."""
+"""A denoiser together with the networks that its loss terms train with it."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,21 +10,21 @@ from .base import LossTerm
 
 
 class GridHead(torch.nn.Module):
-    """A head that looks at a token's neighbours: it is called as `head(tokens, columns)`.
+    """A head that uses a token's neighbours, called as `head(tokens, columns)`.
 
-    The tokens are [B, rows * columns, D], row by row; in a route of rows the rows are those that are kept.
+    The tokens are [B, rows * columns, D], row by row; in a route of rows they are the kept rows.
     """
 
 
 class DenoiserWithHeads(torch.nn.Module):
-    """What is trained where terms have `heads`: one module, so that Accelerate wraps, clips and saves all of it.
+    """A denoiser and its terms' `heads` in one module, so that Accelerate wraps, clips and saves all of it.
 
-    The heads are called in its forward, as DDP and FSDP2 want it, and always, because DDP waits for every gradient.
-    The denoiser comes first among the parameters and is what is exported.
+    The heads are called in its forward, as DDP and FSDP2 require, and in every forward, because DDP waits for all
+    gradients. The denoiser's parameters come first, and only the denoiser is exported.
 
     Args:
-        denoiser: Gives the tokens after blocks, `forward(..., hidden_states_at=...)`; it is not changed.
-        terms: Of its loss.
+        denoiser: A denoiser that returns tokens after blocks, `forward(..., hidden_states_at=...)`. Not modified.
+        terms: The terms of its loss.
 
     Raises:
         ValueError: Two terms have a head at the same block.
@@ -40,7 +40,7 @@ class DenoiserWithHeads(torch.nn.Module):
 
     @property
     def config(self) -> Any:
-        """The denoiser's."""
+        """The denoiser's config."""
         return self.denoiser.config
 
     def forward(
@@ -51,8 +51,8 @@ class DenoiserWithHeads(torch.nn.Module):
         Args:
             hidden_states: [B, C, H, W].
             timestep: [B].
-            hidden_states_at: Blocks whose tokens are wanted besides.
-            **options: The denoiser's others.
+            hidden_states_at: Further blocks whose tokens to return.
+            **options: The denoiser's other arguments.
         """
         wanted = sorted({*hidden_states_at, *map(int, self.heads)})
         output = self.denoiser(hidden_states, timestep, hidden_states_at=wanted, **options)
@@ -60,5 +60,5 @@ class DenoiserWithHeads(torch.nn.Module):
         for block, head in self.heads.items():
             grid = {"columns": columns} if isinstance(head, GridHead) else {}
             projected[int(block)] = head(output.hidden_states[int(block)], **grid)
-        output["projected_states"] = projected  # as an item, which also sets the attribute: copies are made of items
+        output["projected_states"] = projected  # as an item, which also sets the attribute: copies copy the items
         return output

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The loss of TREAD's first version: the kept tokens are denoised, the routed ones reconstruct their noisy input.
+"""The loss of TREAD's first version: kept tokens are denoised, routed tokens reconstruct their noisy input.
 
 Shapes: B batch, C channels, P patch size, N tokens, K kept tokens.
 """
@@ -18,16 +18,16 @@ from .base import ForwardRecord, LossTerm
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionLoss(LossTerm):
-    """The mean over the routes of L_dsm over the tokens a route keeps + lambda L_mae over those it routes away.
+    """The mean over routes of L_dsm on the kept tokens + lambda * L_mae on the routed tokens.
 
-    The loss of TREAD v1 (arXiv 2501.04765v1), in the place of the denoising loss of all tokens, which the final
-    version has and which dense forwards have in any case. The reconstruction is MaskDiT's (arXiv 2306.09305): the
-    denoised latents at the routed tokens, from the same output layer, are compared with the noisy latents, each patch
-    of which is normalised by its own mean and unbiased variance + 1e-6 (MAE, arXiv 2111.06377). Each term is a mean
-    over its own tokens.
+    This loss of TREAD v1 (arXiv 2501.04765v1) replaces the denoising loss of all tokens, which the final version uses;
+    dense forwards use the latter in any case. The reconstruction is MaskDiT's (arXiv 2306.09305): at the routed tokens
+    the denoised latents, from the same output layer, are compared with the noisy latents, where each patch is
+    normalised by its own mean and unbiased variance + 1e-6 (MAE, arXiv 2111.06377). Each term is a mean over its own
+    tokens.
 
     Raises:
-        ValueError: A field out of range.
+        ValueError: A field is out of range.
     """
 
     replaces_denoising: ClassVar[bool] = True
@@ -36,7 +36,7 @@ class ReconstructionLoss(LossTerm):
     """P, of the model's patches."""
 
     weight: float = 0.1
-    """lambda, at least 0: 0.1 in the text; 0.0, no reconstruction, in the released run."""
+    """lambda, at least 0: 0.1 in the paper's text; 0.0 (no reconstruction) in the released run."""
 
     def __post_init__(self):
         if not (isinstance(self.weight, (int, float)) and 0 <= self.weight < math.inf):
@@ -47,13 +47,13 @@ class ReconstructionLoss(LossTerm):
         """The term for a denoiser of patches.
 
         Raises:
-            ValueError: The model has no routes or no patches; or its patches have a single value, which is 0 once
-                normalised and leaves nothing to reconstruct.
+            ValueError: The model has no routes or no patches; or its patches have a single value, which normalisation
+                makes 0, so that nothing is left to reconstruct.
         """
         config: Any = getattr(model, "config", {})
         routes = getattr(getattr(model, "token_router", None), "routes", ())
         patch_size, channels = config.get("patch_size"), config.get("in_channels")
-        is_hooked = hasattr(model, "_token_routing")  # whose output does not tell the kept tokens
+        is_hooked = hasattr(model, "_token_routing")  # its output does not include the kept tokens
         if not routes or is_hooked or patch_size is None or channels is None:
             raise ValueError(
                 "Expected a denoiser of this package with patches and routes for the reconstruction loss, got "
@@ -67,11 +67,12 @@ class ReconstructionLoss(LossTerm):
         return cls(patch_size=patch_size, weight=weight)
 
     def __call__(self, record: ForwardRecord) -> torch.Tensor:
+        # A dense forward.
         error = (record.prediction - record.target).square()
         if record.kept_token_ids is None:
             return error.mean(dim=(1, 2, 3))
 
-        # Per token: the error of denoising, and that of reconstructing.
+        # Per token: the errors of denoising and of reconstruction.
         token_error = self._patches(error).mean(dim=2)  # B N
         if self.weight > 0:
             target = self._patches(record.noisy)  # B N C*P*P
@@ -79,7 +80,7 @@ class ReconstructionLoss(LossTerm):
             target = (target - mean) * (variance + 1e-6).rsqrt()
             reconstruction_error = (self._patches(record.denoise(record.prediction)) - target).square().mean(dim=2)
 
-        # Per route: the one over its kept tokens, the other over those routed away.
+        # Per route: the first over the kept tokens, the second over the routed ones.
         losses = []
         for ids in record.kept_token_ids:
             if ids is None:
@@ -94,5 +95,5 @@ class ReconstructionLoss(LossTerm):
         return torch.stack(losses).mean(dim=0)
 
     def _patches(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] to [B, N, C*P*P], rows of patches one after the other, as the model has its tokens."""
+        """[B, C, H, W] to [B, N, C*P*P], patches row by row, in the order of the model's tokens."""
         return F.unfold(latents, self.patch_size, stride=self.patch_size).transpose(1, 2)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The terms of a loss by name."""
+"""The loss terms by name."""
 
 from ...registry import add_entry
 from .alignment import AlignmentLoss
@@ -11,10 +11,10 @@ LOSS_TERMS: dict[str, type[LossTerm]] = {}
 
 
 def register_loss_term(name: str, term: type[LossTerm]) -> None:
-    """Makes a term known by a name, for `--loss_terms` of the training script.
+    """Registers a term under a name, for `--loss_terms` of the training script.
 
     Raises:
-        ValueError: The name is that of another term.
+        ValueError: Another term has this name.
     """
     add_entry(LOSS_TERMS, name, term)
 

@@ -20,19 +20,20 @@ from ...hub_errors import ADVICE, LOST
 class VisionEncoder:
     """A vision transformer of the transformers library, such as DINOv2, DINOv3, SigLIP or the image tower of CLIP.
 
-    It is frozen, and no module, so that nothing trains, wraps or saves it.
+    It is frozen, and not a module, so that nothing trains, wraps or saves it.
 
     Args:
         model: Its config has `patch_size`, `image_size` and `hidden_size`; its patches come last among its tokens.
-        mean: Of each channel of images in [0, 1], as its processor has it.
-        std: Likewise.
+        mean: Mean of each channel of images in [0, 1], from its processor.
+        std: Standard deviation of each channel, likewise.
         revision: The commit of its repository, if known.
 
     Raises:
-        ValueError: The model has no patches.
+        ValueError: The model does not take images in square patches.
     """
 
     def __init__(self, model: torch.nn.Module, *, mean: list[float], std: list[float], revision: str | None = None):
+        # Patches and normalisation.
         self.model = model.requires_grad_(False).eval()
         patch_size, image_size = (getattr(model.config, name, None) for name in ("patch_size", "image_size"))
         parameters = inspect.signature(model.forward).parameters
@@ -47,19 +48,20 @@ class VisionEncoder:
         side = (image_size if isinstance(image_size, int) else min(image_size)) // patch_size
         self.own_grid = (side, side)
 
-        # Whether it takes any size: asked to (CLIP, SigLIP), always (DINOv2), by rotary positions (DINOv3).
+        # Whether it takes any size: on request (CLIP, SigLIP), always (DINOv2), by rotary positions (DINOv3).
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
         is_elastic = any(hasattr(module, "interpolate_pos_encoding") for module in model.modules())
         self.takes_any_size = bool(self.options) or is_elastic or hasattr(model, "rope_embeddings")
 
     @classmethod
     def from_pretrained(cls, repository: str) -> "VisionEncoder":
-        """Loads one of the Hub or a local folder, its weights from safetensors only, in bfloat16 for accelerators.
+        """Loads an encoder from the Hub or a folder: weights from safetensors only, in bfloat16 for accelerators.
 
         Raises:
             ImportError: transformers is not installed.
             ValueError: There is no such model.
         """
+        # Model and processor settings.
         try:
             from transformers import AutoModel, ImageProcessingMixin
         except ImportError as error:
@@ -74,14 +76,16 @@ class VisionEncoder:
                 f"Expected a vision encoder with safetensors and a preprocessor_config.json at {repository!r}, got "
                 f"{error}. {ADVICE}"
             ) from error
+
+        # The commit.
         cached = None if Path(repository).exists() else try_to_load_from_cache(repository, "config.json")
         commit = re.search(r"/snapshots/([0-9a-f]{40})/", cached if isinstance(cached, str) else "")
-        vision_model = getattr(model, "vision_model", model)  # CLIP's and SigLIP's other tower goes
+        vision_model = getattr(model, "vision_model", model)  # without the text tower of CLIP and SigLIP
         return cls(vision_model, mean=mean, std=std, revision=commit[1] if commit else None)
 
     def identity(self) -> dict[str, Any]:
-        """What tells it from others wherever it lies (JSON): features of encoders with the same one are the same, but
-        for rounding. Its weights count in bfloat16, in which accelerators have them."""
+        """JSON that identifies the encoder independently of its path: encoders with the same identity give the same
+        features, up to rounding. Weights are hashed in bfloat16, their dtype on accelerators."""
         fingerprint = weights_fingerprint(self.model, rounded_to=torch.bfloat16)
         return {"class_name": type(self.model).__name__, "fingerprint": fingerprint, **self.normalization}
 
@@ -92,11 +96,13 @@ class VisionEncoder:
         Args:
             images: [B, 3 or 1, height, width] in [-1, 1].
             grid_size: Rows and columns of tokens, N = rows * columns. The images are resized (bicubic, antialiased) to
-                so many patches; for an encoder of one size to that size, and its features to the grid.
+                this many patches. For an encoder of fixed size they are resized to its size, and its features are
+                resized to the grid.
 
         Raises:
-            ValueError: The encoder gives fewer tokens than patches.
+            ValueError: The encoder returns fewer tokens than patches.
         """
+        # Device and grid.
         if self.mean.device != images.device:  # once: a copy to an accelerator waits for it
             self.model.to(images.device)
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
@@ -107,7 +113,7 @@ class VisionEncoder:
         pixels = F.interpolate(images.float(), size, mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
         pixels = ((pixels + 1) / 2 - self.mean) / self.std
 
-        # Class and register tokens come first.
+        # Features of the patches; class and register tokens come first.
         tokens = self.model(pixel_values=pixels.to(self.dtype), **self.options).last_hidden_state  # B L E
         num_others = tokens.shape[1] - grid[0] * grid[1]
         if num_others < 0:
@@ -115,6 +121,8 @@ class VisionEncoder:
                 f"Expected a token for each of {grid[0]} x {grid[1]} patches, got {tokens.shape[1]} of "
                 f"{type(self.model).__name__}. Use a DINOv2, DINOv3, SigLIP or CLIP."
             )
+
+        # To the grid of the denoiser.
         features = tokens[:, num_others:].float()  # B N E
         if grid != tuple(grid_size):
             maps = features.transpose(1, 2).unflatten(2, grid)  # B E rows columns
