@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..field_docs import with_field_docs
 from .base import CorruptedLatents
 from .flow import FlowMatchingObjective
 
@@ -28,6 +29,7 @@ def velocity_from_clean(clean: torch.Tensor, noisy: torch.Tensor, timestep: torc
     return (noisy - clean) / t.reshape(-1, 1, 1, 1)
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class JiTObjective(FlowMatchingObjective):
     """Flow matching whose network predicts x; the loss is on the velocity that x implies (arXiv 2511.13720).
