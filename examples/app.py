@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""A page that samples a pipeline: classifier-free guidance on the left, any kind of guidance on the right, their cost.
+"""A web page that samples a pipeline with classifier-free guidance and with another kind, and compares their cost.
 
     python examples/app.py runs/xl2/pipeline
 
-In a Space, which starts it without arguments, TREAD_PIPELINE names the pipeline. GRADIO_SERVER_NAME and
-GRADIO_SERVER_PORT say where it listens. docs/samples-and-app.md tells more.
+A Space starts it without arguments; there, TREAD_PIPELINE names the pipeline. GRADIO_SERVER_NAME and
+GRADIO_SERVER_PORT set the address. See docs/samples-and-app.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from diffusers_tread.objectives import find_objective
 from diffusers_tread.pictures import make_grid
 
 
-# Those offered that the model's objective accepts; each takes the settings of the pipeline's own.
+# The page offers those that the model's objective accepts, with the settings of the pipeline's own scheduler.
 SAMPLERS = ("EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 SAMPLERS += ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowSDEScheduler")
 SAMPLERS += ("DDIMScheduler", "DPMSolverMultistepScheduler")
@@ -47,8 +47,8 @@ INTEGERS = {"Seed": (0, 2**53), "Images": (1, 16), "Steps": (1, 250)}
 NUMBERS = {"Scale on the left": (0, 100), "Scale": (0, 100), "Strong ratio": (0, 1), "Weak ratio": (0, 1)}
 NUMBERS |= {"Rescaling": (0, 1), "Guided above noise level": (0, 1000), "Guided up to noise level": (0, 1000)}
 EVERYWHERE = (0.0, 1000.0)  # more than any sampler's noise levels
-LOCK = threading.Lock()  # of the model: one request at a time, however it comes
-# Fonts of the visitor's system: nothing is fetched from elsewhere.
+LOCK = threading.Lock()  # for the model: one request at a time
+# Only system fonts, so that the page loads nothing from other servers.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
@@ -73,12 +73,12 @@ def load_pipeline(name: str) -> TREADPipeline:
     except LOST as error:
         raise ValueError(f"Expected a TREADPipeline, got {name} ({error}). {ADVICE}") from error
     pipeline.set_progress_bar_config(disable=True)
-    pipeline(0, num_inference_steps=1)  # the first call takes longer than those that the page times
+    pipeline(0, num_inference_steps=1)  # warm-up: the first call takes longer, and the page shows times
     return pipeline
 
 
 def make_guider(kind: str, scale: float, strong_ratio: float, weak_ratio: float, rescale: float = 0.0) -> BaseGuidance:
-    """Raises ValueError for settings that are none."""
+    """Makes a guider. Raises ValueError for settings that are not valid."""
     if kind not in SPARSE_KINDS:
         scale = 1.0 if kind == "none" else scale
         if not scale >= 1.0:
@@ -95,7 +95,7 @@ def scheduler_class(name: str) -> type:
 
 
 def offered_samplers(pipeline: TREADPipeline) -> list[str]:
-    """The pipeline's own and those that its model's objective accepts."""
+    """The pipeline's own scheduler and those that its model's objective accepts."""
     accepts = find_objective(pipeline.transformer.config.objective).accepts
     own = type(pipeline.scheduler).__name__
     return list(dict.fromkeys([own, *(name for name in SAMPLERS if accepts(scheduler_class(name)()))]))
@@ -121,19 +121,21 @@ def sample(
     seed: int,
     num_images: int,
 ) -> tuple[PIL.Image.Image, str]:
-    """The images side by side, and what they cost."""
-    # The page's pipeline stays as it is.
+    """Samples images, and returns them side by side with a text about their cost."""
+    # Make a new pipeline, because the page's pipeline must not change.
     parts = {name: pipeline.components[name] for name in ("transformer", "vae", "guidance_transformer")}
     scheduler = scheduler_class(sampler).from_config(pipeline.scheduler.config)
     pipeline = TREADPipeline(**parts, scheduler=scheduler, guider=guider)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
 
+    # Sample.
     started = time.perf_counter()
     options = {"num_inference_steps": steps, "generator": generators, "guidance_interval": interval}
     images = pipeline([label] * num_images, **options).images
     seconds = time.perf_counter() - started
 
+    # Cost.
     calls, weak_model = pipeline.num_timesteps, parts["guidance_transformer"]
     guided = {"guidance_model": weak_model, "guided_steps": pipeline.guided_steps}
     cost = guidance_flops(parts["transformer"], guider, num_steps=calls, **guided)
@@ -165,7 +167,8 @@ def compare(
     low=EVERYWHERE[0],
     high=EVERYWHERE[1],
 ) -> tuple[PIL.Image.Image, str, PIL.Image.Image, str]:
-    """What the button does: pictures and costs of both sides; gr.Error, which the page shows, for bad input."""
+    """Makes the pictures and costs of both sides. For bad input raises gr.Error, which the page shows."""
+    # Check the input.
     numbers = {"Seed": seed, "Images": num_images, "Steps": steps, "Class": label}
     numbers |= {"Scale on the left": cfg_scale, "Scale": scale, "Strong ratio": strong_ratio, "Weak ratio": weak_ratio}
     numbers |= {"Rescaling": rescale, "Guided above noise level": low, "Guided up to noise level": high}
@@ -181,6 +184,8 @@ def compare(
             raise ValueError(f"Expected Kind: one of {kinds}, got {kind!r:.40}.")
         if not low < high:
             raise ValueError(f"Expected a noise level to guide up to above {low:g}, got {high:g}.")
+
+        # Sample both sides.
         sides = [(make_guider(CFG, cfg_scale, 0.0, 0.0), EVERYWHERE)]
         sides += [(make_guider(kind, scale, strong_ratio, weak_ratio, rescale), (low, high))]
         settings = {"sampler": sampler, "label": int(label), "num_images": int(num_images)}
@@ -192,13 +197,15 @@ def compare(
 
 
 def build_page(pipeline: TREADPipeline) -> gr.Blocks:
-    """The page of a pipeline; one request runs at a time."""
+    """Builds the page of a pipeline; one request runs at a time."""
+    # What it offers.
     config, names = pipeline.transformer.config, pipeline.config.id2label or {}
     samplers = offered_samplers(pipeline)
     labels = range(max(config.num_classes, 1))  # a model without classes has one label
     classes = [(f"{label}: {names[str(label)]}" if str(label) in names else f"{label}", label) for label in labels]
     kinds = offered_kinds(pipeline)
 
+    # Inputs and outputs.
     with gr.Blocks(title="diffusers-tread", analytics_enabled=False) as page:
         gr.Markdown("# Token routing and Sparse Guidance\nThe same noise, guided in two ways.")
         with gr.Row():
@@ -236,6 +243,7 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
             "[0, 1] of flow matching. FLOPs are counted, multiply-adds as two; times are measured."
         )
 
+        # Actions.
         def run(*values):
             return compare(pipeline, *values)
 
@@ -243,20 +251,20 @@ def build_page(pipeline: TREADPipeline) -> gr.Blocks:
         more = [rescale, low, high]
         inputs += more
         button.click(run, inputs, outputs, concurrency_limit=1, api_visibility="private")
-        # Only what the kind has a use for.
+        # Show only the fields that this kind of guidance uses.
         kind.change(
             lambda kind: 4 * [gr.update(visible=kind != "none")] + 2 * [gr.update(visible=SPARSE in kind)],
             kind,
             [scale, *more, strong_ratio, weak_ratio],
             api_visibility="private",
         )
-    # The buttons alone start work, and few may wait.
+    # Only the button starts work, and the queue is short.
     return page.queue(max_size=32, api_open=False, default_concurrency_limit=1)
 
 
 def main(argv: list[str] | None = None) -> None:
     demo = build_page(load_pipeline(parse_args(argv).pretrained_pipeline))
-    demo.launch(theme=THEME, max_file_size="1kb")  # nothing is to be uploaded
+    demo.launch(theme=THEME, max_file_size="1kb")  # the page needs no uploads
 
 
 if __name__ == "__main__":

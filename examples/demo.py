@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Trains a routed transformer on handwritten digits, samples it in three ways and judges the samples: `make demo`.
 
-It runs examples/train_tread.py as it is, loads the pipeline that it saved, and ends with a table and a picture in the
-output folder. The exit code is 1 if an SVM trained on real digits recognises fewer than 95 % of the samples, unguided
-or with Sparse Guidance, or if the pipeline loaded a second time gives other images. About 4 minutes on two CPU cores;
-a run that was interrupted goes on where it stopped.
+It runs examples/train_tread.py unchanged, loads the pipeline that was saved, and ends with a table and a picture in
+the output folder. The exit code is 1 if an SVM trained on real digits recognises fewer than 95 % of the samples,
+unguided or with Sparse Guidance, or if the pipeline gives other images when it is loaded again. It takes about 4
+minutes on two CPU cores. An interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from diffusers_tread.runs.signals import run_command, stopped_cleanly
 NUM_CLASSES, SIZE = 10, 8
 NUM_INFERENCE_STEPS = 20
 REQUIRED_ACCURACY = 0.95
-# Per way of sampling: the guider, and the scale of plain classifier-free guidance.
+# For each way of sampling: the guider, and the scale of plain classifier-free guidance.
 SAMPLINGS = {
     "dense, no guidance": (None, None),
     "classifier-free guidance 1.5": (None, 1.5),
@@ -77,9 +77,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Returns the exit code."""
+    """Trains, samples and judges; returns the exit code."""
     started = time.perf_counter()
-    torch.set_num_threads(1)  # operators this small gain little from a second core, and lose much if it is busy
+    torch.set_num_threads(1)  # so small operators gain little from a second core, and lose much if it is busy
 
     # Train.
     folder = train(args.output_dir, args.max_train_steps)
@@ -125,7 +125,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def train(output_dir: Path, max_train_steps: int) -> Path:
-    """The training script's digits recipe, in its own process; returns the folder of the pipeline."""
+    """Runs the training script's digits recipe in its own process; returns the folder of the pipeline."""
     command = [sys.executable, "-m", "diffusers_tread", "train", "--output_dir", str(output_dir)]
     command += ["--max_train_steps", str(max_train_steps)]
     print(f"$ {shlex.join(command)}", flush=True)
@@ -140,12 +140,16 @@ def load_pipeline(folder: Path) -> TREADPipeline:
 
 
 def train_judge() -> tuple[SVC, np.ndarray, float]:
-    """An SVM of the real digits; eight of each class, [8, 10, 8, 8]; its accuracy on digits that it did not see."""
+    """Trains an SVM on the real digits.
+
+    Returns:
+        The SVM, eight digits of each class [8, 10, 8, 8], and the accuracy on held-out digits.
+    """
     digits = load_digits()
     pixels = np.rint(digits.images / 16 * 255).astype(np.uint8)  # B 8 8
     shown = np.stack([pixels[digits.target == digit][:8] for digit in range(NUM_CLASSES)], axis=1)  # 8 10 8 8
 
-    # scikit-learn's settings for these digits: gamma 0.001 on pixels from 0 to 16, here from 0 to 1.
+    # scikit-learn's settings for these digits: gamma 0.001 for pixels in [0, 16], here in [0, 1].
     judge = SVC(kernel="rbf", gamma=0.001 * 16**2)
     seen, held_out, seen_labels, held_out_labels = train_test_split(
         flatten(pixels), digits.target, test_size=0.25, stratify=digits.target, random_state=0
@@ -155,12 +159,12 @@ def train_judge() -> tuple[SVC, np.ndarray, float]:
 
 
 def flatten(images: np.ndarray) -> np.ndarray:
-    """[B, 8, 8] uint8 to [B, 64] in [0, 1]."""
+    """Converts images [B, 8, 8] uint8 to [B, 64] in [0, 1]."""
     return images.reshape(len(images), -1) / 255
 
 
 def sample_all_ways(folder: Path, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """The images of each way of sampling; two at a time, the longest first, each with a pipeline of its own."""
+    """Samples images in each way, two ways at a time, the slowest first, each with a pipeline of its own."""
     order = sorted(SAMPLINGS, key=lambda name: name == UNGUIDED)
     pipelines = [load_pipeline(folder) for _ in order]  # one after the other: diffusers does not load in threads
     progress = tqdm(total=len(order) * len(labels), desc="Sampling", unit="image")
@@ -181,7 +185,7 @@ def sample(
     first_seed: int = 0,
     progress: tqdm | None = None,
 ) -> np.ndarray:
-    """[B, 8, 8] uint8. Image i follows from seed `first_seed` + i, whatever is in the batch around it."""
+    """Samples images [B, 8, 8] uint8. Image i depends only on the seed `first_seed` + i, not on its batch."""
     pipeline.guider = guider
     batches = []
     for start in range(0, len(labels), 25):
@@ -200,7 +204,7 @@ def sample(
 
 
 def step_times(transformer: TREADTransformer2DModel) -> tuple[float, float]:
-    """Median seconds of a routed and of a dense training step, in turns, on a fresh model of the same size."""
+    """Measures the median seconds of routed and dense training steps, alternating, on a new model of this size."""
     batch_size, num_warmups, num_repeats = 16, 3, 20
     model = TREADTransformer2DModel.from_config(transformer.config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -227,7 +231,7 @@ def save_picture(
     real_accuracy: float,
     accuracies: dict[str, float],
 ) -> None:
-    """Real digits and each way of sampling side by side, a column per class."""
+    """Draws real digits and the samples of each way side by side, with a column per class."""
     panels = {f"real digits\n{real_accuracy:.1%} recognised": real}
     for name, samples in images.items():
         shown = samples[: 8 * NUM_CLASSES].reshape(-1, NUM_CLASSES, SIZE, SIZE)

@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Trains a routed transformer on small avatars of twenty classes, samples and judges it: `make demo-avatars`.
 
-It runs examples/make_avatars.py, train_tread.py and sample.py as they are, and ends with a table, a picture of the
-samples and one of the training's course in the output folder. The judge is a small network that learns the classes
+It runs examples/make_avatars.py, train_tread.py and sample.py unchanged, and ends with a table, a picture of the
+samples and one of the training's progress in the output folder. The judge is a small network that learns the classes
 from avatars of other seeds. Fréchet distances are measured in its features, to as many avatars that neither it nor the
 model has seen. The exit code is 1 if it recognises fewer than 85 % of the samples, unguided or with Sparse Guidance.
-A run that was interrupted goes on where it stopped.
+An interrupted run goes on where it stopped.
 
 Shapes: B images, S their side, K classes.
 """
@@ -37,8 +37,8 @@ from diffusers_tread.pictures import add_labels, make_grid, save_image
 from diffusers_tread.runs.signals import run_command, stopped_cleanly
 
 
-SIZE, ZOOM = 16, 5  # pixels of an avatar's side; how often each is repeated in the pictures
-NUM_CLASSES, COLUMNS = 20, 10  # of the pictures, as of the training's grids
+SIZE, ZOOM = 16, 5  # side of an avatar in pixels; how often each pixel is repeated in the pictures
+NUM_CLASSES, COLUMNS = 20, 10  # columns of the pictures and of the training's grids
 REQUIRED_ACCURACY = 0.85
 MODEL = {"num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 12, "patch_size": 2}
 TRAINING = {
@@ -52,7 +52,7 @@ TRAINING = {
     "ema_decay": 0.998,
     "logging_steps": 50,
 }
-# Per way of sampling the flags of examples/sample.py.
+# For each way of sampling: the flags of examples/sample.py.
 SAMPLINGS = {
     "unguided": {"guidance": "none"},
     "CFG 1.5": {"guidance": "cfg", "guidance_scale": 1.5},
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Returns the exit code."""
+    """Trains, samples and judges; returns the exit code."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # the samplings run two at a time; the operators are small
 
@@ -107,7 +107,8 @@ def run_demo(args: argparse.Namespace) -> int:
     run = train_model(args)
     samples = sample_all_ways(args, run / "pipeline", train.names)
 
-    # Judge. The two halves of the other avatars, and those of the training as what samples ought to be like.
+    # Judge. It learns from half of the other avatars and compares with the other half; the row "real" shows what
+    # samples should reach.
     half = args.num_judge_images // 2
     judge = Judge(other[:half], heldout=other[half:], num_steps=args.judge_steps)
     rows = {"real": train[: args.num_images], **samples}
@@ -137,7 +138,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_task(name: str, **flags) -> None:
-    """Another example in its own process, with one thread. Raises SystemExit with its code if that is not 0."""
+    """Runs another example in its own process, with one thread. Raises SystemExit with its exit code if not 0."""
     command = [sys.executable, "-m", "diffusers_tread", name]
     command += [word for flag, value in flags.items() for word in (f"--{flag}", str(value)) if value is not True]
     command += [f"--{flag}" for flag, value in flags.items() if value is True]
@@ -150,14 +151,14 @@ class Images:
     """Images with labels."""
 
     pixels: torch.Tensor
-    """[B, 3, S, S] uint8."""
+    """Pixels, [B, 3, S, S] uint8."""
     labels: torch.Tensor
-    """[B]."""
+    """Class of each image, [B]."""
     names: list[str]
-    """Of the K classes."""
+    """Names of the K classes."""
 
     def of_each_class(self, turn: int) -> list[PIL.Image.Image]:
-        """The first image of each class, the second, ...; the classes take turns."""
+        """The image number `turn` of each class, for images that cycle through the classes."""
         chosen = self.pixels[turn * NUM_CLASSES : (turn + 1) * NUM_CLASSES].permute(0, 2, 3, 1)  # K S S 3
         return [PIL.Image.fromarray(pixels) for pixels in chosen.numpy()]
 
@@ -171,7 +172,7 @@ def read_images(paths: list[Path], labels: list[int], names: list[str]) -> Image
 
 
 def draw(args: argparse.Namespace, split: str, num_images: int) -> Images:
-    """Avatars of a split, the classes in turns."""
+    """Draws the avatars of a split, cycling through the classes."""
     folder = args.output_dir / "avatars" / split
     run_task("make-avatars", num_images=num_images, resolution=SIZE, split=split, output_dir=folder)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -180,7 +181,7 @@ def draw(args: argparse.Namespace, split: str, num_images: int) -> Images:
 
 
 def train_model(args: argparse.Namespace) -> Path:
-    """The folder of the run: its pipeline, and a grid of an image of each class at each eighth of it."""
+    """Trains, with a sample grid of each class after each eighth of the run; returns the run's folder."""
     every, run = max(args.max_train_steps // 8, 1), args.output_dir / "run"
     options = TRAINING | {"max_train_steps": args.max_train_steps, "output_dir": run, "use_ema": True}
     options |= {"checkpointing_steps": every, "checkpoints_total_limit": 1, "validation_steps": every}
@@ -189,7 +190,7 @@ def train_model(args: argparse.Namespace) -> Path:
 
 
 def sample_all_ways(args: argparse.Namespace, pipeline: Path, names: list[str]) -> dict[str, Images]:
-    """The images of each way of sampling, from the same noise; two ways at a time."""
+    """Samples images in each way from the same noise, two ways at a time."""
     options = {"pretrained_pipeline": pipeline, "num_samples": args.num_images, "batch_size": 25}
     options["num_inference_steps"] = args.num_inference_steps
     labels = [index % NUM_CLASSES for index in range(args.num_images)]
@@ -210,21 +211,21 @@ def sample_all_ways(args: argparse.Namespace, pipeline: Path, names: list[str]) 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     accuracy: float
-    """Share of images that are recognised as what their labels say."""
+    """Share of images that are recognised as their label."""
     worst_class: int
     worst_accuracy: float
-    """Of the class that is recognised least."""
+    """Accuracy of the class that is recognised least."""
     distance: float
     """Fréchet distance to the held-out images."""
 
 
 class Judge:
-    """A small convolutional network; what comes before its last layer gives 64 features.
+    """A small convolutional network with 64 features before its last layer.
 
     Args:
-        images: To learn from.
-        heldout: To compare with.
-        num_steps: Of its training.
+        images: Images to learn from.
+        heldout: Images to compare with.
+        num_steps: Optimiser steps.
     """
 
     def __init__(self, images: Images, *, heldout: Images, num_steps: int):
@@ -285,13 +286,13 @@ def save_samples(path: Path, ways: dict[str, Images]) -> None:
 
 
 def save_course(path: Path, grids: Path, real: Images) -> None:
-    """The training's own grids, a row each, from the first to the last, and a row of real images."""
+    """Draws the training's own grids, a row each, from the first to the last, and a row of real images."""
     rows = [(f"step {int(grid.stem.split('-')[1]):,}", cut_grid(grid)) for grid in sorted(grids.glob("step-*.png"))]
     save_image(make_sheet([*rows, ("real", real.of_each_class(0))], real.names), path)
 
 
 def cut_grid(path: Path) -> list[PIL.Image.Image]:
-    """The images of a grid of two rows, which has texts on its left."""
+    """Cuts out the images of a grid of two rows with texts on its left."""
     grid = PIL.Image.open(path).convert("RGB")
     side = grid.height // 2  # with a frame of one pixel
     corners = [
@@ -302,7 +303,7 @@ def cut_grid(path: Path) -> list[PIL.Image.Image]:
 
 
 def make_sheet(rows: list[tuple[str, list[PIL.Image.Image]]], names: list[str]) -> PIL.Image.Image:
-    """Rows of enlarged images with a title, ten classes under their names, and the other ten below."""
+    """Draws rows of enlarged images with titles: ten classes under their names, and the other ten below."""
     halves = []
     for start in range(0, len(names), COLUMNS):
         images = [image for _, images in rows for image in images[start : start + COLUMNS]]

@@ -1,14 +1,14 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Trains a routed text-to-image model from nothing, samples prompts that it never saw and judges it: `make demo-text`.
 
-The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say
-so. A fifth of the pairs of digit and ink are never trained on, such as a red zero. The demo makes a small VAE, a
-byte-level tokenizer and a text encoder that stays at its random weights. examples/precompute_latents.py encodes images
-and captions, examples/train_text_to_image_tread.py trains the transformer, both as they are. What is sampled is the
-plain diffusers pipeline that the training saved.
+The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say so.
+A fifth of the pairs of digit and ink are never trained on, such as a red zero. The demo makes a small VAE, a
+byte-level tokenizer and a text encoder with random weights. examples/precompute_latents.py encodes images and
+captions, and examples/train_text_to_image_tread.py trains the transformer; both are run unchanged. The training saves
+a standard diffusers pipeline, which is then sampled.
 
-A judge, a small network that learnt the four attributes from real images of all pairs, says how often a sample shows
-what its prompt says. The exit code is 1 if that is too seldom. A run that was interrupted goes on where it stopped.
+A judge, a small network trained to recognise the four attributes in real images of all pairs, measures how often a
+sample shows what its prompt says. The exit code is 1 if that is too rare. An interrupted run goes on where it stopped.
 
 Shapes: B images, S their side, A the four attributes.
 """
@@ -65,7 +65,7 @@ from diffusers_tread.runs.signals import run_command, stopped_cleanly
 
 TEXT_WIDTH, CAPTION_TOKENS = 64, 24
 VAE_STEPS = 800
-NUM_JUDGE_IMAGES, NUM_REAL_IMAGES = 8000, 2000  # to learn from, to be tried on
+NUM_JUDGE_IMAGES, NUM_REAL_IMAGES = 8000, 2000  # images to train and to test the judge
 REQUIRED = {"as trained on": 0.75, "never trained on": 0.65}
 TRANSFORMER = {"in_channels": 4, "patch_size": 2, "context_in_dim": TEXT_WIDTH, "hidden_size": 96, "mlp_ratio": 2.0}
 TRANSFORMER |= {"num_heads": 3, "depth": 10, "axes_dim": [16, 16]}
@@ -73,7 +73,7 @@ ROUTES = [{"start": 2, "end": -4}]
 TRAINING = {
     "routes": json.dumps(ROUTES),
     "dense_fraction": 0.2,
-    "objective_config": json.dumps({"shift": 3.0}),  # more noise: there the words decide the digit
+    "objective_config": json.dumps({"shift": 3.0}),  # more noise levels at which the words decide the digit
     "train_batch_size": 32,
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
@@ -83,7 +83,7 @@ TRAINING = {
     "logging_steps": 50,
     "checkpoints_total_limit": 1,
 }
-# Per way of sampling the scale of classifier-free guidance, or the guider that has it.
+# For each way of sampling: the scale of classifier-free guidance, or a guider.
 SAMPLINGS = {
     "unguided": 1.0,
     "CFG 3": 3.0,
@@ -116,9 +116,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Returns the exit code."""
+    """Trains, samples and judges; returns the exit code."""
     started = time.perf_counter()
-    torch.set_num_threads(1)  # operators this small gain little from a second core
+    torch.set_num_threads(1)  # so small operators gain little from a second core
 
     # Images, pipeline, training.
     known, others = split_handwriting()
@@ -129,7 +129,7 @@ def run_demo(args: argparse.Namespace) -> int:
     encode(args)
     folder = train(args)
 
-    # Judge. It knows the handwriting, of all pairs; it is tried on that of others.
+    # Judge. It learns from the same handwriting, in all pairs, and is tested on other handwriting.
     judge = train_judge(*draw(NUM_JUDGE_IMAGES, known, is_seen=None, seed=2)[:2])
     real_pixels, real_scenes, _ = draw(NUM_REAL_IMAGES, others, is_seen=None, seed=3)
     verdicts = {("real images", ""): recognise(judge, real_pixels) == real_scenes}
@@ -155,7 +155,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def save_parts(folder: Path, pixels: torch.Tensor, captions: list[str]) -> None:
-    """A pipeline that only lacks a trained transformer."""
+    """Saves a pipeline that only lacks a trained transformer."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(captions)
     pipeline = PRXPipeline(
@@ -171,7 +171,7 @@ def save_parts(folder: Path, pixels: torch.Tensor, captions: list[str]) -> None:
 
 
 def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level: it learns from the captions which bytes often stand together, and can spell any other word."""
+    """Trains a byte-level tokenizer on the captions; it can still spell any other word."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     options = {"special_tokens": ["<pad>", "</s>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
@@ -183,7 +183,7 @@ def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_text_encoder(vocab_size: int) -> T5EncoderModel:
-    """One layer, never trained. Its random biases by distance are so large that a token sees its neighbours."""
+    """Makes a text encoder of one untrained layer, with position biases so large that a token sees its neighbours."""
     sizes = {"d_model": TEXT_WIDTH, "d_kv": 16, "d_ff": 2 * TEXT_WIDTH, "num_layers": 1, "num_heads": 4}
     encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, dropout_rate=0.0, **sizes))
     nn.init.normal_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
@@ -191,7 +191,8 @@ def make_text_encoder(vocab_size: int) -> T5EncoderModel:
 
 
 def train_vae(pixels: torch.Tensor) -> AutoencoderKL:
-    """Images to latents [B, 4, S/4, S/4]."""
+    """Trains a VAE with latents [B, 4, S/4, S/4]."""
+    # Train.
     vae = AutoencoderKL(
         block_out_channels=[16, 16, 32], down_block_types=["DownEncoderBlock2D"] * 3, norm_num_groups=8,
         up_block_types=["UpDecoderBlock2D"] * 3, layers_per_block=1, latent_channels=4, sample_size=SIZE,
@@ -205,7 +206,7 @@ def train_vae(pixels: torch.Tensor) -> AutoencoderKL:
 
     fit(vae, loss, pixels, name="VAE", num_steps=VAE_STEPS, batch_size=24, learning_rate=3e-3)
 
-    # Latents of about unit variance.
+    # Scale the latents to about unit variance.
     with torch.no_grad():
         latents = vae.encode(to_floats(pixels[:1000])).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
@@ -213,7 +214,7 @@ def train_vae(pixels: torch.Tensor) -> AutoencoderKL:
 
 
 def encode(args: argparse.Namespace) -> None:
-    """Latents of the images and what the text encoder makes of their captions, once for all epochs."""
+    """Encodes images and captions, once for all epochs."""
     folder = args.output_dir
     flags = {"data": f"folder:{folder / 'images'}", "output_dir": folder / "latents", "resolution": SIZE}
     flags |= {"pretrained_vae_name_or_path": folder / "parts" / "vae", "caption_column": "text"}
@@ -222,7 +223,7 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> Path:
-    """Returns the folder of the finished pipeline."""
+    """Trains; returns the folder of the finished pipeline."""
     run, parts = args.output_dir / "run", args.output_dir / "parts"
     flags = {"data": f"latents:{args.output_dir / 'latents'}", "output_dir": run, "use_ema": True}
     flags |= {"pretrained_model_name_or_path": parts, "transformer_config_name_or_path": parts / "transformer"}
@@ -231,7 +232,7 @@ def train(args: argparse.Namespace) -> Path:
 
 
 def run_task(name: str, **flags) -> None:
-    """Another example in its own process, with one thread. Raises SystemExit with its code if that is not 0."""
+    """Runs another example in its own process, with one thread. Raises SystemExit with its exit code if not 0."""
     command = [sys.executable, "-m", "diffusers_tread", name]
     command += [word for flag, value in flags.items() if value is not True for word in (f"--{flag}", str(value))]
     command += [f"--{flag}" for flag, value in flags.items() if value is True]
@@ -243,12 +244,12 @@ def run_task(name: str, **flags) -> None:
 
 
 def sample_all(args: argparse.Namespace, folder: Path, prompts: dict) -> dict[tuple[str, str], torch.Tensor]:
-    """Images [B, 3, S, S] uint8 by kind of prompt and way of sampling, from the same noise; two at a time."""
+    """Samples images [B, 3, S, S] uint8 for each kind of prompt and way of sampling, from the same noise."""
     keys, pipeline = list(itertools.product(prompts, SAMPLINGS)), DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
 
     def sample_one(key: tuple[str, str]) -> torch.Tensor:
-        own = copy.deepcopy(pipeline)  # a scheduler serves one sampling at a time
+        own = copy.deepcopy(pipeline)  # two run at a time, and a scheduler has a state
         return sample(own, prompts[key[0]][1], SAMPLINGS[key[1]], args.num_inference_steps)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -259,7 +260,7 @@ def sample_all(args: argparse.Namespace, folder: Path, prompts: dict) -> dict[tu
 def sample(
     pipeline: DiffusionPipeline, prompts: list[str], guidance: float | SparseGuidance, num_steps: int
 ) -> torch.Tensor:
-    """[B, 3, S, S] uint8. An image follows from its prompt and its place, whatever is in the batch around it."""
+    """Samples images [B, 3, S, S] uint8. An image depends only on its prompt and its index, not on its batch."""
     options = {"num_inference_steps": num_steps, "call_options": {"use_resolution_binning": False}}
     if isinstance(guidance, SparseGuidance):
         apply_token_routing(pipeline.transformer, ROUTES)
@@ -275,7 +276,7 @@ def sample(
 
 
 def print_table(verdicts: dict[tuple[str, str], torch.Tensor]) -> None:
-    """Shares of images that show what their prompts say, attribute by attribute and in all of them."""
+    """Prints the shares of images that show what their prompts say, for each attribute and for all of them."""
     print(f"\n{'digit and ink':18} {'sampled':16}" + "".join(f"{name:>9}" for name in (*ATTRIBUTES, "all four")))
     for (kind, way), is_right in verdicts.items():
         shares = [*is_right.float().mean(dim=0).tolist(), is_right.all(dim=1).float().mean().item()]
@@ -283,7 +284,7 @@ def print_table(verdicts: dict[tuple[str, str], torch.Tensor]) -> None:
 
 
 def save_picture(path: Path, prompts: dict, samples: dict[tuple[str, str], torch.Tensor]) -> None:
-    """Twelve samples with CFG below their prompts for each kind of prompt."""
+    """Draws twelve samples with CFG and their prompts for each kind of prompt."""
     grids = []
     for kind, (_, captions) in prompts.items():
         grid = caption_grid(to_images(samples[kind, CFG][:12]), captions[:12], columns=6)

@@ -1,13 +1,13 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""FID, sFID, Inception Score, precision, recall and CLIPScore of a pipeline's samples, or of images that are there.
+"""Computes FID, sFID, Inception Score, precision, recall and CLIPScore of a pipeline's samples or of given images.
 
     accelerate launch examples/evaluate_tread.py --pretrained_pipeline runs/xl2/pipeline \
         --reference VIRTUAL_imagenet256_labeled.npz --num_samples 50000 --output_dir evaluations/xl2
     accelerate launch examples/evaluate_tread.py --pretrained_pipeline runs/prx/pipeline --prompts captions.txt \
         --scorers clip --reference photos --resolution 512 --output_dir evaluations/prx
 
-Runs on any number of processes with the same result. A killed evaluation goes on with the same command.
-The flags are the fields of `EvaluationConfig`; docs/evaluation.md.
+The result is the same for any number of processes. Run the same command to resume a killed evaluation.
+The flags are the fields of `EvaluationConfig`, see docs/evaluation.md.
 """
 
 import json
@@ -58,7 +58,7 @@ def open_folder(folder: str | Path, config: EvaluationConfig) -> FolderImages:
 
 
 def open_images(config: EvaluationConfig, device: torch.device):
-    """What is judged; None if only the reference's statistics are wanted."""
+    """Opens the images to judge; None if only the reference's statistics are wanted."""
     if config.images is not None:
         path = Path(config.images)
         return open_folder(path, config) if path.is_dir() else NpzImages(path)
@@ -68,7 +68,7 @@ def open_images(config: EvaluationConfig, device: torch.device):
 
 
 def open_reference(config: EvaluationConfig):
-    """A path or a source of images; None without a reference."""
+    """Opens the reference, as a path or a source of images; None if there is none."""
     if config.reference_dataset_name is not None:
         return DatasetImages(
             config.reference_dataset_name,
@@ -85,7 +85,7 @@ def open_reference(config: EvaluationConfig):
 
 
 def make_results(config: EvaluationConfig, images, values, *, extractor, reference, scorers) -> EvaluationResults:
-    """Values with everything that they depend on."""
+    """Makes results of the values and everything they depend on."""
     origin = {"name_or_path": config.pretrained_pipeline, "revision": config.revision}
     return EvaluationResults(
         metrics=values,
@@ -101,13 +101,13 @@ def make_results(config: EvaluationConfig, images, values, *, extractor, referen
 def results_path(config: EvaluationConfig, *, extractor, reference) -> Path:
     name = "scores"
     if reference is not None:
-        names = (reference.description["name"], extractor.name)  # of which folders and organisations are left out
+        names = (reference.description["name"], extractor.name)  # without folders and organisations
         name = re.sub(r"[^\w.-]+", "-", "-".join(one.rpartition("/")[2] for one in names))
     return Path(config.output_dir) / "results" / f"{name}.json"
 
 
 def report(config: EvaluationConfig, images, values: dict[str, float], *, extractor, reference, scorers) -> None:
-    """Results file, grid, and a table for the eye."""
+    """Writes the results file and the grid, and prints a table."""
     common = {"extractor": extractor, "reference": reference}
     # Files.
     path = results_path(config, **common)
@@ -126,7 +126,7 @@ def report(config: EvaluationConfig, images, values: dict[str, float], *, extrac
 
 
 def draw_grid(images: KeptImages) -> PIL.Image.Image:
-    """The first kept images, with their prompts or the names of classes that take turns."""
+    """Draws the first kept images with their prompts, or with the names of their classes."""
     first = range(min(images.num_kept, 40))
     pictures = [PIL.Image.open(images.path(index)) for index in first]
     if isinstance(images.source, PromptImages):
@@ -139,7 +139,7 @@ def draw_grid(images: KeptImages) -> PIL.Image.Image:
 
 
 class Judges:
-    """The network, the scorers and the reference, which the points of a sweep have in common."""
+    """The network, the scorers and the reference, which all points of a sweep share."""
 
     def __init__(self, config: EvaluationConfig, state: PartialState):
         self.config, self.extractor, self.prepared = config, None, None
@@ -154,7 +154,7 @@ class Judges:
             self.source = open_reference(config)
 
     def prepare_reference(self, image_size: tuple[int, int] | None) -> PreparedReference | None:
-        """The reference with its features, made for images of a size by the first call; None without."""
+        """Prepares the reference at the first call, for images of a size; None if there is no reference."""
         if self.prepared is None and self.extractor is not None:
             config = self.config
             self.prepared = prepare_reference(
@@ -168,25 +168,28 @@ class Judges:
         return self.prepared
 
     def find_values(self, config: EvaluationConfig, images) -> dict[str, float] | None:
-        """The values that an earlier run measured of images with all the same settings; None without."""
+        """Finds the values that an earlier run measured for the same images and settings; None if there are none."""
+        # Results of an earlier run.
         if not self.config.is_sweep or (self.prepared is None and self.extractor is not None):
             return None
         known = {"extractor": self.extractor, "reference": self.prepared}
         path = results_path(config, **known)
         if not path.exists():
             return None
+
+        # Compare their settings.
         there = load_results(path)
         now = make_results(config, images, there.metrics, scorers=self.scorers, **known)
         wanted = {*(self.prepared.metrics if self.prepared else ()), *(scorer.output for scorer in self.scorers)}
         names = ("num_samples", "images", "feature_extractor", "reference", "batch_size", "scorers")
-        # As the file has them, where tuples are lists.
+        # As JSON, because tuples become lists in the file.
         sides = [json.dumps({name: getattr(one, name) for name in names}, sort_keys=True) for one in (there, now)]
         return there.metrics if sides[0] == sides[1] and wanted <= set(there.metrics) else None
 
 
 def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path, judges: Judges) -> dict | None:
-    """The values in the main process; None in the others, and without images."""
-    # Everything is loaded and tried once before the long work starts.
+    """Evaluates images. Returns the values in the main process; None in the others, and if there are no images."""
+    # Load everything and try it once, before the long work starts.
     extractor, scorers = judges.extractor, judges.scorers
     with state.main_process_first():
         images = open_images(config, state.device)
@@ -209,7 +212,7 @@ def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path, ju
         save_statistics(config.save_statistics, reference.statistics)
         print(f"Saved {config.save_statistics}.")
 
-    # The images, unless they were measured: now the reference is known.
+    # Measure the images, unless an earlier run did: now the reference is known.
     values = values or on_main_process(lambda: judges.find_values(config, judged))
     if images is not None and values is None:
         common = {"extractor": extractor, "reference": reference, "scorers": scorers}
@@ -227,7 +230,7 @@ def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path, ju
 
 
 def evaluate_sweep(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
-    """One evaluation per point, each in a folder of its own, and after each the table and the picture."""
+    """Evaluates each point in a folder of its own, and updates the table and the picture after each."""
     judges, rows, points = Judges(config, state), [], config.points
     for point in points:
         folder = output_dir / point.name
@@ -242,9 +245,9 @@ def evaluate_sweep(config: EvaluationConfig, state: PartialState, output_dir: Pa
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(EvaluationConfig, argv, description=__doc__.split("\n")[0])
-    # The others wait while the main process computes what may take long: distances between all pairs of features.
+    # A long timeout: processes wait while the main process computes distances between all pairs of features.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
-    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which moves the features
+    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32, which alters features
     with claim(config.output_dir) as output_dir, stopped_cleanly(argv, kept="finished batches"):
         if config.is_sweep:
             evaluate_sweep(config, state, output_dir)

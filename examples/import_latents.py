@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Turns webdataset shards of latents that others made into a folder of latents to train from.
+"""Converts webdataset shards of latents from other tools into a folder of latents for training.
 
     python examples/import_latents.py --tars 'shards/*.tar' --values latents --scaled --resolution 256 \
         --num_classes 1000 --pretrained_vae_name_or_path stabilityai/sd-vae-ft-ema --output_dir imagenet-latents
 
-The shards do not say what their values are: the flags must. The same command goes on with a run that was killed. The
-flags are the fields of `ImportConfig`; docs/latents.md.
+The shards do not say what their values are, so the flags must. Run the same command to resume a killed run. The flags
+are the fields of `ImportConfig`, see docs/latents.md.
 """
 
 import dataclasses
@@ -37,21 +37,21 @@ class ImportConfig(LatentsConfig):
     """Shards of latents, and what their values are.
 
     Raises:
-        ValueError: A field is missing, out of its range or excluded by another.
+        ValueError: A field is missing or out of its range, or fields contradict each other.
     """
 
     tars: str
-    """The shards, a path with wildcards."""
+    """The shards, as a path with wildcards."""
     latent_member: str = "latent.npy"
     """Extension of the arrays in a shard."""
     label_member: str = "cls"
     """Extension of the labels in a shard."""
     values: Literal["latents", "moments", "mean_logvar"]
-    """Latents, mean and standard deviation, or mean and log-variance."""
+    """What the arrays hold: latents, mean and standard deviation, or mean and log-variance."""
     scaled: bool = False
-    """They are already normalised for training."""
+    """The values are already normalised for training."""
     id2label: str | None = None
-    """Names of the classes, a JSON file or text such as {"0": "ant", "1": "bee"}; None for numbers."""
+    """Names of the classes, as a JSON file or text such as {"0": "ant", "1": "bee"}; None to use numbers."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,13 +64,16 @@ class ImportConfig(LatentsConfig):
 
 
 def describe(config: ImportConfig, first, vae: LoadedVAE) -> LatentsInfo:
-    """What the folder will hold; checks the first record against the VAE."""
+    """Describes the folder to write, and checks that the first record fits the VAE."""
+    # Classes.
     id2label = {label: str(label) for label in range(config.num_classes or 0)}
     if config.id2label is not None:
         names = read_json(config.id2label)
         id2label = {label: names.get(str(label)) for label in range(len(names))}
         if None in id2label.values():
             raise ValueError(f"Expected names for 0 to {len(names) - 1} in --id2label, got {sorted(names)}.")
+
+    # Latents.
     known = {"kind": "latents" if config.values == "latents" else "moments", "crop": "unknown", "num_samples": 1}
     known |= {"id2label": id2label, "source": {"tars": config.tars}}
     identity, codec = vae.identity | {"dtype": "an unknown dtype"}, LatentCodec() if config.scaled else vae.codec
@@ -85,6 +88,7 @@ def describe(config: ImportConfig, first, vae: LoadedVAE) -> LatentsInfo:
 
 
 def main(argv: list[str] | None = None) -> None:
+    # Shards and VAE.
     config = parse_config(ImportConfig, argv, description=__doc__.split("\n")[0])
     tars = [Path(tar) for tar in sorted(glob.glob(config.tars))]
     members = {"latent_member": config.latent_member, "label_member": config.label_member}
@@ -97,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(config.pretrained_vae_name_or_path, **place)
     info, patch_size = describe(config, first, vae), latent_patch_size(vae.model)
 
+    # Convert the missing shards.
     writer = LatentsWriter(config.output_dir, info, num_shards=len(tars))
     with claim(config.output_dir), stopped_cleanly(argv, kept="finished shards"):
         settings = {"tars": [tar.name for tar in tars], "values": config.values, **members}

@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Draws labelled and captioned avatars into an image folder: as many as are wanted, at any size, all public domain.
+"""Draws labelled and captioned avatars into an image folder: any number, at any size, all in the public domain.
 
     python examples/make_avatars.py --num_images 20000 --output_dir avatars/train
     python examples/make_avatars.py --num_images 5000 --split heldout --output_dir avatars/heldout
 
-Each style of DiceBear is a class. The same command gives the same bytes with any number of workers, goes on with a run
-that was killed, and does nothing where one has finished. See docs/avatars.md.
+Each style of DiceBear is a class. The same command gives the same bytes with any number of workers, resumes a killed
+run, and does nothing if a run has finished. See docs/avatars.md.
 """
 
 import argparse
@@ -43,11 +43,11 @@ from diffusers_tread.pictures import add_labels, make_grid, save_image
 
 PACKAGES = ("dicebear-core", "dicebear-styles", "resvg-py")
 CC0 = "https://creativecommons.org/publicdomain/zero/1.0/"
-PARTS = ".parts"  # lines of metadata.jsonl, until all are there
-CHUNK = 100  # images of a worker's task; a kill costs at most so many per worker
-# Behind styles without a background of their own.
+PARTS = ".parts"  # folder with lines of metadata.jsonl, until all are there
+CHUNK = 100  # images of a worker's task; a kill costs at most this many per worker
+# Colours behind styles without a background of their own.
 BACKGROUNDS = ["#b6e3f4", "#c0aede", "#ffd5dc", "#ffdfbf", "#d2efc4", "#fdf1b0", "#bfeee0", "#d4d6dc"]
-# Of its own colours pixelbot makes 3,150 avatars, which come again and again.
+# With its own colours, pixelbot has only 3,150 different avatars.
 HUES = {"backgroundColor": (0.12, 0.6), "glowColor": (0.75, 0.9)}  # lightness and saturation
 
 CARD = """\
@@ -105,10 +105,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @lru_cache
 def read_style(name: str) -> dict[str, Any]:
-    """The definition of a style.
+    """Reads the definition of a style.
 
     Raises:
-        ValueError: It is not in the public domain.
+        ValueError: The style is not in the public domain.
     """
     definition = json.loads(resources.files("dicebear_styles").joinpath(f"{name}.json").read_text(encoding="utf-8"))
     licence = definition["meta"]["license"]
@@ -119,30 +119,33 @@ def read_style(name: str) -> dict[str, Any]:
 
 @lru_cache
 def open_style(name: str) -> Any:
-    """A style to draw with; it is validated in about 0.3 s."""
+    """Opens a style to draw with, which takes about 0.3 s for validation."""
     from dicebear import Style
 
     return Style(read_style(name))
 
 
 def make_hues(lightness: float, saturation: float) -> list[str]:
-    """72 colours around the wheel."""
+    """Makes 72 colours around the colour wheel."""
     wheel = [colorsys.hls_to_rgb(hue / 72, lightness, saturation) for hue in range(72)]
     return ["#" + "".join(f"{round(255 * value):02x}" for value in rgb) for rgb in wheel]
 
 
 def draw(name: str, *, seed: str, resolution: int) -> tuple[PIL.Image.Image, dict[str, Any]]:
-    """An avatar as an opaque RGB image, and the options that the seed chose: variants of components and colours."""
+    """Draws an avatar as an opaque RGB image; also returns the variants and colours that the seed chose."""
     import resvg_py
     from dicebear import Avatar
 
-    zoom = -(-64 // resolution)  # fine lines survive in small images that are averaged from larger ones
+    # Draw.
+    zoom = -(-64 // resolution)  # small images are averaged from larger ones, to keep fine lines
     style = open_style(name)
     options = {} if "background" in style.colors() else {"backgroundColor": BACKGROUNDS}
     if name == "pixelbot":
         options |= {color: make_hues(*tone) for color, tone in HUES.items()}
     avatar = Avatar(style, options | {"seed": seed, "size": zoom * resolution}).to_json()
     png = resvg_py.svg_to_bytes(svg_string=avatar["svg"], background="white", skip_system_fonts=True)
+
+    # The options that the seed chose.
     chosen = {
         key.removesuffix("Variant"): value[0] if key.endswith("Color") else value
         for key, value in avatar["options"].items()
@@ -152,18 +155,23 @@ def draw(name: str, *, seed: str, resolution: int) -> tuple[PIL.Image.Image, dic
 
 
 def draw_chunk(first: int, *, folder: Path, settings: dict[str, Any]) -> int:
-    """Draws the images from number `first` on, then writes their lines of metadata.jsonl; returns how many."""
+    """Draws the chunk of images from number `first` on and writes its lines of metadata.jsonl; returns its size."""
     styles, lines = settings["styles"], []
     for number in range(first, min(first + CHUNK, settings["num_images"])):
+        # Draw.
         index, label = divmod(number, len(styles))
         style = styles[label]
         seed = f"{settings['seed']}-{settings['split']}-{style}-{index}"
         image, chosen = draw(style, seed=seed, resolution=settings["resolution"])
+
+        # Save.
         name = f"{style}/{style}-{index:07d}.png"
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         image.save(path.with_suffix(".tmp"), format="PNG")
-        os.replace(path.with_suffix(".tmp"), path)  # unflushed: that would take longer than to draw it
+        os.replace(path.with_suffix(".tmp"), path)  # not flushed, which would take longer than drawing
+
+        # Describe.
         row = {"file_name": name, "label": label, "class_name": style}
         row |= write_captions(style, chosen, pick=zlib.crc32(seed.encode()))
         lines.append(json.dumps(row | {"attributes": json.dumps(chosen), "seed": seed}) + "\n")
@@ -172,7 +180,7 @@ def draw_chunk(first: int, *, folder: Path, settings: dict[str, Any]) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     publish(temporary, path)
@@ -186,13 +194,15 @@ def follow_parent() -> None:
 
 def draw_missing(folder: Path, settings: dict[str, Any], *, num_workers: int) -> None:
     """Draws the chunks that the folder lacks."""
+    # What is missing.
     (folder / PARTS).mkdir(exist_ok=True)
     total = settings["num_images"]
     missing = [first for first in range(0, total, CHUNK) if not (folder / PARTS / f"{first:09d}.jsonl").exists()]
     work = partial(draw_chunk, folder=folder, settings=settings)
     for style in settings["styles"] if missing else []:
-        open_style(style)  # once, where workers are forks
+        open_style(style)  # only once if workers are forked
 
+    # Draw it in parallel.
     with ProcessPoolExecutor(num_workers, initializer=follow_parent) as pool:
         futures = [pool.submit(work, first) for first in missing]
         there = total - sum(min(CHUNK, total - first) for first in missing)
@@ -206,10 +216,10 @@ def draw_missing(folder: Path, settings: dict[str, Any], *, num_workers: int) ->
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder this run's, or sees that it is.
+    """Creates the folder for this run, or checks that it belongs to a run with the same settings.
 
     Raises:
-        ValueError: It holds something else, or images of other settings.
+        ValueError: The folder holds other files, or images with other settings.
     """
     path = folder / "settings.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -226,7 +236,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def make_card(settings: dict[str, Any]) -> DatasetCard:
-    """The folder's README.md: where the images come from, and the metadata that the Hub and `datasets` read."""
+    """Makes the folder's README.md: where the images come from, and metadata for the Hub and `datasets`."""
+    # Metadata.
     styles, split = settings["styles"], settings["split"]
     names = {str(label): style for label, style in enumerate(styles)}
     texts = "class_name caption caption_short caption_tags attributes seed".split()
@@ -243,11 +254,15 @@ def make_card(settings: dict[str, Any]) -> DatasetCard:
         tags=["diffusers-tread", "dicebear", "synthetic"],
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": paths}], "features": features}],
     )
+
+    # Table of licences.
     rows = []
     for label, style in enumerate(styles):
         meta = read_style(style)["meta"]
         links = [f"[{meta[key]['name']}]({meta[key]['url']})" for key in ("source", "creator", "license")]
         rows.append(" | ".join([f"| {label}", style, *links]) + " |")
+
+    # Text.
     flags = {name: settings[name] for name in ("num_images", "resolution", "split", "seed")}
     flags |= {} if set(styles) == set(STYLES) else {"styles": ",".join(styles)}
     text = CARD.format(
@@ -261,7 +276,7 @@ def make_card(settings: dict[str, Any]) -> DatasetCard:
 
 
 def finish(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes the card and, last, metadata.jsonl, the sign that all images are there."""
+    """Writes the card and, last, metadata.jsonl, which marks the folder as complete."""
     parts = sorted((folder / PARTS).glob("*.jsonl"))
     os.sync()  # the images
     write_text(folder / "README.md", str(make_card(settings)))
@@ -269,7 +284,7 @@ def finish(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def save_sheet(folder: Path, settings: dict[str, Any], path: Path) -> None:
-    """A picture of the first images of each class beside its name, half of the classes on each side."""
+    """Draws the first images of each class next to its name, half of the classes on each side."""
     styles = settings["styles"][: settings["num_images"]]  # those that have images
     columns = min(5, settings["num_images"] // len(styles))
     half = -(-len(styles) // 2)
@@ -287,9 +302,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for style in args.styles:
         read_style(style)
+
+    # Settings.
     settings = {name: getattr(args, name) for name in ("num_images", "resolution", "split", "seed", "styles")}
     settings["versions"] = {name: metadata.version(name) for name in [*PACKAGES, "pillow"]}
 
+    # Draw.
     folder = Path(args.output_dir)
     claim_folder(folder, settings)
     if not (folder / "metadata.jsonl").exists():

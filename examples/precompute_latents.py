@@ -1,12 +1,12 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Encodes a data set of images into a folder of latents to train from, which is a Hub data set as it lies there.
+"""Encodes a data set of images into a folder of latents for training, which can be uploaded to the Hub unchanged.
 
     python examples/precompute_latents.py --data folder:photos --resolution 256 \
         --pretrained_vae_name_or_path stabilityai/sd-vae-ft-ema --output_dir photos-latents
     accelerate launch examples/precompute_latents.py --recipe imagenet256
     python examples/precompute_latents.py --verify photos-latents
 
-The same command goes on with a run that was killed. The flags are the fields of `PrecomputeConfig`; docs/latents.md.
+Run the same command to resume a killed run. The flags are the fields of `PrecomputeConfig`, see docs/latents.md.
 """
 
 import hashlib
@@ -59,55 +59,56 @@ class PrecomputeConfig(LatentsConfig):
     """Images, and how a VAE encodes them.
 
     Raises:
-        ValueError: A field is missing or out of its range.
+        ValueError: A field is missing or out of its range, or fields contradict each other.
     """
 
     verify: str | None = None
-    """Only compare every shard of this finished folder with its SHA-256."""
+    """Only verify this finished folder: check the SHA-256 of every shard."""
     data: str = ""
-    """folder:PATH, with one folder of images per class, or hub:NAME, a `datasets` repository; needed."""
+    """Images: folder:PATH, with one folder of images per class, or hub:NAME, a `datasets` repository; required."""
     dataset_config_name: str | None = None
-    """Configuration of a data set on the Hub; None for its only one."""
+    """Configuration of a data set on the Hub; None if it has only one."""
     dataset_split: str | None = None
-    """Split to encode, of a folder the sub-folder; None for train, or the folder itself."""
+    """Split to encode, or sub-folder of a folder; None for the split train, or the folder itself."""
     image_column: str = "image"
     """Column with images."""
     label_column: str = "label"
     """Column with class labels."""
     caption_column: str | None = None
-    """Column with captions, or several as for training, all of which are stored; instead of labels."""
+    """Column with captions, to store instead of labels, or several as for training, all of which are stored."""
     cache_text_embeddings: bool = False
-    """Store what the text encoders of a pipeline make of the captions, too."""
+    """Also store the captions encoded by the text encoders of pretrained_text_pipeline."""
     pretrained_text_pipeline: str | None = None
-    """A text-to-image pipeline of diffusers, whose text encoders these are."""
+    """Text-to-image pipeline of diffusers whose text encoders are used."""
     text_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """What the text encoders compute in and is stored of them."""
+    """Precision of the text encoders and of the stored text embeddings."""
     max_sequence_length: int | None = None
-    """Tokens of a caption; None for the pipeline's own limit."""
+    """Maximal number of tokens of a caption; None for the pipeline's own limit."""
     pretrained_vision_encoder: str | None = None
-    """A DINOv2, DINOv3, SigLIP or CLIP, whose patch features are stored for the alignment of a training."""
+    """A DINOv2, DINOv3, SigLIP or CLIP whose patch features are stored too, for training with alignment."""
     features_dtype: Literal["float16", "bfloat16"] = "float16"
-    """What is stored of them."""
+    """Precision in which the patch features are stored."""
     features_patch_size: int = 2
-    """Patch size of the model to be trained: it gets one feature for each of its tokens."""
+    """Patch size of the model to be trained; one patch feature is stored for each of its tokens."""
     call_options: str = "{}"
-    """Arguments of the pipeline's call as JSON, as for training; those that change how captions are encoded count."""
+    """Arguments of the pipeline's call as JSON, as for training; only those that affect how captions are encoded are
+    used."""
     aspect_ratio_buckets: str | None = None
-    """Sizes of images such as "256,256;224,288;288,224", heights first, instead of --resolution."""
+    """Sizes of images in pixels, such as "256,256;224,288;288,224", heights first, instead of --resolution."""
     cache_dir: str | None = None
     """Where downloaded data are kept; None for the cache of `datasets`."""
     background: str = "white"
-    """Colour behind transparent images, such as white or #808080."""
+    """Colour put behind transparent images, such as white or #808080."""
     flip: bool = False
-    """Encode the mirrored images too."""
+    """Also encode the mirrored images."""
     max_corrupt_images: int = 100
-    """Unreadable images to leave out, then an error."""
+    """Unreadable images that are left out; one more is an error."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the VAE computes in."""
+    """Precision of the VAE."""
     shard_size: int = 10_000
     """Images per shard."""
     batch_size: int = 32
-    """Images per process and forward."""
+    """Images per process and forward pass."""
     dataloader_num_workers: int = 0
     """Processes that decode images, per process."""
 
@@ -148,14 +149,14 @@ RECIPES = {
 
 
 def recipe_settings(name: str) -> dict[str, Any]:
-    """What train_tread.py's recipes for ImageNet train on."""
+    """Settings of the latents that train_tread.py's recipes for ImageNet train on."""
     if name not in RECIPES:
         raise ValueError(f"Expected a recipe among {list(RECIPES)}, got {name!r}.")
     return RECIPES[name]
 
 
 def open_source(config: PrecomputeConfig, state: PartialState):
-    """The images, undecoded, with labels or captions, and the names of their classes."""
+    """Opens the images, undecoded, with labels or captions, and the names of their classes."""
     kind, _, name = config.data.partition(":")
     with state.main_process_first():  # one process fills the cache of `datasets`
         return open_images(
@@ -172,7 +173,7 @@ def open_source(config: PrecomputeConfig, state: PartialState):
 
 
 def describe_source(config: PrecomputeConfig, source) -> dict[str, Any]:
-    """Where the images are from, but for what says nothing to others."""
+    """Describes where the images come from, without paths of this machine."""
     kind, _, name = config.data.partition(":")
     conditions = [config.label_column] if config.captions is None else config.captions.names
     common = {"split": config.dataset_split or "train", "columns": [config.image_column, *conditions]}
@@ -191,7 +192,7 @@ def digest_labels(source, label_column: str) -> str:
 
 
 def open_captions(config: PrecomputeConfig, source, state: PartialState) -> CaptionStore:
-    """The captions, and the text encoders if what they make of them is to be stored."""
+    """Opens the captions, and the text encoders if encoded captions are stored."""
     encoder = None
     if config.cache_text_embeddings:
         options = {"dtype": config.text_dtype, "max_sequence_length": config.max_sequence_length}
@@ -202,7 +203,7 @@ def open_captions(config: PrecomputeConfig, source, state: PartialState) -> Capt
 
 
 def open_features(config: PrecomputeConfig, state: PartialState) -> FeatureStore | None:
-    """The vision encoder, if what it makes of the images is to be stored."""
+    """Opens the vision encoder; None if no features are stored."""
     if config.pretrained_vision_encoder is None:
         return None
     with state.main_process_first():
@@ -219,16 +220,21 @@ def make_writer(
     text: CaptionStore | None,
     features: FeatureStore | None,
 ) -> tuple[LatentsWriter, list[Sequence[int]]]:
-    """What the folder will hold, and for each of its shards the rows of the source."""
+    """Makes the writer of the folder, and the rows of the source for each of its shards."""
+    # Description.
     known = {"source": describe_source(config, source), "id2label": id2label, "num_samples": len(source)}
     known |= {"has_flipped": config.flip, "captions": text.names if text else (), "text": text and text.info}
     known["patch_features"] = features and features.info
     info = describe_latents(config, vae, buckets=config.buckets, **known)
+
+    # Rows of each shard.
     rows_of_sizes = [range(len(source))]
     if config.buckets is not None:
         bucket_ids = on_main_process(lambda: assign_buckets(source, config.image_column, config.buckets))
         rows_of_sizes = [np.flatnonzero(bucket_ids == bucket).tolist() for bucket in range(len(info.latent_sizes))]
     plan, places = plan_shards(rows_of_sizes, config.shard_size)
+
+    # Writer.
     writer = LatentsWriter(
         config.output_dir,
         info,
@@ -247,11 +253,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{config.verify}: {len(info.shards)} shards with {info.num_samples} records are as they were written.")
         return
 
-    # Everything is loaded and tried before the long work starts. Processes wait hours for the one that downloads the
-    # images, and for the slowest at the end.
+    # Load and check everything before the long work starts. A long timeout: processes may wait hours for the one that
+    # downloads the images, and for the slowest one at the end.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32; --vae_dtype is for that
-    if config.push_to_hub:  # a token that may not write shows now
+    torch.backends.cudnn.allow_tf32 = False  # by default NVIDIA's convolutions round float32; use --vae_dtype for that
+    if config.push_to_hub:  # to find a token without write access now
         on_main_process(lambda: open_repo(config.hub_dataset_id, repo_type="dataset", private=config.hub_private))
     source, id2label = open_source(config, state)
     place = {"subfolder": config.vae_subfolder, "revision": config.vae_revision}
@@ -269,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         print(told_sizes(writer, plan, text))
 
     def open_folder() -> list[int]:
-        # A commit of a repository says all of its images.
+        # A repository's commit already identifies all of its images.
         known = writer.info.source.get("revision") is not None
         columns = {"image_column": config.image_column, "plan": plan}
         return writer.open(settings, sources=None if known else digest_sources(source, **columns))
@@ -277,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     with claim(config.output_dir), stopped_cleanly(argv, kept="finished shards"):
         missing = on_main_process(open_folder)
 
-        # Each process takes its part of what is missing.
+        # Each process encodes its part of the missing shards.
         begin = time.perf_counter()
         encode_shards(
             writer,
@@ -302,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{config.output_dir} holds {info.num_samples} records in {len(info.shards)} shards, {len(missing)} "
                 f"of them written now in {seconds:.0f} s, and leaves out {len(info.unreadable)} unreadable images."
             )
-    if state.is_main_process:  # without the lock, which is no part of what is shared
+    if state.is_main_process:  # after the lock is gone, which must not be uploaded
         share_latents(config, info)
     state.destroy_process_group()
 

@@ -4,8 +4,8 @@
     accelerate launch examples/sample.py --pretrained_pipeline runs/xl2/pipeline --output_dir samples/grid \
         --mode grid --class_labels 1,207 --guidance sparse --guidance_scales 1,1.4,1.8 --weak_ratios 0.5,0.7,0.9
 
-Runs on any number of processes with the same images. A killed run goes on with the same command.
-The flags are the fields of `SampleConfig`; docs/samples-and-app.md.
+The images are the same for any number of processes. Run the same command to resume a killed run.
+The flags are the fields of `SampleConfig`, see docs/samples-and-app.md.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from diffusers_tread.runs.sampling import SamplingConfig, make_guider, open_pipe
 from diffusers_tread.runs.signals import stopped_cleanly
 
 
-# What is made, and the flags that only it has a use for.
+# The modes, and the flags that only they use.
 MODE_FLAGS = {
     "images": ("num_samples", "random_labels", "prompts", "prompt_dataset_name"),
     "classes": ("class_labels", "num_images_per_class"),
@@ -51,29 +51,30 @@ class SampleConfig(SamplingConfig):
     """What is sampled and shown.
 
     Raises:
-        ValueError: Values out of their ranges; fields that the mode or the guidance has no use for.
+        ValueError: A value is out of its range, or the mode or the guidance does not use a field.
     """
 
     output_dir: str = "samples"
-    """Images and sheets; all processes must see it."""
+    """Folder for images and sheets; all processes must share it."""
     batch_size: int = 64
-    """Images per process and forward."""
+    """Images per process and forward pass."""
     mode: Literal["images", "classes", "grid", "interpolation"] = "images"
-    """What to make."""
+    """images: many images; classes: a sheet per class; grid: a sheet of guidance scales and weak ratios per class;
+    interpolation: rows from one noise to the next, per class."""
     num_samples: int | None = None
-    """images: how many, of one class after the other; None for 100, or one per prompt."""
+    """Mode images: number of images, cycling through the classes; None for 100, or for one per prompt."""
     class_labels: str = "all"
-    """Other modes: ids or names with commas between; a sheet for each."""
+    """Other modes: class ids or names, separated by commas; each gets a sheet."""
     num_images_per_class: int = 100
-    """classes: images on a sheet."""
+    """Mode classes: images on a sheet."""
     guidance_scales: str = "1,1.5,2,3"
-    """grid: the columns, with commas between."""
+    """Mode grid: guidance scales of the columns, separated by commas."""
     weak_ratios: str = "0.5,0.7,0.9"
-    """grid: the rows, with commas between."""
+    """Mode grid: weak ratios of the rows, separated by commas."""
     num_seeds: int = 5
-    """interpolation: noises to pass, from each to the next in a row."""
+    """Mode interpolation: number of noises; each row goes from one to the next."""
     num_frames: int = 9
-    """interpolation: images of a row, both ends included."""
+    """Mode interpolation: images in a row, including both ends."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,7 +94,7 @@ class SampleConfig(SamplingConfig):
         self.sides()
 
     def sides(self) -> tuple[list[float], list[float]]:
-        """The scales and ratios of a grid."""
+        """The guidance scales and weak ratios of a grid. Raises ValueError if they are not numbers."""
         texts = {"guidance_scales": self.guidance_scales, "weak_ratios": self.weak_ratios}
         try:
             scales, ratios = (sorted({float(number) for number in text.split(",")}) for text in texts.values())
@@ -107,15 +108,15 @@ class Sample:
     """One image."""
 
     name: str
-    """Of its file, without the suffix. The same name is the same image in every mode."""
+    """Name of its file, without suffix. The same name stands for the same image in every mode."""
     label: int | None
-    """Its class; None for one of a prompt."""
+    """Its class; None for an image from a prompt."""
     index: int
-    """Its random numbers are those of this sample of examples/evaluate_tread.py."""
+    """Index of the sample of examples/evaluate_tread.py with the same random numbers."""
     other_index: int | None = None
-    """Whose noise its own is moved towards."""
+    """Index of a sample towards whose noise its own is moved."""
     share: float = 0.0
-    """How far, in [0, 1]."""
+    """How far its noise is moved, in [0, 1]."""
     guidance: tuple[float, float] | None = None
     """Guidance scale and weak ratio in a grid; None for the guidance of the whole run."""
 
@@ -128,11 +129,11 @@ class Sheet:
     title: str
     samples: list[Sample]
     rows: Sequence[str] = ()
-    """What is written beside each row."""
+    """Texts beside the rows."""
     columns: Sequence[str] = ()
-    """Likewise above each column; ten columns where nothing is."""
+    """Texts above the columns; if empty, there are ten columns."""
     captions: Sequence[str] = ()
-    """Likewise below each image, instead of all others."""
+    """Texts below the images, instead of all other texts."""
 
 
 def read_class_labels(text: str, pipeline: TREADPipeline) -> list[int]:
@@ -147,7 +148,7 @@ def read_class_labels(text: str, pipeline: TREADPipeline) -> list[int]:
 
 
 def plan_sheets(config: SampleConfig, images: PipelineImages | PromptImages) -> list[Sheet]:
-    """All sheets with all images, before the first is made."""
+    """Plans all sheets with all images, before the first one is made."""
     if config.has_prompts:
         parts = [range(len(images))[start : start + 100] for start in range(0, len(images), 100)]
         return [plan_prompts(part, images) for part in parts]
@@ -159,30 +160,32 @@ def plan_sheets(config: SampleConfig, images: PipelineImages | PromptImages) -> 
 
 
 def plan_prompts(indices: Sequence[int], images: PromptImages) -> Sheet:
-    """A sheet of consecutive samples, with their prompts."""
+    """Plans a sheet of consecutive samples with their prompts."""
     samples = [Sample(name=f"{index:06d}", label=None, index=index) for index in indices]
     captions = [images.prompt(index) for index in indices]
     return Sheet(name=f"prompts-{samples[0].name}", title="", samples=samples, captions=captions)
 
 
 def plan_part(samples: list[Sample], pipeline: TREADPipeline) -> Sheet:
-    """A sheet of consecutive samples, with the names of classes that take turns."""
+    """Plans a sheet of consecutive samples, which cycle through the classes, with the classes' names."""
     labels, num_classes = [sample.label for sample in samples], pipeline.transformer.config.num_classes
     _, texts = name_classes(labels, num_classes=num_classes, id2label=pipeline.config.id2label)
     return Sheet(name=f"images-{samples[0].name}", title="", samples=samples, **texts)
 
 
 def plan_class(config: SampleConfig, images: PipelineImages, label: int) -> Sheet:
-    """The sheet of one class: many images, a row per weak ratio, or a row from each noise to the next."""
+    """Plans the sheet of one class: many images, a row per weak ratio, or a row from each noise to the next."""
+    # Many images.
     pipeline = images.pipeline
     name = (pipeline.config.id2label or {}).get(str(label))
     num_classes = max(pipeline.transformer.config.num_classes, 1)
     title = f"class {label}" if name is None else f"class {label}: {name}"
     sample, sheet = partial(Sample, label=label), partial(Sheet, name=f"{config.mode}-{label:04d}", title=title)
-    indices = range(label, sys.maxsize, num_classes)  # this class's samples, where classes take turns
+    indices = range(label, sys.maxsize, num_classes)  # this class's samples, if samples cycle through the classes
     if config.mode == "classes":
         return sheet(samples=[sample(name=f"{i:06d}", index=i) for i in indices[: config.num_images_per_class]])
 
+    # Guidance scales and weak ratios.
     if config.mode == "grid":
         scales, ratios = config.sides()
         samples = [
@@ -193,6 +196,7 @@ def plan_class(config: SampleConfig, images: PipelineImages, label: int) -> Shee
         rows, columns = [f"weak {ratio:g}" for ratio in ratios], [f"w {scale:g}" for scale in scales]
         return sheet(samples=samples, rows=rows, columns=columns)
 
+    # From each noise to the next.
     shares = [frame / (config.num_frames - 1) for frame in range(config.num_frames)]
     pairs = [(indices[i], indices[i + 1]) for i in range(config.num_seeds - 1)]
     samples = [
@@ -205,14 +209,14 @@ def plan_class(config: SampleConfig, images: PipelineImages, label: int) -> Shee
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
-    """Along the great circle (Shoemake 1985): between two noises the norm stays theirs, unlike on a straight line."""
+    """Interpolates along the great circle (Shoemake 1985), which keeps the norm of noise, unlike a straight line."""
     cosine = torch.nn.functional.cosine_similarity(start.flatten(), end.flatten(), dim=0)
     angle = torch.acos(cosine)
     return (torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end) / torch.sin(angle)
 
 
 def describe(images: PipelineImages | PromptImages, config: SampleConfig) -> dict[str, Any]:
-    """What the images depend on."""
+    """Everything the images depend on."""
     settings = images.description | {"batch_size": config.batch_size}
     if config.mode == "grid":  # these are in the images' names
         settings["guidance"] = settings["guidance"] | {"guidance_scale": None, "weak_ratio": None}
@@ -220,10 +224,13 @@ def describe(images: PipelineImages | PromptImages, config: SampleConfig) -> dic
 
 
 def draw_samples(images: PipelineImages | PromptImages, batch: list[Sample], guiders: dict) -> list[PIL.Image.Image]:
-    """The images of a batch, all with the same guidance."""
+    """Samples the images of a batch, all with the same guidance."""
+    # From prompts.
     if isinstance(images, PromptImages):
         pixels = images.read(batch[0].index, batch[-1].index + 1)  # B 3 H W
         return [PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+
+    # From classes: noise, interpolated or not, and guidance.
     pipeline, model = images.pipeline, images.pipeline.transformer.config
     shape = (model.in_channels, model.sample_size, model.sample_size)
     generators = [images.generator(sample.index) for sample in batch]
@@ -244,7 +251,8 @@ def draw_samples(images: PipelineImages | PromptImages, batch: list[Sample], gui
 def draw_missing(
     sheets: list[Sheet], images: PipelineImages | PromptImages, guiders: dict, config: SampleConfig, *, there: set[str]
 ) -> None:
-    """Makes the images that the folder lacks. Batches never change, so that a resumed run rounds as any other."""
+    """Samples the images that the folder lacks. Batches are fixed, so that a resumed run rounds in the same way."""
+    # Batches with missing images.
     state, folder = PartialState(), Path(config.output_dir, "images")
     batches = []
     for guidance in guiders:
@@ -252,6 +260,7 @@ def draw_missing(
         batches += [samples[start : start + config.batch_size] for start in range(0, len(samples), config.batch_size)]
     missing = [batch for batch in batches if any(sample.name not in there for sample in batch)]
 
+    # Sample them.
     label = "Sampling" if state.num_processes == 1 else f"Sampling, process 1 of {state.num_processes}"
     mine = missing[state.process_index :: state.num_processes]
     for batch in tqdm(mine, desc=label, unit="batch", disable=not state.is_main_process):
@@ -276,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     torch.backends.cudnn.allow_tf32 = False  # as examples/evaluate_tread.py, whose samples these are
 
-    # Everything is loaded and tried before the long work starts; one process fills the caches.
+    # Load and check everything before the long work starts; one process fills the caches.
     scales, ratios = config.sides() if config.mode == "grid" else ([], [])
     guiders = {(w, ratio): make_guider(config, guidance_scale=w, weak_ratio=ratio) for w in scales for ratio in ratios}
     with state.main_process_first():

@@ -4,8 +4,7 @@
     accelerate launch examples/train_text_to_image_lora_tread.py --pretrained_model_name_or_path \
         stabilityai/stable-diffusion-3.5-medium --data folder:photos --resolution 512 --output_dir runs/lora
 
-The same command goes on with a run that was killed. The flags are the fields of `LoraTrainConfig`;
-docs/text-to-image.md.
+Run the same command to resume a killed run. The flags are the fields of `LoraTrainConfig`, see docs/text-to-image.md.
 """
 
 from typing import Any
@@ -28,7 +27,7 @@ from diffusers_tread.text import PromptEncoder
 
 
 class Trainer(TrainingLoop):
-    """A step of a LoRA; the loop around it is that of all training scripts."""
+    """The training step of a LoRA; the loop around it is shared by all training scripts."""
 
     def __init__(
         self, config, accelerator, source, model, settings, *, pipeline, lora_config, encoder, extractor, **context
@@ -55,7 +54,10 @@ class Trainer(TrainingLoop):
     def train_step(self) -> torch.Tensor:
         accelerator, total = self.accelerator, 0.0
         for micro_step in range(self.config.gradient_accumulation_steps):
+            # Batch.
             latents, conditions, routing = self.next_batch(micro_step)
+
+            # Forward, backward and, after the last micro step, the optimiser.
             with accelerator.accumulate(self.model):
                 options = {"generator": self.generator, "routing": routing, "terms": self.watching}
                 loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
@@ -65,6 +67,8 @@ class Trainer(TrainingLoop):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total += loss.detach()
+
+        # Learning rate and average.
         self.lr_scheduler.step()
         if self.ema is not None:
             update_ema(self.ema, self.parameters)
@@ -83,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = setup.make_accelerator(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
 
-    # Everything is checked before anything is written.
+    # Check everything before anything is written.
     frozen_dtype = text.FROZEN_DTYPES.get(accelerator.mixed_precision, torch.float32)
     pipeline, encoded_by = text.open_pipeline(config, accelerator, transformer_dtype=frozen_dtype)
     lora_config = lora.add_lora(config, accelerator, pipeline.transformer)
@@ -100,10 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(setup.settings_table(config, accelerator, settings, about))
     if config.dry_run:
         return accelerator.end_training()
-    if config.push_to_hub:  # a token that may not write shows now
+    if config.push_to_hub:  # to find a token without write access now
         on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
 
-    # The run.
+    # Train.
     fixed = {"fixed_settings": ("model", "optimizer", "rank"), "results": (lora.LORA,)}
     with open_run(config, accelerator, settings, argv, **fixed) as context:
         context |= {"pipeline": pipeline, "encoder": encoder, "extractor": extractor, "flops": flops}

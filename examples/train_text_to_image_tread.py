@@ -5,9 +5,9 @@
     accelerate launch examples/train_text_to_image_tread.py --data hub:organisation/captioned --resolution 512 \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --output_dir runs/sd3
 
-From scratch with a recipe, a preset or a config, else from the pipeline's own weights. What is saved is a pipeline of
-diffusers that loads without this package. The same command goes on with a run that was killed. The flags are the
-fields of `TextTrainConfig`; docs/text-to-image.md.
+It trains from scratch with a recipe, a preset or a config, else from the pipeline's own weights. It saves a pipeline
+of diffusers, which loads without this package. Run the same command to resume a killed run. The flags are the fields
+of `TextTrainConfig`, see docs/text-to-image.md.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from diffusers_tread.text import PromptEncoder
 
 
 class Trainer(TrainingLoop):
-    """A step of a text-to-image model; the loop around it is that of all training scripts."""
+    """The training step of a text-to-image model; the loop around it is shared by all training scripts."""
 
     def __init__(self, config, accelerator, source, model, settings, *, pipeline, encoder, extractor, **context):
         self.encoder, transformer = encoder, model.transformer
@@ -50,7 +50,10 @@ class Trainer(TrainingLoop):
     def train_step(self) -> torch.Tensor:
         accelerator, total = self.accelerator, 0.0
         for micro_step in range(self.config.gradient_accumulation_steps):
+            # Batch.
             latents, conditions, routing = self.next_batch(micro_step)
+
+            # Forward, backward and, after the last micro step, the optimiser.
             with accelerator.accumulate(self.model):
                 options = {"generator": self.generator, "routing": routing, "terms": self.watching}
                 loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
@@ -60,6 +63,8 @@ class Trainer(TrainingLoop):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total += loss.detach()
+
+        # Learning rate and average.
         self.lr_scheduler.step()
         if self.ema is not None:
             update_ema(self.ema, self.parameters)
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = setup.make_accelerator(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
 
-    # Everything is checked before anything is written.
+    # Check everything before anything is written.
     pipeline, encoded_by = text.open_pipeline(config, accelerator)
     routes = text.route_transformer(config, pipeline.transformer)
     encoder = PromptEncoder(pipeline, **text.encoding_options(config))
@@ -93,10 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(setup.settings_table(config, accelerator, settings, about))
     if config.dry_run:
         return accelerator.end_training()
-    if config.push_to_hub:  # a token that may not write shows now
+    if config.push_to_hub:  # to find a token without write access now
         on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
 
-    # The run.
+    # Train.
     with open_run(config, accelerator, settings, argv) as context:
         context |= {"pipeline": pipeline, "encoder": encoder, "extractor": extractor, "flops": flops}
         trainer = Trainer(config, accelerator, source, denoiser, settings, **context)

@@ -4,7 +4,7 @@
     python examples/train_tread.py                                                # the digits recipe, no download
     accelerate launch examples/train_tread.py --recipe imagenet256_xl2 --output_dir runs/xl2
 
-The same command goes on with a run that was killed. The flags are the fields of `TrainConfig`; docs/training.md.
+Run the same command to resume a killed run. The flags are the fields of `TrainConfig`, see docs/training.md.
 """
 
 from typing import Any
@@ -29,9 +29,10 @@ from diffusers_tread.runs.trainer import TrainingLoop, open_run
 
 
 class Trainer(TrainingLoop):
-    """A step of a class-conditional model; the loop around it is that of all training scripts."""
+    """The training step of a class-conditional model; the loop around it is shared by all training scripts."""
 
     def __init__(self, config, accelerator, source, model, settings, *, extractor, **context):
+        # Model and loss terms.
         self.terms = setup.make_terms(config, model)
         flops = {True: training_flops(model), False: training_flops(model, selection_ratio=0.0)}
         if config.gradient_checkpointing:
@@ -41,6 +42,8 @@ class Trainer(TrainingLoop):
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if any(term.heads for term in self.terms):
             model = DenoiserWithHeads(model, self.terms)
+
+        # Loop and outputs.
         super().__init__(config, accelerator, source, model, settings, flops=flops, **context)
         self.outputs = ClassOutputs(
             config, accelerator, source, settings, run=self.run, weights=self.weights[: len(names)], names=names,
@@ -50,10 +53,13 @@ class Trainer(TrainingLoop):
     def train_step(self) -> torch.Tensor:
         accelerator, total = self.accelerator, 0.0
         for micro_step in range(self.config.gradient_accumulation_steps):
+            # Batch.
             latents, conditions, routing = self.next_batch(micro_step)
             options = {"generator": self.generator, "routing": routing}
             options["terms"] = [*self.terms, *self.watching]
             options |= {"images": self.images, "image_features": self.image_features, "step": self.step}
+
+            # Forward, backward and, after the last micro step, the optimiser.
             with accelerator.accumulate(self.model):
                 loss = self.objective.loss(self.model, latents, **conditions, **options).mean()
                 accelerator.backward(loss)
@@ -62,13 +68,15 @@ class Trainer(TrainingLoop):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total += loss.detach()
+
+        # Learning rate and average.
         self.lr_scheduler.step()
         if self.ema is not None:
             update_ema(self.ema, self.parameters)
         return total / self.config.gradient_accumulation_steps
 
     def conditions(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Labels, of which some become the null class, all of a model without classes."""
+        """The labels, of which some become the null class; for a model without classes, all of them."""
         conditions, num_classes = dict(self.source.conditions(batch)), self.settings["num_classes"]
         draws = torch.rand(len(conditions["class_labels"]), generator=generator)
         dropped = draws < (self.config.class_dropout_prob if num_classes else 1.0)
@@ -84,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = setup.make_accelerator(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
 
-    # Everything is checked before anything is written.
+    # Check everything before anything is written.
     source, extractor = setup.open_data(config, accelerator), setup.open_feature_extractor(config, accelerator)
     setup.make_objective(config, source)
     with init_empty_weights():
@@ -94,10 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(setup.settings_table(config, accelerator, settings, about))
     if config.dry_run:
         return accelerator.end_training()
-    if config.push_to_hub:  # a token that may not write shows now
+    if config.push_to_hub:  # to find a token without write access now
         on_main_process(lambda: str(open_repo(config.hub_model_id, private=config.hub_private)))
 
-    # The run.
+    # Train.
     with open_run(config, accelerator, settings, argv, fixed_settings=("model", "optimizer", "heads")) as context:
         model = setup.make_model(config, source)
         trainer = Trainer(config, accelerator, source, model, settings, extractor=extractor, **context)

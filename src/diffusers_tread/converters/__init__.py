@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Diffusion transformers of others as `TREADPipeline`s, and ours in DiT's layout: `python -m
-diffusers_tread.converters`."""
+"""Converts other projects' diffusion transformers into `TREADPipeline`s, and ours into DiT's layout.
+
+Command line: `python -m diffusers_tread.converters`.
+"""
 
 from .checkpoints import convert_checkpoint
 from .diffusers_dit import convert_diffusers_dit

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Converts class-conditional diffusion transformers of others into `TREADPipeline`s, and ours into DiT's layout."""
+"""Converts class-conditional transformers of other projects into `TREADPipeline`s, and ours into DiT's layout."""
 
 import argparse
 import shutil
@@ -20,7 +20,7 @@ from .export_dit import export_dit
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m diffusers_tread.converters") -> None:
-    """The command line, under the name `prog`."""
+    """Runs the command line, which is called `prog` in its help."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoint files of TREAD's reference, DiT, SiT and LightningDiT as `TREADPipeline`s."""
+"""Converts checkpoint files of TREAD's reference code, DiT, SiT and LightningDiT into `TREADPipeline`s."""
 
 import re
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .read import DiTWeights, read_dit_weights
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """What a checkpoint does not say: how its network was trained."""
+    """How a network was trained, which its checkpoint does not say."""
 
     objective: Objective
     timestep_scale: float = 1.0
@@ -37,8 +37,8 @@ class _Source:
     reversed_time: bool = False
 
 
-# DiT, section 4: ADM's linear schedule, 1e-4 to 2e-2 over 1000 steps, the objective's defaults. Flow schedulers give
-# 1000 sigma, the flow models here were trained on [0, 1].
+# DiT, section 4: ADM's linear schedule, 1e-4 to 2e-2 over 1000 steps, which are the objective's defaults. Flow
+# schedulers give timesteps 1000 sigma, but the flow models here were trained with time in [0, 1].
 SOURCES = {
     "tread": _Source(objective=EDMObjective(), routes="default"),
     "tread_flow": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3, routes="default"),
@@ -47,9 +47,9 @@ SOURCES = {
     "repa": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3),
     "lightningdit": _Source(objective=FlowMatchingObjective(), timestep_scale=1e-3, reversed_time=True),
 }
-# What a model computes and a checkpoint holds: DiT's positions, and the cosines and sines of LightningDiT's.
+# Tables in a checkpoint that our model computes: DiT's positions, and cosines and sines of LightningDiT's.
 _TABLES = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
-# Of CIFAR-10, CIFAR-100 and ImageNet: with one more row than that, a table has a null class.
+# Classes of CIFAR-10, CIFAR-100 and ImageNet: a table with one more row has a null class.
 _CLASSES_OF_KNOWN_DATA = (10, 100, 1000)
 
 
@@ -64,43 +64,44 @@ def convert_checkpoint(
     weights: str | None = None,
     allow_unsafe_pickle: bool = False,
 ) -> TREADPipeline:
-    """A pipeline from a checkpoint file with DiT's names; a learned variance and heads for training are dropped.
+    """Makes a pipeline from a checkpoint file with DiT's names; a learned variance and training heads are dropped.
 
     Args:
-        checkpoint: `.safetensors` or `torch.save`.
+        checkpoint: A `.safetensors` file, or one written by `torch.save`.
         source: How the network was trained. "tread": the reference code of TREAD, with EDM's preconditioning
             (sigma_data 0.5). "tread_flow": the same with rectified flow, time in [0, 1] with noise at 1. "dit": DiT's
             noise prediction. "sit": SiT's velocity on the linear path, time in [0, 1] with noise at 0. "repa": REPA's
-            SiT and what was made of it, whose time and velocity run the other way: noise at 1. "lightningdit":
-            LightningDiT's velocity, as SiT's. RMSNorm, SwiGLU, normalised queries and keys and rotary positions are
-            recognised by their names, whichever the source.
-        vae: Decodes the latents; None for a pipeline without, which gives latents.
-        num_attention_heads: Of the model; None for what rotary positions say, or those of DiT's model of this width
-            and depth.
-        sample_size: Side of the training latents, square; None for what the checkpoint's `pos_embed` says.
-        num_classes: Classes without the null class, the table's last row; None for what the checkpoint's own settings
-            say or, without these, for CIFAR's and ImageNet's numbers, if the table has one row more. A table does not
-            tell whether it was trained with a null class.
+            SiT and its derivatives, with time and velocity reversed: noise at 1. "lightningdit": LightningDiT's
+            velocity, like SiT's. RMSNorm, SwiGLU, normalised queries and keys and rotary positions are recognised by
+            the names of their weights, for any source.
+        vae: VAE that decodes the latents; None for a pipeline without VAE, which returns latents.
+        num_attention_heads: Attention heads of the model; None takes them from rotary positions, or from DiT's model
+            of this width and depth.
+        sample_size: Side of the square training latents; None takes it from the checkpoint's `pos_embed`.
+        num_classes: Number of classes without the null class, which is the last row of the label table. None takes it
+            from the checkpoint's own settings or, without these, from the table if it has one row more than CIFAR or
+            ImageNet has classes. Other tables do not tell whether they have a null class.
         weights: Which weights of a training checkpoint, such as "ema" or "model"; None for the averaged ones if there
             are several.
-        allow_unsafe_pickle: Whether to read a pickle that does more than hold tensors: it can run any code.
+        allow_unsafe_pickle: Whether to read a pickle that does more than hold tensors. It can run any code.
 
     Returns:
-        The pipeline in float32, with the scheduler that the source needs. The routes of the two TREAD sources are the
-        paper's, `default_route`; the others were trained without.
+        The pipeline in float32, with the scheduler that the source needs. The two TREAD sources get the paper's route,
+        `default_route`; the others were trained without routes.
 
     Raises:
-        ValueError: A file that cannot be read or could run code; weights missing, unknown, not finite or not in
-            floating point; sizes or classes that neither the checkpoint nor the arguments tell; a table without a null
-            class; a checkpoint of REPA as "sit", or another one whose settings contradict the source.
+        ValueError: The file cannot be read or could run code; weights are missing, unknown, not finite or not in
+            floating point; neither the checkpoint nor the arguments tell sizes or classes; the table has no null
+            class; a checkpoint of REPA is given as "sit", or its settings contradict the source in another way.
     """
+    # Read.
     if source not in SOURCES:
         raise ValueError(f"Expected a source among {sorted(SOURCES)}, got {source!r}.")
     origin = SOURCES[source]
     read = read_dit_weights(checkpoint, weights=weights, allow_unsafe_pickle=allow_unsafe_pickle)
     _check_source(source, read)
 
-    # Names, numbers, then sizes.
+    # Rename the weights and find the config.
     tensors = drop_training_heads(read.tensors)
     options = dit_options(tensors)
     tables = {name: tensors.pop(name) for name in _TABLES if name in tensors}
@@ -111,7 +112,7 @@ def convert_checkpoint(
         len(state_dict["class_embedding.weight"]), num_classes, read.settings.get("num_classes")
     )
 
-    # What the source does otherwise.
+    # Convert what the source computes differently.
     if config.get("ffn") == "swiglu":
         state_dict = swap_gates(state_dict)
     state_dict = drop_learned_variance(
@@ -120,12 +121,13 @@ def convert_checkpoint(
     if origin.reversed_time:
         state_dict = reverse_time(state_dict)
 
+    # The pipeline.
     config |= {"objective": origin.objective.name, "timestep_scale": origin.timestep_scale, "routes": origin.routes}
     return TREADPipeline(make_model(config, state_dict), origin.objective.scheduler(), vae=vae)
 
 
 def _check_source(source: str, read: DiTWeights) -> None:
-    """Raises ValueError where heads or saved settings say that the network was trained otherwise."""
+    """Raises ValueError if heads or saved settings show that the network was trained in another way."""
     of_repa = any(name.startswith("projectors.") for name in read.tensors) or "proj_coeff" in read.settings
     if source == "sit" and of_repa:
         raise ValueError(
@@ -150,7 +152,7 @@ def _num_layers(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _num_classes(rows: int, given: int | None, saved: Any) -> int:
-    """The number of classes, without the null class, of a label table."""
+    """Finds the number of classes, without the null class, of a label table."""
     if given is None and isinstance(saved, int):
         given = saved
     if given is None and rows - 1 in _CLASSES_OF_KNOWN_DATA:
@@ -182,7 +184,8 @@ def _config(
     num_attention_heads: int | None,
     sample_size: int | None,
 ) -> dict[str, Any]:
-    """The sizes of the model that has weights of these shapes."""
+    """Finds the config of a model from the shapes of its weights."""
+    # Width, depth and patches.
     shape = state_dict["patch_embedding.weight"].shape
     if len(shape) != 4 or shape[2] != shape[3]:
         raise ValueError(f"Expected a patch embedding of shape [D, C, P, P], got {list(shape)}.")
@@ -232,7 +235,7 @@ def _config(
 
 
 def _mlp_ratio(hidden: int, dim: int, options: dict[str, str]) -> float:
-    """The ratio that makes a feed-forward layer `hidden` channels wide: DiT's 4 if it does."""
+    """The ratio for which a feed-forward layer has `hidden` channels; DiT's 4 if it fits."""
     ffn = options.get("ffn", "gelu-approximate")
     if feed_forward_width(dim, 4.0, ffn) == hidden:
         return 4.0
@@ -240,7 +243,7 @@ def _mlp_ratio(hidden: int, dim: int, options: dict[str, str]) -> float:
 
 
 def _check_rotary(tables: dict[str, torch.Tensor], head_dim: int, base: int) -> None:
-    """LightningDiT writes an angle for both channels of its pair."""
+    """Checks rotary tables, in which LightningDiT writes each angle for both channels of a pair."""
     if head_dim % 4:
         raise ValueError(f"Expected heads of a width divisible by 4 for rotary positions, got {head_dim}.")
     expected = rotary_positions(head_dim, base, base, base=base)[0].repeat_interleave(2, dim=1).chunk(2, dim=1)
@@ -249,7 +252,7 @@ def _check_rotary(tables: dict[str, torch.Tensor], head_dim: int, base: int) -> 
 
 
 def _check_table(name: str, table: torch.Tensor, expected: torch.Tensor) -> None:
-    # Averaged over a training the frozen table drifts by rounding, as DiT's code remarks; a learned one is far off.
+    # An EMA of the frozen table drifts by rounding, as DiT's code remarks; a learned table is far off.
     if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-2):
         raise ValueError(
             f"Expected {name} to be the sine-cosine table of {len(expected)} tokens, got another of shape "
@@ -258,7 +261,7 @@ def _check_table(name: str, table: torch.Tensor, expected: torch.Tensor) -> None
 
 
 def make_model(config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> TREADTransformer2DModel:
-    """A model of a config with these weights, in evaluation mode; ValueError where a shape does not fit."""
+    """Makes a model with these weights, in evaluation mode. Raises ValueError if a shape does not fit."""
     model = TREADTransformer2DModel(**config).eval()
     try:
         model.load_state_dict(state_dict)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Folders of diffusers' own DiT as `TREADPipeline`s."""
+"""Converts folders of diffusers' own DiT into `TREADPipeline`s."""
 
 import json
 import logging
@@ -21,23 +21,25 @@ logger = logging.getLogger(__name__)
 
 
 def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) -> TREADPipeline:
-    """A pipeline from a local folder of diffusers' `DiTPipeline` or `DiTTransformer2DModel`.
+    """Makes a pipeline from a local folder of diffusers' `DiTPipeline` or `DiTTransformer2DModel`.
 
-    The model computes what diffusers' class does, which is not quite DiT: its timestep frequencies are
+    The model computes the same as diffusers' class, which differs from DiT: its timestep frequencies are
     10000^(-i / 127), not 10000^(-i / 128), and the epsilon before the feed-forward layer is 1e-5 by default.
 
     Args:
-        folder: With `model_index.json` (then scheduler, class names and VAE are taken over) or the transformer's own.
-        vae: Decodes the latents instead of the folder's.
+        folder: Folder of a pipeline, with `model_index.json`, whose scheduler, class names and VAE are kept; or folder
+            of a transformer.
+        vae: VAE to use instead of the folder's.
 
     Returns:
         The pipeline in float32; a learned variance is dropped. Without a scheduler in the folder it gets DiT's.
 
     Raises:
-        ValueError: No such folder, or one with code; weights missing, unknown, not finite or not in floating point;
-            absurd sizes, an activation other than DiT's, or blocks with different embedders, which diffusers' class
-            allows and ours does not.
+        ValueError: The folder does not exist or has code; weights are missing, unknown, not finite or not in floating
+            point; sizes are absurd; the activation is not DiT's; or blocks have different embedders, which diffusers'
+            class supports and ours does not.
     """
+    # Check the folder.
     index = Path(folder) / "model_index.json"
     is_pipeline = index.is_file()
     if not is_pipeline and not (Path(folder) / "config.json").is_file():
@@ -46,6 +48,8 @@ def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) 
         content = json.loads(index.read_text(encoding="utf-8"))
         check_model_index(content, folder, required=("transformer", "scheduler", "vae"))
     _check_sizes(index.parent / "transformer" if is_pipeline else index.parent)
+
+    # Convert the transformer.
     loaded: Any = DiTTransformer2DModel.from_pretrained(
         folder, subfolder="transformer" if is_pipeline else None, output_loading_info=True
     )
@@ -54,6 +58,7 @@ def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) 
     check_names((set(tensors) - set(loading["missing_keys"])) | set(loading["unexpected_keys"]), tensors)
     transformer = _convert_diffusers_transformer(original, tensors)
 
+    # The pipeline.
     if not is_pipeline:
         return TREADPipeline(transformer, EpsilonObjective().scheduler(), vae=vae)
     pipe = DiTPipeline.from_pretrained(folder, transformer=original)
@@ -63,7 +68,7 @@ def convert_diffusers_dit(folder: str | Path, *, vae: ModelMixin | None = None) 
 
 
 def _check_sizes(folder: Path) -> None:
-    """Raises ValueError for sizes that are none, of which diffusers would make a model before it reads weights."""
+    """Raises ValueError for absurd sizes, because diffusers makes a model of these sizes before it reads weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     most = {"num_layers": 1000, "sample_size": 4096, "patch_size": 4096, "in_channels": 4096, "out_channels": 8192}
     most |= {"num_attention_heads": 1024, "attention_head_dim": 4096, "num_embeds_ada_norm": 10**7}
@@ -74,7 +79,7 @@ def _check_sizes(folder: Path) -> None:
 
 
 def _without_learned_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler without a setting that wants the variances, which are dropped from the weights."""
+    """Returns the scheduler without a setting for learned variances, because these are dropped from the weights."""
     config = dict(scheduler.config)
     if config.get("variance_type") in ("learned", "learned_range"):
         logger.warning(f"Set back variance_type={config.pop('variance_type')!r}: learned variances are dropped.")
@@ -88,12 +93,13 @@ def _convert_diffusers_transformer(
     if config.activation_fn != "gelu-approximate":
         raise ValueError(f"Expected the activation 'gelu-approximate', got {config.activation_fn!r}.")
 
-    # One embedder for all blocks.
+    # Keep the embedder of block 0, which all blocks must share.
     first = "transformer_blocks.0.norm1.emb."
     for name in [name for name in tensors if ".norm1.emb." in name and not name.startswith(first)]:
         if not torch.equal(tensors.pop(name), tensors[first + name.split(".norm1.emb.")[1]]):
             raise ValueError(f"Expected the same embedders in all blocks, got {name} unlike block 0's.")
 
+    # Rename the weights.
     names = diffusers_dit_names(config.num_layers, attention_bias=config.attention_bias)
     state_dict = rename(join_attention(tensors), names)
     check_tensors(state_dict)

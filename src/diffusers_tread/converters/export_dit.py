@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Our transformer in DiT's layout."""
+"""Exports our transformer in DiT's layout."""
 
 import torch
 
@@ -8,10 +8,10 @@ from .layouts import dit_names, rename_back
 
 
 def export_dit(transformer: TREADTransformer2DModel) -> dict[str, torch.Tensor]:
-    """The weights of our transformer in DiT's layout, `pos_embed` included; loads with `strict=True` into a DiT.
+    """Converts our transformer's weights to DiT's layout, with `pos_embed`; they load into a DiT with `strict=True`.
 
     Raises:
-        ValueError: A model that is no plain DiT: other settings than DiT's, fused projections, or adapters.
+        ValueError: The model is not a plain DiT: it has other settings than DiT, fused projections, or adapters.
     """
     config = transformer.config
     plain = {"timestep_scale": 1.0, "attention_bias": True, "norm_eps": 1e-6, "ff_norm_eps": None, "freq_shift": 0}

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What DiT (arXiv 2212.09748), diffusers' DiT and our transformer call the same weights.
+"""Names and layouts of the same weights in DiT (arXiv 2212.09748), diffusers' DiT and our transformer.
 
 The public implementations of TREAD (arXiv 2501.04765), SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423) use
-DiT's names, the last with more of them for its options. A table maps a source's name to ours. Query, key and value are
-one matrix here and in DiT, rows after rows.
+DiT's names; LightningDiT has additional ones for its options. A table maps a source's name to ours. Here and in DiT,
+query, key and value are stacked by rows in one matrix.
 """
 
 import logging
@@ -17,14 +17,14 @@ from ..finite import check_finite
 
 
 Names = dict[str, str]
-# Of REPA (arXiv 2410.06940) and what came of it: they map hidden tokens to the features of a vision encoder.
+# Heads of REPA (arXiv 2410.06940) and its derivatives, which map hidden tokens to features of a vision encoder.
 _TRAINING_HEADS = ("projectors", "projector", "proj_head", "projection_head", "repa_head", "alignment_head")
 
 logger = logging.getLogger(__name__)
 
 
 def dit_options(names: Iterable[str]) -> dict[str, str]:
-    """What of `TREADTransformer2DModel`'s options the names of a LightningDiT tell; none of a DiT."""
+    """The options of `TREADTransformer2DModel` that the names of a LightningDiT's weights imply; none for a DiT."""
     signs = {
         "blocks.0.norm1.weight": ("norm", "rms_norm"),
         "blocks.0.attn.q_norm.weight": ("qk_norm", "rms_norm"),
@@ -35,12 +35,13 @@ def dit_options(names: Iterable[str]) -> dict[str, str]:
 
 
 def dit_names(num_layers: int, options: Mapping[str, str] = MappingProxyType({})) -> Names:
-    """DiT's and LightningDiT's names to ours, without the fixed tables of positions, which our model computes.
+    """Maps DiT's and LightningDiT's names to ours, without the fixed tables of positions, which our model computes.
 
     Args:
         num_layers: Number of blocks.
-        options: As `dit_options` gives them.
+        options: Options from `dit_options`.
     """
+    # Linear layers.
     first, second = ("w12", "w3") if options.get("ffn") == "swiglu" else ("fc1", "fc2")
     modules = {
         "x_embedder.proj": "patch_embedding",
@@ -58,6 +59,8 @@ def dit_names(num_layers: int, options: Mapping[str, str] = MappingProxyType({})
             f"blocks.{i}.mlp.{second}": f"{ours}.ff.net.2",
             f"blocks.{i}.adaLN_modulation.1": f"{ours}.modulation",
         }
+
+    # Scales of normalisations, which DiT does not have.
     scales = {"final_layer.norm_final": "norm_out"} if "norm" in options else {}
     for i in range(num_layers):
         for theirs, name, option in (
@@ -72,7 +75,7 @@ def dit_names(num_layers: int, options: Mapping[str, str] = MappingProxyType({})
 
 
 def diffusers_dit_names(num_layers: int, *, attention_bias: bool) -> Names:
-    """The names of `DiTTransformer2DModel`, after `join_attention`, to ours; the embedders are those of block 0."""
+    """Maps the names of `DiTTransformer2DModel`, after `join_attention`, to ours; embedders are those of block 0."""
     embedders = "transformer_blocks.0.norm1.emb"
     modules = {
         "pos_embed.proj": "patch_embedding",
@@ -96,26 +99,26 @@ def diffusers_dit_names(num_layers: int, *, attention_bias: bool) -> Names:
 
 
 def rename(state_dict: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
-    """The weights of a source under our names.
+    """Renames the weights of a source to our names.
 
     Raises:
-        ValueError: Weights that are missing or unknown, by name.
+        ValueError: Weights are missing or unknown; the message names them.
     """
     check_names(state_dict, names)
     return {ours: state_dict[name] for name, ours in names.items()}
 
 
 def rename_back(state_dict: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
-    """Our weights under the names of a source; the inverse of `rename`.
+    """Renames our weights to the names of a source: the inverse of `rename`.
 
     Raises:
-        ValueError: As `rename`.
+        ValueError: As for `rename`.
     """
     return rename(state_dict, {ours: name for name, ours in names.items()})
 
 
 def join_attention(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Puts each `to_q`, `to_k` and `to_v` into one `to_qkv`, rows after rows; an incomplete trio stays as it is."""
+    """Stacks each `to_q`, `to_k` and `to_v` by rows into one `to_qkv`; an incomplete trio is left unchanged."""
     joined = dict(state_dict)
     for name in [name for name in state_dict if ".to_q." in name]:
         parts = [name.replace(".to_q.", f".{part}.") for part in ("to_q", "to_k", "to_v")]
@@ -125,7 +128,7 @@ def join_attention(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def drop_training_heads(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights without those of heads that only a training has a use for; a warning names what is left out."""
+    """Removes the weights of heads that only training uses; a warning names them."""
     dropped = [name for name in tensors if name.split(".")[0] in _TRAINING_HEADS]
     if dropped:
         logger.warning(f"Left out {len(dropped)} weights of heads that only training uses: {_shorten(dropped)}.")
@@ -133,7 +136,7 @@ def drop_training_heads(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError for what cannot be weights: other types than floating point, NaN or infinity, no values."""
+    """Raises ValueError for tensors that cannot be weights: not in floating point, NaN or infinity, or empty."""
     wrong = [
         f"{name} of {tensor.dtype}, {list(tensor.shape)}, {tensor.layout}"
         for name, tensor in tensors.items()
@@ -150,7 +153,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_names(got: Iterable[str], expected: Iterable[str]) -> None:
-    """Raises ValueError naming what is missing and what is unknown."""
+    """Raises ValueError, naming missing and unknown weights, if there are any."""
     missing, unknown = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
     if missing or unknown:
         raise ValueError(
@@ -162,12 +165,12 @@ def check_names(got: Iterable[str], expected: Iterable[str]) -> None:
 def drop_learned_variance(
     state_dict: Mapping[str, torch.Tensor], *, in_channels: int, num_pixels: int
 ) -> dict[str, torch.Tensor]:
-    """The weights with the first C channels of the output alone: of the 2C that DiT learns, the rest are variances.
+    """Keeps only the first C channels of the output: of the 2C that DiT learns, the others are variances.
 
     Args:
-        state_dict: Under our names; `proj_out` has rows for P*P pixels of a patch times the channels.
-        in_channels: C.
-        num_pixels: P*P.
+        state_dict: Weights under our names. The rows of `proj_out` are the P*P pixels of a patch times the channels.
+        in_channels: Number of channels C.
+        num_pixels: Pixels P*P of a patch.
 
     Raises:
         ValueError: The output has neither C nor 2C channels.
@@ -185,10 +188,10 @@ def drop_learned_variance(
 
 
 def reverse_time(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a SiT (noise at t = 0, velocity data - noise) for our flows (noise at sigma = 1, noise - data).
+    """Converts a SiT (noise at t = 0, velocity data - noise) to our flow (noise at sigma = 1, velocity noise - data).
 
-    With t = 1 - sigma the embedding's cos(w t) and sin(w t) are a reflection of cos(w sigma) and sin(w sigma), which
-    the first linear layer takes up; the change of sign goes into the last layer.
+    With t = 1 - sigma, the embedding's cos(w t) and sin(w t) are a reflection of cos(w sigma) and sin(w sigma), which
+    is absorbed into the first linear layer. The change of sign is absorbed into the last layer.
     """
     weight = state_dict["timestep_embedding.linear_1.weight"]  # D 256, first for the cosines, then for the sines
     of_cos, of_sin = weight.double().chunk(2, dim=1)
@@ -204,10 +207,10 @@ def reverse_time(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def swap_gates(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights with SwiGLU's two first matrices in diffusers' order.
+    """Swaps SwiGLU's first two matrices to diffusers' order.
 
-    LightningDiT packs gate and value, rows after rows, into `w12` and calls the matrix after them `w3`: the output is
-    w3 (silu(w1 x) * w2 x). diffusers packs value and gate.
+    LightningDiT stacks gate and value by rows in `w12`, followed by `w3`: the output is w3 (silu(w1 x) * w2 x).
+    diffusers stacks value and gate.
     """
     return {
         name: torch.cat(tensor.chunk(2)[::-1]) if ".ff.net.0.proj." in name else tensor

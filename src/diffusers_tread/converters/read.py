@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Reads other people's checkpoints: no code of theirs runs, and wrappers around the weights' names are taken off."""
+"""Reads other projects' checkpoints without running their code, and removes prefixes from the weights' names."""
 
 import argparse
 import pickle
@@ -14,38 +14,39 @@ import safetensors.torch
 import torch
 
 
-# Every DiT has it; what stands before it is the prefix of a set of weights.
+# Every DiT has this weight; the part of its name before it is the prefix of a set of weights.
 _ANCHOR = "x_embedder.proj.weight"
-# DiT's and SiT's training scripts save their command line beside the weights: attributes of plain values.
+# DiT's and SiT's training scripts save their command line with the weights: a namespace of plain values.
 _ALLOWED = [argparse.Namespace]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DiTWeights:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     tensors: dict[str, torch.Tensor]
-    """One set of weights, under the names that DiT gives them, on the CPU."""
+    """One set of weights, under DiT's names, on the CPU."""
     settings: dict[str, Any]
-    """What a training was told: DiT's, SiT's and REPA's scripts save it as `args`, LightningDiT's as `config`, in
-    sections. Empty without."""
+    """Settings of the training: DiT's, SiT's and REPA's scripts save them as `args`, LightningDiT's as `config`, in
+    sections. Empty if there are none."""
 
 
 def read_dit_weights(
     checkpoint: str | Path, *, weights: str | None = None, allow_unsafe_pickle: bool = False
 ) -> DiTWeights:
-    """One set of DiT weights from a file, under the names that DiT gives them.
+    """Reads one set of DiT weights from a file, under DiT's names.
 
-    A training checkpoint may hold several sets (raw and averaged weights), nested, or behind the prefixes of EDM's
+    A training checkpoint may hold several sets (raw and averaged weights), nested, or with the prefixes of EDM's
     preconditioning ("model."), data parallelism ("module.") and `torch.compile` ("_orig_mod.").
 
     Args:
-        checkpoint: A `.safetensors` file, or what `torch.save` wrote.
+        checkpoint: A `.safetensors` file, or one written by `torch.save`.
         weights: Which set, such as "ema" or "model"; None for the only one or, among several, the averaged one.
-        allow_unsafe_pickle: Whether to read a pickle that does more than hold tensors: it can run any code.
+        allow_unsafe_pickle: Whether to read a pickle that does more than hold tensors. It can run any code.
 
     Raises:
-        ValueError: No such file, not a checkpoint, a pickle that could run code, or no set of weights to choose.
+        ValueError: The file does not exist, is not a checkpoint or is a pickle that could run code; or the set of
+            weights is missing or ambiguous.
     """
     content = _load(Path(checkpoint), allow_unsafe_pickle=allow_unsafe_pickle)
     tensors = _flatten(content)
@@ -77,7 +78,7 @@ def _load(path: Path, *, allow_unsafe_pickle: bool) -> Any:
             return torch.load(
                 path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=not allow_unsafe_pickle
             )
-    except Exception as error:  # on bytes that are no pickle, unpickling fails in any way
+    except Exception as error:  # unpickling other bytes may raise any error
         refused = isinstance(error, pickle.UnpicklingError) and not allow_unsafe_pickle
         reason = _unsafe_contents(path) if refused else f": {type(error).__name__}: {error}"
         raise ValueError(
@@ -95,7 +96,7 @@ def _unsafe_contents(path: Path) -> str:
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of nested mappings under dotted names, without those that `torch.compile` puts in between."""
+    """Flattens nested mappings to tensors under dotted names, and removes the prefix of `torch.compile`."""
     if isinstance(content, torch.Tensor):
         return {prefix.removesuffix(".").replace("_orig_mod.", ""): content}
     if not isinstance(content, Mapping):
@@ -107,7 +108,7 @@ def _flatten(content: Any, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def _choose(prefixes: list[str], weights: str | None, tensors: dict[str, torch.Tensor]) -> str:
-    """The prefix of the set of weights that is called `weights`."""
+    """Finds the prefix of the set of weights that is called `weights`."""
     if not prefixes:
         raise ValueError(
             f"Expected the weights of a DiT, with {_ANCHOR}, got {sorted(tensors)[:10] or 'no tensors'}. Is it "

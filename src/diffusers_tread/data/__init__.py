@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Training data: images with labels or captions, latents that were encoded once, and sources of your own."""
+"""Training data: images with labels or captions, precomputed latents, and sources of your own."""
 
 from .batch_sampler import EpochBatchSampler
 from .buckets import BucketBatchSampler, Buckets, assign_buckets

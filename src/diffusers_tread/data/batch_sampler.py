@@ -10,19 +10,19 @@ from ..seeds import derive_seed
 
 
 class EpochBatchSampler(Sampler):
-    """The batches of one rank: an endless pass over shuffled epochs that can start anywhere.
+    """Yields the batches of one rank: an endless pass over shuffled epochs that can start at any sample.
 
-    The samples of all epochs form one sequence. Every global batch takes its next `batch_size * num_ranks` samples and
-    rank r the r-th part of them, so each rank gets as many batches as it asks for, no sample is lost at the end of an
-    epoch, and the order does not depend on how many ranks share it.
+    The samples of all epochs form one sequence. Each global batch takes the next `batch_size * num_ranks` samples, of
+    which rank r gets the r-th part. So every rank gets as many batches as it asks for, no sample is lost at the end of
+    an epoch, and the order does not depend on the number of ranks.
 
     Args:
         num_samples: Samples in an epoch, at least 1.
         batch_size: Samples per batch and rank.
         seed: The run's seed.
-        rank: This process, in [0, num_ranks).
-        num_ranks: Processes that share the data.
-        first_sample: Position in the sequence to start at: the samples that all ranks have already seen.
+        rank: Rank of this process, in [0, num_ranks).
+        num_ranks: Number of processes that share the data.
+        first_sample: Position in the sequence to start at: the number of samples that all ranks have already seen.
 
     Yields:
         Lists of `batch_size` pairs (epoch, index in the data set).

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Aspect-ratio buckets: the few sizes that images are brought to, and the order of batches of one size."""
+"""Aspect-ratio buckets: the sizes to which images are cropped and resized, and batches of images of one size."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from .batch_sampler import EpochBatchSampler
 from .images import UnreadableImage, image_size
 
 
-_ROWS = 64  # that a thread reads at once
+_ROWS = 64  # rows that a thread reads at once
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Buckets:
     """Sizes of training images.
 
     Args:
-        sizes: (height, width) in pixels of each bucket.
+        sizes: (height, width) of each bucket, in pixels.
 
     Raises:
-        ValueError: No sizes, one twice, or a side below 1.
+        ValueError: There are no sizes, a size occurs twice, or a side is below 1.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -39,40 +39,40 @@ class Buckets:
 
     @classmethod
     def parse(cls, text: str) -> "Buckets":
-        """Buckets as flags name them: "256,256;224,288;288,224", heights first, as in diffusers' scripts.
+        """Parses the text of a flag, such as "256,256;224,288;288,224", heights first, as in diffusers' scripts.
 
         Raises:
-            ValueError: Another text.
+            ValueError: The text has another format.
         """
         return cls(tuple(parse_buckets_string(text)))
 
     @property
     def resolution(self) -> int:
-        """The longest side of all."""
+        """The longest side of all buckets, in pixels."""
         return max(map(max, self.sizes))
 
     def nearest(self, height: int, width: int) -> int:
-        """The index of the bucket for an image, by diffusers' rule: the least `|height * w - width * h|` of all."""
-        nearest: Any = find_nearest_bucket(height, width, self.sizes)  # None only of an empty list
+        """The index of the bucket for an image, by diffusers' rule: the least `|height * w - width * h|`."""
+        nearest: Any = find_nearest_bucket(height, width, self.sizes)  # None only for an empty list
         return nearest
 
 
 def assign_buckets(source, image_column: str, buckets: Buckets) -> np.ndarray:
-    """The bucket of each image, read from the headers of the files in threads.
+    """Finds the bucket of each image from the headers of the files, read in threads.
 
-    Images whose header cannot be read go to the largest bucket, where they are met, replaced and reported as other
-    unreadable images are.
+    Images whose header cannot be read go to the bucket with the most images. During training they are replaced and
+    reported like other unreadable images.
 
     Args:
-        source: A data set as `open_images` returns it, images undecoded.
+        source: A data set from `open_images`, with undecoded images.
         image_column: Its column with images.
-        buckets: The sizes that there are.
+        buckets: The available sizes.
 
     Returns:
-        [N] int64 indices of buckets.
+        Indices of buckets, shape [N], int64.
 
     Raises:
-        ValueError: A bucket without images; the message has the counts.
+        ValueError: A bucket has no images; the message gives the counts.
     """
 
     def read(start: int) -> list[int]:
@@ -84,6 +84,7 @@ def assign_buckets(source, image_column: str, buckets: Buckets) -> np.ndarray:
                 ids.append(-1)
         return ids
 
+    # Read headers.
     starts = range(0, len(source), _ROWS)
     with ThreadPoolExecutor() as pool, tqdm(total=len(source), desc="Reading image sizes", unit="images") as bar:
         bucket_ids = []
@@ -91,6 +92,7 @@ def assign_buckets(source, image_column: str, buckets: Buckets) -> np.ndarray:
             bucket_ids += ids
             bar.update(len(ids))
 
+    # Unreadable images go to the bucket with the most images.
     bucket_ids = np.array(bucket_ids)
     counts = np.bincount(bucket_ids[bucket_ids >= 0], minlength=len(buckets.sizes))
     check_buckets(buckets.sizes, counts)
@@ -99,27 +101,27 @@ def assign_buckets(source, image_column: str, buckets: Buckets) -> np.ndarray:
 
 
 def check_buckets(sizes: tuple[tuple[int, int], ...], counts: np.ndarray) -> None:
-    """Raises ValueError if there is a bucket without images."""
+    """Raises ValueError if a bucket has no images."""
     if not counts.all():
         found = ", ".join(f"{count} of {height}x{width}" for (height, width), count in zip(sizes, counts, strict=True))
         raise ValueError(f"Expected images in every aspect-ratio bucket, got {found}. Drop the empty ones.")
 
 
 class BucketBatchSampler(Sampler):
-    """The batches of one rank, all images of a batch of one bucket, endless and with a start anywhere.
+    """Yields the batches of one rank, each with images of one bucket: an endless pass that can start at any batch.
 
-    The order of buckets is that of the images of a shuffled data set, one for each global batch: in N batches, N the
-    number of images, each bucket comes as often as it has images. Within a bucket an `EpochBatchSampler` gives each
-    image once per epoch. So a batch has the same bucket on all ranks, and all follows from the seed and the number
-    of samples already seen.
+    Each global batch takes the bucket of the next image of a shuffled data set. So in N batches, with N the number of
+    images, each bucket comes as often as it has images. Within a bucket, an `EpochBatchSampler` takes each image once
+    per epoch. A batch has the same bucket on all ranks, and everything depends only on the seed and the number of
+    samples already seen.
 
     Args:
-        bucket_ids: [N] the bucket of each image of the data set, in [0, number of buckets), none of them empty.
+        bucket_ids: Bucket of each image of the data set, shape [N], in [0, number of buckets); no bucket is empty.
         batch_size: Samples per batch and rank.
         seed: The run's seed.
-        rank: This process, in [0, num_ranks).
-        num_ranks: Processes that share the data.
-        first_sample: The samples that all ranks have already seen: whole batches, a rest counts as none.
+        rank: Rank of this process, in [0, num_ranks).
+        num_ranks: Number of processes that share the data.
+        first_sample: Number of samples that all ranks have already seen, rounded down to whole batches.
 
     Yields:
         Lists of `batch_size` pairs (epoch of the bucket, index in the data set).
@@ -143,7 +145,7 @@ class BucketBatchSampler(Sampler):
         sizes = np.bincount(self.bucket_ids)
         images = [np.flatnonzero(self.bucket_ids == bucket) for bucket in range(len(sizes))]
 
-        # How many batches each bucket has had.
+        # How many batches each bucket has had so far.
         cycle, start = divmod(self.first_batch, len(self.bucket_ids))
         schedule = self._schedule(cycle)
         had = cycle * sizes + np.bincount(schedule[:start], minlength=len(sizes))
@@ -152,6 +154,7 @@ class BucketBatchSampler(Sampler):
             for size, batches in zip(sizes, had, strict=True)
         ]
 
+        # Batches from there on.
         while True:
             for bucket in schedule[start:]:
                 yield [(epoch, int(images[bucket][place])) for epoch, place in next(samplers[bucket])]
@@ -159,6 +162,6 @@ class BucketBatchSampler(Sampler):
             schedule = self._schedule(cycle)
 
     def _schedule(self, cycle: int) -> np.ndarray:
-        """[N] the buckets of the batches N * cycle to N * (cycle + 1) - 1."""
+        """The buckets of the batches N * cycle to N * (cycle + 1) - 1, shape [N]."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "buckets", cycle))
         return self.bucket_ids[torch.randperm(len(self.bucket_ids), generator=generator).numpy()]

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Which text of a record is its caption: one column, or several of which each epoch draws one."""
+"""Chooses the caption of a record: from one column, or at random from several in each epoch."""
 
 import math
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from typing import Any
 from ..seeds import derive_seed
 
 
-_ROWS = 1000  # that are read at once
+_ROWS = 1000  # rows read at once
 
 
 @dataclass(frozen=True)
 class CaptionColumns:
-    """Columns with captions and how often each is drawn.
+    """Columns with captions, and the probability of each.
 
-    A name such as "json.caption" is, where no column is called so, the key "caption" of the column "json", as streams
-    of webdataset tars have them. A column may hold several captions per image as a list, which are equally likely.
+    If there is no column "json.caption", this name means the key "caption" of the column "json", as in streams of
+    webdataset tars. A column may hold a list of captions per image, which are equally likely.
 
     Args:
         names: The columns.
-        probabilities: Of each, in (0, 1]; they sum to 1.
+        probabilities: Probability of each column, in (0, 1]; they sum to 1.
 
     Raises:
-        ValueError: No names or one twice; probabilities that are none or do not sum to 1.
+        ValueError: There are no names, or a name occurs twice; a probability is out of range, or they do not sum to 1.
     """
 
     names: tuple[str, ...]
@@ -45,10 +45,10 @@ class CaptionColumns:
         """The columns of a data set that hold the captions.
 
         Args:
-            features: Of the data set, by column.
+            features: The data set's features, by column.
 
         Raises:
-            ValueError: A column or a key in one is missing; the message lists what there is.
+            ValueError: A column, or a key in it, is missing; the message lists the existing ones.
         """
         columns = []
         for name in self.names:
@@ -64,13 +64,13 @@ class CaptionColumns:
         return list(dict.fromkeys(columns))
 
     def check(self, source) -> None:
-        """Reads the captions of a map-style data set, not its images.
+        """Checks that every row of a map-style data set has a caption, without reading the images.
 
         Args:
             source: A `datasets.Dataset`.
 
         Raises:
-            ValueError: Rows without a caption: how many, and the first.
+            ValueError: Rows have no caption; the message gives their number and the first one.
         """
         for name in self.names:
             column, key = _split(name, source.features)
@@ -85,19 +85,19 @@ class CaptionColumns:
                 )
 
     def choose(self, record: Mapping[str, Any], *, seed: int, epoch: int, place: int, rank: int = 0) -> str:
-        """A caption of a record, as a function of these arguments alone.
+        """Draws a caption of a record. The result depends only on the arguments.
 
         Args:
             record: Values by column.
             seed: The run's seed.
-            epoch: In which the record is used.
-            place: Of the record in the data set, or in the rank's part of a stream.
-            rank: This process, for a stream.
+            epoch: Epoch in which the record is used.
+            place: Index of the record in the data set, or in the rank's part of a stream.
+            rank: Rank of this process, for a stream.
 
         Raises:
-            ValueError: It has none.
+            ValueError: The record has no caption.
         """
-        draw = derive_seed(seed, "caption", rank, epoch, place)  # its high bits draw the column, its low ones the text
+        draw = derive_seed(seed, "caption", rank, epoch, place)  # high bits choose the column, low bits the text
         name = self.names[sum(draw / 2**63 >= end for end in accumulate(self.probabilities[:-1]))]
         column, key = _split(name, record)
         captions = _captions(record[column], key)
@@ -110,13 +110,13 @@ class CaptionColumns:
 
 
 def parse_caption_columns(text: str) -> CaptionColumns:
-    """Caption columns as flags name them.
+    """Parses caption columns from the text of a flag.
 
     Args:
         text: One column, or several with probabilities.
 
     Raises:
-        ValueError: See `CaptionColumns`; a probability that is no number.
+        ValueError: See `CaptionColumns`; a probability is not a number.
 
     Example:
         >>> from diffusers_tread.data import parse_caption_columns
@@ -134,13 +134,13 @@ def parse_caption_columns(text: str) -> CaptionColumns:
 
 
 def _split(name: str, columns: Mapping[str, Any]) -> tuple[str, str]:
-    """The column of a caption and the key in it, "" for none."""
+    """Splits a name into the column and the key in it; the key is "" if there is none."""
     column, _, key = (name, "", "") if name in columns else name.partition(".")
     return column, key
 
 
 def _captions(value: Any, key: str) -> list[str]:
-    """The captions in a value of a column: what of it is text and more than space."""
+    """The captions in a value of a column: all texts that are not blank."""
     value = (value or {}).get(key) if key else value
     values = value if isinstance(value, (list, tuple)) else [value]
     return [text for text in values if isinstance(text, str) and text.strip()]

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The images of a folder and their classes: one rule for training, latents, evaluation and references."""
+"""Lists the images of a folder and their classes, by one rule for training, latents, evaluation and references."""
 
 import logging
 import mimetypes
@@ -13,9 +13,9 @@ import PIL.Image
 
 logger = logging.getLogger(__name__)
 
-# Pillow knows their suffixes and reads them only with a handler of the user's.
+# Formats whose suffixes Pillow knows, but which it reads only with a handler from the user.
 WITHOUT_READER = ("BUFR", "GRIB", "HDF5", "MPEG")
-KINDS = mimetypes.MimeTypes()  # Python's own table, whatever the system's files say
+KINDS = mimetypes.MimeTypes()  # Python's own table, independent of the system's files
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -26,8 +26,8 @@ class ClassFolders:
 
     Args:
         paths: The image files, class by class.
-        labels: For each the index of its class.
-        names: The classes: the sorted names of the folders.
+        labels: The index of the class of each image.
+        names: Names of the classes: the sorted names of the folders.
     """
 
     paths: list[str]
@@ -36,28 +36,30 @@ class ClassFolders:
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """The image files at any depth below a folder, in the order of their paths.
+    """Lists the image files at any depth below a folder, in the order of their paths.
 
-    An image is a file with the suffix of an image format, or, where the suffix is unknown, one that Pillow
-    recognises. Links to files and folders are followed. Hidden files and folders and `__MACOSX` are skipped.
+    An image is a file with the suffix of an image format or, if the suffix is unknown, a file that Pillow recognises.
+    Links to files and folders are followed. Hidden files and folders and `__MACOSX` are skipped.
 
     Raises:
-        ValueError: A folder is missing or cannot be read, a link leads nowhere, or a name is not UTF-8.
+        ValueError: A folder is missing or cannot be read, a link is broken, or a name is not UTF-8.
     """
     return _walk(str(folder), above=())
 
 
 def list_class_folders(folder: str | Path, split: str | None = None) -> ClassFolders:
-    """The images of a folder with one folder per class, whatever the classes are called.
+    """Lists the images of a folder with one folder per class, whatever the names of the classes.
 
     Args:
-        folder: Its folders are the classes; the images of a class lie at any depth below, see `list_images`.
-        split: The sub-folder that has the class folders, such as "train"; None if `folder` has them.
+        folder: Folder whose sub-folders are the classes. The images of a class may be at any depth below its folder,
+            see `list_images`.
+        split: The sub-folder with the class folders, such as "train"; None if they are in `folder` itself.
 
     Raises:
-        ValueError: What `list_images` raises; images beside the class folders; no class folders; a class without
-            images. The message names the folder.
+        ValueError: As for `list_images`; there are images beside the class folders; there are no class folders; a
+            class has no images. The message names the folder.
     """
+    # Class folders.
     folder = Path(folder)
     if split is not None:
         if not (folder / split).is_dir():
@@ -78,6 +80,7 @@ def list_class_folders(folder: str | Path, split: str | None = None) -> ClassFol
             "folders in them, name one: split, or --dataset_split of the scripts."
         )
 
+    # Their images.
     paths, labels = [], []
     for label, entry in enumerate(classes):
         its_paths = _walk(entry.path, above=(os.path.realpath(folder),))
@@ -92,14 +95,14 @@ def list_class_folders(folder: str | Path, split: str | None = None) -> ClassFol
 
 
 def find_metadata(folder: str | Path, split: str | None = None) -> Path:
-    """The file in a folder of images that has their names and captions, as `datasets` reads it.
+    """Finds the metadata file with names and captions in a folder of images, in the format of `datasets`.
 
     Args:
         folder: The folder.
-        split: The sub-folder that has it, such as "train"; None if `folder` has it.
+        split: The sub-folder with the file, such as "train"; None if it is in `folder` itself.
 
     Raises:
-        ValueError: There is none, or more than one.
+        ValueError: There is no such file, or more than one.
     """
     folder = Path(folder, split or "")
     if not folder.is_dir():
@@ -115,7 +118,7 @@ def find_metadata(folder: str | Path, split: str | None = None) -> Path:
 
 
 def _walk(folder: str, above: tuple[str, ...]) -> list[str]:
-    """The images below a folder that lies below the real paths `above`."""
+    """Lists the images below a folder; `above` are the real paths of its parents, to detect cycles of links."""
     real = os.path.realpath(folder)
     if real in above:
         logger.warning(f"{folder} links to {real}, in which it lies; its images are taken once.")
@@ -130,7 +133,7 @@ def _walk(folder: str, above: tuple[str, ...]) -> list[str]:
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-    """What counts of a folder, sorted by name."""
+    """The visible entries of a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if entry.name[0] != "." and entry.name != "__MACOSX"]
@@ -153,17 +156,17 @@ def _is_image(entry: os.DirEntry) -> bool:
     if suffix in image_suffixes():
         return True
     if (kind := KINDS.guess_type(f"name{suffix}", strict=False)[0]) is not None:
-        return kind.startswith("image/")  # such as HEIC, which is counted as unreadable later
+        return kind.startswith("image/")  # also HEIC, which is reported as unreadable later
     try:
         with PIL.Image.open(entry.path) as image:
             return image.format not in WITHOUT_READER
-    except Exception:  # whatever Pillow raises: no image
+    except Exception:  # any error of Pillow: not an image
         return False
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case and with their dots, of the formats that Pillow reads."""
+    """The suffixes of the formats that Pillow reads, in lower case, with the dot."""
     known = PIL.Image.registered_extensions()
     return frozenset(suffix for suffix, name in known.items() if name in PIL.Image.OPEN and name not in WITHOUT_READER)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Image files as pixels: one rule for training, latents and metrics."""
+"""Decodes image files to pixels, by one rule for training, latents and metrics."""
 
 import io
 from pathlib import Path
@@ -11,8 +11,8 @@ import PIL.ImageColor
 import torch
 
 
-# What to do with an image for each value of EXIF's orientation. Not `exif_transpose`: it writes the EXIF data anew and
-# fails where an entry that nobody needs is damaged.
+# How to turn an image upright for each value of EXIF's orientation. Pillow's `exif_transpose` is not used because it
+# rewrites the EXIF data and so fails if any entry is damaged, even one that is not needed.
 UPRIGHT = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -36,20 +36,20 @@ def load_image(
     resolution: int | tuple[int, int] | None = None,
     background: str = "white",
 ) -> PIL.Image.Image:
-    """An image file as 8-bit RGB, upright, with its transparent parts on a background.
+    """Loads an image file as 8-bit RGB, upright, with its transparent parts on a background.
 
-    16-bit grey is scaled to 8 bits and float grey from [0, 1], so that white stays white.
+    16-bit grey is scaled to 8 bits, and float grey from [0, 1], so that white stays white.
 
     Args:
-        file: Path or content; None for an image that is missing.
-        name: What the message calls it.
-        resolution: To which `center_crop` crops and resizes, R or (height, width); None for the size that it has.
-        background: Colour that Pillow knows, such as "white" or "#808080".
+        file: Path or content; None for a missing image.
+        name: Name of the image for error messages.
+        resolution: Size to which `center_crop` crops and resizes, R or (height, width); None keeps the size.
+        background: A colour known to Pillow, such as "white" or "#808080".
 
     Raises:
-        ValueError: Pillow knows no such colour.
-        UnreadableImage: It is missing, damaged, larger than twice `PIL.Image.MAX_IMAGE_PIXELS`, or grey of an unknown
-            range: 32-bit integers, floats outside [0, 1].
+        ValueError: Pillow does not know the colour.
+        UnreadableImage: The image is missing, damaged, larger than twice `PIL.Image.MAX_IMAGE_PIXELS`, or grey with an
+            unknown range: 32-bit integers, or floats outside [0, 1].
     """
     behind = PIL.ImageColor.getrgb(background)[:3]
     if file is None:
@@ -67,18 +67,21 @@ def load_image(
 
 
 def _to_rgb(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
-    """A decoded image as 8-bit RGB."""
+    """Converts a decoded image to 8-bit RGB."""
+    # 16-bit and float grey.
     is_grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if is_grey16 or image.mode in ("I", "F"):
         grey, transparent = np.array(image), image.info.get("transparency")
         white = 65535 if is_grey16 else 1
         if image.mode == "I" and not is_grey16 or not (grey.min() >= 0 and grey.max() <= white):  # also refuses NaN
             raise ValueError(f"expected grey of 16 bits or in [0, 1], got mode {image.mode} with {grey.max():g}")
-        # In float64, which halves exactly: 255 / 65535 = 1 / 257.
+        # In float64, in which halves are exact: 255 / 65535 = 1 / 257.
         pixels = np.rint(grey.astype(np.float64) * 255 / white).astype(np.uint8)
         image = PIL.Image.fromarray(pixels).convert("RGB")
         if isinstance(transparent, int):
             image.putalpha(PIL.Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
+
+    # Transparency.
     if image.has_transparency_data:
         canvas = PIL.Image.new("RGBA", image.size, background)
         image = PIL.Image.alpha_composite(canvas, image.convert("RGBA"))
@@ -86,18 +89,22 @@ def _to_rgb(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Ima
 
 
 def center_crop(image: PIL.Image.Image, resolution: int | tuple[int, int]) -> PIL.Image.Image:
-    """The middle of an image at `resolution`, R or (height, width), as ADM prepares ImageNet (arXiv 2105.05233).
+    """Crops and resizes an image to `resolution`, R or (height, width), as ADM prepares ImageNet (arXiv 2105.05233).
 
-    The image is halved with a box filter while both sides are at least twice as long as they shall be, then resized
-    with a bicubic filter until the tighter side fits, then cropped. Of an image that is more than eight times as long
-    as the crop the middle alone is resized, so that it takes no memory that its crop does not need.
+    The image is halved with a box filter while both sides are at least twice as long as in the result, then resized
+    with a bicubic filter until the tighter side fits, then cropped. If an image is more than eight times as elongated
+    as the crop, only its middle is resized, to save memory.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+
+    # Only the middle of very long images.
     longest = (max(8 * image.height * width // height, 1), max(8 * image.width * height // width, 1))
     kept_width, kept_height = map(min, image.size, longest)
     if (kept_width, kept_height) != image.size:
         left, top = (image.width - kept_width) // 2, (image.height - kept_height) // 2
         image = image.crop((left, top, left + kept_width, top + kept_height))
+
+    # Halve, resize, crop.
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
@@ -108,7 +115,7 @@ def center_crop(image: PIL.Image.Image, resolution: int | tuple[int, int]) -> PI
 
 
 def image_to_tensor(image: PIL.Image.Image) -> torch.Tensor:
-    """An 8-bit RGB image as [3, H, W] float32 in [-1, 1]."""
+    """Converts an 8-bit RGB image to a tensor [3, H, W], float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))  # H W 3
     return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
 
@@ -121,13 +128,13 @@ def load_record(
     flip: bool = False,
     background: str = "white",
 ) -> torch.Tensor:
-    """An undecoded image of a `datasets` record as [3, H, W] float32 in [-1, 1].
+    """Decodes the image of a `datasets` record to a tensor [3, H, W], float32 in [-1, 1].
 
     Args:
-        value: {"bytes": ..., "path": ...}, or None for an image that is missing.
-        name: What messages call it if it has no path.
+        value: {"bytes": ..., "path": ...}, or None for a missing image.
+        name: Name for error messages if the image has no path.
         resolution: R for R x R, or (H, W); see `center_crop`.
-        flip: Whether to mirror it.
+        flip: Whether to mirror the image.
         background: See `load_image`.
 
     Raises:
@@ -142,14 +149,14 @@ def load_record(
 
 
 def image_size(value: dict[str, Any] | None, *, name: str) -> tuple[int, int]:
-    """(height, width) of an undecoded image once it is upright; of its file only the header is read.
+    """Reads the (height, width) of an undecoded image, after it is turned upright, from the header of its file.
 
     Args:
         value: As for `load_record`.
-        name: What messages call it if it has no path.
+        name: Name for error messages if the image has no path.
 
     Raises:
-        UnreadableImage: It is missing, or its header cannot be read.
+        UnreadableImage: The image is missing, or its header cannot be read.
         OSError: The connection to a remote image was lost.
     """
     file, path = fetch(value)
@@ -157,7 +164,7 @@ def image_size(value: dict[str, Any] | None, *, name: str) -> tuple[int, int]:
         raise UnreadableImage(f"{path or name} (missing)")
     try:
         with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            # Not the method of PNG files, which decodes the image first to find EXIF data behind it.
+            # `getexif` of PNG files would decode the image first, to find EXIF data behind it.
             orientation = PIL.Image.Image.getexif(image).get(EXIF_ORIENTATION)
             width, height = image.size
             return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
@@ -166,7 +173,10 @@ def image_size(value: dict[str, Any] | None, *, name: str) -> tuple[int, int]:
 
 
 def fetch(value: dict[str, Any] | None) -> tuple[bytes | str | None, str | None]:
-    """Content or local path, and path, of an undecoded image; None for what is missing. Reads a remote file.
+    """Fetches an undecoded image; remote files are read.
+
+    Returns:
+        Its content or local path, and its path; None for what is missing.
 
     Raises:
         OSError: The connection was lost.
@@ -190,7 +200,7 @@ def _read_remote(url: str) -> bytes | None:
 def read_image(
     value: dict[str, Any] | None, *, resolution: int | tuple[int, int], **options: Any
 ) -> torch.Tensor | None:
-    """What `load_record` gives; None for an image that is unreadable."""
+    """The same as `load_record`, but returns None for an unreadable image."""
     try:
         return load_record(value, name="image", resolution=resolution, **options)
     except UnreadableImage:

@@ -2,8 +2,8 @@
 """Images with labels or captions: scikit-learn's digits, a folder or any `datasets` repository, as tensors in [-1, 1].
 
 Shapes: B batch, C channels, H and W image size, R resolution. A batch is {"pixel_values": [B, C, H, W] float32,
-"class_labels": [B] int64 or "captions": list of B texts, "corrupt": ids of the unreadable images that were met and
-replaced while it was made}. H = W = R without aspect-ratio buckets.
+"class_labels": [B] int64 or "captions": list of B texts, "corrupt": names of the unreadable images that were replaced
+in it}. H = W = R without aspect-ratio buckets.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from .images import UnreadableImage, load_record
 
 
 def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Items of one of the data sets below as a batch."""
+    """Collates items of one of the data sets below to a batch."""
     batch = {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "corrupt": [image for item in items for image in item["corrupt"]],
@@ -35,9 +35,12 @@ def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class DigitsDataset(Dataset):
-    """The 1,797 handwritten digits of scikit-learn: 8x8 pixels, one channel, ten classes, nothing to download.
+    """The 1,797 handwritten digits of scikit-learn: 8x8 pixels, one channel, ten classes, no download.
 
-    Indexed like `ImageDataset`. Raises ImportError without scikit-learn.
+    It is indexed like `ImageDataset`.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
     """
 
     num_classes, channels, resolution = 10, 1, 8
@@ -62,23 +65,23 @@ class DigitsDataset(Dataset):
 class ImageDataset(Dataset):
     """The images of a map-style `datasets.Dataset` with their labels or captions.
 
-    Items are asked for by (epoch, index), because flip and caption depend on both. An unreadable image is replaced by
+    The key of an item is (epoch, index), because flip and caption depend on both. An unreadable image is replaced by
     the next readable one of its bucket and reported in the item's `corrupt`.
 
     Args:
-        source: A data set as `open_images` returns it, images undecoded.
+        source: A data set from `open_images`, with undecoded images.
         image_column: Its column with images.
         label_column: Its column with class labels, as integers; not read with captions.
         captions: Its columns with captions; None for class labels.
         id2label: Names of the classes; {} with captions.
         resolution: R; images are cropped and resized to R x R.
-        buckets: Sizes of images instead; the files' headers are read for it, see `assign_buckets`.
+        buckets: Sizes of the images instead of R x R; the files' headers are read, see `assign_buckets`.
         seed: The run's seed.
         random_flip: Whether to flip images at random.
-        background: Colour behind transparent images, see `load_image`.
+        background: Colour put behind transparent images, see `load_image`.
 
     Raises:
-        ValueError: A bucket without images.
+        ValueError: A bucket has no images.
     """
 
     channels = 3
@@ -132,13 +135,13 @@ class ImageDataset(Dataset):
         )
 
     def first_captions(self, most: int) -> list[str]:
-        """The captions of the first images in the first epoch."""
+        """The captions of the first `most` images in the first epoch."""
         records = self.source.select_columns(self.captions.columns(self.source.features))
         places = range(min(most, len(records)))
         return [self.captions.choose(records[place], seed=self.seed, epoch=0, place=place) for place in places]
 
     def _from(self, index: int) -> Iterator[int]:
-        """The images of a bucket from one on, around to the one before it."""
+        """The indices of an image's bucket, from this image on, around to the one before it."""
         yield index
         others = np.arange(len(self))
         if self.bucket_ids is not None:
@@ -162,27 +165,28 @@ def open_images(
     """Opens a `datasets` repository or a folder of images and checks it before any work starts.
 
     Args:
-        dataset_name: A repository on the Hub, or a local folder that `datasets.load_dataset` understands.
-        dataset_config_name: Its configuration.
-        train_data_dir: A folder with one folder of images per class, see `list_class_folders`; with captions one with
-            images and metadata.jsonl, .csv or .parquet, whose column "file_name" names them. Exactly one of the two is
-            given.
-        split: The split to read, of a folder the sub-folder with the class folders or metadata; None for "train" of a
-            repository and for the folder itself.
+        dataset_name: A repository on the Hub, or a local folder that `datasets.load_dataset` understands. Exactly one
+            of `dataset_name` and `train_data_dir` is given.
+        dataset_config_name: Configuration of the data set.
+        train_data_dir: A folder with one folder of images per class, see `list_class_folders`. With captions: a folder
+            with images and metadata.jsonl, .csv or .parquet, whose column "file_name" names them.
+        split: The split to read or, for a folder, the sub-folder with the class folders or metadata. None for "train"
+            of a repository, or the folder itself.
         image_column: Column with images.
-        label_column: Column with class labels; not asked for with captions.
+        label_column: Column with class labels; not used with captions.
         captions: Columns with captions; None for class labels.
-        num_classes: Number of classes; None for the number that the label column names or, without names, the highest
+        num_classes: Number of classes; None for the number of names of the label column or, without names, the highest
             label plus one.
         streaming: Whether to read without downloading and indexing first.
         cache_dir: Where `datasets` keeps its cache.
 
     Returns:
-        The `datasets` data set with its images undecoded, and the names of the classes, none with captions.
+        The `datasets` data set with undecoded images, and the names of the classes; {} with captions.
 
     Raises:
-        ValueError: What `list_class_folders` refuses; a folder without metadata; a missing column; labels that are no
-            integers in [0, num_classes); rows without a caption; an empty set; `num_classes` with captions.
+        ValueError: As for `list_class_folders`; the folder has no metadata; a column is missing; labels are not
+            integers in [0, num_classes); a row has no caption; the data set is empty; `num_classes` is given with
+            captions.
     """
     import datasets
 
@@ -235,7 +239,7 @@ def open_images(
 
 
 def _open_folder(images: ClassFolders, *, streaming: bool):
-    """The images of class folders as a data set with columns "image", undecoded, and "label"."""
+    """Makes a data set of class folders, with the columns "image" (undecoded) and "label"."""
     import datasets
     import pyarrow
 
@@ -247,12 +251,12 @@ def _open_folder(images: ClassFolders, *, streaming: bool):
         {"image": files, "label": pyarrow.array(images.labels)},
         features=datasets.Features({"image": datasets.Image(decode=False), "label": names}),
     )
-    # Of many shards, because a stream mixes its classes by the order of these.
+    # Many shards, because a stream mixes the classes by shuffling them.
     return source.to_iterable_dataset(num_shards=min(size, 1024)) if streaming else source
 
 
 def _check_captions(source, captions: CaptionColumns, num_classes: int | None, *, streaming: bool) -> None:
-    """What `open_images` raises for captions; of a stream they are looked at when they are met."""
+    """Makes the checks of `open_images` for captions. Those of a stream are checked only when they are read."""
     if num_classes is not None:
         raise ValueError(f"Expected no num_classes with captions, got {num_classes}. Drop one of the two.")
     if not streaming:
@@ -262,7 +266,7 @@ def _check_captions(source, captions: CaptionColumns, num_classes: int | None, *
 
 
 def _refuse_guessed_classes(dataset_name: str, source) -> None:
-    """Of a local folder without a card `datasets` guesses classes and splits from the words in its paths."""
+    """Raises ValueError for a folder without card: `datasets` would guess classes and splits from its paths."""
     folder = Path(dataset_name)
     described = [*folder.glob("README.md"), *folder.rglob("metadata.*")] if folder.is_dir() else [dataset_name]
     if not described and source.info.builder_name == "imagefolder":

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""From the name of some data to the endless batches of one process, starting anywhere."""
+"""Opens training data by name and makes the endless batches of one process, from any position."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -38,30 +38,31 @@ def open_training_data(
     cache_dir: str | None = None,
     **options: Any,
 ) -> TrainingData:
-    """Digits, a folder or a repository as images in [-1, 1] with labels or captions, or as latents of them.
+    """Opens digits, a folder or a repository as images in [-1, 1] with labels or captions, or a folder of latents.
 
     Args:
-        dataset_name: A `datasets` repository; without any data named, scikit-learn's digits.
-        train_data_dir: A folder with one folder of images per class; with captions one with metadata.
-        latents_dir: A folder of latents, or a data set on the Hub that is one (see `open_latents`).
-        resolution: Side of the images in pixels; the digits have 8, latents know it, and with buckets it is their
-            longest side.
+        dataset_name: A `datasets` repository. If no data are named, scikit-learn's digits are opened.
+        train_data_dir: A folder with one folder of images per class; with captions, a folder with metadata.
+        latents_dir: A folder of latents, or a data set of latents on the Hub (see `open_latents`).
+        resolution: Side of the images in pixels. It is 8 for digits, known for latents, and the longest side of
+            buckets.
         random_flip: Whether to flip images horizontally at random.
-        seed: Of the flips and of a stream's order.
+        seed: Seed of the flips and of a stream's order.
         image_column: Column with images.
         label_column: Column with class labels.
         captions: Columns with captions; None for class labels.
         buckets: Sizes of the images; None for squares. Latents have the sizes that they were made with.
-        background: Colour behind transparent images, see `load_image`.
+        background: Colour put behind transparent images, see `load_image`.
         streaming: Whether to read without downloading first.
-        shuffle_buffer: Records that the shuffle of a stream holds in memory.
+        shuffle_buffer: Records held in memory to shuffle a stream.
         cache_dir: Where downloads are kept.
-        **options: Handed to `open_images`, which refuses unknown ones.
+        **options: Passed on to `open_images`, which refuses unknown ones.
 
     Raises:
-        ValueError: What `open_images` or `open_latents` refuses; no resolution, or one that is not that of the
-            buckets; a bucket without images; options that the digits or latents do not have.
+        ValueError: As for `open_images` and `open_latents`; the resolution is missing, or differs from that of the
+            buckets; a bucket has no images; digits or latents do not support an option.
     """
+    # Latents.
     if latents_dir is not None:
         given = {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "buckets": buckets, **options}
         given = [name for name, value in given.items() if value is not None]
@@ -82,6 +83,7 @@ def open_training_data(
             )
         return dataset
 
+    # Digits.
     if dataset_name is None and train_data_dir is None:
         given = {**options, "cache_dir": cache_dir, "captions": captions, "buckets": buckets}
         given = [name for name, value in given.items() if value is not None]
@@ -93,6 +95,7 @@ def open_training_data(
             )
         return DigitsDataset()
 
+    # Images.
     if buckets is not None:
         if resolution not in (None, buckets.resolution):
             raise ValueError(
@@ -125,24 +128,26 @@ def make_batches(
     samples_seen: int = 0,
     stream_positions: Sequence[Sequence[Any]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The endless batches of one process, made ahead in a thread so that they are ready when asked for.
+    """Makes the endless batches of one process, prepared ahead in a thread.
 
-    With aspect-ratio buckets a batch has one size, see `BucketBatchSampler` and, for streams, `StreamBatches`.
+    With aspect-ratio buckets, all images of a batch have one size, see `BucketBatchSampler` and, for streams,
+    `StreamBatches`.
 
     Args:
-        dataset: As `open_training_data` gives it.
+        dataset: A data set from `open_training_data`.
         batch_size: B, records per batch and process.
-        seed: Of the order.
-        rank: This process.
-        num_ranks: Processes that share the data.
-        num_workers: Processes that decode and read, 0 for the thread alone; for a stream threads of this process.
-        pin_memory: Whether to pin batches, for copies to a GPU that nothing waits for.
-        samples_seen: Records that all processes together have had before; not for a stream.
-        stream_positions: For a stream, each process's last `batch["position"]`.
+        seed: Seed of the order.
+        rank: Rank of this process.
+        num_ranks: Number of processes that share the data.
+        num_workers: Processes that read and decode, or for a stream, threads that do; 0 for the one thread alone.
+        pin_memory: Whether to pin batches, for asynchronous copies to a GPU.
+        samples_seen: Number of records that all processes together have had before; not for a stream.
+        stream_positions: For a stream, the last `batch["position"]` of each process.
 
     Raises:
-        ValueError: There are positions for another number of processes.
+        ValueError: The number of positions is not the number of processes.
     """
+    # Streams.
     if isinstance(dataset, StreamingDataset):
         positions = stream_positions or [(0, 0)] * num_ranks
         if len(positions) != num_ranks:
@@ -156,6 +161,7 @@ def make_batches(
         )
         return _read_ahead(iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory)))
 
+    # Map-style data sets.
     order = {"batch_size": batch_size, "seed": seed, "rank": rank, "num_ranks": num_ranks}
     order["first_sample"] = samples_seen
     bucket_ids = getattr(dataset, "bucket_ids", None)
@@ -173,14 +179,14 @@ def make_batches(
 
 
 def _whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Latents are read by the batch and need no collation."""
+    """Returns the batch as it is: latents are read by the batch and need no collation."""
     return batch
 
 
 def _read_ahead(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same batches, made by a thread up to two before they are asked for.
+    """Yields the same batches, of which a thread prepares up to two ahead.
 
-    Workers of a `DataLoader` alone leave the hand-over of each batch, about 2 ms, to the moment when it is asked for.
+    With `DataLoader` workers alone, each batch is only handed over when it is asked for, which takes about 2 ms.
     """
     with ThreadPoolExecutor(1) as reader:
         ahead = deque(reader.submit(next, batches) for _ in range(2))

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a model is trained on, by one name: `digits:`, `folder:PATH`, `hub:NAME`, `latents:PATH`, or your own."""
+"""Training data by name: `digits:`, `folder:PATH`, `hub:NAME`, `latents:PATH`, or a kind of your own."""
 
 import hashlib
 import json
@@ -19,26 +19,26 @@ from .loading import TrainingData, make_batches, open_training_data
 
 
 class TrainingSource:
-    """Data of a training run: batches, and what of a batch a denoiser is trained on and told.
+    """The data of a training run: batches, and the latents and conditions that a denoiser gets from them.
 
-    This one is of images, as pixels or as latents of a VAE. A source of another kind is a subclass, or any class with
-    these methods and attributes, and one line: `register_source("name", open_it)`.
+    This class is for images, as pixels or as latents of a VAE. For another kind of source, write a subclass, or any
+    class with these methods and attributes, and register it: `register_source("name", open_it)`.
 
     Args:
-        dataset: As `open_training_data` gives it.
-        vae: What encodes its images; None to train on pixels.
-        name: For model cards: a repository of the Hub; None for data of this machine.
+        dataset: A data set from `open_training_data`.
+        vae: VAE that encodes the images; None to train on pixels.
+        name: Name for model cards, a repository on the Hub; None for data on this machine.
 
     Raises:
-        ValueError: What `check_vae` refuses, and buckets that the VAE cannot encode.
+        ValueError: As for `check_vae`; the VAE cannot encode the sizes of the buckets.
     """
 
     info: LatentsInfo | None = None
-    """Of stored latents."""
+    """Description of stored latents."""
     has_images = True
-    """Whether `images` gives what the batches show."""
+    """Whether `images` returns the images of a batch."""
     has_captions = False
-    """Whether batches have captions instead of class labels; `num_classes` is 0 then."""
+    """Whether batches have captions instead of class labels; then `num_classes` is 0."""
     buckets: Buckets | None = None
     """Sizes of the images; None for squares of `resolution`."""
 
@@ -48,7 +48,7 @@ class TrainingSource:
         self.has_captions = getattr(dataset, "captions", None) is not None
         self.buckets = getattr(dataset, "buckets", None)
         self.channels, self.latent_size = dataset.channels, dataset.resolution
-        """Shape of what the denoiser sees: [channels, latent_size, latent_size], the longest side with buckets."""
+        """Shape of the denoiser's input: [channels, latent_size, latent_size]; with buckets, of their longest side."""
         if vae is not None:
             _, self.channels, self.latent_size = check_vae(vae, dataset.resolution)
             factor = dataset.resolution // self.latent_size
@@ -58,43 +58,43 @@ class TrainingSource:
                 )
 
     def __len__(self) -> int:
-        """Samples of an epoch; TypeError for a stream."""
+        """Samples in an epoch. Raises TypeError for a stream."""
         return len(self.dataset)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels of what batches can be; within one batch all images have one of them."""
+        """The possible (height, width) of images, in pixels; all images of a batch have the same."""
         return ((self.resolution, self.resolution),) if self.buckets is None else self.buckets.sizes
 
     def identity(self) -> dict[str, Any]:
-        """What tells these data from others, wherever they lie (JSON): part of the run's settings."""
+        """What identifies these data independently of their path (JSON): a part of the run's settings."""
         return {}
 
     def batches(self, **options: Any) -> Iterator[dict[str, Any]]:
-        """The endless batches of one process, see `make_batches`, whose options these are."""
+        """The endless batches of one process; options as for `make_batches`."""
         return make_batches(self.dataset, **options)
 
     def to_latents(self, batch: dict[str, Any], *, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-        """What the denoiser is trained on, [B, C, H, W] on the device; nothing waits for it."""
+        """The denoiser's input, [B, C, H, W] on the device, without waiting for the copy."""
         pixel_values = batch["pixel_values"].to(device, non_blocking=True)
         return pixel_values if self.vae is None else encode_images(self.vae, pixel_values, generator=generator)
 
     def images(self, batch: dict[str, Any], *, device: torch.device) -> torch.Tensor:
-        """The images of a batch, [B, 3 or 1, height, width] in [-1, 1] on the device, if it `has_images`."""
+        """The images of a batch, [B, 3 or 1, height, width] in [-1, 1] on the device, if the source `has_images`."""
         return batch["pixel_values"].to(device, non_blocking=True)
 
     def image_features(self, batch: dict[str, Any], *, device: torch.device) -> torch.Tensor:
-        """What was stored of the images, [B, N, E] on the device, of `batches(features=True)` where `info` has it."""
+        """The stored features of the images, [B, N, E] on the device. Needs `batches(features=True)`."""
         return batch["features"].to(device, non_blocking=True)
 
     def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the denoiser is told, by the names of its arguments, on the CPU; of data with captions these."""
+        """The denoiser's conditions by the names of its arguments, on the CPU: class labels, or captions."""
         name = "captions" if self.has_captions else "class_labels"
         return {name: batch[name]}
 
 
 class LatentsSource(TrainingSource):
-    """Latents that were stored with `LatentsWriter`, see `TrainingSource`; the VAE decodes samples."""
+    """Latents stored by `LatentsWriter`, see `TrainingSource`. The VAE is only used to decode samples."""
 
     has_images = False
 
@@ -104,7 +104,7 @@ class LatentsSource(TrainingSource):
         self.channels, self.latent_size = dataset.info.latent_channels, dataset.info.latent_size
         self.buckets = Buckets(dataset.info.sizes) if dataset.info.latent_sizes else None
         self.empty_text = dataset.empty_text
-        """The empty caption as `conditions(batch)["text"]` has captions; None without stored text."""
+        """The encoded empty caption, in the format of `conditions(batch)["text"]`; None without stored text."""
 
     def identity(self) -> dict[str, Any]:
         codec = [self.info.shift_factor, self.info.scaling_factor, self.info.latents_mean, self.info.latents_std]
@@ -123,15 +123,15 @@ class LatentsSource(TrainingSource):
 
 
 def open_source(data: str, **options: Any) -> TrainingSource:
-    """Opens what a name stands for and checks it.
+    """Opens and checks training data by name.
 
     Args:
-        data: "kind:name" with a kind of `SOURCES`.
-        **options: Those of `open_training_data`, such as `captions` and `buckets`, and `pretrained_vae_name_or_path`,
-            which may be a VAE itself. A kind refuses what it has no use for.
+        data: "kind:name" with a kind from `SOURCES`.
+        **options: Options of `open_training_data`, such as `captions` and `buckets`, and
+            `pretrained_vae_name_or_path`, which may also be a VAE itself. A kind refuses options that it cannot use.
 
     Raises:
-        ValueError: There is no such kind; what its function refuses.
+        ValueError: The kind is unknown; as for the function of the kind.
     """
     kind, colon, name = data.partition(":")
     if not colon or kind not in SOURCES:
@@ -159,10 +159,13 @@ def _open_hub(name: str, *, pretrained_vae_name_or_path=None, **options: Any) ->
 
 
 def _open_latents(name: str, *, pretrained_vae_name_or_path=None, num_classes=None, **options: Any) -> TrainingSource:
+    # Latents.
     dataset = open_training_data(latents_dir=name, **options)
     info = dataset.info
     if num_classes not in (None, dataset.num_classes):
         raise ValueError(f"Expected num_classes {dataset.num_classes}, those of {name}, got {num_classes}.")
+
+    # The VAE that made them.
     place = {}
     if pretrained_vae_name_or_path is None:
         pretrained_vae_name_or_path = info.vae["name_or_path"]
@@ -173,7 +176,7 @@ def _open_latents(name: str, *, pretrained_vae_name_or_path=None, num_classes=No
             f"Expected the VAE that made the latents of {name} ({info.vae['name_or_path']}), got one with other "
             f"weights from {pretrained_vae_name_or_path}. Name the right one with --pretrained_vae_name_or_path."
         )
-    # Latents that were normalised elsewhere need no codec to train on; any other one must be the VAE's.
+    # Latents may be stored normalised, with a codec that does nothing; any other codec must be the VAE's.
     if info.codec not in (LatentCodec(), latent_codec(vae)):
         raise ValueError(
             f"Expected a VAE that normalises as the latents of {name} say ({info.codec}), got {latent_codec(vae)} in "
@@ -204,7 +207,7 @@ SOURCES: dict[str, Callable[..., TrainingSource]] = {
 
 
 def register_source(kind: str, opener: Callable[..., TrainingSource]) -> None:
-    """Adds a kind of data, `--data kind:name`, opened by `opener(name, **options)`, see `open_source`.
+    """Registers a kind of data, `--data kind:name`, opened by `opener(name, **options)`, see `open_source`.
 
     Raises:
         ValueError: The kind is taken.

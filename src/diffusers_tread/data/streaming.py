@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Batches from a streamed `datasets.IterableDataset`, with a position from which a later run can go on."""
+"""Batches from a streamed `datasets.IterableDataset`, with a position from which a run can be resumed."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,19 +19,19 @@ from .labelled_images import collate_images
 class StreamingDataset:
     """A streamed data set with labels or captions, shuffled by a buffer with another seed in each epoch.
 
-    A subclass says how to read one record and has `channels`.
+    A subclass defines how a record is read, and `channels`.
 
     Args:
         source: A streamed `datasets` data set.
         id2label: Names of the classes; {} with captions.
-        resolution: R, side of the images in pixels, the longest one with buckets.
+        resolution: R, side of the images in pixels; with buckets, their longest side.
         seed: The run's seed.
         random_flip: Whether to flip images at random.
-        shuffle_buffer: Records that the shuffle holds in memory.
+        shuffle_buffer: Records held in memory to shuffle the stream.
     """
 
     value: str
-    """Key of what a record holds in an item and in a batch."""
+    """Key of the image or latents in an item and in a batch."""
 
     def __init__(
         self,
@@ -48,19 +48,19 @@ class StreamingDataset:
         self.resolution, self.seed, self.random_flip = resolution, seed, random_flip
 
     def records(self, source) -> Iterator[Any]:
-        """The undecoded records of an epoch of `source`, the part of one rank."""
+        """Yields the undecoded records of one epoch of `source`, which is one rank's part of the stream."""
         return iter(source)
 
     def read(self, record, *, name: str, flip: bool) -> dict[str, Any]:
-        """An item: its value and `class_labels`; of an unreadable one the value is None and `corrupt` says why."""
+        """Reads an item: its value and `class_labels`. If unreadable, its value is None and `corrupt` says why."""
         raise NotImplementedError
 
     def read_caption(self, record, *, epoch: int, place: int, rank: int) -> dict[str, Any]:
-        """What a data set with captions adds to an item: the one that is drawn for this use of the record."""
+        """Draws the caption for this use of the record, for data sets with captions; it is added to the item."""
         return {}
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Items, whose values have one shape, as a batch."""
+        """Collates items whose values have the same shape to a batch."""
         raise NotImplementedError
 
     def batches(
@@ -76,11 +76,12 @@ class StreamingDataset:
 
         Args:
             batch_size: B, records per batch and rank.
-            rank: This process.
-            num_ranks: Processes that share the stream.
-            num_threads: Threads that decode; 0 decodes where the batch is asked for.
-            position: (epoch, records of this rank read in it) to start at, and after these two (epoch, place) of each
-                record before that still waits for others of its size, as `batch["position"]` gave it.
+            rank: Rank of this process.
+            num_ranks: Number of processes that share the stream.
+            num_threads: Threads that decode; 0 decodes in the thread that asks for the batch.
+            position: Where to start, from `batch["position"]`: the epoch, the number of records of this rank already
+                read in it, and then a pair (epoch, place) for each earlier record that still waits for others of its
+                size.
         """
         return StreamBatches(
             self, batch_size=batch_size, rank=rank, num_ranks=num_ranks, num_threads=num_threads, position=position
@@ -91,12 +92,12 @@ class StreamingImageDataset(StreamingDataset):
     """The images of a streamed data set with their labels or captions.
 
     Args:
-        source: A data set as `open_images` returns it with `streaming=True`.
+        source: A data set from `open_images` with `streaming=True`.
         image_column: Its column with images.
         label_column: Its column with class labels; not read with captions.
         captions: Its columns with captions; None for class labels.
-        buckets: Sizes of images; None for R x R.
-        background: Colour behind transparent images, see `load_image`.
+        buckets: Sizes of the images; None for R x R.
+        background: Colour put behind transparent images, see `load_image`.
         **options: See `StreamingDataset`.
     """
 
@@ -125,7 +126,7 @@ class StreamingImageDataset(StreamingDataset):
         try:
             image, size = record[self.image_column], self.resolution
             if self.buckets is not None:
-                content, path = fetch(image)  # once, if it is remote
+                content, path = fetch(image)  # fetch a remote file only once
                 image = {"bytes": content, "path": path} if isinstance(content, bytes) else image
                 size = self.buckets.sizes[self.buckets.nearest(*image_size(image, name=name))]
             item["pixel_values"] = load_record(
@@ -143,21 +144,22 @@ class StreamingImageDataset(StreamingDataset):
 
 
 class StreamBatches(IterableDataset):
-    """See `StreamingDataset.batches`.
+    """Iterates over the batches of one rank, see `StreamingDataset.batches`.
 
-    Records wait until there are enough of one size for a batch, over the end of an epoch too; without aspect-ratio
-    buckets none is left waiting. With them up to B - 1 decoded images of each size wait in memory, and ranks may have
-    batches of different sizes at one time.
+    Records wait until there are enough of one size for a batch, also beyond the end of an epoch. Without aspect-ratio
+    buckets, no record is left waiting. With them, up to B - 1 decoded images of each size wait in memory, and ranks
+    may have batches of different sizes at the same step.
 
-    A stream has no random access: starting at a position reads, without decoding, all records of this rank before it
-    in the epoch, and in earlier epochs from which records wait. Not for `DataLoader` workers: `datasets` gives them
-    other orders than the main process, and several would have no common position. Threads decode instead, and
-    `make_batches` reads ahead in one more.
+    A stream has no random access: to start at a position, all earlier records of this rank in the epoch are read
+    without decoding, and so are earlier epochs from which records still wait. Do not use `DataLoader` workers:
+    `datasets` gives them another order than the main process, and several workers have no common position. Threads
+    decode instead, and `make_batches` reads ahead in another thread.
 
     Raises:
-        ValueError: While reading: a label outside [0, num_classes), no caption, no record, an epoch without a
-            readable image.
-        ConnectionError: While reading: the source was lost, and `datasets` and huggingface_hub tried again in vain.
+        ValueError: While reading: a label is outside [0, num_classes); a record has no caption; there are no records;
+            an epoch has no readable image.
+        ConnectionError: While reading: the connection was lost, and the retries of `datasets` and huggingface_hub
+            failed.
     """
 
     def __init__(self, dataset: StreamingDataset, *, batch_size, rank, num_ranks, num_threads, position):
@@ -170,11 +172,14 @@ class StreamBatches(IterableDataset):
         waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # by shape
         corrupt, last_good_epoch = [], self.position[0]
         for item in self._items():
+            # Skip what cannot be read.
             if (value := item[self.dataset.value]) is None:
                 corrupt += item["corrupt"]
                 if item["epoch"] > last_good_epoch + 1:
                     raise ValueError("Expected at least one readable record per epoch, got none.")
                 continue
+
+            # A batch, as soon as there are enough items of one shape.
             last_good_epoch = max(item["epoch"], last_good_epoch)
             items = waiting.setdefault(tuple(value.shape), [])
             items.append(item)
@@ -194,12 +199,15 @@ class StreamBatches(IterableDataset):
                 yield from read_all(self._read, list(islice(records, self.batch_size)))
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        """This rank's undecoded records: those that wait, then those from the start position on, epoch after epoch."""
+        """This rank's undecoded records: first those that still wait, then all from the start position on."""
         *start, waiting = (*self.position[:2], {(epoch, place) for epoch, place in self.position[2:]})
         for epoch in count(min([start[0], *(epoch for epoch, _ in waiting)])):
+            # Earlier epochs are only read if records of them wait.
             places = {place for its_epoch, place in waiting if its_epoch == epoch}
             if epoch < start[0] and not places:
                 continue
+
+            # Read the epoch.
             self.source.set_epoch(epoch)
             place = -1
             try:
@@ -218,11 +226,15 @@ class StreamBatches(IterableDataset):
         draw = derive_seed(dataset.seed, "flip", self.rank, epoch, place)
         name = f"record {place} of epoch {epoch}"
         record = item.pop("record")
+
+        # Image or latents, and caption.
         try:
             read = dataset.read(record, name=name, flip=dataset.random_flip and draw % 2 == 1)
         except LOST as error:
             raise _lost(name, error) from error
         read |= dataset.read_caption(record, epoch=epoch, place=place, rank=self.rank)
+
+        # Label.
         if "class_labels" in read:
             if not isinstance(label := read["class_labels"], int) or not 0 <= label < dataset.num_classes:
                 raise ValueError(f"Expected integer labels in [0, {dataset.num_classes}), got {label!r} for {name}.")

@@ -1,2 +1,2 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What examples/make_avatars.py and the demos write down, draw and judge with. It may change without notice."""
+"""Captions, drawings and judges for examples/make_avatars.py and the demos. May change without notice."""

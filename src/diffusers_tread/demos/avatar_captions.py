@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""English captions of DiceBear's avatars, from the options that drew them; for examples/make_avatars.py."""
+"""Writes English captions of DiceBear's avatars from the options that drew them, for examples/make_avatars.py."""
 
 import re
 from collections import defaultdict
@@ -8,9 +8,9 @@ from functools import lru_cache
 import numpy as np
 
 
-# What a style shows, then "component: phrase" for what is told of an avatar that has the component. Braces hold the
-# words for its variant, the name of a colour, or {a}, the article before what is no plural. Components that are often
-# hidden or hardly seen, such as earrings behind hair, are left to the column `attributes`.
+# For each style: its subject, then "component: phrase" for avatars that have the component. Braces stand for the words
+# for its variant, for the name of a colour, or for {a}, the article before a singular. Components that are often
+# hidden or hardly visible, such as earrings behind hair, are only in the column `attributes`.
 STYLES = {
     "pixel-art": "a pixel-art portrait | skin: {skinColor} skin | hair: {hair} {hairColor} hair | mouth: a {mouth} "
     "mouth | clothing: {clothingColor} clothes | glasses: {glassesColor} glasses | hat: a {hatColor} hat",
@@ -49,8 +49,8 @@ STYLES = {
     "glass": "a soft blur as behind frosted glass | background: in {backgroundColor}",
     "blobs": "{body} translucent {blobColor} blobs on top of each other",
 }
-# "components, or a style and one: variants > words", where the variant's name (~) would not do, and "... = phrase", in
-# place of the phrase above.
+# Variants whose names (~) are not good words: "components, or a style and a component: variants > words". With
+# "variants = phrase", the phrase replaces the one above.
 WORDS = """
 body/face/head: wide/tall/slanted/round/oval/squat > ~, circle > round, lean > leaning, tilt > tilted, peak > peaked
 body/face/head: soft square > square, wedge inv > upside-down, steps > stepped, stack > two-part
@@ -101,7 +101,7 @@ surface/moons/orb: ring > ring-shaped sun, glow > sun with a halo
 cameo hair/knot: cap > cropped hair, part > parted hair, side > side-swept hair, wave > wavy hair, bowl > bowl-cut hair
 cameo hair/knot: frame > framing hair, buns = two buns, tail > ponytail
 """
-# What another component may cover, or may have lent its colour, is not told.
+# Components that are not mentioned if one of these others is present, which may cover them or share their colour.
 HIDDEN_BY = {"eyes": "glasses", "expression": "mask accessories", "facialHair": "mask", "head": "facialHair"}
 COLORS = """
 black 000000, black 181a1e, dark gray 404448, gray 909498, light gray d4d6dc, white ffffff, off-white f6f2ea
@@ -117,12 +117,12 @@ dark purple 30104c, pale lavender ece0fc, lavender c8b4f4, light purple d89cf8, 
 
 
 def write_captions(style: str, chosen: dict[str, str], *, pick: int) -> dict[str, str]:
-    """A sentence in one of four phrasings, a short caption with one of the details, and tags.
+    """Writes a sentence in one of four phrasings, a short caption with one detail, and tags.
 
     Args:
         style: A key of `STYLES`.
         chosen: Variants by component and colours by name, such as {"mouth": "bigSmile", "skinColor": "#cb9e6e"}.
-        pick: Any number, which picks the phrasing and the detail.
+        pick: Any integer; it selects the phrasing and the detail.
     """
     subject, details, where = describe(style, chosen)
     listed = " and ".join(filter(None, [", ".join(details[:-1]), *details[-1:]]))
@@ -139,7 +139,8 @@ def write_captions(style: str, chosen: dict[str, str], *, pick: int) -> dict[str
 
 
 def describe(style: str, chosen: dict[str, str]) -> tuple[str, list[str], str]:
-    """What an avatar is, its details, and what it stands on."""
+    """Describes the subject, the details and the background of an avatar."""
+    # Words for variants and colours.
     values, phrases = defaultdict(str), {}
     for key, value in chosen.items():
         if key.endswith("Color"):
@@ -154,7 +155,7 @@ def describe(style: str, chosen: dict[str, str]) -> tuple[str, list[str], str]:
         phrases |= {key: values[key]} if is_phrase else {}
     values["hue"] = values["headContrastColor"] or values["hairColor"] or "black"
 
-    # Phrases for what is there, with their words filled in.
+    # Phrases for the components that are present, with these words filled in.
     subject, *details = STYLES[style].split(" | ")
     told = {"subject": subject, "background": "on a {backgroundColor} background"}
     for component, phrase in (detail.split(": ") for detail in details):
@@ -169,7 +170,7 @@ def describe(style: str, chosen: dict[str, str]) -> tuple[str, list[str], str]:
 
 @lru_cache
 def read_words() -> dict[tuple[str, str], tuple[str, bool]]:
-    """WORDS by component and variant, and whether they are a phrase."""
+    """Parses WORDS: words by component and variant, and whether they are a phrase."""
     words = {}
     for places, entries in (line.split(": ") for line in WORDS.strip().splitlines()):
         for variants, sign, text in re.findall("([^=>,]+) ([=>]) ([^,]+)", entries):
@@ -179,7 +180,7 @@ def read_words() -> dict[tuple[str, str], tuple[str, bool]]:
 
 
 def oklab(color: str) -> np.ndarray:
-    """OKLab of "rrggbb" (https://bottosson.github.io/posts/oklab), with less of the lightness, to compare hues by."""
+    """OKLab of "rrggbb" (https://bottosson.github.io/posts/oklab), with less lightness, to compare hues."""
     rgb = (np.array(list(bytes.fromhex(color))) / 255) ** 2.2
     cones = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]) @ rgb
     return np.array([[0.126, 0.476, -0.0024], [1.978, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]) @ np.cbrt(cones)
@@ -187,7 +188,7 @@ def oklab(color: str) -> np.ndarray:
 
 @lru_cache
 def name_color(color: str) -> str:
-    """The nearest of COLORS to "#rrggbb"; for "#rrggbbaa", which lies on other colours, "light" or "dark"."""
+    """The nearest name in COLORS for "#rrggbb"; "light" or "dark" for "#rrggbbaa", which is blended with others."""
     if len(color) == 9:
         return "light" if sum(bytes.fromhex(color[1:7])) > 384 else "dark"
     names = [entry.rsplit(" ", 1) for entry in COLORS.strip().replace("\n", ", ").split(", ")]

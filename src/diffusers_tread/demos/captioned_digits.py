@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions, and what judges them.
+"""Draws scikit-learn's digits, tilted, in coloured ink on coloured paper, with captions, and trains a judge of them.
 
 For examples/demo_text.py.
 
@@ -35,17 +35,17 @@ PHRASES = (
     "a {ink} {digit} on {paper}, {tilt}",
 )
 
-Scene = tuple[int, int, int, int]  # digit, ink, paper, tilt: places in ATTRIBUTES
+Scene = tuple[int, int, int, int]  # digit, ink, paper, tilt: indices in ATTRIBUTES
 
 
 def split_handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """Places of 1,500 digits in scikit-learn's 1,797, and those of the others."""
+    """Splits the indices of scikit-learn's 1,797 digits into 1,500 and the others."""
     order = np.random.default_rng(0).permutation(len(load_digits().target))
     return order[:1500], order[1500:]
 
 
 def is_trained_on(scene: Scene) -> bool:
-    """Whether a pair of digit and ink is in the training; for each digit one ink, for each ink two digits are not."""
+    """Whether a pair of digit and ink is trained on; one ink per digit, so two digits per ink, are left out."""
     digit, ink, _, _ = scene
     return digit % len(INKS) != ink
 
@@ -53,13 +53,19 @@ def is_trained_on(scene: Scene) -> bool:
 def draw(
     count: int, writers: np.ndarray, *, is_seen: bool | None, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Images [B, 3, S, S] uint8, their scenes [B, A] and captions; `is_seen` None for scenes of both kinds."""
+    """Draws images [B, 3, S, S] uint8 with their scenes [B, A] and captions.
+
+    `is_seen` selects scenes that are trained on, or not; None for both.
+    """
+    # Possible scenes, and the handwriting of each digit.
     rng, digits = np.random.default_rng(seed), load_digits()
     scenes = [
         scene for scene in itertools.product(*(range(len(values)) for values in ATTRIBUTES.values()))
         if is_seen is None or is_trained_on(scene) == is_seen
     ]  # fmt: skip
     by_digit = [[writer for writer in writers if digits.target[writer] == digit] for digit in range(len(DIGITS))]
+
+    # Random ones.
     chosen = [scenes[index] for index in rng.integers(len(scenes), size=count)]
     images = [paint(digits.images[rng.choice(by_digit[scene[0]])], scene, rng) for scene in chosen]
     captions = [describe(scene, rng.integers(len(PHRASES))) for scene in chosen]
@@ -72,13 +78,16 @@ def describe(scene: Scene, phrase: int) -> str:
 
 
 def paint(digit: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """A digit [8, 8] in [0, 16] in its colours, enlarged, a little off the middle: [S, S, 3] uint8."""
+    """Paints a digit [8, 8] in [0, 16] in its colours, enlarged and a little off the middle: [S, S, 3] uint8."""
+    # Size, place and tilt.
     _, ink, paper, tilt = scene
     side = round(SIZE * rng.uniform(0.82, 0.94))
     stroke = PIL.Image.fromarray(np.rint(digit * 255 / 16).astype(np.uint8)).resize([side, side], PIL.Image.BICUBIC)
     canvas = PIL.Image.new("L", (SIZE, SIZE))
     canvas.paste(stroke, tuple((SIZE - side) // 2 + rng.integers(-1, 2, size=2)))
     canvas = canvas.rotate(list(TILTS.values())[tilt] + rng.uniform(-5, 5), resample=PIL.Image.BICUBIC)
+
+    # Colours.
     share = np.clip(np.asarray(canvas)[..., None] / 150 - 0.34, 0, 1)  # of ink, with sharper edges; S S 1
     colours = [list(INKS.values())[ink], list(PAPERS.values())[paper]]
     inked, blank = (np.array(PIL.ImageColor.getrgb(colour)) + rng.normal(0, 6, size=3) for colour in colours)
@@ -86,10 +95,10 @@ def paint(digit: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarr
 
 
 def save_folder(folder: Path, pixels: torch.Tensor, captions: list[str]) -> None:
-    """PNGs and, last, a metadata.jsonl, which `datasets` and the training script read; nothing if they are there.
+    """Writes PNGs and, last, a metadata.jsonl for `datasets` and the training script, unless they exist.
 
     Raises:
-        ValueError: Other ones are there.
+        ValueError: The folder has other captions.
     """
     names = [f"{index:05d}.png" for index in range(len(captions))]
     rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, captions, strict=True)]
@@ -112,12 +121,13 @@ def to_images(pixels: torch.Tensor) -> list[PIL.Image.Image]:
 
 
 def to_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 to [-1, 1]."""
+    """Converts uint8 pixels to [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def train_judge(pixels: torch.Tensor, scenes: torch.Tensor) -> nn.Module:
-    """A convolutional network with a logit for each value of each attribute."""
+    """Trains a convolutional network with a logit for each value of each attribute."""
+    # The network.
     torch.manual_seed(1)
     layers, channels = [], 3
     for out_channels in (32, 64, 128):
@@ -128,6 +138,7 @@ def train_judge(pixels: torch.Tensor, scenes: torch.Tensor) -> nn.Module:
     judge = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(96), nn.GELU(), nn.Linear(96, sum(counts)))
     judge(torch.zeros(1, 3, SIZE, SIZE))  # so that the lazy layer has its weights
 
+    # The training.
     def loss(batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = judge(to_floats(batch)).split(counts, dim=1)
         losses = [F.cross_entropy(one, target) for one, target in zip(logits, targets.T, strict=True)]
@@ -138,7 +149,7 @@ def train_judge(pixels: torch.Tensor, scenes: torch.Tensor) -> nn.Module:
 
 
 def recognise(judge: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The scenes [B, A] that the judge sees in images."""
+    """Recognises the scenes [B, A] of images."""
     logits = torch.cat([judge(to_floats(batch)) for batch in pixels.split(500)])
     parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
     return torch.stack([part.argmax(dim=1) for part in parts], dim=1)
@@ -153,9 +164,9 @@ def fit(
     batch_size: int,
     learning_rate: float,
 ) -> None:
-    """Trains a network on random batches of the tensors, of which `loss` makes a scalar; it is frozen then.
+    """Trains a network on random batches of the tensors, then freezes it.
 
-    The progress bar says its name.
+    `loss` maps a batch to a scalar; `name` is shown in the progress bar.
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 20, 2 * (1 - step / num_steps), 1))

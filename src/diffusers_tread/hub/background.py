@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Pushes of a run that goes on meanwhile."""
+"""Pushes to the Hub in the background of a running training."""
 
 import logging
 import threading
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 class BackgroundPush:
     """Writes pipelines to a folder and uploads it in a thread, one at a time.
 
-    A failure is a warning: it costs neither the run nor what the run has saved.
+    A failure only logs a warning: neither the run nor its files are affected.
 
     Args:
         repo_id: "organisation/name".
-        folder: For the exported pipeline; replaced by each push.
+        folder: Folder for the exported pipeline; each push replaces it.
         private: Whether a new repository is private; None for the owner's default.
-        export: Writes a pipeline to the folder, called as `export_for_hub`.
+        export: Function that writes a pipeline to the folder, with the signature of `export_for_hub`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class BackgroundPush:
         self._thread: threading.Thread | None = None
 
     def start(self, pipeline: DiffusionPipeline, *, commit_message: str, card: CardDetails | None = None) -> None:
-        """Exports the pipeline now and uploads it meanwhile; does nothing while an earlier upload runs."""
+        """Exports the pipeline now and uploads it in the background; does nothing while an earlier upload runs."""
         if self._thread is not None and self._thread.is_alive():
             logger.warning(f"Left out the push {commit_message!r}: the one before is not finished.")
             return
@@ -53,7 +53,7 @@ class BackgroundPush:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when no upload runs."""
+        """Waits until no upload runs."""
         if self._thread is not None:
             self._thread.join()
 

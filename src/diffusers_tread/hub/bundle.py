@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Joins modules of this package into one file that needs nothing of it."""
+"""Joins modules of this package into one file that does not need the package."""
 
 import ast
 import importlib.util
@@ -23,13 +23,13 @@ Do not edit: the sources are in the package. With this file, diffusers needs no 
 
 
 def bundle_module(module: ModuleType, *, stand_ins: Mapping[str, str] | None = None) -> str:
-    """The source of `module` after that of the modules of this package that it imports names from.
+    """Joins the source of `module` with that of all modules of this package that it imports from.
 
     Args:
-        module: A module of this package, or one whose class was registered with it. Imports from packages that are
-            joined stand at the top of a module, by `from`, and rename nothing.
-        stand_ins: Names not to take from this package, and what of another package to import under them, such as
-            {"HubPipeline": "diffusers.DiffusionPipeline"}.
+        module: A module of this package, or one whose class is registered with it. Imports from modules that are
+            joined must be at the top of a module, use `from`, and rename nothing.
+        stand_ins: Names that are not taken from this package, with an object of another package to import under each,
+            such as {"HubPipeline": "diffusers.DiffusionPipeline"}.
 
     Returns:
         Python source, the same for the same sources and version.
@@ -37,13 +37,14 @@ def bundle_module(module: ModuleType, *, stand_ins: Mapping[str, str] | None = N
     Raises:
         ValueError: Two of the modules define the same name.
     """
+    # Modules to join.
     stand_ins = stand_ins or {}
     modules = _with_dependencies(module, stand_ins, {})
     defined = [name for tree in modules.values() for name in _defined_names(tree)]
     if twice := sorted({name for name in defined if defined.count(name) > 1}):
         raise ValueError(f"Expected modules that can be one, got {twice} defined in two of {list(modules)}. Rename.")
 
-    # What they import from elsewhere, each name once.
+    # Their imports from other packages, each name once.
     plain, named = set(), {}
     for node in [node for tree in modules.values() for node in _imports(tree)]:
         if isinstance(node, ast.Import):
@@ -55,7 +56,7 @@ def bundle_module(module: ModuleType, *, stand_ins: Mapping[str, str] | None = N
         package, _, original = source.rpartition(".")
         froms.append(f"from {package} import {original} as {name}")
 
-    # One section per module, its docstring as a comment.
+    # One section per module, with its docstring as a comment.
     header = _HEADER.format(version=__version__, name=module.__name__)
     sections = [header + "\n\n" + "\n".join([*sorted(plain), *froms])]
     for name, tree in modules.items():
@@ -68,7 +69,7 @@ def bundle_module(module: ModuleType, *, stand_ins: Mapping[str, str] | None = N
 def _with_dependencies(
     module: ModuleType, stand_ins: Mapping[str, str], found: dict[str, ast.Module]
 ) -> dict[str, ast.Module]:
-    """The syntax trees of a module and of those it depends on, these first, by name."""
+    """The syntax trees of a module and its dependencies, by name; dependencies come first."""
     tree = ast.parse(inspect.getsource(module))
     for node in _imports(tree):
         if _is_inside(node):
@@ -81,7 +82,7 @@ def _with_dependencies(
 
 
 def _defining_module(module: ModuleType, node: ast.ImportFrom, name: str) -> ModuleType:
-    """Where a name that `module` imports from this package is defined: packages hand names on."""
+    """The module that defines a name which `module` imports from this package, following re-exports."""
     source = sys.modules[importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)]
     for other in _imports(ast.parse(inspect.getsource(source))):
         if _is_inside(other) and name in [alias.name for alias in other.names]:
@@ -94,7 +95,7 @@ def _imports(tree: ast.Module) -> list["ast.Import | ast.ImportFrom"]:
 
 
 def _is_inside(node: "ast.Import | ast.ImportFrom") -> bool:
-    """Whether it imports names from the same package, or from this one."""
+    """Whether an import is relative or from this package."""
     return isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module.partition(".")[0] == _PACKAGE)
 
 
@@ -120,6 +121,6 @@ def _defined_names(tree: ast.Module) -> list[str]:
 
 
 def _body(module: ModuleType, tree: ast.Module) -> str:
-    """The source after docstring and imports, comments included."""
+    """The source after docstring and imports, with comments."""
     skipped = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))] or tree.body[:1]
     return "\n".join(inspect.getsource(module).splitlines()[skipped[-1].end_lineno :]).strip("\n")

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""From the Hub and to it with the code of this package: what code a repository holds is neither needed nor run."""
+"""Loads from the Hub and pushes to it with the code of this package; code in a repository is never run."""
 
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,16 @@ _DOWNLOAD_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_onl
 
 
 class HubPipeline(DiffusionPipeline):
-    """A pipeline that loads what `export_for_hub` wrote, and pushes that."""
+    """A pipeline that loads and pushes folders in the format of `export_for_hub`."""
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> "dict[str, Any] | tuple":
-        """As diffusers', with the classes of this package where the configuration names files of the repository.
+        """Loads the configuration as diffusers does, with this package's classes instead of the repository's code.
 
         Raises:
-            ValueError: The configuration names classes from elsewhere, or the folder has code that would be run.
+            ValueError: The configuration names other classes, or the folder has code that would be run.
         """
+        # Replace names of files by those of classes.
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, entry in config.items():
@@ -35,6 +36,8 @@ class HubPipeline(DiffusionPipeline):
                 config[name] = entry[1]
             elif is_pair and entry[1] in loadable.package_classes():
                 config[name] = [loadable.__name__, entry[1]]
+
+        # Check the rest.
         folder = args[0] if args else kwargs["pretrained_model_name_or_path"]
         required, optional = ("transformer", "scheduler"), cls._optional_components
         check_model_index(config, folder, required=required, optional=optional, own=loadable.__name__)
@@ -42,9 +45,9 @@ class HubPipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Downloads configurations and safetensors weights, of one variant, of the components that are not given.
+        """Downloads configurations and safetensors weights of one variant; components that are given are left out.
 
-        diffusers' own wants the user's trust as soon as a repository holds code.
+        diffusers' own method asks for `trust_remote_code` as soon as a repository holds code.
         """
         settings = {name: kwargs[name] for name in _DOWNLOAD_SETTINGS if kwargs.get(name) is not None}
         variant, given = kwargs.get("variant"), [f"{name}/*" for name in kwargs]
@@ -53,7 +56,7 @@ class HubPipeline(DiffusionPipeline):
         if variant is None:
             return download(allow_patterns=[*configs, "*.safetensors"], ignore_patterns=no_variants)
 
-        # As diffusers does, a component without this variant is loaded without one.
+        # As in diffusers, a component without this variant is loaded in its default one.
         wanted = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"]
         folder = Path(download(allow_patterns=configs + wanted, ignore_patterns=given))
         parts = {path.parent for path in folder.glob("*/config.json")}
@@ -73,24 +76,23 @@ class HubPipeline(DiffusionPipeline):
         revision: str | None = None,
         card: CardDetails | None = None,
     ) -> str:
-        """Pushes what `export_for_hub` writes: it loads with this package and, with the user's trust, without it.
+        """Pushes the output of `export_for_hub`, which loads with this package or, with `trust_remote_code`, without.
 
         Args:
-            repo_id: "name" or "organisation/name"; made if there is none.
+            repo_id: "name" or "organisation/name"; created if missing.
             commit_message: First line of the commit.
             private: Whether a new repository is private; None for the owner's default.
-            token: For the Hub; None for that of `hf auth login` or HF_TOKEN.
+            token: Token for the Hub; None for that of `hf auth login` or HF_TOKEN.
             variant: Part of the weights' file names, such as "fp16".
-            revision: Branch, made if missing; None for the default one.
-            card: What the model card says besides what the pipeline itself tells. The card in the repository is
-                replaced.
+            revision: Branch, created if missing; None for the default one.
+            card: Details for the model card that the pipeline does not tell. The card in the repository is replaced.
 
         Returns:
-            The repository's address.
+            The repository's URL.
 
         Raises:
-            ValueError: A component cannot be exported, or the Hub refuses.
-            ConnectionError: The Hub could not be reached. The same call later goes on.
+            ValueError: A component cannot be exported, or the Hub refuses the push.
+            ConnectionError: The Hub could not be reached. Call again to continue.
         """
         return push_pipeline(
             self,

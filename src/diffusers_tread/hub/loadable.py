@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Where diffusers finds the classes of this package and those registered with it, and how to load them.
+"""The module in which diffusers finds the classes of this package and those registered with it.
 
-diffusers looks for a component's class in the module that a configuration names, and for the base class that tells it
-how to load the component in the same module, by name.
+diffusers looks up a component's class by name in the module that a configuration names. In the same module it looks up
+the base class that tells how to load the component.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ __all__ = ["BaseGuidance", "ModelMixin", "SchedulerMixin", "package_classes"]
 
 
 def package_classes() -> dict[str, type]:
-    """The components of which a repository may hold the code, by class name."""
+    """The component classes of this package and those registered with it, by class name."""
     return {**DENOISERS, **SCHEDULERS, **GUIDERS}
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The card of a pipeline, its README.md on the Hub."""
+"""The model card of a pipeline: its README.md on the Hub."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ random share of the tokens skips the middle blocks; in sampling, all take them, 
 _WITHOUT_ROUTES = "A class-conditional diffusion transformer ([DiT](https://arxiv.org/abs/2212.09748))."
 _UNKNOWN_LICENSE = "Not stated. The code in this repository is under the Apache License, Version 2.0."
 _TASK = "unconditional-image-generation"
-# Of the training scripts' settings, those that do not tell about the machine.
+# Settings of the training scripts to show, with their labels; none of them reveals details of the machine.
 TRAINING_SETTINGS = {
     "objective": "objective",
     "max_train_steps": "optimiser steps",
@@ -49,7 +49,7 @@ TRAINING_SETTINGS = {
 
 
 class Evaluation(Protocol):
-    """What a card tells of an evaluation: `EvaluationResults` of `diffusers_tread.metrics`, which has the details."""
+    """The parts of `diffusers_tread.metrics.EvaluationResults` that a card shows; see there for details."""
 
     @property
     def metrics(self) -> dict[str, float]: ...
@@ -68,19 +68,19 @@ class Evaluation(Protocol):
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class CardDetails:
-    """What a model card says that the pipeline does not tell."""
+    """Details for a model card that the pipeline does not tell."""
 
     license: str | None = None
-    """As the Hub names it, such as "apache-2.0"; None if it is not stated."""
+    """Licence by its name on the Hub, such as "apache-2.0"; None if it is not stated."""
 
     dataset: str | None = None
-    """What it was trained on, "organisation/name" for a data set on the Hub."""
+    """Training data, "organisation/name" for a data set on the Hub."""
 
     samples: PIL.Image.Image | None = None
     """A picture of samples."""
 
     step: int | None = None
-    """Optimiser steps so far, of a run that goes on; None for a finished one."""
+    """Optimiser steps so far, for a run that is still training; None for a finished one."""
 
     training: Mapping[str, Any] | None = None
     """Settings of the run, as in train_tread.py's `train_config.json`."""
@@ -90,16 +90,17 @@ class CardDetails:
 
 
 def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetails | None = None) -> ModelCard:
-    """Writes down what a pipeline is, how to load it and how it was trained, with the metadata that the Hub reads.
+    """Writes the card: what the pipeline is, how to load it, how it was trained, and metadata for the Hub.
 
     Args:
-        pipeline: Whose components, routes and costs are told.
-        repo_id: The repository it is for, or a folder.
-        details: What the pipeline does not tell.
+        pipeline: The pipeline to describe.
+        repo_id: The repository that the card is for, or a folder.
+        details: Details that the pipeline does not tell.
 
     Raises:
-        ValueError: Results of an evaluation of other weights.
+        ValueError: Evaluation results are for other weights.
     """
+    # Facts.
     details = details or CardDetails()
     _check_results(pipeline, details.results)
     title = repo_id.rstrip("/").split("/")[-1]
@@ -109,6 +110,8 @@ def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetail
         about = about.replace("A class-conditional", "An unconditional")
     names = list((pipeline.config.id2label or {}).values())
     is_on_hub = details.dataset is not None and details.dataset.count("/") == 1
+
+    # Metadata.
     data = ModelCardData(
         license=details.license,
         library_name="diffusers",
@@ -118,6 +121,8 @@ def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetail
         model_name=title,
         eval_results=[result for one in details.results for result in _eval_results(one, details)] or None,
     )
+
+    # Text.
     text = Template(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")).substitute(
         title=as_text(title),
         install=how_to_install(),
@@ -134,7 +139,8 @@ def model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetail
 
 
 def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
-    """What the pipeline itself tells."""
+    """The facts that the pipeline itself tells."""
+    # Model and routes.
     model, vae, guider = pipeline.transformer, pipeline.vae, pipeline.guider
     config, size = model.config, model.config.sample_size * pipeline.vae_scale_factor
     router = get_token_router(model)
@@ -144,6 +150,8 @@ def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
         f"{route.selection_ratio:.0%} of the {route.unit}s{', fused after them' if route.rejoin == 'fuse' else ''}"
         for route in router.routes
     ]
+
+    # The table.
     facts = {
         "images": f"{size}x{size} pixels, {config.num_classes or 'no'} classes",
         "trained on": details.dataset or "not stated",
@@ -165,7 +173,7 @@ def _facts(pipeline: DiffusionPipeline, details: CardDetails) -> dict[str, str]:
 
 
 def training_table(details: CardDetails) -> str:
-    """The settings of the run as a section; empty if they are not known."""
+    """The section with the run's settings; empty if they are not known."""
     if details.training is None:
         return ""
     known = {label: details.training.get(name) for name, label in TRAINING_SETTINGS.items()}
@@ -187,7 +195,7 @@ def _evaluation(results: Sequence[Evaluation]) -> str:
 
 
 def _eval_results(results: Evaluation, details: CardDetails) -> list[EvalResult]:
-    """For the metadata `model-index`."""
+    """The results for the metadata `model-index`."""
     arguments = {"num_samples": results.num_samples, "feature_extractor": results.feature_extractor["name"]}
     return [
         EvalResult(
@@ -204,7 +212,7 @@ def _eval_results(results: Evaluation, details: CardDetails) -> list[EvalResult]
 
 
 def _sampling(results: Evaluation) -> dict[str, Any]:
-    """How the samples were made; empty for images of other origin."""
+    """How the samples were made; empty if the images are not from a pipeline."""
     images = results.images
     found = {"scheduler": images["scheduler"]["class"]} if "scheduler" in images else {}
     names = ("num_inference_steps", "guidance", "labels", "seed")
@@ -212,7 +220,7 @@ def _sampling(results: Evaluation) -> dict[str, Any]:
 
 
 def _check_results(pipeline: DiffusionPipeline, results: Sequence[Evaluation]) -> None:
-    """Raises ValueError for results of other weights, where the evaluation's precision was that of these."""
+    """Raises ValueError for results of other weights. They are only compared if the precision is the same."""
     for one in results:
         for name, fingerprint in one.images.get("weights", {}).items():
             part = pipeline.components.get(name)

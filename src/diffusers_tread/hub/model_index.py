@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a `model_index.json` may name, so that loading a folder runs nothing that came with it.
+"""Checks `model_index.json`, so that loading a folder never runs code from it.
 
-Older diffusers (seen in 0.36) runs files of a local folder without being asked: `COMPONENT/LIBRARY.py` instead of the
-library that an entry names, and `None.py` as a pipeline. Any installed module that an entry names is imported, too.
+Older diffusers (seen in 0.36) runs files of a local folder without asking: `COMPONENT/LIBRARY.py` instead of the
+library that an entry names, and `None.py` as a pipeline. It also imports any installed module that an entry names.
 """
 
 from collections.abc import Collection, Mapping
@@ -27,13 +27,13 @@ def check_model_index(
 
     Args:
         index: Its content.
-        folder: Where it lies; a name on the Hub is no folder and has no files to look for.
-        required: Components that a pipeline cannot do without.
-        optional: Components that may be [null, null]. Every other list is taken for a component, as diffusers does.
-        own: A module whose classes may be named besides those of diffusers and transformers.
+        folder: Its folder. For a name on the Hub, there are no files to check.
+        required: Components that a pipeline needs.
+        optional: Components that may be [null, null]. Every other list is treated as a component, as in diffusers.
+        own: A module whose classes are allowed besides those of diffusers and transformers.
 
     Raises:
-        ValueError: An entry that is none, a class from elsewhere, or code in the folder that would be run.
+        ValueError: An entry is invalid or names another class, or the folder has code that would be run.
     """
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(_message("_class_name", index.get("_class_name"), folder))

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Writes text-to-image pipelines, which are plain ones of diffusers, for the Hub."""
+"""Writes text-to-image pipelines for the Hub. They are standard diffusers pipelines."""
 
 import shutil
 from importlib.resources import files
@@ -20,13 +20,13 @@ from .model_card import SAMPLES, CardDetails, training_table
 def export_text_pipeline(
     pipeline: DiffusionPipeline, folder: str | Path, *, repo_id: str | None = None, card: CardDetails | None = None
 ) -> Path:
-    """Writes a pipeline that diffusers loads without this package; the folder is there whole or not at all.
+    """Writes a pipeline that diffusers loads without this package, atomically.
 
     Args:
         pipeline: A text-to-image pipeline of diffusers.
-        folder: New, or with a pipeline, which is replaced.
+        folder: A new folder, or one with a pipeline, which is replaced.
         repo_id: "organisation/name" for the card; None for the name of the folder.
-        card: What the model card says besides what the pipeline itself tells.
+        card: Details for the model card that the pipeline does not tell.
 
     Returns:
         The folder.
@@ -46,7 +46,8 @@ def export_text_pipeline(
 
 
 def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardDetails) -> ModelCard:
-    """The card of a text-to-image pipeline that was trained with routing."""
+    """Writes the card of a text-to-image pipeline that was trained with routing."""
+    # Metadata.
     is_on_hub = details.dataset is not None and details.dataset.count("/") == 1
     title = repo_id.rstrip("/").split("/")[-1]
     data = ModelCardData(
@@ -58,7 +59,9 @@ def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardD
         base_model=_base_model(details),
         model_name=title,
     )
-    size = (details.training or {}).get("resolution")  # not always what the pipeline takes
+
+    # Facts.
+    size = (details.training or {}).get("resolution")  # may differ from the pipeline's default
     facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,
         "transformer": type(pipeline.transformer).__name__,
@@ -68,6 +71,8 @@ def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardD
     }
     if details.step is not None:
         facts["state"] = f"{details.step} optimiser steps of a training that goes on"
+
+    # Text.
     text = Template(files(__package__).joinpath("text_model_card.md").read_text(encoding="utf-8")).substitute(
         title=as_text(title),
         repo_id=as_code(repo_id),
@@ -81,7 +86,7 @@ def text_model_card(pipeline: DiffusionPipeline, *, repo_id: str, details: CardD
 
 
 def _base_model(details: CardDetails) -> str | None:
-    """The public model whose transformer was trained further, whose licence holds on."""
+    """The public model whose transformer was trained further, and whose licence therefore still applies."""
     training = details.training or {}
     name = training.get("pretrained_model_name_or_path")
     is_new = training.get("preset") or training.get("transformer_config_name_or_path")

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Uploads that an unreliable connection delays but does not break."""
+"""Uploads that survive an unreliable connection, by retries."""
 
 import glob
 import json
@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, RepoUrl, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 
-# The errors of requests and hf_xet are OSErrors, those of httpx derive from a base that HfHubHTTPError has with httpx,
-# and huggingface_hub makes RuntimeErrors of what befalls a single large file.
+# Errors of requests and hf_xet are OSErrors, those of httpx share a base class with HfHubHTTPError, and
+# huggingface_hub raises RuntimeErrors for single large files.
 _ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 _SAFE = "Nothing local is lost: the same command later sends what is missing."
 
@@ -31,22 +31,22 @@ def open_repo(
     token: str | None = None,
     max_retries: int = 5,
 ) -> RepoUrl:
-    """Makes a repository on the Hub if there is none; before long work, this tells whether its result can go there.
+    """Creates a repository on the Hub if it is missing. Call it before long work to find problems early.
 
     Args:
         repo_id: "name" or "organisation/name".
         repo_type: "model" or "dataset".
         private: Whether a new repository is private; None for the owner's default.
-        revision: Branch, made if missing; None for the default one.
-        token: For the Hub; None for that of `hf auth login` or HF_TOKEN.
-        max_retries: Further tries if the Hub cannot be reached, 1, 2, 4, ... seconds apart.
+        revision: Branch, created if missing; None for the default one.
+        token: Token for the Hub; None for that of `hf auth login` or HF_TOKEN.
+        max_retries: Number of retries if the Hub cannot be reached, after 1, 2, 4, ... seconds.
 
     Returns:
-        Its address, a string that also has the whole `repo_id`.
+        Its URL, a string that also has the full `repo_id` as an attribute.
 
     Raises:
-        ValueError: The Hub refuses: the token, the name.
-        ConnectionError: The Hub could not be reached. The same call later goes on.
+        ValueError: The Hub refuses, for example the token or the name.
+        ConnectionError: The Hub could not be reached. Call again to continue.
     """
     api = HfApi(token=token)
 
@@ -71,38 +71,42 @@ def upload_folder(
     commit_message: str | None = None,
     max_retries: int = 5,
 ) -> RepoUrl:
-    """Uploads a folder to the Hub, making the repository if there is none.
+    """Uploads a folder to the Hub, and creates the repository if it is missing.
 
-    Only what is new is sent: files that the repository has are skipped, and so are large ones that an earlier, broken
-    upload has sent. What is only in the repository stays there.
+    Only new files are sent: files that the repository already has are skipped, and so are large files that an earlier,
+    interrupted upload has sent. Other files in the repository are kept.
 
-    Never sent are hidden files, such as `.env`, and links, whose targets lie elsewhere. Of a pipeline or of latents
-    nothing is sent but the card and what `model_index.json` or `latents.json` names. A warning names what stays.
+    Hidden files, such as `.env`, and links, which may point elsewhere, are never sent. From a folder with a pipeline
+    or latents, only the card and the files that `model_index.json` or `latents.json` names are sent. A warning names
+    files that are left out.
 
     Args:
-        folder: What it holds of a pipeline, of latents or, without their index, of anything.
-        repo_id: This and the next four as for `open_repo`.
+        folder: A folder with a pipeline, with latents, or with any files.
+        repo_id: "name" or "organisation/name".
         repo_type: "model" or "dataset".
-        private: Whether a new repository is private.
-        revision: Branch to upload to.
-        token: For the Hub.
+        private: Whether a new repository is private; None for the owner's default.
+        revision: Branch, created if missing; None for the default one.
+        token: Token for the Hub; None for that of `hf auth login` or HF_TOKEN.
         ignore_patterns: Files to leave out, with wildcards.
         commit_message: First line of the commit.
-        max_retries: Further tries, on top of those that huggingface_hub makes of single requests.
+        max_retries: Number of retries, in addition to those that huggingface_hub makes for single requests.
 
     Returns:
-        The repository's address.
+        The repository's URL.
 
     Raises:
-        ValueError: There is nothing to upload, or the Hub refuses: the token, the name, the content.
-        ConnectionError: The Hub could not be reached. The same call later goes on.
+        ValueError: There is nothing to upload, or the Hub refuses, for example the token, the name or the content.
+        ConnectionError: The Hub could not be reached. Call again to continue.
     """
+    # Files to send.
     folder = Path(folder)
     files, others = _list_files(folder)
     if not files:
         raise ValueError(f"Expected a folder with files to upload to {repo_id}, got {folder} with {others[:10]}.")
     if others:
         logger.warning(f"Not sent from {folder}, which is not of what was made there: {', '.join(others[:10])}.")
+
+    # Send them.
     common = {"repo_type": repo_type, "revision": revision}
     url = open_repo(repo_id, private=private, token=token, max_retries=max_retries, **common)
 
@@ -121,7 +125,7 @@ def upload_folder(
 
 
 def _list_files(folder: Path) -> tuple[list[str], list[str]]:
-    """What is sent of a folder, and what is not, as names in it."""
+    """The files of a folder to send, and those to leave out, relative to the folder."""
     made = _names_of_index(folder)
     files, others = [], []
     for path in sorted(folder.rglob("*")):
@@ -135,7 +139,7 @@ def _list_files(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _names_of_index(folder: Path) -> set[str] | None:
-    """Files, and folders with a slash, of the pipeline or the latents in a folder; None for a folder of neither."""
+    """The files, and folders with a slash, of the pipeline or latents in a folder; None if it holds neither."""
     card = {"README.md", "samples.png"}
     if (index := folder / "model_index.json").is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -163,7 +167,7 @@ def _try(work: Callable[[], Result], task: str, repo_id: str, *, token: str | No
 
 
 def _raise_if_final(error: BaseException, task: str, repo_id: str, *, has_token: bool) -> None:
-    """Raises a ValueError for what another try cannot mend; local files that cannot be read are raised as they are."""
+    """Raises ValueError for errors that a retry cannot fix. Errors of local files are raised as they are."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.filename is not None:

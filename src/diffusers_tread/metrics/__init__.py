@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""FID and its companions: metrics, the networks whose features they compare, references and evaluation."""
+"""FID and related metrics, the networks whose features they compare, references and evaluation."""
 
 from .evaluation import evaluate_images, evaluate_pipeline
 from .feature_statistics import FeatureStatistics

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Computes metrics of images and of pipelines, on any number of processes and through kills.
+"""Computes metrics of images and of pipelines, on any number of processes; a killed evaluation can be resumed.
 
-`prepare_reference` comes first. `evaluate_images` extracts the features of the images that are judged and compares
-them; `evaluate_pipeline` does so for a pipeline's samples. All processes call these together and wait for each other
-through Accelerate.
+Call `prepare_reference` first. `evaluate_images` extracts the features of images and compares them with the reference;
+`evaluate_pipeline` does so for a pipeline's samples. All processes call these functions together and wait for each
+other through Accelerate.
 """
 
 from collections.abc import Sequence
@@ -33,31 +33,31 @@ def evaluate_images(
     scorers: Sequence[LoadedScorer] = (),
     scores_file: str | Path | None = None,
 ) -> dict[str, float] | None:
-    """Computes metrics and scores of images; all processes together.
+    """Computes metrics and scores of images; all processes call it together.
 
-    The values do not depend on the number of processes. An evaluation that was killed goes on with the batches that
-    `store_dir` does not hold yet.
+    The values do not depend on the number of processes. A killed evaluation goes on with the batches that `store_dir`
+    does not hold yet.
 
     Args:
         source: The images.
         batch_size: Images to sample, or to read, at a time.
-        store_dir: Folder for the features, seen by all processes; for these images and this batch size only.
-        extractor: As for `prepare_reference`; None for scores alone.
-        reference: What `prepare_reference` returned; None for scores alone.
+        store_dir: Folder for the features, shared by all processes; only for these images and this batch size.
+        extractor: As for `prepare_reference`; None to compute scores only.
+        reference: The output of `prepare_reference`; None to compute scores only.
         metrics: Names of metrics; None for all that the reference was prepared for.
-        scorers: What `load_scorers` returned, for a source that has prompts.
+        scorers: The output of `load_scorers`, for a source that has prompts.
         scores_file: A .csv file for the scores of each image; None for none.
 
     Returns:
         The values by name in the main process, None in the others. A metric that is computed on parts of the images
-        gives a mean by its own name and a standard deviation, such as `inception_score_std`; a scorer a mean and a
-        standard error, such as `clip_score` and `clip_score_standard_error`.
+        gives a mean under its own name and a standard deviation, such as `inception_score_std`. A scorer gives a mean
+        and a standard error, such as `clip_score` and `clip_score_standard_error`.
 
     Raises:
-        ValueError: A metric cannot be computed, there are too few images, the folder holds other features, or weights,
+        ValueError: A metric cannot be computed; there are too few images; the folder holds other features; or weights,
             samples, features, scores or a metric are not finite.
     """
-    # What is wanted.
+    # Check the arguments.
     if (extractor is None) != (reference is None) or (extractor is None and not scorers):
         raise ValueError("Expected an extractor and a reference, scorers, or all of these, got something else.")
     metrics = () if reference is None else reference.metrics if metrics is None else metrics
@@ -100,25 +100,25 @@ def evaluate_pipeline(
     seed: int = 0,
     metrics: Sequence[str] | None = None,
 ) -> dict[str, float] | None:
-    """Computes metrics of a pipeline's samples; all processes together, each with the same whole pipeline.
+    """Computes metrics of a pipeline's samples; all processes call it together, each with a full copy of the pipeline.
 
     Args:
         pipeline: A `TREADPipeline`, on its device.
         extractor: As for `prepare_reference`.
-        reference: What `prepare_reference` returned.
-        num_samples: Number of samples; papers take 50,000.
+        reference: The output of `prepare_reference`.
+        num_samples: Number of samples; papers use 50,000.
         batch_size: Samples per call of the pipeline.
         num_inference_steps: Steps of the sampler.
-        store_dir: Folder for the features, seen by all processes; for these weights and settings only.
+        store_dir: Folder for the features, shared by all processes; only for these weights and settings.
         guidance_scale: Scale of plain classifier-free guidance; None for the pipeline's guider, if it has one.
         seed: Seed of the samples.
         metrics: As for `evaluate_images`.
 
     Returns:
-        As `evaluate_images`.
+        As for `evaluate_images`.
 
     Raises:
-        ValueError: See `evaluate_images`.
+        ValueError: As for `evaluate_images`.
     """
     images = PipelineImages(
         pipeline,

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Extracting the features and scores of images into a feature store, on any number of processes."""
+"""Extracts the features and scores of images into a feature store, on any number of processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,19 +28,19 @@ def extract_features(
     scorers: Sequence[LoadedScorer] = (),
     label: str,
 ) -> None:
-    """Fills a store with the features of images, except for batches that it holds already; all processes together.
+    """Fills a store with the features of images, except for batches that it already holds; all processes together.
 
     Args:
-        source: The images, as many as the store is made for.
-        extractor: The network; None for scores alone.
-        store: Where the features go.
-        scorers: What rates each image for `source.prompt(index)`; its scores go into the store by its `output`.
+        source: The images; their number must be that of the store.
+        extractor: The network; None to compute scores only.
+        store: Store for the features.
+        scorers: Each rates every image for `source.prompt(index)`; scores are stored under the scorer's `output`.
         label: Label of the progress bar, which counts the images of all processes.
 
     Raises:
-        ValueError: The store holds other features, or another run fills it; the images differ in size.
+        ValueError: The store holds other features, or another run is filling it; the images differ in size.
     """
-    # A store that is whole is only read, by any number of evaluations.
+    # A complete store is only read, so that any number of evaluations can share it.
     state, missing = PartialState(), store.claim()
     if not missing:
         return
@@ -61,7 +61,7 @@ def _extract_missing(
     # Each process takes its share of the missing batches.
     mine = missing[state.process_index :: state.num_processes]
 
-    # Any process finishes batches; the main one counts them on the disk.
+    # The main process shows the progress of all processes, by counting batches on the disk.
     done, size = store.num_done(), None
     progress = tqdm(
         total=store.num_images, initial=done, desc=label, unit=" images", disable=not state.is_main_process
@@ -83,7 +83,7 @@ def _extract_missing(
             progress.update(now - done)
             done = now
 
-    # The others may take longer.
+    # Other processes may take longer.
     state.wait_for_everyone()
     progress.update(store.num_images - done)
     progress.close()

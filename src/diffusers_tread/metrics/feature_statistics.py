@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Mean and covariance of features, gathered batch by batch and merged across processes or runs, in float64.
 
-clean-fid and torch-fidelity hold all features in memory at once, cannot merge, and import torchvision.
+clean-fid and torch-fidelity are not used because they hold all features in memory at once, cannot merge statistics,
+and import torchvision.
 
 Shapes: N samples, D features.
 """
@@ -27,13 +28,13 @@ class FeatureStatistics:
     """
 
     mean: torch.Tensor
-    """[D] float64."""
+    """Mean, [D] float64."""
     covariance: torch.Tensor
-    """[D, D] float64, normalised by N - 1; zeros for one sample."""
+    """Covariance, [D, D] float64, normalised by N - 1; zeros for one sample."""
     count: int | None
-    """N, or None if a foreign file does not say it."""
+    """Number of samples N; None for a foreign file that does not say it."""
     extractor: str | None = None
-    """`FeatureExtractor.fingerprint` of the network, or None if a foreign file does not say it."""
+    """`FeatureExtractor.fingerprint` of the network; None for a foreign file that does not say it."""
 
     @classmethod
     def from_features(cls, features: torch.Tensor, *, extractor: str | None = None) -> "FeatureStatistics":
@@ -50,19 +51,19 @@ class FeatureStatistics:
 
     @property
     def num_features(self) -> int:
-        """D."""
+        """The number of features D."""
         return len(self.mean)
 
     def update(self, features: torch.Tensor) -> None:
         """Adds features [N, D].
 
         Raises:
-            ValueError: See `from_features` and `merge`.
+            ValueError: As for `from_features` and `merge`.
         """
         self.merge(FeatureStatistics.from_features(features, extractor=self.extractor))
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Adds the samples of `other`, none of which may be among these (Chan, Golub & LeVeque 1979, eq. 2.1).
+        """Adds the samples of `other`, which must be different samples (Chan, Golub & LeVeque 1979, eq. 2.1).
 
         Raises:
             ValueError: The statistics are of other features, or their number of samples is unknown.

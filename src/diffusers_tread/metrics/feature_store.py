@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Features of many images on the disk, one file per batch: processes share the work, and a kill costs one batch.
+"""Stores features of many images on disk, one file per batch: processes share the work, and a kill costs one batch.
 
-    settings.json                  what the features depend on
+    settings.json                  everything the features depend on
     batch-000000.safetensors ...   features [B, D] float32 of one batch, for each output of the extractor
 
-Batch k holds the images k * batch_size to (k + 1) * batch_size - 1 and is written by one process. Reading goes in the
-order of the images, so that nothing depends on the number of processes or on kills.
+Batch k holds the images k * batch_size to (k + 1) * batch_size - 1 and is written by one process. Features are read in
+the order of the images, so that results depend neither on the number of processes nor on interruptions.
 """
 
 import json
@@ -27,13 +27,13 @@ SETTINGS = "settings.json"
 
 
 class FeatureStore:
-    """The features of `num_images` images in a folder that all processes see.
+    """The features of `num_images` images in a folder that all processes share.
 
     Args:
-        folder: The folder; `claim` makes it if it is missing.
+        folder: The folder; `claim` creates it if it is missing.
         num_images: Number of images.
         batch_size: Images per file; the last file may have fewer.
-        settings: What the features depend on (JSON). A folder with other settings is refused.
+        settings: Everything the features depend on (JSON). A folder with other settings is refused.
     """
 
     def __init__(self, folder: str | Path, *, num_images: int, batch_size: int, settings: dict[str, Any]):
@@ -50,7 +50,7 @@ class FeatureStore:
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
 
     def claim(self) -> list[int]:
-        """Makes the folder, or checks its settings, and lists the missing batches; all processes call it together.
+        """Creates the folder or checks its settings, and lists the missing batches; all processes call it together.
 
         Raises:
             ValueError: The folder holds other features.
@@ -58,10 +58,10 @@ class FeatureStore:
         return on_main_process(self._claim)
 
     def write(self, batch: int, features: dict[str, torch.Tensor]) -> None:
-        """Writes one batch, whole or not at all.
+        """Writes one batch atomically.
 
         Raises:
-            ValueError: Features that are not finite or not one row per image.
+            ValueError: Features are not finite, or there is not one row per image.
             OSError: The disk is full.
         """
         features = {name: values.detach().float().cpu().contiguous() for name, values in features.items()}
@@ -71,14 +71,14 @@ class FeatureStore:
             safetensors.torch.save_file(features, temporary)
 
     def num_done(self) -> int:
-        """Counts the images whose features are on the disk, from all processes."""
+        """Counts the images whose features are on disk, from all processes."""
         return sum(len(self.rows(batch)) for batch in self._done())
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
         """Reads one output batch by batch, each [B, D] float32.
 
         Raises:
-            ValueError: A file is damaged, or holds something else than features of its batch; the message names it.
+            ValueError: A file is damaged or does not hold the features of its batch; the message names it.
         """
         num_features = None
         for batch in range(self.num_batches):
@@ -96,7 +96,7 @@ class FeatureStore:
     def statistics(self, name: str, *, extractor: str) -> FeatureStatistics:
         """Computes mean and covariance of one output, in float64."""
         statistics: Any = None
-        # Merging costs as much as 2 D samples, so batches are joined to some thousands.
+        # Join batches to some thousands of samples first, because merging costs as much as 2 D samples.
         for features in self._joined(name, at_least=4096):
             if statistics is None:
                 statistics = FeatureStatistics.from_features(features, extractor=extractor)

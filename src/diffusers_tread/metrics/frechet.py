@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 def frechet_distance(samples: FeatureStatistics, reference: FeatureStatistics) -> float:
     """Computes the squared Fréchet distance between two Gaussians (arXiv 1706.08500, eq. 6).
 
-    The distance is `|m1 - m2|² + Tr(S1 + S2 - 2 (S1 S2)^½)`. The trace of the root is the sum of the singular values
-    of S1^½ S2^½. These are real, and exact to rounding even if the covariances have no full rank, where the root of a
-    product is not.
+    The distance is `|m1 - m2|² + Tr(S1 + S2 - 2 (S1 S2)^½)`. The trace of the root is computed as the sum of the
+    singular values of S1^½ S2^½. These are real, and exact to rounding even if a covariance does not have full rank,
+    unlike the root of the product.
 
     Raises:
         ValueError: The statistics are of different features, or of fewer than two samples.
@@ -52,7 +52,7 @@ def _check_count(statistics: FeatureStatistics) -> None:
 
 
 def _square_root(covariance: torch.Tensor) -> torch.Tensor:
-    """Computes the symmetric root of a positive semi-definite matrix; eigenvalues below its rounding count as zero."""
+    """Computes the symmetric root of a positive semi-definite matrix; eigenvalues below rounding error become zero."""
     values, vectors = torch.linalg.eigh(covariance)
     noise = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
     return (vectors * values.where(values > noise, 0).sqrt()) @ vectors.T

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Images to extract features from: what a source of images is, folders, `datasets` repositories.
+"""Sources of images to extract features from: the protocol, folders, `datasets` repositories.
 
-Pieces are read in any order, so that processes can share the work. Images become RGB as `load_image` makes them.
+Images can be read in any order, so that processes can share the work. They are converted to RGB by `load_image`.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ..pictures import save_image
 
 
 class ImageSource(Protocol):
-    """Any set of images that can be read piece by piece; `prompt(index)` besides, if scorers are to rate them."""
+    """Any set of images that can be read in parts. If scorers are to rate them, it also needs `prompt(index)`."""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -36,15 +36,15 @@ class ImageSource(Protocol):
 
 
 class FolderImages:
-    """The image files of a folder and its sub-folders, those that training reads, see `list_images`.
+    """The image files of a folder and its sub-folders, found as in training, see `list_images`.
 
     Args:
         folder: Folder with at least one image.
-        resolution: Side in pixels to which `center_crop` crops and resizes; None if all images have one size already.
-        background: Colour behind transparent images, see `load_image`.
+        resolution: Side in pixels to which `center_crop` crops and resizes; None if all images already have one size.
+        background: Colour put behind transparent images, see `load_image`.
 
     Raises:
-        ValueError: The folder has no images, and what `list_images` raises.
+        ValueError: The folder has no images; as for `list_images`.
     """
 
     def __init__(self, folder: str | Path, *, resolution: int | None = None, background: str = "white"):
@@ -73,7 +73,7 @@ class FolderImages:
         """Identifies the images by a hash of the files' names and contents."""
         return self._description
 
-    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    @cached_property  # separate, because type checkers do not accept it as the protocol's property
     def _description(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in self.paths:
@@ -89,7 +89,7 @@ class FolderImages:
 
 
 class DatasetImages:
-    """The images of a map-style `datasets` repository, which needs no labels.
+    """The images of a map-style `datasets` repository; labels are not needed.
 
     Args:
         dataset_name: Repository on the Hub, or a local folder that `datasets.load_dataset` reads.
@@ -97,7 +97,7 @@ class DatasetImages:
         dataset_config_name: Configuration of the data set.
         split: Split to read.
         image_column: Column with the images.
-        background: Colour behind transparent images, see `load_image`.
+        background: Colour put behind transparent images, see `load_image`.
         cache_dir: Cache folder of `datasets`.
 
     Raises:
@@ -164,11 +164,11 @@ class DatasetImages:
 
 
 class KeptImages:
-    """Wraps a source and keeps the first images that are read from it as PNG files `000000.png`, `000001.png`, ...
+    """Wraps a source and keeps its first images, when they are read, as PNG files `000000.png`, `000001.png`, ...
 
     Args:
         source: The images.
-        folder: Folder for the files; made if missing.
+        folder: Folder for the files; created if missing.
         num_kept: Number of first images to keep.
     """
 
@@ -179,7 +179,7 @@ class KeptImages:
         return len(self.source)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Reads the images start .. stop - 1 as [B, 3, H, W] uint8; files of kept ones are whole when this returns."""
+        """Reads the images start .. stop - 1 as [B, 3, H, W] uint8, and writes the files of those to keep."""
         images = self.source.read(start, stop)
         for index, image in zip(range(start, min(stop, self.num_kept)), images, strict=False):
             save_image(PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), self.path(index))
@@ -195,12 +195,12 @@ class KeptImages:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Adds the number of kept images to the source's, so that no finished batch lacks its files."""
+        """The source's description and the number of kept images, so that no finished batch lacks its files."""
         return self.source.description | {"num_kept": self.num_kept}
 
 
 def _stack(images: list[tuple[Path | bytes | None, str]], *, resolution: int | None, background: str) -> torch.Tensor:
-    """Reads files, each with its name, to [B, 3, H, W] uint8."""
+    """Reads files, each given with its name, to [B, 3, H, W] uint8."""
     arrays = []
     for file, name in images:
         try:

@@ -13,10 +13,10 @@ def inception_score(logits: torch.Tensor, *, num_splits: int = 10) -> MeanStd:
     """Computes exp(E KL(p(y|x) || p(y))) on consecutive, nearly equal parts of the samples.
 
     Args:
-        logits: [N, K] for N samples and K classes, in the order in which the samples were made: each part has a p(y)
-            of its own, so samples that are sorted by class score too low. Published scores use Inception's logits
+        logits: Logits [N, K] of N samples and K classes, in the order in which the samples were made. Each part has a
+            p(y) of its own, so samples that are sorted by class score too low. Published scores use Inception's logits
             without bias.
-        num_splits: Number of parts. ADM's parts have 5,000 samples, so that 50,000 samples make ten.
+        num_splits: Number of parts. ADM's parts have 5,000 samples, which is ten parts for 50,000 samples.
 
     Returns:
         Mean and standard deviation over the parts; a score lies between 1 and K.

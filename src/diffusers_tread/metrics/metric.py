@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The description of a metric, and what metrics start from and end with."""
+"""The description of a metric, and the types of its inputs and results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,40 +18,40 @@ class MeanStd:
     mean: float
     """Mean over the parts."""
     std: float
-    """Standard deviation over the parts, of the population."""
+    """Population standard deviation over the parts."""
 
 
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class MeanError:
-    """The mean of a value of each image."""
+    """The mean of a value that is computed for each image."""
 
     mean: float
     """Mean over the images."""
     standard_error: float
-    """Standard deviation of the images, of the sample, over the root of their number."""
+    """Sample standard deviation over the images, divided by the root of their number."""
 
 
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What a metric is computed from, and how."""
+    """How a metric is computed, and from which features."""
 
     label: str
     """Name in tables and model cards, such as "FID"."""
     compute: Callable[..., float | MeanStd]
     """Called as `compute(samples, reference)`, or as `compute(samples)` if the metric needs no reference."""
     takes: Literal["statistics", "features"]
-    """Type of these arguments. "statistics": `FeatureStatistics`, which a file may hold, and which are gathered batch
-    by batch; "features": a float32 tensor [N, D] of all images in their order, on a device that has float64."""
+    """Type of these arguments. "statistics": `FeatureStatistics`, which are gathered batch by batch or read from a
+    file; "features": a float32 tensor [N, D] of all images in order, on a device that supports float64."""
     output: str
-    """Output of the extractor that it is computed from: "features" (pooled), "spatial", "logits" or another one."""
+    """Output of the extractor to compute it from: "features" (pooled), "spatial", "logits" or another one."""
     higher_is_better: bool
-    """Direction in which samples are better."""
+    """Whether a higher value means better samples."""
     needs_reference: bool = True
     """Whether samples are compared with a reference."""
     min_samples: int = 2
-    """Fewest samples, and fewest images of the reference, that give a value."""
+    """Smallest number of samples, and of images of the reference, for which it can be computed."""
 
 
 def as_features(features: torch.Tensor, *, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -59,7 +59,7 @@ def as_features(features: torch.Tensor, *, device: str | torch.device = "cpu") -
 
     Args:
         features: One row per image.
-        device: Where the result is to lie.
+        device: Device of the result.
 
     Raises:
         ValueError: The features have another shape or are not finite.

@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """References as `.npz` files of statistics, images or both, in the format of ADM's reference batches.
 
-- mu, sigma: mean and covariance of the features; mu_s, sigma_s: those of the spatial features, for sFID. Those of any
-  other output have its name for a suffix.
+- mu, sigma: mean and covariance of the features; mu_s, sigma_s: those of the spatial features, for sFID. For any other
+  output, the suffix is its name.
 - arr_0: images, uint8 [N, H, W, 3].
-- count, extractor: number of samples and fingerprint of the network, only in files that `save_statistics` wrote.
+- count, extractor: number of samples and fingerprint of the network, only in files written by `save_statistics`.
 """
 
 import logging
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 # ADM's suffixes.
 _SUFFIXES = {"features": "", "spatial": "_s"}
-# Files without a fingerprint are taken for statistics of the 2015 Inception, as ADM's and clean-fid's are.
+# Statistics without a fingerprint, such as ADM's and clean-fid's, are assumed to be of the 2015 Inception.
 _INCEPTION = ("inception", "clean-fid:clean", "clean-fid:legacy_tensorflow")
 _INCEPTION_SIZES = {"features": 2048, "spatial": 2023}
 
 
 class NpzImages:
-    """The images of an `.npz` file, read piece by piece.
+    """The images of an `.npz` file, read in parts.
 
     Args:
         path: File with arr_0, uint8 [N, H, W, 3].
@@ -55,7 +55,7 @@ class NpzImages:
                 f"Expected arr_0 of {path} as uint8 [N, H, W, 3] in C order, got {dtype} {shape}. Convert the images."
             )
         self._length, self.height, self.width, _ = shape
-        # Kept open: going forward in the compressed file then does not read again what lies before.
+        # Kept open, so that reading forward in the compressed file does not start from its beginning each time.
         self._file = None
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class NpzImages:
         """Identifies the images by the file's hash."""
         return self._description
 
-    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    @cached_property  # separate, because type checkers do not accept it as the protocol's property
     def _description(self) -> dict[str, Any]:
         return {"kind": "file", "name": self.path.name, "num_images": len(self), "sha256": file_sha256(self.path)}
 
@@ -91,7 +91,7 @@ class NpzImages:
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class NpzReference:
-    """Content of a reference file."""
+    """The content of a reference file."""
 
     path: Path
     sha256: str
@@ -103,7 +103,7 @@ class NpzReference:
 
 
 def save_statistics(path: str | Path, statistics: dict[str, FeatureStatistics]) -> None:
-    """Writes statistics of one set of images to an `.npz` file, whole or not at all.
+    """Writes statistics of one set of images to an `.npz` file, atomically.
 
     Args:
         path: The file.
@@ -125,15 +125,15 @@ def save_statistics(path: str | Path, statistics: dict[str, FeatureStatistics]) 
 def load_reference(path: str | Path, *, extractor: FeatureExtractor) -> NpzReference:
     """Reads statistics, images or both from an `.npz` file.
 
-    ADM's files do not say which network made their statistics. They are taken for Inception's, with a warning.
+    ADM's files do not say which network made their statistics. They are assumed to be Inception's, with a warning.
 
     Args:
         path: A file of `save_statistics`, of ADM or of clean-fid.
-        extractor: The network that will make the samples' features.
+        extractor: The network that will extract the samples' features.
 
     Raises:
-        ValueError: The file does not exist, holds neither statistics nor images, or statistics of another extractor,
-            or pickled arrays.
+        ValueError: The file does not exist; it holds neither statistics nor images; it holds statistics of another
+            extractor; or it holds pickled arrays.
     """
     path = Path(path)
     with _open_zip(path) as archive:
@@ -157,7 +157,8 @@ def _keys(output: str) -> tuple[str, str]:
 
 
 def _read_statistics(path: Path, names: set[str], extractor: FeatureExtractor) -> dict[str, FeatureStatistics]:
-    """Reads the statistics of the extractor's outputs and checks whose they are."""
+    """Reads the statistics of the extractor's outputs and checks that this extractor made them."""
+    # Read.
     statistics = {}
     with np.load(path, allow_pickle=False) as file:
         count = _count(file["count"]) if "count" in names else None
@@ -167,7 +168,7 @@ def _read_statistics(path: Path, names: set[str], extractor: FeatureExtractor) -
             if {mean, covariance} <= names:
                 statistics[output] = _statistics(file[mean], file[covariance], count, recorded)
 
-    # The file says which network made them, or they must look like Inception's.
+    # The network is the one in the file; without an entry, the statistics must look like Inception's.
     if recorded is not None and recorded != extractor.fingerprint:
         raise ValueError(
             f"Expected statistics made with {extractor.fingerprint}, got some made with {recorded}. Use that one, or "

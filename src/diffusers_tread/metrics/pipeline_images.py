@@ -13,10 +13,9 @@ from ..seeds import derive_seed
 
 
 class PipelineImages:
-    """Samples of a `TREADPipeline`; each depends on the seed and its index only.
+    """Samples of a `TREADPipeline`; each depends only on the seed and its index.
 
-    Sample i starts from a generator seeded with `derive_seed(seed, "evaluate", i)`, which is on the CPU whatever the
-    pipeline's device.
+    Sample i starts from a generator seeded with `derive_seed(seed, "evaluate", i)`, which is always on the CPU.
 
     Args:
         pipeline: The pipeline, on its device.
@@ -25,10 +24,10 @@ class PipelineImages:
         guidance_scale: Scale of plain classifier-free guidance; None for the pipeline's guider, if it has one.
         seed: Seed of the noise and of random labels.
         random_labels: False for class i mod num_classes, so that all classes are equally frequent; True for
-            independent uniform draws, as in ADM's and DiT's sampling scripts. A model without classes has one label,
-            that of the null class.
+            independent uniform draws, as in ADM's and DiT's sampling scripts. A model without classes has only the
+            label of the null class.
         guidance_interval: Noise levels (low, high] in which guidance acts; None for all. See `TREADPipeline.__call__`.
-        guidance_rescale: Share of the rescaling of plain classifier-free guidance.
+        guidance_rescale: Strength of the rescaling of plain classifier-free guidance, in [0, 1].
 
     Raises:
         ValueError: A network of the pipeline has weights with NaN or infinity.
@@ -48,7 +47,7 @@ class PipelineImages:
     ):
         self.pipeline, self.num_images, self.seed, self.random_labels = pipeline, num_images, seed, random_labels
         self.call_options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        """What each call of the pipeline is told besides the labels and the noise."""
+        """Arguments of each call of the pipeline besides the labels and the noise."""
         more = {"guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
         self.call_options |= {name: value for name, value in more.items() if value}
         for name, part in pipeline_networks(pipeline).items():
@@ -63,14 +62,14 @@ class PipelineImages:
         return choice % max(self.pipeline.transformer.config.num_classes, 1)
 
     def generator(self, index: int) -> torch.Generator:
-        """Makes the generator of all of a sample's random numbers."""
+        """Makes the generator of all random numbers of a sample."""
         return sample_generator(self.seed, index)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Samples [B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images.
+        """Makes the samples start .. stop - 1, [B, 3, H, W] uint8, rounded like the pipeline's PIL images.
 
         Raises:
-            ValueError: Samples that are not finite, or images with another number of channels than 1 or 3.
+            ValueError: A sample is not finite, or images have neither 1 nor 3 channels.
         """
         images = self.pipeline(
             class_labels=[self.label(index) for index in range(start, stop)],
@@ -87,7 +86,7 @@ class PipelineImages:
         """Lists everything that the samples depend on: weights, sampler, guidance, labels, seed."""
         return self._description
 
-    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    @cached_property  # separate, because type checkers do not accept it as the protocol's property
     def _description(self) -> dict[str, Any]:
         # Guidance.
         pipeline, guider = self.pipeline, self.pipeline.guider
@@ -99,7 +98,7 @@ class PipelineImages:
         else:
             guidance = {"kind": type(guider).__name__, **component_config(guider)}
 
-        # Weights, in what precision, and the rest.
+        # Weights, their precision, and the rest.
         return {
             **describe_components(pipeline),
             "num_inference_steps": num_steps,
@@ -130,6 +129,6 @@ def describe_components(pipeline) -> dict[str, Any]:
 
 
 def component_config(component) -> dict[str, Any]:
-    """Reads a component's settings as its JSON file has them."""
+    """Reads a component's settings, as in its JSON file."""
     config = json.loads(component.to_json_string())
     return {key: value for key, value in config.items() if not key.startswith("_")}

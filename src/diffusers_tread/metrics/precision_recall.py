@@ -12,14 +12,14 @@ from .metric import Metric, as_features
 
 
 def precision(samples: torch.Tensor, reference: torch.Tensor, *, k: int = 3, block_size: int = 1024) -> float:
-    """Computes the share of samples that lie in the manifold of the reference (eqs. 1 and 2).
+    """Computes the share of samples that are in the manifold of the reference (eqs. 1 and 2).
 
-    The manifold is the union of balls around the reference's features, each reaching to the k-th neighbour. Distances
-    are computed in float64 on the device of the features.
+    The manifold is the union of balls around the reference's features, each with the distance to the k-th neighbour
+    as its radius. Distances are computed in float64 on the device of the features.
 
     Args:
         samples: Features [N, D].
-        reference: Features [M, D], M more than k.
+        reference: Features [M, D], with M > k.
         k: Number of neighbours, not counting the image itself.
         block_size: Rows of distances held at a time: block_size * M values.
 
@@ -30,22 +30,22 @@ def precision(samples: torch.Tensor, reference: torch.Tensor, *, k: int = 3, blo
         raise ValueError(f"Expected k from 1 to the images less one ({len(reference) - 1}), got {k}. Use more images.")
     samples, reference = (as_features(features, device=features.device) for features in (samples, reference))
 
-    # The radius of each ball. k + 1: each image is its own nearest.
+    # The radius of each ball. k + 1, because each image is its own nearest neighbour.
     blocks = reference.split(block_size)
     radii = torch.cat([torch.cdist(rows, reference).kthvalue(k + 1, dim=1).values for rows in blocks])  # M
 
-    # The samples that lie in any of them.
+    # The samples that are in any ball.
     blocks = samples.split(block_size)
     inside = torch.cat([(torch.cdist(rows, reference) <= radii).any(dim=1) for rows in blocks])  # N
     return inside.double().mean().item()
 
 
 def recall(samples: torch.Tensor, reference: torch.Tensor, *, k: int = 3, block_size: int = 1024) -> float:
-    """Computes the share of the reference that lies in the manifold of the samples: `precision` with both swapped."""
+    """Computes the share of the reference that is in the manifold of the samples: `precision` with both swapped."""
     return precision(reference, samples, k=k, block_size=block_size)
 
 
-# Four images: one and three neighbours.
+# At least four images: one and its three neighbours.
 PRECISION = Metric(
     label="Precision", compute=precision, takes="features", output="features", higher_is_better=True, min_samples=4
 )

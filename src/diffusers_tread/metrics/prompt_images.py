@@ -17,20 +17,20 @@ from ..finite import check_finite
 from .pipeline_images import component_config, describe_components, pipeline_networks, sample_generator
 
 
-# What a call gets from here, or what would change the number or the kind of its images.
+# Arguments that are set here, or that would change the number or the kind of the images.
 _RESERVED = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_inference_steps")
 _RESERVED += ("guidance_scale", "height", "width")
 
 
 class PromptImages:
-    """Samples of a text-to-image pipeline; each depends on its prompt, the seed and its index only.
+    """Samples of a text-to-image pipeline; each depends only on its prompt, the seed and its index.
 
     Sample i has the prompt i mod len(prompts) and a generator seeded with `derive_seed(seed, "evaluate", i)`, which is
-    on the CPU whatever the pipeline's device. The networks are in evaluation mode while they sample.
+    always on the CPU. The networks are in evaluation mode during sampling.
 
     Args:
-        pipeline: Any pipeline of diffusers that is called with `prompt`, `generator` and `output_type` and gives
-            `images`, on its device; or what is called as one and holds it as `pipeline`, beside its `guider`.
+        pipeline: Any pipeline of diffusers, on its device, whose call takes `prompt`, `generator` and `output_type`
+            and returns `images`; or a wrapper with the same call that has it as `pipeline`, and a `guider`.
         prompts: At least one text.
         num_images: Number of samples; None for one per prompt.
         num_inference_steps: Steps of the sampler; None for the pipeline's default.
@@ -42,8 +42,8 @@ class PromptImages:
             {"negative_prompt": "blurry"}.
 
     Raises:
-        ValueError: There are no prompts or empty ones, the pipeline's call lacks an argument, or a network has weights
-            with NaN or infinity.
+        ValueError: There are no prompts, or empty ones; the pipeline's call lacks an argument; or a network has
+            weights with NaN or infinity.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class PromptImages:
         return self.prompts[index % len(self.prompts)]
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Samples [B, 3, H, W] uint8, rounded as the pipeline rounds its PIL images.
+        """Makes the samples start .. stop - 1, [B, 3, H, W] uint8, rounded like the pipeline's PIL images.
 
         Raises:
-            ValueError: Samples that are not finite, or images with another number of channels than 1 or 3.
+            ValueError: A sample is not finite, or images have neither 1 nor 3 channels.
         """
-        # What "pt" gives lies in [0, 1] or in [-1, 1], as each pipeline likes; "np" is always in [0, 1].
+        # "pt" is in [0, 1] or in [-1, 1], depending on the pipeline; "np" is always in [0, 1].
         has_no_vae = self.wrapped.components.get("vae", self) is None
         generators = [sample_generator(self.seed, index) for index in range(start, stop)]
         patches = _timesteps_repeated(self.wrapped), _noise_from(generators, self.wrapped.scheduler)
@@ -96,7 +96,9 @@ class PromptImages:
                 **self.options,
                 **self.call_options,
             ).images
-        if has_no_vae:  # PRX in pixel space gives its latents, which are pixels in [-1, 1]
+
+        # To [0, 1], then to uint8.
+        if has_no_vae:  # PRX in pixel space returns its latents, which are pixels in [-1, 1]
             images = images.float() / 2 + 0.5  # B C H W
         else:
             images = torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)  # B H W C to B C H W
@@ -107,9 +109,9 @@ class PromptImages:
         """Lists everything that the samples depend on: weights, tokenizers, sampler, prompts, seed."""
         return self._description
 
-    @cached_property  # which type checkers do not take for the attribute that a protocol names
+    @cached_property  # separate, because type checkers do not accept it as the protocol's property
     def _description(self) -> dict[str, Any]:
-        # What guides, which may have another network.
+        # Guidance, which may have a network of its own.
         pipeline, guider = self.wrapped, getattr(self.pipeline, "guider", None)
         guidance = {} if guider is None else {"guider": {"class": type(guider).__name__, **component_config(guider)}}
         if interval := getattr(self.pipeline, "guidance_interval", None):
@@ -159,7 +161,7 @@ class PromptImages:
 
 
 def check_prompts(prompts: Sequence[str], *, where: str = "the prompts") -> None:
-    """Raises ValueError unless there are prompts and each is a text that is not blank."""
+    """Raises ValueError unless there is at least one prompt, and each is a text that is not blank."""
     if not prompts:
         raise ValueError(f"Expected at least one prompt in {where}, got none.")
     wrong = [index for index, text in enumerate(prompts) if not isinstance(text, str) or not text.strip()]
@@ -173,7 +175,7 @@ def check_prompts(prompts: Sequence[str], *, where: str = "the prompts") -> None
 
 @contextmanager
 def evaluation_mode(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Puts networks into evaluation mode, and those of their modules that were in training mode back at the end."""
+    """Puts networks into evaluation mode; at the end, modules that were in training mode are put back."""
     training = [module for network in networks for module in network.modules() if module.training]
     for module in training:
         module.training = False
@@ -186,9 +188,9 @@ def evaluation_mode(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _timesteps_repeated(pipeline) -> Iterator[None]:
-    """Gives a transformer a timestep per sample where its pipeline gives it one per half of the batch.
+    """Gives a transformer one timestep per sample even if its pipeline gives it one per half of the batch.
 
-    PRX does so, and fails with classifier-free guidance of several prompts:
+    PRX does the latter, and so fails with classifier-free guidance of several prompts:
     https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/prx/pipeline_prx.py
     """
 
@@ -210,9 +212,9 @@ def _timesteps_repeated(pipeline) -> Iterator[None]:
 
 @contextmanager
 def _noise_from(generators: list[torch.Generator], scheduler) -> Iterator[None]:
-    """Lets a scheduler draw the noise of its steps from generators, which many pipelines of diffusers keep from it.
+    """Makes a scheduler draw the noise of its steps from the generators, which many pipelines do not pass on to it.
 
-    Stable Diffusion 3 and Flux do, so that samples of an SDE would depend on torch's default generator:
+    With Stable Diffusion 3 and Flux, samples of an SDE would otherwise depend on torch's default generator:
     https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/flux/pipeline_flux.py
     """
     if "generator" not in inspect.signature(scheduler.step).parameters:
@@ -226,7 +228,7 @@ def _noise_from(generators: list[torch.Generator], scheduler) -> Iterator[None]:
 
 
 def _to_uint8(images: torch.Tensor, start: int) -> torch.Tensor:
-    """Rounds images [B, C, H, W] in [0, 1], of which the first has index `start`, to [B, 3, H, W]."""
+    """Rounds images [B, C, H, W] in [0, 1] to [B, 3, H, W] uint8; `start` is the index of the first, for the error."""
     if images.shape[1] not in (1, 3):
         raise ValueError(f"Expected a pipeline of images with 1 or 3 channels, got {images.shape[1]}.")
     finite = images.isfinite().flatten(1).all(dim=1)

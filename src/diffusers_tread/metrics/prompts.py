@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Prompts from files and from columns of `datasets` repositories."""
+"""Reads prompts from files and from columns of `datasets` repositories."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def read_prompts(path: str | Path, *, caption_column: str = "text") -> list[str]
         caption_column: The column, or key, of the prompts in a file that is not .txt.
 
     Raises:
-        ValueError: The file is missing, damaged or of another kind, has no such column, or has rows without a prompt.
+        ValueError: The file is missing, damaged or of another type, has no such column, or has rows without a prompt.
     """
     path = Path(path)
     readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

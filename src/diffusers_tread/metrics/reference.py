@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What samples are compared with: opened, checked, and its features extracted if it is made of images."""
+"""Opens and checks the reference that samples are compared with, and extracts its features if it has images."""
 
 import hashlib
 import json
@@ -23,16 +23,16 @@ from .registry import METRICS, check_metrics, possible_metrics
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class PreparedReference:
-    """What samples are compared with."""
+    """The reference that samples are compared with."""
 
     description: dict[str, Any]
-    """Name, hash and, if known, number of images."""
+    """Name, hash and, if known, the number of images."""
     metrics: tuple[str, ...]
     """Metrics that can be computed with it."""
     statistics: dict[str, FeatureStatistics]
-    """Statistics by output of the extractor; those made from images are in the main process only."""
+    """Statistics by output of the extractor; those computed from images are only in the main process."""
     store: FeatureStore | None
-    """Features of its images; None if no metric needs them."""
+    """Features of the images; None if no metric needs them."""
 
 
 def prepare_reference(
@@ -44,24 +44,25 @@ def prepare_reference(
     metrics: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> PreparedReference:
-    """Opens a reference, checks it, and extracts its features if a metric needs them; all processes together.
+    """Opens and checks a reference, and extracts its features if a metric needs them; all processes call it together.
 
     Args:
         reference: An `.npz` file with statistics or images, a folder of images, or any `ImageSource`.
         extractor: The network whose features are compared.
-        batch_size: Images per forward of the extractor.
-        store_dir: Folder, seen by all processes, in which each reference gets a folder for its features.
-        metrics: What will be computed; None for all that the extractor and the reference allow.
+        batch_size: Images per forward pass of the extractor.
+        store_dir: Folder, shared by all processes, in which each reference gets a folder for its features.
+        metrics: Metrics to compute; None for all that the extractor and the reference allow.
         image_size: (H, W) of the samples; a reference with images of another size is refused. None for any size.
 
     Raises:
-        ValueError: The reference does not exist, is of another extractor, or lacks what a metric needs.
+        ValueError: The reference does not exist, was made with another extractor, or lacks what a metric needs.
     """
+    # Open.
     description, statistics, source = _open(reference, extractor)
     if source is not None and image_size is not None:
         _check_size(source, image_size)
 
-    # Metrics that the file's statistics do not serve are computed from images.
+    # Metrics that cannot be computed from the file's statistics need images.
     wanted = possible_metrics(extractor) if metrics is None else tuple(metrics)
     check_metrics(wanted, extractor)
     of_images = tuple(name for name in wanted if _needs_images(name, statistics))
@@ -73,7 +74,7 @@ def prepare_reference(
             f"{list(statistics)} only. Leave these metrics out or give images."
         )
 
-    # Their features, and the statistics of these.
+    # Features of the images, and their statistics.
     store = None
     if source is not None and of_images:
         check_metrics(of_images, extractor, num_samples=len(source))
@@ -85,7 +86,7 @@ def prepare_reference(
 def _open(
     reference: str | Path | ImageSource, extractor: FeatureExtractor
 ) -> tuple[dict[str, Any], dict[str, FeatureStatistics], ImageSource | None]:
-    """Opens description, statistics by output, and images, one of which a file may lack."""
+    """Opens the description, the statistics by output, and the images; a file may lack either of the last two."""
     if isinstance(reference, (str, Path)) and Path(reference).is_dir():
         reference = FolderImages(reference)
     if not isinstance(reference, (str, Path)):
@@ -116,7 +117,7 @@ def _extract(
     batch_size: int,
     store_dir: str | Path,
 ) -> FeatureStore:
-    """Extracts features into a folder that any evaluation with the same reference finds again."""
+    """Extracts features into a folder that later evaluations with the same reference reuse."""
     settings = {"images": description, "feature_extractor": extractor.description}
     key = hashlib.sha256(json.dumps(settings | {"batch_size": batch_size}, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(store_dir, f"reference-{key}")
@@ -128,7 +129,7 @@ def _extract(
 def _statistics_of(
     store: FeatureStore, metrics: Sequence[str], extractor: FeatureExtractor
 ) -> dict[str, FeatureStatistics]:
-    """Computes, in the main process, the statistics that metrics take."""
+    """Computes, in the main process, the statistics that the metrics need."""
     if not PartialState().is_main_process:
         return {}
     outputs = {METRICS[name].output for name in metrics if METRICS[name].takes == "statistics"}

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Which metrics there are. Evaluation, examples/evaluate_tread.py, results and model cards know them from here alone.
+"""The table of metrics, used by evaluation, examples/evaluate_tread.py, results and model cards.
 
-A metric is added by a file with its formula and a `Metric` that describes it, and by a line in `METRICS`; outside of
-this package by a call of `register_metric`.
+To add a metric to this package, write a file with its formula and a `Metric` that describes it, and add a line to
+`METRICS`. Outside of this package, call `register_metric`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ METRICS: dict[str, Metric] = {
     "precision": PRECISION,
     "recall": RECALL,
 }
-"""By the name that `--metrics` and results files use."""
+"""The metrics, by their names in `--metrics` and in results files."""
 
 
 def register_metric(name: str, metric: Metric) -> None:
-    """Adds a metric to those that can be computed; docs/evaluation.md shows one.
+    """Registers a metric; docs/evaluation.md has an example.
 
     Args:
-        name: What `metrics=` and `--metrics` call it.
+        name: Its name for `metrics=` and `--metrics`.
         metric: Its description.
 
     Raises:
@@ -41,16 +41,16 @@ def register_metric(name: str, metric: Metric) -> None:
 
 
 def possible_metrics(extractor: FeatureExtractor) -> tuple[str, ...]:
-    """Lists the metrics for which the extractor has the output."""
+    """Lists the metrics whose output the extractor has."""
     return tuple(name for name, metric in METRICS.items() if metric.output in extractor.outputs)
 
 
 def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, *, num_samples: int | None = None) -> None:
-    """Raises ValueError for metrics that do not exist or that cannot be computed.
+    """Raises ValueError for metrics that do not exist or cannot be computed.
 
     Args:
         metrics: Names of metrics.
-        extractor: The network, which must have the outputs they are computed from.
+        extractor: The network, which must have the outputs that the metrics need.
         num_samples: Number of images; None if it does not matter.
     """
     for name in metrics:
@@ -67,7 +67,7 @@ def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, *, num_sa
 
 
 def named_values(name: str, value: float | MeanStd | MeanError) -> dict[str, float]:
-    """Names what a metric or a scorer gave, as results files do; "_std" and "_standard_error" are suffixes."""
+    """Names the values of a metric or a scorer as in results files, with the suffixes "_std" and "_standard_error"."""
     if isinstance(value, MeanError):
         return {name: value.mean, f"{name}_standard_error": value.standard_error}
     return {name: value.mean, f"{name}_std": value.std} if isinstance(value, MeanStd) else {name: value}
@@ -81,7 +81,7 @@ def check_values(values: Mapping[str, float]) -> None:
 
 
 def value_label(name: str) -> str:
-    """Finds the label of a value that `named_values` named; without an entry in the tables it is the name itself."""
+    """Finds the label for a name from `named_values`; for names that are not in the tables, it is the name itself."""
     entries = METRICS | {f"{scorer}_score": entry for scorer, entry in SCORERS.items()}
     for suffix, what in {"": "", "_std": ", standard deviation", "_standard_error": ", standard error"}.items():
         if name.endswith(suffix) and (entry := entries.get(name.removesuffix(suffix))):
@@ -90,6 +90,6 @@ def value_label(name: str) -> str:
 
 
 def is_higher_better(name: str) -> bool | None:
-    """In which direction a value is better; None for a standard deviation or error, and for what the tables lack."""
+    """Whether a higher value is better; None for a standard deviation or error, and for names not in the tables."""
     entry = METRICS.get(name) or (SCORERS.get(name.removesuffix("_score")) if name.endswith("_score") else None)
     return None if entry is None else entry.higher_is_better

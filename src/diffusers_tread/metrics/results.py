@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Results of an evaluation and everything they depend on, as a JSON file from which model cards are made."""
+"""Results of an evaluation and everything they depend on, as a JSON file that model cards are made from."""
 
 import dataclasses
 import datetime
@@ -54,17 +54,17 @@ class EvaluationResults:
     num_samples: int
     """Number of images that were judged."""
     images: dict[str, Any]
-    """The images that were judged. For a pipeline: `name_or_path`, `revision`, `weights` (SHA-256 by component),
-    `scheduler`, `num_inference_steps`, `guidance`, `labels`, `seed`; `prompts` with their
-    number and hash instead of labels for a text-to-image pipeline; for a folder or file its name and hash."""
+    """Description of the judged images. For a pipeline: `name_or_path`, `revision`, `weights` (SHA-256 by component),
+    `scheduler`, `num_inference_steps`, `guidance`, `labels`, `seed`; for a text-to-image pipeline, `prompts` (their
+    number and hash) instead of labels; for a folder or file, its name and hash."""
     feature_extractor: dict[str, str]
     """`name` and `fingerprint` of the network whose features were compared; only the name "none" without one."""
     reference: dict[str, Any]
     """Name and hash of the reference; only the name "none" without one."""
     batch_size: int
-    """Images per forward. On most hardware, another one rounds sums differently."""
+    """Images per forward pass. On most hardware, rounding depends on it."""
     scorers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What identifies each scorer, by its name."""
+    """Description that identifies each scorer, by its name."""
     versions: dict[str, str] = field(default_factory=package_versions)
     """Versions of Python and of the installed packages."""
     hardware: dict[str, Any] = field(default_factory=describe_hardware)
@@ -82,7 +82,7 @@ class EvaluationResults:
         check_values(self.metrics)
 
     def label(self, name: str) -> str:
-        """Finds what tables and cards call one of the values, such as "FID"."""
+        """Finds the label of a value for tables and cards, such as "FID"."""
         return value_label(name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class EvaluationResults:
         """Makes results from the content of a file.
 
         Raises:
-            ValueError: Entries are missing or unknown, or the format version is.
+            ValueError: Entries are missing or unknown, or the format version is unknown.
         """
         try:
             return cls(**values)
@@ -102,7 +102,7 @@ class EvaluationResults:
             raise ValueError(f"Expected the entries of EvaluationResults, got others ({error}).") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         write_json(Path(path), self.to_dict())
 
 
@@ -110,7 +110,7 @@ def load_results(path: str | Path) -> EvaluationResults:
     """Reads a results file.
 
     Raises:
-        ValueError: The file is missing or of another format.
+        ValueError: The file is missing or has another format.
     """
     try:
         return EvaluationResults.from_dict(json.loads(Path(path).read_text()))

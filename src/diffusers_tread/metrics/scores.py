@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What becomes of the scores of images: their means, and a table with a row per image."""
+"""Summarises the scores of images: their means, and a table with a row per image."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from .scorers import LoadedScorer
 
 
 def check_scorers(scorers: Sequence[LoadedScorer], source: ImageSource) -> None:
-    """Raises ValueError for scorers that cannot rate the images, or whose values have the name of a metric."""
+    """Raises ValueError if scorers cannot rate the images, or if their values have the name of a metric."""
     if not scorers:
         return
     if not hasattr(source.source if isinstance(source, KeptImages) else source, "prompt"):
@@ -30,7 +30,7 @@ def check_scorers(scorers: Sequence[LoadedScorer], source: ImageSource) -> None:
 
 
 def mean_scores(scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Averages the scores [N] of each scorer in float64, N at least 2, and names the values as results do.
+    """Averages the scores [N] of each scorer in float64, N at least 2, and names the values as in results files.
 
     Raises:
         ValueError: A mean is not finite.

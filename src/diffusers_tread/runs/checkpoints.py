@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints that are there whole or not at all, on top of Accelerate's `save_state` and `load_state`.
+"""Atomic checkpoints on top of Accelerate's `save_state` and `load_state`: either complete or absent.
 
 A checkpoint is a folder `checkpoint-<step>` with Accelerate's files (weights, optimiser, gradient scaler, generators),
-`ema.safetensors`, `trainer_state.json` (what the training loop wants back) and, written last, `manifest.json` with the
-step, the branches of the run that led to it, and the size and SHA-256 of every other file. It is written as
-`checkpoint-<step>.tmp` and renamed when it is on the disk. With several machines the output folder must be one that
-all of them see.
+`ema.safetensors`, `trainer_state.json` (the training loop's state) and, written last, `manifest.json` with the step,
+the branches of the run that led to it, and the size and SHA-256 of every other file. It is written as
+`checkpoint-<step>.tmp` and renamed once it is on the disk. With several machines, the output folder must be on a file
+system that all of them share.
 """
 
 import json
@@ -30,24 +30,24 @@ MANIFEST, STATE, EMA_WEIGHTS = "manifest.json", "trainer_state.json", "ema.safet
 _ON_FULL_DISK = "Free some space and run the same command, which goes on from the last whole checkpoint."
 
 Lineage = tuple[tuple[str, int], ...]
-"""The branches that a run went through, each by its id and the step it began at; the last one is its own."""
+"""The branches a run went through, as pairs of id and first step; the last one is the run's own."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What `manifest.json` says of a checkpoint."""
+    """The content of a checkpoint's `manifest.json`."""
 
     step: int
     """Optimiser steps done."""
     lineage: Lineage
-    """Of the run that wrote it."""
+    """Lineage of the run that wrote the checkpoint."""
     files: dict[str, dict[str, Any]]
-    """`size` and `sha256` by name."""
+    """`size` (bytes) and `sha256` of each file, by its name."""
 
     def is_of(self, lineage: Lineage) -> bool:
-        """Whether a run with this lineage came by this checkpoint, or wrote it."""
+        """Whether a run with this lineage wrote this checkpoint or descends from it."""
         shared = len(self.lineage)
         return self.lineage == lineage[:shared] and (shared == len(lineage) or self.step <= lineage[shared][1])
 
@@ -66,21 +66,21 @@ def save_checkpoint(
     """Writes `checkpoint-<step>`; all processes call it together.
 
     Args:
-        accelerator: With the model and optimiser prepared.
+        accelerator: Has prepared the model and the optimiser.
         output_dir: Folder for the checkpoints.
         step: Optimiser steps done.
-        state: What the training loop wants back, JSON; the same on all processes.
-        lineage: Of the run.
-        ema: Averaged weights to keep.
+        state: State of the training loop to restore later, as JSON; the same on all processes.
+        lineage: The run's lineage.
+        ema: Averaged weights to save.
         ema_names: Their names, in the order of the parameters.
-        total_limit: Checkpoints of this run to keep; its oldest others are deleted once this one is whole. None keeps
-            all.
+        total_limit: Number of this run's checkpoints to keep; the oldest ones are deleted once this one is complete.
+            None keeps all.
 
     Returns:
         The folder.
 
     Raises:
-        OSError: The disk is full; nothing is left of the checkpoint.
+        OSError: The disk is full. The unfinished checkpoint is removed.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     folder = final.with_name(final.name + ".tmp")
@@ -102,7 +102,7 @@ def save_checkpoint(
             _seal(folder, step=step, lineage=lineage)
             replace_folder(folder, final)
 
-    # Contents, publication, and only then forget older ones.
+    # Write the contents, rename the folder, and only then delete older checkpoints.
     _write_together(accelerator, write, folder)
     _write_together(accelerator, seal, folder)
     if accelerator.is_main_process:
@@ -120,7 +120,7 @@ def load_checkpoint(
         The training loop's state.
 
     Raises:
-        ValueError: Averaged weights are asked for and the checkpoint has none.
+        ValueError: `ema` is given, but the checkpoint has no averaged weights.
     """
     state = read_state(checkpoint)
     if ema is not None:
@@ -135,7 +135,7 @@ def load_checkpoint(
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The training loop's state of a whole checkpoint."""
+    """Reads the training loop's state from a complete checkpoint."""
     return json.loads((Path(checkpoint) / STATE).read_text())
 
 
@@ -143,7 +143,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Reads a checkpoint's manifest.
 
     Raises:
-        ValueError: There is none, or it is damaged.
+        ValueError: The manifest is missing or damaged.
     """
     content = read_object(checkpoint / MANIFEST)
     try:
@@ -161,7 +161,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a file's name in a manifest stays in the folder."""
+    """Whether a file name from a manifest points inside the checkpoint's folder."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
@@ -171,13 +171,13 @@ def verify_checkpoint(checkpoint: Path, *, checksums: bool = True) -> Manifest:
 
     Args:
         checkpoint: The folder.
-        checksums: Whether to read every file and compare its SHA-256, or to look at its size only.
+        checksums: Whether to compare the SHA-256 of every file; False compares sizes only.
 
     Returns:
         The manifest.
 
     Raises:
-        ValueError: Naming the manifest or the first file that is missing or differs.
+        ValueError: The manifest or a file is missing or differs; the message names the first one.
     """
     try:
         manifest = read_manifest(checkpoint)
@@ -194,26 +194,28 @@ def verify_checkpoint(checkpoint: Path, *, checksums: bool = True) -> Manifest:
 
 
 def find_checkpoint(output_dir: str | Path, which: str = "latest", *, lineage: Lineage = ()) -> Path | None:
-    """The checkpoint to resume from; one process looks and tells the others.
+    """Finds the checkpoint to resume from. Call it in one process only and broadcast the result.
 
     Args:
         output_dir: Folder with checkpoints. Half-written ones (`*.tmp`) that a killed run left are deleted.
-        which: "latest" for the newest whole one that this branch of the run wrote, skipping damaged ones and those of
-            others with a warning; or the path of one, or its name in `output_dir`.
-        lineage: Of the run that "latest" is asked for.
+        which: "latest" for the newest complete checkpoint that this branch of the run wrote; damaged ones and those of
+            other branches are skipped with a warning. Or the path of a checkpoint, or its name in `output_dir`.
+        lineage: Lineage of the run, for "latest".
 
     Returns:
-        The folder, or None if "latest" finds no whole one.
+        The folder, or None if "latest" finds no complete checkpoint.
 
     Raises:
         ValueError: The named checkpoint is missing or damaged.
     """
+    # Delete what a killed run left half-written.
     output_dir = Path(output_dir)
     for half in output_dir.glob("checkpoint-*.tmp"):
         if re.fullmatch(r"checkpoint-\d+(\.old)?\.tmp", half.name):
             logger.warning(f"Deleting {half}, which was never finished.")
             remove(half)
 
+    # A named checkpoint.
     if which != "latest":
         checkpoint = output_dir / which if (output_dir / which).is_dir() else Path(which)
         if not checkpoint.is_dir():
@@ -221,6 +223,7 @@ def find_checkpoint(output_dir: str | Path, which: str = "latest", *, lineage: L
         verify_checkpoint(checkpoint)
         return checkpoint
 
+    # The newest complete one of this branch.
     found, others = None, []
     for checkpoint in reversed(list_checkpoints(output_dir)):
         try:
@@ -249,14 +252,14 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 def rotate_checkpoints(output_dir: str | Path, *, total_limit: int | None, step: int, lineage: Lineage = ()) -> None:
     """Deletes this run's oldest checkpoints until `total_limit` are left.
 
-    Only whole ones up to the present step count, and only they are deleted; damaged ones, those of other runs and
+    Only complete checkpoints up to the current step are counted and deleted. Damaged ones, those of other runs and
     those of later steps stay.
 
     Args:
         output_dir: Folder with checkpoints.
-        total_limit: At least 1; None keeps all.
-        step: The present step.
-        lineage: Of the run.
+        total_limit: Number of checkpoints to keep, at least 1; None keeps all.
+        step: The current step.
+        lineage: The run's lineage.
     """
     if total_limit is None:
         return
@@ -264,23 +267,24 @@ def rotate_checkpoints(output_dir: str | Path, *, total_limit: int | None, step:
     for checkpoint in list_checkpoints(output_dir):
         try:
             manifest = verify_checkpoint(checkpoint, checksums=False)
-        except ValueError:  # named when the run was resumed
+        except ValueError:  # already reported when the run was resumed
             continue
         if manifest.is_of(lineage) and manifest.step <= step:
             counted.append(checkpoint)
     for checkpoint in counted[: -max(total_limit, 1)]:
-        # Renamed first, so that a run killed in between leaves no half-deleted checkpoint under a valid name.
+        # Rename first, so that a run killed in between leaves no half-deleted checkpoint under a valid name.
         remove(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.tmp")))
 
 
 def _write_together(accelerator: Accelerator, work: Callable[[], None], folder: Path) -> None:
-    """Calls `work` in each process; if one fails all do, and the half-written folder is gone."""
+    """Calls `work` in each process. If it fails in one, all processes raise and the half-written folder is deleted."""
     problem = None
     try:
         with full_disk_explained(folder.with_suffix(""), remedy=_ON_FULL_DISK):
             work()
     except BaseException as error:
-        # Nobody listens to one who is stopped, and FSDP's processes talk to each other while they write.
+        # Raise at once, without telling the other processes: they do not wait for one that is being stopped, and
+        # under FSDP they may be inside collectives of `save_state`.
         if not isinstance(error, Exception) or accelerator.distributed_type == DistributedType.FSDP:
             remove(folder)
             raise
@@ -295,7 +299,7 @@ def _write_together(accelerator: Accelerator, work: Callable[[], None], folder: 
 
 
 def _seal(folder: Path, *, step: int, lineage: Lineage) -> None:
-    """Writes the manifest of all files in the folder."""
+    """Writes the manifest, which lists all files in the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
@@ -307,16 +311,16 @@ def _seal(folder: Path, *, step: int, lineage: Lineage) -> None:
 def settle_buckets(
     model: torch.nn.Module, latents_shape: Sequence[int], device: torch.device, conditions: dict[str, Any]
 ) -> None:
-    """Lets DDP regroup its gradients, as it does after a first backward, before a checkpoint is loaded.
+    """Makes DDP rebuild its gradient buckets, as after a first backward pass, before a checkpoint is loaded.
 
-    Sums over more than two processes depend on the groups: without this a resumed run rounds its first step
-    differently.
+    With more than two processes, the rounding of gradient sums depends on the buckets: without this, a resumed run
+    would round its first step differently.
 
     Args:
-        model: As Accelerate prepared it; nothing happens to one that is not DDP's.
-        latents_shape: [C, H, W] that it is trained on.
-        device: Its device.
-        conditions: What it is told of one sample.
+        model: The model as Accelerate prepared it; without DDP nothing happens.
+        latents_shape: Shape [C, H, W] of the latents it is trained on.
+        device: The model's device.
+        conditions: The model's conditions for one sample.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         latents, zero = torch.zeros(1, *latents_shape, device=device), torch.zeros(1, device=device)

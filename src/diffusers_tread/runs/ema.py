@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Weights and diffusers' `EMAModel`, whole (one process, DDP) and sharded (FSDP2): average, gather, load."""
+"""Averages, gathers and loads weights for diffusers' `EMAModel`, whole (one process, DDP) or sharded (FSDP2)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +13,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 @torch.no_grad()
 def update_ema(ema: EMAModel, parameters: Iterable[torch.Tensor]) -> None:
-    """What `ema.step(parameters)` does, up to rounding, in one pass over the weights and without a copy of them.
+    """Does the same as `ema.step(parameters)`, up to rounding, but in one pass and without copying the weights.
 
     Args:
-        ema: Changed in place: its averages and `optimization_step`.
-        parameters: As it was made of, all to be averaged, whole or sharded as its averages are.
+        ema: Its averages and its `optimization_step` are changed in place.
+        parameters: The parameters that `ema` was made from, sharded in the same way. All of them are averaged.
     """
     ema.optimization_step += 1
     ema.cur_decay_value = ema.get_decay(ema.optimization_step)
@@ -26,20 +26,20 @@ def update_ema(ema: EMAModel, parameters: Iterable[torch.Tensor]) -> None:
 
 
 def local_shards(weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """What this process holds of weights, sharing their storage: shards of FSDP2's, others whole."""
+    """The part of each weight on this process: its shard under FSDP2, else the whole weight. Storage is shared."""
     return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
 
 
 def whole_weights(
     weights: Iterable[torch.Tensor], names: Iterable[str], *, device: "torch.device | str"
 ) -> dict[str, torch.Tensor]:
-    """Weights by their names, whole; those that are neither sharded nor elsewhere share their storage with `weights`.
+    """Gathers whole weights by name; a weight that is not sharded and already on `device` is not copied.
 
     Args:
         weights: A model's parameters or `EMAModel.shadow_params`. If FSDP2 shards them, all processes must call this
-            together, and each gets all of them.
-        names: As `named_parameters` of the model had them before it was prepared.
-        device: Where to put them, one after the other.
+            together, and each gets all weights.
+        names: Names from the model's `named_parameters`, before Accelerate prepared it.
+        device: Device to put the weights on, one after the other.
     """
     named = zip(names, weights, strict=True)
     return {
@@ -50,10 +50,15 @@ def whole_weights(
 
 @torch.no_grad()
 def load_ema(ema: EMAModel, path: Path, names: list[str]) -> None:
-    """Reads averaged weights that `whole_weights` gave and `safetensors` wrote; each process keeps its own shards.
+    """Loads averaged weights from a safetensors file; each process keeps its own shards.
+
+    Args:
+        ema: Its averages are overwritten.
+        path: File with the output of `whole_weights`.
+        names: Names of the averages, in their order.
 
     Raises:
-        ValueError: The file holds other weights.
+        ValueError: The names in the file differ.
     """
     weights = safetensors.torch.load_file(path)
     if set(weights) != set(names):

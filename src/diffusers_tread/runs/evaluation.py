@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What an evaluation is told: what is judged, what it is compared with, and which settings are swept."""
+"""Config of an evaluation: which images are judged, what they are compared with, which settings are swept."""
 
 import dataclasses
 import math
@@ -16,61 +16,62 @@ from .sweep import SweepPoint, read_points
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(SamplingConfig):
-    """What is judged, what it is compared with, and how.
+    """Which images are judged, what they are compared with, and how.
 
     Raises:
-        ValueError: Values out of their ranges; fields of which one needs or excludes another.
+        ValueError: A value is out of its range, or fields contradict each other.
     """
 
     output_dir: str = "evaluation"
-    """Results, features and images; all processes must see it."""
+    """Folder for results, features and images; all processes must share it."""
     batch_size: int = 64
-    """Images per process and forward."""
+    """Images per process and forward pass."""
     guidance_scales: str | None = None
-    """Instead of one scale: several, such as 1,1.25,1.5, each in a folder of its own, and a curve over them."""
+    """Several guidance scales to compare, such as 1,1.25,1.5. Each gets a folder of its own, and a curve is drawn."""
     sweep: str | None = None
-    """Likewise several values of other settings of sampling, as JSON or a file with it: a grid such as
+    """Several values of other sampling settings to compare, as JSON or a JSON file: a grid such as
     {"guidance_scale": [1, 1.5], "weak_ratio": [0.7, 0.9]}, or a list of points such as [{"guidance": "none"}]."""
     num_kept_images: int = 40
-    """First samples of a pipeline to keep as PNG files, for the grid and the eye."""
+    """Number of samples, from the first, to keep as PNG files and show in a grid."""
 
     # What is judged.
     images: str | None = None
-    """Instead of a pipeline: a folder of images, or an .npz file with arr_0."""
+    """Images to judge instead of a pipeline's: a folder, or an .npz file with arr_0."""
     resolution: int | None = None
-    """Side in pixels to which images of folders and data sets are cropped and resized; None for as they are."""
+    """Side in pixels to which images of folders and data sets are cropped and resized; None leaves them unchanged."""
     background: str = "white"
-    """Colour behind transparent images, such as white or #808080."""
+    """Colour put behind transparent images, such as white or #808080."""
 
     # What it is compared with.
     reference: str | None = None
-    """An .npz file (ADM's, or of save_statistics) or a folder of images."""
+    """Reference: an .npz file (ADM's, or one written by save_statistics) or a folder of images."""
     reference_dataset_name: str | None = None
-    """Instead: a `datasets` repository; needs a resolution."""
+    """Reference from a `datasets` repository instead; needs resolution."""
     reference_dataset_config_name: str | None = None
-    """Its configuration; None for its only one."""
+    """Configuration of the reference data set; None if it has only one."""
     reference_dataset_split: str = "train"
-    """Its split."""
+    """Split of the reference data set."""
     reference_image_column: str = "image"
-    """Its column with images."""
+    """Column of the reference data set with images."""
     cache_dir: str | None = None
     """Where downloaded data are kept; None for the cache of `datasets`."""
     reference_features_dir: str | None = None
-    """Where a reference's features are kept; None for the output folder."""
+    """Where the features of the reference are kept; None for the output folder."""
     save_statistics: str | None = None
-    """Write the reference's statistics to this .npz file, to be a reference later."""
+    """Write the reference's statistics to this .npz file, for use as a later reference."""
 
     # How.
     metrics: str | None = None
-    """Of `diffusers_tread.metrics.METRICS`, such as fid,recall; None for all that are possible."""
+    """Metrics from `diffusers_tread.metrics.METRICS`, such as fid,recall; None for all that are possible."""
     feature_extractor: str = "inception"
-    """inception, clean-fid:clean, transformers:NAME, timm:NAME ..."""
+    """Network whose features are compared: inception, clean-fid:clean, transformers:NAME, timm:NAME, ..."""
     feature_extractor_weights: str | None = None
-    """A local file with its weights; None to download them."""
+    """Local file with the weights of this network; None to download them."""
     scorers: str | None = None
-    """With prompts: of `diffusers_tread.metrics.SCORERS`, such as clip; needs no reference."""
+    """Scorers of image and prompt from `diffusers_tread.metrics.SCORERS`, such as clip. They need prompts, but no
+    reference."""
     clip_model: str = "openai/clip-vit-large-patch14"
-    """Of the scorer clip: a CLIP or a SigLIP of transformers, a folder or a repository on the Hub."""
+    """Model of the scorer clip: a CLIP or SigLIP of transformers, as a folder or a repository on the Hub."""
     scorer_file: str | None = None
     """A Python file of your own that calls `register_scorer`. It is executed."""
 
@@ -123,23 +124,27 @@ class EvaluationConfig(SamplingConfig):
 
     def _check_points(self) -> None:
         for point in self.points:
-            alone = self.at(point)  # which checks it
+            alone = self.at(point)  # checks the point
             if alone.guidance in ("sparse", "auto"):
                 make_guider(alone)
         swept = {name for point in self.points for name in point.values}
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         if twice := sorted(name for name in swept if getattr(self, name) != defaults[name]):
             raise ValueError(f"Expected {twice} either as flags or in a sweep, got both.")
-        require("eval", "matplotlib")  # which draws the curves
+        require("eval", "matplotlib")  # for the curves
 
     @property
     def is_sweep(self) -> bool:
-        """Whether several settings of sampling are compared."""
+        """Whether several sampling settings are compared."""
         return self.sweep is not None or self.guidance_scales is not None
 
     @property
     def points(self) -> list[SweepPoint]:
-        """The settings that are compared. Raises ValueError for scales that are no numbers, and as `read_points`."""
+        """The settings to compare.
+
+        Raises:
+            ValueError: A guidance scale is not a finite number; as for `read_points`.
+        """
         scales = []
         if self.guidance_scales is not None:
             try:
@@ -151,7 +156,7 @@ class EvaluationConfig(SamplingConfig):
         return read_points(self.sweep or "{}", scales=scales)
 
     def at(self, point: SweepPoint, **changes: Any) -> "EvaluationConfig":
-        """The config of one of the points alone. Raises ValueError for values that cannot be."""
+        """The config of a single point. Raises ValueError if its values are not valid."""
         try:
             return dataclasses.replace(self, sweep=None, guidance_scales=None, **point.values, **changes)
         except (TypeError, ValueError) as error:
@@ -169,5 +174,5 @@ class EvaluationConfig(SamplingConfig):
 
     @property
     def metric_names(self) -> list[str] | None:
-        """The metrics; None for all that are possible."""
+        """The metrics to compute; None for all that are possible."""
         return self.metrics.split(",") if self.metrics else None

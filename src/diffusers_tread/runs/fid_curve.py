@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The FID of a run's samples at several of its steps: measured, written down, drawn."""
+"""Measures the FID of a run's samples at several steps, and records and plots it."""
 
 import json
 import logging
@@ -21,24 +21,24 @@ logger = logging.getLogger(__name__)
 
 
 class FIDCurve:
-    """Measures samples against one reference; all processes make it, and call `measure`, together.
+    """Measures samples against one reference. All processes create it, and call `measure`, together.
 
-    The output folder gets `metrics.json` with one record per measurement, `samples/fid.png` and, in `eval`, the
-    features of a reference of images.
+    It writes `metrics.json` with one record per measurement, `samples/fid.png` and, if the reference is a set of
+    images, their features in `eval`.
 
     Args:
-        accelerator: Of the run.
-        output_dir: The run's folder, seen by all processes.
-        step: The step that the run goes on from; records of later ones are forgotten.
+        accelerator: The run's accelerator.
+        output_dir: The run's folder, shared by all processes.
+        step: The step that the run goes on from; records of later steps are dropped.
         extractor: The network whose features are compared.
         reference: An `.npz` file with statistics or images, or a folder of images.
-        image_size: Height and width of the samples in pixels, which images of the reference must have.
-        num_samples: Of a measurement, over all processes.
-        batch_size: Samples per process and forward.
-        sampling: How samples are made, for the records.
+        image_size: Height and width of the samples in pixels; images of the reference must have the same size.
+        num_samples: Samples per measurement, over all processes.
+        batch_size: Samples per process and forward pass.
+        sampling: How the samples are made, for the records.
 
     Raises:
-        ValueError: The reference is missing or of another extractor or size; too few samples.
+        ValueError: The reference is missing or was made with another extractor or image size; too few samples.
     """
 
     def __init__(
@@ -70,14 +70,19 @@ class FIDCurve:
         self.records = [record for record in broadcast_object_list([records])[0] if record["step"] <= step]
 
     def has(self, step: int) -> bool:
-        """Whether this step was measured, by this process or before it was started."""
+        """Whether this step has been measured, now or before the run was resumed."""
         return any(record["step"] == step for record in self.records)
 
     def measure(self, samples: ImageSource, *, step: int) -> float:
-        """The FID of samples, the same ones in each process; the same value in each process."""
+        """Measures and records the FID of `samples`, which must be the same in each process.
+
+        Returns:
+            The FID, the same value in each process.
+        """
+        # Measure.
         store = self.output_dir / STORE / f"step-{step:07d}"
         if self.accelerator.is_main_process:
-            shutil.rmtree(store, ignore_errors=True)  # of a run that was killed here
+            shutil.rmtree(store, ignore_errors=True)  # left by a run that was killed here
         self.accelerator.wait_for_everyone()
         values = evaluate_images(
             samples,
@@ -88,7 +93,7 @@ class FIDCurve:
         )
         (fid,) = broadcast_object_list([values and values["fid"]])
 
-        # The record comes last: without it, a resumed run measures again.
+        # Write the record last: without it, a resumed run measures again.
         extractor = {"feature_extractor": self.extractor.name, "reference": self.reference.description}
         self.records.append({"step": step, "fid": fid, **self.sampling, **extractor})
         if self.accelerator.is_main_process:
@@ -101,7 +106,7 @@ class FIDCurve:
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    """The measurements of a file; none of one that is damaged, which is said."""
+    """The measurements in a file; none, with a warning, if the file is damaged."""
     if not path.exists():
         return []
     try:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Whose an output folder is: a new run's, the same run's resumed, or another's that must not be overwritten."""
+"""Decides whether an output folder starts a new run, resumes its run, or belongs to a run that must be kept."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """The folder of a run that is at work in it, made by `open_run_folder`."""
+    """An output folder that a running run has claimed, made by `open_run_folder`."""
 
     def __init__(self, folder: Path, state: RunState, checkpoint: Path | None, others: frozenset[str]):
         self.folder, self.checkpoint = folder, checkpoint
@@ -34,14 +34,14 @@ class RunFolder:
 
     @property
     def lineage(self):
-        """The branches that the run went through, for `save_checkpoint`."""
+        """The branches the run went through, for `save_checkpoint`."""
         return self._state.lineage
 
     def record(self, *paths: str | Path) -> None:
-        """Notes what the run has written, which `overwrite` may delete; for any process, the main one acts.
+        """Records what the run has written, so that `overwrite` may delete it; only the main process acts.
 
         Args:
-            paths: Files or folders in the run's folder. What was there before the run is left out.
+            *paths: Files or folders in the run's folder. Files from before the run are left out.
         """
         if not PartialState().is_main_process:
             return
@@ -67,33 +67,35 @@ def open_run_folder(
 ) -> Iterator[RunFolder]:
     """Claims the output folder for a run and finds the checkpoint it goes on from; all processes call it together.
 
-    A new or empty folder starts a run. A folder that holds this very run resumes from its latest whole checkpoint, so
-    the same command finishes a killed run. Asked for by name ("latest" or a path), a checkpoint is also used for a run
-    with other settings, which then become the folder's. A run that goes on from a named checkpoint, or with other
-    settings, begins a new branch: later checkpoints of the branch it left are none of its own.
+    A new or empty folder starts a run. A folder that holds a run with the same settings resumes it from its latest
+    complete checkpoint, so the same command finishes a killed run. If `resume_from_checkpoint` is given, the settings
+    may differ and replace those of the folder. A run that goes on from a named checkpoint, or with other settings,
+    begins a new branch: later checkpoints of the old branch no longer belong to it.
 
     Args:
-        output_dir: The folder; made if missing.
-        settings: Everything the run depends on, JSON. Written to `train_config.json`; checkpoints keep them in their
-            state under the name `settings`.
+        output_dir: The folder; created if missing.
+        settings: Everything the run depends on, as JSON. They are written to `train_config.json`; checkpoints keep
+            them in their state under the name `settings`.
         total_steps: Optimiser steps of the whole run.
         free_settings: Keys of `settings` that do not change the weights and may differ.
-        fixed_settings: Keys of `settings` that no checkpoint can be resumed without, such as the model's.
-        results: What a finished run leaves in the folder, files or folders.
+        fixed_settings: Keys of `settings` that must be the same to resume a checkpoint, such as the model's.
+        results: Files or folders that a finished run leaves in the folder.
         resume_from_checkpoint: None, "latest", or a checkpoint's path or name.
-        overwrite: Whether to delete what manifests say an earlier run wrote in the folder.
+        overwrite: Whether to delete the files that an earlier run wrote in the folder, according to its manifests.
 
     Yields:
-        The folder, with a whole checkpoint, or None to start from step 0.
+        The folder, whose `checkpoint` is complete, or None to start from step 0.
 
     Raises:
-        ValueError: Another process is at work in the folder; it holds another run, or files of unknown origin; the
-            checkpoint is missing, damaged, has other fixed settings, or leaves other settings no step to train.
+        ValueError: Another process is using the folder; it holds another run, or files of unknown origin; the
+            checkpoint is missing, damaged or has other fixed settings; or the settings differ and no step is left to
+            train with them.
     """
     settings = json.loads(json.dumps(settings))
     free_settings, fixed_settings, results = list(free_settings), list(fixed_settings), list(results)
 
     def settle(folder: Path) -> tuple[RunState, Path | None, frozenset[str]]:
+        # What the folder holds.
         if overwrite:
             _clear(folder, results)
         before = _read_before(folder, resume_from_checkpoint, results)
@@ -108,7 +110,7 @@ def open_run_folder(
         if checkpoint is not None:
             _check_checkpoint(checkpoint, settings, fixed_settings, free_settings, total_steps)
 
-        # The state comes first: settings without it would be another program's.
+        # Write the state before the settings: settings without it would look like another program's file.
         is_same = before is not None and resume_from_checkpoint in (None, "latest") and not changes
         state = dataclasses.replace(before, settings=settings) if is_same else _branch(before, settings, checkpoint)
         others = frozenset(_files(folder, folder)) - set(state.written) - {SETTINGS, STATE_FILE}
@@ -124,7 +126,7 @@ def open_run_folder(
 
 
 def _read_before(folder: Path, resume_from_checkpoint: str | None, results: list[str]) -> RunState | None:
-    """What the folder knows of the run before; None for a new one."""
+    """The state of the run that the folder holds; None for a new folder."""
     if (folder / STATE_FILE).exists():
         try:
             return RunState.load(folder)
@@ -155,7 +157,7 @@ def _find(folder: Path, before: RunState | None, which: str | None) -> Path | No
     if checkpoint is not None:
         return checkpoint
 
-    # Where the branch began.
+    # Else the checkpoint that the branch began at.
     if before.origin is None:
         if there := [path.name for path in list_checkpoints(folder)]:
             logger.warning(f"None of {there} in {folder} can be resumed. Starting from step 0.")
@@ -182,12 +184,12 @@ def _check_checkpoint(
 ) -> None:
     before, step = read_state(checkpoint).get("settings", {}), read_manifest(checkpoint).step
     for key in fixed_settings:
-        if list_changes({key: before.get(key)}, {key: settings.get(key)}):  # new settings, at their None, are the same
+        if list_changes({key: before.get(key)}, {key: settings.get(key)}):  # a new setting that is None is the same
             raise ValueError(
                 f"Expected the {key} settings of {checkpoint}, {before.get(key)}, got {settings.get(key)}. Restore "
                 "them or use another --output_dir."
             )
-    # What is finished must not be given out as a run of other settings.
+    # A finished run must not be passed off as one with other settings.
     changes = list_changes(before, settings, free=free_settings)
     if step > total_steps or (step == total_steps and changes):
         raise ValueError(
@@ -198,7 +200,7 @@ def _check_checkpoint(
 
 
 def _branch(before: RunState | None, settings: dict[str, Any], checkpoint: Path | None) -> RunState:
-    """The state of a run that begins at step 0 or goes on elsewhere than the one before."""
+    """The state of a new branch, which begins at step 0 or at a checkpoint."""
     written, branch = () if before is None else before.written, secrets.token_hex(4)
     if checkpoint is None:
         return RunState(settings=settings, lineage=((branch, 0),), written=written)
@@ -210,7 +212,7 @@ def _branch(before: RunState | None, settings: dict[str, Any], checkpoint: Path 
 def _leave_branch(
     folder: Path, before: RunState | None, state: RunState, changes: list[str], results: list[str]
 ) -> RunState:
-    """Says what the run leaves behind, and takes the other branch's results out of the way."""
+    """Warns about what the old branch leaves behind, and renames its results."""
     step, written = state.first_step, set(state.written)
     if changes:
         logger.warning(f"Going on with other settings than before: {'; '.join(changes)}.")
@@ -232,7 +234,7 @@ def _leave_branch(
 
 
 def _replaced(folder: Path, results: list[str]) -> list[Path]:
-    """What there is of what a run writes as a whole, in place of what stands there."""
+    """The existing checkpoints and results, each of which a run replaces as a whole."""
     return [*list_checkpoints(folder), *(folder / name for name in results if (folder / name).exists())]
 
 
@@ -243,11 +245,12 @@ def _files(folder: Path, path: Path) -> set[str]:
 
 
 def _clear(folder: Path, results: list[str]) -> None:
-    """Deletes the files that manifests name, and the folders that they leave empty.
+    """Deletes the files that manifests name, and folders that are empty afterwards.
 
     Raises:
-        ValueError: Others lie where the new run writes whole folders. Nothing is deleted then.
+        ValueError: Other files are in the way of folders that the new run writes. Nothing is deleted then.
     """
+    # Files that a run wrote.
     names = set()
     if (folder / STATE_FILE).exists():
         names.add(STATE_FILE)
@@ -265,13 +268,15 @@ def _clear(folder: Path, results: list[str]) -> None:
     root = folder.resolve()
     names = {name for name in names if (folder / name).parent.resolve().is_relative_to(root)}
 
-    # What is left must not be in the way.
+    # Other files must not be in the way.
     replaced = _replaced(folder, results)
     if strange := sorted(name for path in replaced for name in _files(folder, path) - names):
         raise ValueError(
             f"Expected only files that a run's manifest names where --overwrite_output_dir makes room, got "
             f"{strange[:3]} in {folder}. Take them away, or use another --output_dir."
         )
+
+    # Delete files, then empty folders from the innermost.
     for name in names:
         (folder / name).unlink(missing_ok=True)
     parents = {parent for name in names for parent in (folder / name).parents if folder in parent.parents}

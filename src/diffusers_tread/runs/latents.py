@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What the scripts that make folders of latents have in common: flags, description, card, upload."""
+"""Shared parts of the scripts that make folders of latents: flags, description, card, upload."""
 
 import dataclasses
 import hashlib
@@ -29,35 +29,35 @@ from .parsing import check_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsConfig:
-    """A folder of latents, wherever they come from.
+    """Settings of a folder of latents, whatever their source.
 
     Raises:
         ValueError: A field is missing or out of its range.
     """
 
     output_dir: str = "latents"
-    """The folder to write, seen by all processes."""
+    """The folder to write, shared by all processes."""
     resolution: int | None = None
-    """Side of the images in pixels; needed."""
+    """Side of the images in pixels; required."""
     num_classes: int | None = None
-    """Number of classes; None for as many as the data have."""
+    """Number of classes; None for the number in the data."""
     pretrained_vae_name_or_path: str | None = None
-    """Any diffusers image VAE; needed."""
+    """The VAE of the latents, any image VAE of diffusers; required."""
     vae_subfolder: str | None = None
-    """Its folder in the repository, such as vae."""
+    """Folder of the VAE in its repository, such as vae."""
     vae_revision: str | None = None
-    """Branch, tag or commit of its repository."""
+    """Branch, tag or commit of the VAE's repository."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """What is stored."""
+    """Precision in which latents are stored."""
     push_to_hub: bool = False
-    """Upload the finished folder."""
+    """Upload the finished folder to the Hub."""
     hub_dataset_id: str | None = None
     """Repository to push to, "organisation/name"."""
     hub_private: bool | None = None
-    """Whether a new repository is private; None for what its owner has set."""
+    """Whether a new repository is private; None for its owner's default."""
 
     def needed(self) -> tuple[str, ...]:
-        """The fields that have no default."""
+        """The fields that must be given."""
         return "resolution", "pretrained_vae_name_or_path"
 
     def __post_init__(self):
@@ -74,13 +74,13 @@ class LatentsConfig:
 def describe_latents(
     config: LatentsConfig, vae: LoadedVAE, *, buckets: Buckets | None = None, **known: Any
 ) -> LatentsInfo:
-    """What a folder will hold, found out by encoding an empty image of each size.
+    """Describes the content of a folder before it is written, by encoding an empty image of each size.
 
     Args:
-        config: Of the folder.
-        vae: That makes or made the latents.
+        config: The folder's settings.
+        vae: The VAE that makes, or made, the latents.
         buckets: Sizes of the images; None for squares.
-        **known: Further fields of `LatentsInfo`, and those that the VAE does not tell right.
+        **known: Further fields of `LatentsInfo`; they override what is found with the VAE.
     """
     sizes: Any = [(config.resolution, config.resolution)] if buckets is None else buckets.sizes
     for pixels in sizes:
@@ -103,17 +103,17 @@ def load_prompt_encoder(
     call_options: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> PromptEncoder:
-    """The tokenizers and text encoders of a text-to-image pipeline.
+    """Loads the tokenizers and text encoders of a text-to-image pipeline.
 
     Args:
-        name: A folder or a repository of the Hub with a diffusers pipeline; its other parts are not loaded.
-        dtype: What the text encoders compute in.
+        name: A folder or a Hub repository with a diffusers pipeline. Its transformer and VAE are not loaded.
+        dtype: Precision of the text encoders.
         max_sequence_length: See `PromptEncoder`.
-        call_options: Likewise.
-        device: Where.
+        call_options: See `PromptEncoder`.
+        device: Device of the text encoders.
 
     Raises:
-        ValueError: There is no pipeline with safetensors weights; what `PromptEncoder` refuses.
+        ValueError: There is no pipeline with safetensors weights; as for `PromptEncoder`.
     """
     parts = {"transformer": None, "vae": None, "torch_dtype": getattr(torch, dtype), "use_safetensors": True}
     try:
@@ -124,15 +124,15 @@ def load_prompt_encoder(
 
 
 class CaptionStore:
-    """The captions of a data set, and what text encoders make of them.
+    """The captions of a data set and, optionally, their encoding by text encoders.
 
     Args:
-        source: As `open_images` returns it.
-        columns: The captions to store, all of them.
-        encoder: What encodes them; None to store the captions alone.
+        source: A data set from `open_images`.
+        columns: The caption columns; all of them are stored.
+        encoder: Encodes the captions; None to store only the captions.
 
     Raises:
-        ValueError: A column holds something else than text.
+        ValueError: A column does not hold text.
     """
 
     def __init__(self, source, columns: CaptionColumns, encoder: PromptEncoder | None = None):
@@ -148,7 +148,7 @@ class CaptionStore:
             self.info, self.empty = describe_empty(encoder.identity(), encoder.encode([""])[0])
 
     def encode(self, captions: list[str]) -> list[dict[str, torch.Tensor]]:
-        """As the encoder does."""
+        """Encodes captions, one dict of tensors per caption."""
         return self.encoder.encode(captions)
 
     def digest(self) -> str:
@@ -159,24 +159,24 @@ class CaptionStore:
         return digest.hexdigest()
 
     def count_too_long(self) -> int:
-        """How many captions the encoder cuts off."""
+        """Number of captions that are too long for the encoder and get cut off."""
         batches = self.source.iter(batch_size=1000)
         return sum(self.encoder.count_too_long(records[name]) for records in batches for name in self.names)
 
     def bytes_per_image(self) -> float:
-        """Of the encoded captions, estimated from the first ones."""
+        """Bytes that the encoded captions of an image take, estimated from the first 8 images."""
         first = [text for name in self.names for text in self.source[:8][name]]
         arrays = [values for sample in self.encode(first) for values in sample.values()]
         return sum(values.nbytes for values in arrays) / len(first) * len(self.names)
 
 
 class FeatureStore:
-    """What a vision encoder makes of images, for a folder of latents.
+    """The features of a vision encoder, for a folder of latents.
 
     Args:
-        name: As `VisionEncoder.from_pretrained` takes it.
-        dtype: What is stored.
-        patch_size: P, of the denoiser that is to be aligned.
+        name: Name or path for `VisionEncoder.from_pretrained`.
+        dtype: Precision in which features are stored.
+        patch_size: Patch size P of the denoiser that is to be aligned.
 
     Raises:
         ValueError: There is no such encoder.
@@ -195,24 +195,25 @@ class FeatureStore:
         )
 
     def encode(self, images: torch.Tensor, latent_size: Sequence[int]) -> torch.Tensor:
-        """[B, N, E] of the stored dtype, for each P x P of the latents of a height and width.
+        """Encodes images to features of shape [B, N, E] in the stored dtype, one for each P x P patch of the latents.
 
         Args:
-            images: [B, 3, height, width] in [-1, 1].
-            latent_size: h and w of their latents.
+            images: Shape [B, 3, height, width], in [-1, 1].
+            latent_size: Height and width of their latents.
         """
         height, width = (side // self.info.patch_size for side in latent_size)
         return self.encoder(images, (height, width)).to(self.info.torch_dtype)
 
 
 def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: CaptionStore | None) -> str:
-    """What to say before the long work: the room that a folder will take, and captions that are too long.
+    """A message to print before the work starts: the size of the folder, and the number of captions that are too long.
 
     Args:
-        writer: Of the folder.
+        writer: The folder's writer.
         plan: The images of each shard.
-        text: Their captions.
+        text: Their captions; None if there are none.
     """
+    # Latents and features.
     info, shards = writer.info, list(zip(plan, writer.size_places, strict=True))
     num_images = sum(len(rows) for rows in plan)
     values = sum(len(rows) * math.prod(info.record_shape(place)) for rows, place in shards)
@@ -222,6 +223,8 @@ def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: Capti
         total = sum(rows * info.patch_features.num_bytes(*size) for rows, *size in sizes) * (1 + info.has_flipped)
         features = f" The vision encoder's features take {total / 2**30:.3g} GiB, {total / num_images / 1024:.4g} KiB "
         features += "per image."
+
+    # Text.
     if text is None or text.encoder is None:
         return f"Latents take {latents:.3g} GiB.{features}"
     size, cut, num_captions = text.bytes_per_image() * num_images, text.count_too_long(), num_images * len(text.names)
@@ -232,7 +235,7 @@ def told_sizes(writer: LatentsWriter, plan: Sequence[Sequence[int]], text: Capti
 
 
 def share_latents(config: LatentsConfig, info: LatentsInfo) -> None:
-    """Writes the card of a finished folder, unless there is one, and uploads the folder if asked to."""
+    """Writes the card of a finished folder, unless it has one, and uploads the folder if the config asks for it."""
     folder = Path(config.output_dir)
     card = folder / "README.md"
     if not card.exists():

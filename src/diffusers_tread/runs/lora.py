@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a LoRA's training adds to that of a whole transformer."""
+"""Training of a LoRA: what it needs in addition to the training of a whole transformer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +25,17 @@ _TRAINED_WEIGHTS = "trained_weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTrainConfig(TextTrainConfig):
-    """How a LoRA of a diffusers text-to-image transformer is trained.
+    """Settings for training a LoRA of a diffusers text-to-image transformer.
 
     Raises:
-        ValueError: As `TextTrainConfig`; a rank below 1; a new transformer, which a LoRA is no use for; Muon.
+        ValueError: As for `TextTrainConfig`; the rank is below 1; the transformer is a new one, for which a LoRA makes
+            no sense; the optimiser is Muon.
     """
 
     rank: int = 16
-    """Of the LoRA."""
+    """Rank of the LoRA."""
     lora_target_modules: str = "to_q,to_k,to_v,to_out.0"
-    """Names of the linear layers that it is put on."""
+    """Names of the linear layers that get a LoRA."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,11 +50,14 @@ class LoraTrainConfig(TextTrainConfig):
 
 
 def add_lora(config: LoraTrainConfig, accelerator: Accelerator, transformer: torch.nn.Module) -> Any:
-    """Freezes a transformer and puts a LoRA on it, in float32; gives its `LoraConfig`.
+    """Freezes a transformer and adds a LoRA to it, in float32.
+
+    Returns:
+        The `LoraConfig`.
 
     Raises:
-        ValueError: No layer has one of the names; a class that diffusers has no LoRAs for; FSDP, which cannot shard
-            what is frozen with what is not.
+        ValueError: No layer has one of the names; diffusers has no LoRAs for this class of transformer; under FSDP,
+            which cannot shard frozen and trained weights together.
     """
     from peft import LoraConfig
 
@@ -70,7 +74,7 @@ def add_lora(config: LoraTrainConfig, accelerator: Accelerator, transformer: tor
 
 
 def checkpoint_trained_weights_only(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
-    """Makes accelerate's checkpoints hold the trained weights instead of the whole model."""
+    """Makes Accelerate's checkpoints hold only the trained weights instead of the whole model."""
 
     def trained() -> dict[str, torch.Tensor]:
         return {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
@@ -93,7 +97,7 @@ def checkpoint_trained_weights_only(accelerator: Accelerator, transformer: torch
 
 
 def save_lora(pipeline: DiffusionPipeline, folder: str | Path) -> None:
-    """Writes the LoRA of a pipeline's transformer as `load_lora_weights` takes it."""
+    """Writes the LoRA of a pipeline's transformer in the format of `load_lora_weights`."""
     from peft import get_peft_model_state_dict
 
     layers = get_peft_model_state_dict(pipeline.transformer)
@@ -103,10 +107,13 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | Path) -> None:
 def export_lora(
     pipeline: DiffusionPipeline, folder: str | Path, *, repo_id: str | None = None, card: CardDetails | None = None
 ) -> Path:
-    """Writes the LoRA and a short card, as `export_text_pipeline` writes whole pipelines."""
+    """Writes the LoRA and a short model card; `export_text_pipeline` does the same for whole pipelines."""
+    # The LoRA.
     folder, base, card = Path(folder), pipeline.config.get("_name_or_path"), card or CardDetails()
     folder.mkdir(parents=True, exist_ok=True)
     save_lora(pipeline, folder)
+
+    # Its card.
     is_public = base is not None and not Path(base).exists()
     is_on_hub = card.dataset is not None and card.dataset.count("/") == 1
     data = ModelCardData(
@@ -126,7 +133,7 @@ def export_lora(
 
 
 class LoraOutputs(TextOutputs):
-    """Of a LoRA's run: `lora` instead of `pipeline`, see `RunOutputs`."""
+    """Outputs of a LoRA's training run: a folder `lora` instead of `pipeline`, see `RunOutputs`."""
 
     export, result = staticmethod(export_lora), LORA
 

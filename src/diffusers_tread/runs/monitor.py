@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a run looks at now and then, because each look waits for the device: mean loss, speed, finite weights."""
+"""What a run reads only now and then, because each read waits for the device: loss, speed, finite weights."""
 
 import math
 import time
@@ -20,12 +20,12 @@ _REMEDY = (
 
 
 class LossMonitor:
-    """Sums the losses of steps on the device until somebody looks.
+    """Sums the losses of steps on the device until they are read.
 
     Args:
-        accelerator: Of the run.
+        accelerator: The run's accelerator.
         step: Optimiser steps done before.
-        samples_per_step: Of all processes together.
+        samples_per_step: Samples per optimiser step, over all processes together.
     """
 
     def __init__(self, accelerator: Accelerator, *, step: int, samples_per_step: int):
@@ -34,17 +34,17 @@ class LossMonitor:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves the time until now out of the speed."""
+        """Excludes the time until now from the speed."""
         self.time = time.perf_counter()
 
     def add(self, loss: torch.Tensor) -> None:
-        """The loss of one step of this process, a scalar tensor; nothing waits for it."""
+        """Adds the loss of one step on this process, a scalar tensor, without waiting for the device."""
         self.loss_sum += loss
 
     def read(self, step: int) -> tuple[float, float]:
-        """The mean loss over all processes and the samples per second since the last call, which was at another step.
+        """Reads the mean loss over all processes and the samples per second since the last call.
 
-        All processes call it together.
+        All processes call it together. `step` must be greater than at the last call.
 
         Raises:
             ValueError: The loss is not finite.
@@ -61,9 +61,10 @@ class LossMonitor:
 
 
 class LossByTime(LossTerm):
-    """Sums the denoising loss of each quarter of the batches, in order of noise, on the device; adds 0 to the loss.
+    """Sums the denoising loss by noise level, for each quarter of a batch, on the device; adds 0 to the loss.
 
-    Quarters of a batch, not of an interval of times, so that none is ever empty and every objective has them.
+    The samples of a batch are sorted by timestep and split into quarters. Quarters of the batch are used instead of
+    quarters of an interval of timesteps, because they are never empty and work for every objective.
     """
 
     def __init__(self, device: torch.device):
@@ -81,7 +82,7 @@ class LossByTime(LossTerm):
         return torch.zeros_like(losses)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes since the last call, least noise first; all processes call it together."""
+        """Reads the mean losses since the last call, least noise first. All processes call it together."""
         means = accelerator.reduce(self.sums / self.count, reduction="mean").tolist()
         self.sums.zero_()
         self.count = 0
@@ -89,21 +90,21 @@ class LossByTime(LossTerm):
 
 
 class CorruptImages:
-    """The unreadable images that one process met and replaced.
+    """The unreadable images that one process has replaced.
 
     Args:
-        most: As many are replaced, then it is an error.
-        names: Those that were met before.
+        most: Number of images that may be replaced; more are an error.
+        names: Images that were replaced before the run was resumed.
     """
 
     def __init__(self, most: int, names: Iterable[str] = ()):
         self.most, self.names = most, set(names)
 
     def add(self, names: Iterable[str]) -> None:
-        """Logs those that are new.
+        """Adds unreadable images and logs new ones.
 
         Raises:
-            ValueError: There are too many.
+            ValueError: There are more than `most`.
         """
         if new := sorted(set(names) - self.names):
             self.names.update(new)
@@ -116,15 +117,15 @@ class CorruptImages:
 
 
 def check_weights(accelerator: Accelerator, parameters: Iterable[torch.Tensor], *, step: int) -> None:
-    """Looks at all weights, because a finite loss says nothing about those that the last step left.
+    """Checks that all weights are finite: the last loss was computed before the last update.
 
     Args:
-        accelerator: All its processes call this together.
-        parameters: Whole or sharded.
-        step: For the message.
+        accelerator: The run's accelerator; all processes call this together.
+        parameters: The weights, whole or sharded.
+        step: The step, for the message.
 
     Raises:
-        ValueError: On all processes, if any weight of any process is not finite.
+        ValueError: A weight of any process is not finite; raised on all processes.
     """
     finite = torch.stack([parameter.detach().isfinite().all() for parameter in local_shards(parameters)]).all()
     if accelerator.reduce((~finite).float(), reduction="sum").item() > 0:

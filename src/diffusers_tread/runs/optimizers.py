@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The optimisers that --optimizer names: AdamW, and Muon on the matrices of the blocks with AdamW on all else."""
+"""The optimisers for --optimizer: AdamW, and Muon for the matrices of the blocks with AdamW for all else."""
 
 import re
 from collections.abc import Callable
@@ -19,30 +19,31 @@ Groups = list[dict[str, Any]]
 
 OPTIMIZERS: dict[str, Callable[[RunConfig, nn.Module], torch.optim.Optimizer]] = {}
 
-# Linear layers of blocks that are neither attention nor MLP: modulations, embedders.
+# Names of linear layers in blocks that are neither attention nor MLP: modulations, embedders.
 _OTHER_LAYERS = re.compile("norm|mod|adaln|emb", re.IGNORECASE)
 
 
 def register_optimizer(name: str, make: Callable[[RunConfig, nn.Module], torch.optim.Optimizer]) -> None:
-    """Makes an optimiser known to the training scripts.
+    """Registers an optimiser for the training scripts.
 
     Args:
-        name: For --optimizer.
-        make: From a config and a model, not yet wrapped, an optimiser of its parameters that require gradients. It is
-            also called with a model on the meta device, before anything is written, to see what it refuses. Rates and
-            decays are those that its groups begin with, times the schedule, whatever a checkpoint says.
+        name: Value of --optimizer that selects it.
+        make: Makes the optimiser for the parameters that require gradients, from a config and a model that is not yet
+            wrapped. It is also called with a model on the meta device, before anything is written, to raise its errors
+            early. Learning rates and weight decays are those of the new optimiser's groups (rates times the schedule),
+            even after a checkpoint is loaded.
 
     Raises:
-        ValueError: Another optimiser is called so.
+        ValueError: The name is taken by another optimiser.
     """
     add_entry(OPTIMIZERS, name, make)
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of --optimizer for a model's parameters that require gradients.
+    """Makes the optimiser of --optimizer for a model's parameters that require gradients.
 
     Raises:
-        ValueError: An unknown name; else as the optimiser.
+        ValueError: The name is unknown, or the optimiser does not fit the model.
     """
     if config.optimizer not in OPTIMIZERS:
         raise ValueError(f"Expected --optimizer among {list(OPTIMIZERS)}, got {config.optimizer!r}.")
@@ -50,7 +51,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
 
 
 def read_group_settings(optimizer: torch.optim.Optimizer) -> Groups:
-    """What the groups say besides their parameters, such as rates and decays, to be set again after a checkpoint."""
+    """The settings of the parameter groups, such as rates and decays, to be restored after a checkpoint is loaded."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
@@ -58,13 +59,13 @@ def read_group_settings(optimizer: torch.optim.Optimizer) -> Groups:
 
 
 def make_adamw(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW, fused."""
+    """Makes a fused AdamW for all parameters that require gradients."""
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     return _adamw(config, model, parameters)
 
 
 def _adamw(config: RunConfig, model: nn.Module, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
-    """Of some parameters, by their names in the model; the layout of its groups does not depend on the decay."""
+    """Makes AdamW for parameters given by their names in `model`. Its groups do not depend on the weight decay."""
     groups = []
     for decay in (config.adam_weight_decay, 0.0):
         is_decayed = not groups
@@ -76,10 +77,10 @@ def _adamw(config: RunConfig, model: nn.Module, parameters: dict[str, nn.Paramet
 
 
 def decays(model: nn.Module, name: str) -> bool:
-    """Whether weight decay is for a parameter: weights of linear and convolutional layers.
+    """Whether weight decay applies to a parameter: only to weights of linear and convolutional layers.
 
-    It is not for what has fewer than two dimensions (norms, biases, a scan's decay rates and time steps), nor for
-    embeddings and tables.
+    It does not apply to parameters with fewer than two dimensions (norms, biases, a scan's decay rates and time
+    steps), nor to embeddings and tables.
     """
     owner, _, own_name = name.rpartition(".")
     layer = model.get_submodule(owner)
@@ -90,11 +91,12 @@ def decays(model: nn.Module, name: str) -> bool:
 
 
 def make_muon(config: RunConfig, model: nn.Module) -> "MuonWithAdamW":
-    """Muon on the matrices of attention and MLP in the blocks, AdamW on all else.
+    """Makes Muon for the matrices of attention and MLP in the blocks, with AdamW for all else.
 
     Raises:
         ValueError: torch has no Muon; the model has no blocks with such matrices.
     """
+    # What Muon can train.
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(
             f"Expected torch >= 2.9, the first with torch.optim.Muon, for --optimizer muon, got {torch.__version__}. "
@@ -106,6 +108,8 @@ def make_muon(config: RunConfig, model: nn.Module) -> "MuonWithAdamW":
             f"Expected a model with blocks whose matrices Muon trains, got {type(model).__name__} without. Use "
             "--optimizer adamw."
         )
+
+    # One group of matrices per layout of rows.
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     others = {name: one for name, one in parameters.items() if name not in matrices}
     groups = []
@@ -123,13 +127,14 @@ def make_muon(config: RunConfig, model: nn.Module) -> "MuonWithAdamW":
 
 
 def find_matrices(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
-    """The weights that Muon trains, those of attention and MLP in the model's blocks.
+    """Finds the weights that Muon trains: those of attention and MLP in the model's blocks.
 
     Args:
         model: A denoiser with a `RoutedStack`, a diffusers transformer, or a module that has one as `transformer`.
 
     Returns:
-        By a weight's name in the model how many rows each matrix in it has; None if it is one matrix.
+        For each weight, by its name in the model, the number of rows of each matrix stacked in it; None if the weight
+        is a single matrix.
     """
     found, names = {}, {one: name for name, one in model.named_parameters()}
     for stack in _block_stacks(model):
@@ -146,9 +151,9 @@ def _block_stacks(model: nn.Module) -> list[nn.Module]:
 
 
 def _stacked_rows(name: str, rows: int, columns: int) -> tuple[int, ...] | None:
-    """The rows of query, key and value in a layer that has them one above the other, told by its name."""
+    """The numbers of rows of query, key and value in a layer that stacks them, according to its name."""
     own_name = name.rpartition(".")[2]
-    if "qkv_mlp" in own_name:  # Flux.2's, with the MLP below them
+    if "qkv_mlp" in own_name:  # Flux.2, with the MLP below query, key and value
         return (columns,) * 3 + (rows - 3 * columns,)
     count = 3 if "qkv" in own_name else 2 if "kv" in own_name else 1
     return None if count == 1 or rows % count else (rows // count,) * count
@@ -157,18 +162,18 @@ def _stacked_rows(name: str, rows: int, columns: int) -> tuple[int, ...] | None:
 class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` and `torch.optim.AdamW` as one optimiser, which has the groups and the state of both.
 
-    A weight that holds several matrices one above the other, such as query, key and value, is trained as several. Of
-    one that FSDP2 shards each process gathers weight, gradient and momentum, one weight at a time, takes the whole
-    step and keeps its shards of it: the same numbers as without shards, for three gathers of the weight.
+    If a weight stacks several matrices, such as query, key and value, Muon treats each one separately. For a weight
+    that FSDP2 shards, each process gathers weight, gradient and momentum, takes the whole step and keeps its shard of
+    the result, one weight at a time. The numbers are the same as without shards, at the cost of three gathers.
 
     Args:
-        muon: Its groups say in `rows` how many rows each matrix of their weights has, None for one matrix.
-        adamw: Of all other parameters.
+        muon: The key `rows` of its groups gives the number of rows of each matrix in a weight; None for one matrix.
+        adamw: Trains all other parameters.
     """
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.AdamW):
         self.muon, self.adamw = muon, adamw
-        # AdamW's come first: their rate is the one that is logged.
+        # AdamW's groups come first: the rate of the first group is logged.
         super().__init__([*adamw.param_groups, *muon.param_groups], {"lr": adamw.defaults["lr"]})
 
     @torch.no_grad()
@@ -178,11 +183,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        # Groups and state are replaced when a checkpoint is loaded, so each step hands them over.
+        # AdamW. Loading a checkpoint replaces groups and state, so they are handed over at each step.
         self.adamw.param_groups = [group for group in self.param_groups if "rows" not in group]
         self.adamw.state = self.state
         self.adamw.step()
 
+        # Muon.
         for group in self.param_groups:
             for weight in group["params"] if "rows" in group else ():
                 if weight.grad is not None:
@@ -190,7 +196,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_weight(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
-        """Muon's step of the matrices in a weight."""
+        """Takes Muon's step for the matrices in a weight."""
+        # Gather what is sharded.
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight.grad)
@@ -208,6 +215,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.muon.step()
         self.muon.state = {}
 
+        # Keep this process's shards of the result.
         if isinstance(weight, DTensor):
             for shards, one in zip(own, whole, strict=True):
                 shards.copy_(distribute_tensor(one, weight.device_mesh, weight.placements, src_data_rank=None))

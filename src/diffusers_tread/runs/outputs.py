@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a run makes of its weights: grids, FIDs, the pipeline in its folder and on the Hub."""
+"""Outputs that a run makes from its weights: sample grids, FIDs, the pipeline in its folder and on the Hub."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,26 +24,27 @@ from .samples import last_grid, log_grid, sample_grid, snapshot_pipeline
 
 
 class RunOutputs(ABC):
-    """Makes pipelines of a run's weights as they are and does something with them; dense, leaving the training alone.
+    """Makes pipelines from a run's current weights, without routing, to sample, measure, push and save them.
 
-    All processes call the methods together; the main one writes. A subclass says what pipelines and samples are.
+    The training is not affected. All processes call the methods together; the main process writes. A subclass defines
+    how pipelines and samples are made.
 
     Args:
-        config: Of the run.
-        accelerator: Of the run.
-        source: Its data.
-        settings: As `describe_run` gives them.
-        run: Its folder.
+        config: The run's config.
+        accelerator: The run's accelerator.
+        source: The run's data.
+        settings: The run's settings, from `describe_run`.
+        run: The run's folder.
         weights: The parameters or their averages, whole or sharded.
         names: Their names, in the same order.
-        extractor: What measures the FID; None without --eval_steps.
-        step: That the run goes on from.
+        extractor: The network for the FID; None without --eval_steps.
+        step: The step that the run goes on from.
     """
 
     export = staticmethod(export_for_hub)
-    """Writes what is pushed to the Hub."""
+    """Function that writes the folder to push to the Hub."""
     result = PIPELINE
-    """Name of what `finish` writes."""
+    """Name of the folder that `finish` writes."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class RunOutputs(ABC):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How samples are made whose FID is measured."""
+        """How the samples for the FID are made."""
         config = self.config
         return {
             "num_inference_steps": config.eval_inference_steps,
@@ -95,23 +96,23 @@ class RunOutputs(ABC):
 
     @property
     def sampled(self) -> dict[str, Any]:
-        """What samples are of, for the records of the FID."""
+        """What the samples show, such as a hash of their prompts, for the records of the FID."""
         return {}
 
     @abstractmethod
     def make_pipeline(self) -> DiffusionPipeline:
-        """A pipeline of the weights as they are now."""
+        """Makes a pipeline from the current weights."""
 
     @abstractmethod
     def make_grid(self, pipeline: DiffusionPipeline) -> PIL.Image.Image:
-        """A picture of samples; the noise of an image is the same in every grid."""
+        """Makes a picture of samples; the noise of each image is the same in every grid."""
 
     @abstractmethod
     def make_samples(self, pipeline: DiffusionPipeline) -> ImageSource:
-        """The samples whose FID is measured."""
+        """Makes the samples whose FID is measured."""
 
     def save_grid(self, step: int) -> None:
-        """A picture in `samples`, and with the trackers."""
+        """Writes a sample grid to `samples` and sends it to the trackers."""
         pipeline = self.make_pipeline()
         if self.accelerator.is_main_process:
             grid = self.make_grid(pipeline)
@@ -122,7 +123,7 @@ class RunOutputs(ABC):
         self.accelerator.wait_for_everyone()
 
     def measure_fid(self, step: int) -> None:
-        """The FID of samples, once for each step."""
+        """Measures the FID of samples, once for each step."""
         if self.fid_curve.has(step):
             return
         fid = self.fid_curve.measure(self.make_samples(self.make_pipeline()), step=step)
@@ -131,7 +132,7 @@ class RunOutputs(ABC):
         self.accelerator.log({"fid": fid}, step=step)
 
     def push(self, step: int) -> None:
-        """Starts a push to the Hub; that of the last step waits for those before."""
+        """Starts a push to the Hub in the background; the last push waits for the ones before."""
         pipeline, is_last = self.make_pipeline(), step == self.settings["max_train_steps"]
         if self.background_push is None:
             return
@@ -151,8 +152,8 @@ class RunOutputs(ABC):
         pipeline.save_pretrained(folder)
 
     def finish(self) -> None:
-        """Saves the `result`, whole or not at all, ends the trackers and waits for the last push."""
-        while self.accelerator.trackers:  # which write files as they end
+        """Ends the trackers, saves the `result` atomically and waits for the last push."""
+        while self.accelerator.trackers:  # they write files as they end
             self.accelerator.trackers.pop().finish()
         pipeline, path = self.make_pipeline(), Path(self.config.output_dir, self.result)
         if self.accelerator.is_main_process:
@@ -166,11 +167,11 @@ class RunOutputs(ABC):
 
 
 class ClassOutputs(RunOutputs):
-    """Of a class-conditional run, see `RunOutputs`.
+    """Outputs of a class-conditional run, see `RunOutputs`.
 
     Args:
         *args: As for `RunOutputs`.
-        scheduler: Of the pipelines.
+        scheduler: The scheduler of the pipelines.
         **options: As for `RunOutputs`.
     """
 

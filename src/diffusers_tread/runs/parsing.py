@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Dataclasses from flags over JSON configs over recipes."""
+"""Builds config dataclasses from command-line flags, JSON config files and recipes."""
 
 import argparse
 import dataclasses
@@ -22,23 +22,25 @@ def parse_config(
     recipe_settings: Callable[[str], dict[str, Any]] | None = None,
     default_config: str | Path | None = None,
 ) -> T:
-    """A config from the flags of a command line, over `--config FILE`, over `--recipe NAME`, over its defaults.
+    """Parses a command line into a config dataclass.
 
-    The flags are the fields; `--help` shows their docstrings.
+    There is a flag for each field, and `--help` shows the fields' docstrings. Flags override `--config FILE`, which
+    overrides `--recipe NAME`, which overrides the defaults.
 
     Args:
         kind: A dataclass with a docstring for each field.
-        argv: The command line; None for that of this process.
-        description: What `--help` begins with.
-        recipe_settings: What a recipe's name stands for; None if there are no recipes.
-        default_config: The one without --config, --recipe and --data: a file, or JSON text.
+        argv: The command line; None for the one of this process.
+        description: Beginning of the text of `--help`.
+        recipe_settings: Returns the settings of a recipe by its name; None if there are no recipes.
+        default_config: Config used without --config, --recipe and --data: a file, or JSON text.
 
     Raises:
-        ValueError: What `config_flags`, `recipe_settings` or the dataclass refuse.
-        SystemExit: For an unknown flag or a value of another type, after a message; for `--help`.
+        ValueError: From `config_flags`, `recipe_settings` or the dataclass.
+        SystemExit: For an unknown flag or a value of the wrong type, after a message; for `--help`.
     """
     import tyro  # a dependency of the scripts, not of the package
 
+    # Config file and recipe, as flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--recipe")
@@ -54,9 +56,10 @@ def parse_config(
         flags += config_flags(given.config, known=known)
     description = f"{description} --config FILE gives values for any of these flags as JSON"
     description += ", --recipe NAME those of a recipe." if recipe_settings else "."
-    # Without its checks: tyro would end the process at their errors.
+
+    # Run the checks of the dataclass after tyro, which would end the process at their errors.
     unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None})
-    # tyro wants a value for a switch that may also be unset.
+    # For a switch that may also be None, tyro wants an explicit value.
     unset = [field.name for field in dataclasses.fields(kind) if field.type == (bool | None)]
     switches = {f"--{name}": f"--{name}=True" for name in unset} | {
         f"--no-{name}": f"--{name}=False" for name in unset
@@ -68,13 +71,13 @@ def parse_config(
 
 
 def read_json(source: str) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a JSON object.
 
     Args:
-        source: The text itself, a file with it, or a model folder with a `config.json`.
+        source: The JSON text, the path of a JSON file, or a model folder with a `config.json`.
 
     Raises:
-        ValueError: No such file, no JSON, or no object.
+        ValueError: The file does not exist or does not hold a JSON object.
     """
     is_text = source.lstrip().startswith("{")
     try:
@@ -90,14 +93,15 @@ def read_json(source: str) -> dict[str, Any]:
 
 
 def config_flags(path: str, *, known: Iterable[str]) -> list[str]:
-    """A JSON config as command-line flags, to be put in front of the real ones, so that the same rules read both.
+    """Converts a JSON config to command-line flags, so that both are parsed by the same rules.
 
     Args:
-        path: The file. Objects and lists become JSON texts, true and false `--name` and `--no-name`; null is left out.
+        path: The JSON file or text. Objects and lists become JSON texts, true and false become `--name` and
+            `--no-name`, and null is left out.
         known: Names that may occur.
 
     Raises:
-        ValueError: As `read_json`; an unknown name.
+        ValueError: As for `read_json`; a name is unknown.
 
     Example:
         >>> from diffusers_tread.runs.parsing import config_flags
@@ -117,7 +121,7 @@ def config_flags(path: str, *, known: Iterable[str]) -> list[str]:
 
 
 def check_at_least(config: Any, fewest: int, *names: str) -> None:
-    """Raises ValueError for fields of a config below a number; None is none."""
+    """Raises ValueError if a field of a config is below a minimum. Fields that are None are not checked."""
     for name in names:
         if (value := getattr(config, name)) is not None and value < fewest:
             raise ValueError(f"Expected --{name} >= {fewest}, got {value}.")

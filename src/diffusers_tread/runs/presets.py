@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Recipes: whole runs by one name, `--recipe imagenet256_xl2`."""
+"""Recipes: the settings of a whole run under one name, such as `--recipe imagenet256_xl2`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from .config import TrainConfig
 from .parsing import parse_config
 
 
-# What all recipes have in common: bfloat16, an average, label drop and mirrored images of ImageNet, no decay.
+# Common to all recipes: bfloat16, EMA, label dropout, ImageNet with random flips, no weight decay.
 _COMMON = {
     "num_classes": 1000, "random_flip": True, "class_dropout_prob": 0.1, "adam_weight_decay": 0.0, "use_ema": True,
     "ema_decay": 0.9999, "mixed_precision": "bf16", "checkpointing_steps": 10_000, "checkpoints_total_limit": 3,
@@ -22,26 +22,26 @@ _COMMON = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run of TREAD's paper (arXiv 2501.04765), or one like them, on eight processes."""
+    """A run of the TREAD paper (arXiv 2501.04765), or a similar one, on eight processes."""
 
     preset: str
     """Size of the model."""
     resolution: int
     """Side of the images in pixels."""
     on_latents: bool
-    """Whether the model sees 4-channel latents an eighth as wide, or pixels."""
+    """Whether the model is trained on 4-channel latents with an eighth of the resolution, or on pixels."""
     batch_size: int
-    """Images per optimiser step, of all processes."""
+    """Images per optimiser step, over all processes."""
     max_train_steps: int
     """Optimiser steps."""
     learning_rate: float
-    """Of AdamW, constant."""
+    """Constant learning rate of AdamW."""
     paper_fid_dense: float | None
-    """FID without routing as the paper gives it: 50,000 unguided samples (10,000 at 512); None if it gives none."""
+    """FID without routing from the paper: 50,000 unguided samples (10,000 at 512); None if the paper has none."""
     paper_fid_tread: float | None
-    """FID with routing."""
+    """FID with routing from the paper, likewise."""
     was_run: bool
-    """Whether this package was seen to run it."""
+    """Whether the recipe has been run with this package."""
 
     def settings(self) -> dict[str, Any]:
         """Values for the fields of `TrainConfig`."""
@@ -63,28 +63,28 @@ class Recipe:
 
 @dataclass(frozen=True)
 class BorrowedRecipe:
-    """The settings of another paper with TREAD's default route, on eight processes; none was run here."""
+    """The settings of another paper with TREAD's default route, on eight processes. None has been run here."""
 
     preset: str
-    """Size and kind of the model."""
+    """Kind and size of the model."""
     vae: str | None
-    """That encodes the images as they come; None for stored latents, or pixels."""
+    """VAE that encodes the images during training; None for stored latents, or pixels."""
     data: str
     """As `TrainConfig.data`."""
     batch_size: int
-    """Images per optimiser step, of all processes."""
+    """Images per optimiser step, over all processes."""
     max_train_steps: int
     """Optimiser steps."""
     learning_rate: float
-    """Of AdamW, constant after the warm-up."""
+    """Learning rate of AdamW, constant after the warm-up."""
     adam_beta2: float
-    """Of AdamW."""
+    """As `TrainConfig.adam_beta2`."""
     max_grad_norm: float
-    """0 for no clipping."""
+    """Norm to which gradients are clipped; 0 for no clipping."""
     aligned_block: int | None
-    """After which tokens are aligned with DINOv2-B, 0-based; None for no alignment."""
+    """Block (0-based) after which tokens are aligned with DINOv2-B; None for no alignment."""
     source_fid: float
-    """FID that the source reports for its own, other run, see docs/imagenet.md."""
+    """FID that the source reports for its own run, which differs from this one, see docs/imagenet.md."""
     more: Mapping[str, Any]
     """Further fields of `TrainConfig`, the objective among them."""
 
@@ -134,7 +134,7 @@ RECIPES = {
 }
 # fmt: on
 
-# A first run: scikit-learn's 8x8 digits as pixels, 64 tokens. As JSON, as a config file has it.
+# A first run: scikit-learn's 8x8 digits as pixels, 64 tokens. It is JSON, as in a config file.
 DIGITS = """{
   "data": "digits:",
   "model_config_name_or_path": {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 12, "patch_size": 1},
@@ -144,7 +144,7 @@ DIGITS = """{
 
 
 def recipe_settings(name: str) -> dict[str, Any]:
-    """Values for the fields of `TrainConfig`.
+    """The values of a recipe for the fields of `TrainConfig`.
 
     Raises:
         ValueError: There is no such recipe.
@@ -158,7 +158,7 @@ def recipe_settings(name: str) -> dict[str, Any]:
 def parse_train_config(
     argv: Sequence[str] | None = None, *, description: str | None = None, default_config: str | Path | None = None
 ) -> TrainConfig:
-    """A `TrainConfig` from a command line, see `parse_config`."""
+    """Parses a command line into a `TrainConfig`, see `parse_config`."""
     return parse_config(
         TrainConfig, argv, description=description, recipe_settings=recipe_settings, default_config=default_config
     )

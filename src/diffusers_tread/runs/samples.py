@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a run shows on the way: a pipeline of its weights as they are now, and a grid of samples."""
+"""What a run shows during training: a pipeline of its current weights, and a grid of samples."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,17 +26,17 @@ def snapshot_pipeline(
     model_config: dict[str, Any],
     **components: Any,
 ) -> TREADPipeline:
-    """A pipeline with a transformer of its own, eager and dense: using it leaves the training alone.
+    """Makes a pipeline with a transformer of its own, not compiled and not routed; the training is not affected.
 
     All processes call this together, because sharded weights are gathered.
 
     Args:
-        accelerator: Of the run.
+        accelerator: The run's accelerator.
         weights: The parameters or their averages, whole or sharded.
         names: Their names, in the same order.
-        model_class: The denoiser's, a name of `diffusers_tread.models.DENOISERS`.
-        model_config: Its config.
-        **components: The pipeline's others: `scheduler`, `vae`, `id2label`.
+        model_class: Class of the denoiser, a name in `diffusers_tread.models.DENOISERS`.
+        model_config: Config of the denoiser.
+        **components: The pipeline's other components: `scheduler`, `vae`, `id2label`.
     """
     with init_empty_weights():
         transformer = make_denoiser(model_class, **model_config)
@@ -51,15 +51,16 @@ def snapshot_pipeline(
 def sample_grid(
     pipeline: TREADPipeline, *, num_images: int, seed: int, num_inference_steps: int, guidance_scale: float
 ) -> PIL.Image.Image:
-    """Samples of one class after the other, with a progress bar of its own and the classes' names.
+    """Samples a grid that cycles through the classes and shows their names, with a progress bar.
 
     Args:
-        pipeline: Whose scheduler and weights are used.
-        num_images: Samples.
-        seed: Of the run; the noise of an image is the same in every grid.
+        pipeline: The pipeline to sample.
+        num_images: Number of samples.
+        seed: The run's seed; the noise of each image is the same in every grid.
         num_inference_steps: Sampling steps.
-        guidance_scale: Classifier-free guidance; 1 for none.
+        guidance_scale: Scale of classifier-free guidance; 1 for none.
     """
+    # Sample.
     num_classes = pipeline.transformer.config.num_classes
     labels = [index % max(num_classes, 1) for index in range(num_images)]
     seeds = [derive_seed(seed, "validation", index) for index in range(num_images)]
@@ -72,20 +73,21 @@ def sample_grid(
     ).images
     pipeline.set_progress_bar_config(disable=True)
 
+    # Draw the grid.
     columns, texts = name_classes(labels, num_classes=num_classes, id2label=pipeline.config.id2label)
     grid = make_grid(images, columns=columns)
     return add_labels(grid, **texts) if texts else grid
 
 
 def last_grid(output_dir: str | Path, *, step: int) -> PIL.Image.Image | None:
-    """The newest grid of a run up to a step: later ones are of a branch that it left."""
+    """The newest sample grid up to a step; later ones belong to a branch that the run has left."""
     pictures = sorted(Path(output_dir, "samples").glob("step-*.png"))
     pictures = [path for path in pictures if path.stem <= f"step-{step:07d}"]
     return PIL.Image.open(pictures[-1]) if pictures else None
 
 
 def log_grid(accelerator: Accelerator, grid: PIL.Image.Image, *, step: int) -> None:
-    """Hands a grid to the trackers that take images."""
+    """Sends a grid to the trackers that accept images."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):  # not all have it
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""How a pipeline is sampled, for the scripts that do: flags, pipeline, scheduler, guider."""
+"""Sampling of a pipeline, for the scripts: flags, pipeline, scheduler, guider."""
 
 import dataclasses
 import inspect
@@ -46,68 +46,70 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """A pipeline and how it is sampled.
+    """Which pipeline is sampled, and how.
 
     Raises:
-        ValueError: A field is out of its range, or the guidance has no use for it.
+        ValueError: A field is out of its range, or the chosen guidance does not use it.
     """
 
     pretrained_pipeline: str | None = None
-    """Its or its run's folder, or a repository on the Hub: a TREADPipeline, with prompts a text-to-image pipeline."""
+    """Folder of the pipeline or of its run, or a repository on the Hub: a TREADPipeline, or a text-to-image pipeline
+    if there are prompts."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the transformers; the VAE stays in float32. With prompts, of all networks."""
+    """Precision of the transformers; the VAE stays in float32. With prompts, precision of all networks."""
     num_samples: int | None = None
-    """Samples of the pipeline; None for 50,000, or for one per prompt."""
+    """Number of samples; None for 50,000, or for one per prompt."""
     seed: int = 0
-    """Sample i follows from this and i."""
+    """Seed of the samples: sample i depends only on it and on i."""
     random_labels: bool = False
     """Draw classes at random, as ADM and DiT do, instead of one after the other."""
     prompts: str | None = None
-    """Instead of classes: a .txt file with a prompt per line, or a .jsonl, .csv or .parquet file of rows."""
+    """Sample prompts instead of classes: a .txt file with one prompt per line, or a .jsonl, .csv or .parquet file."""
     prompt_dataset_name: str | None = None
-    """Instead of a file: a `datasets` repository with a column of prompts."""
+    """Take prompts from a column of a `datasets` repository instead of a file."""
     prompt_dataset_config_name: str | None = None
-    """Its configuration; None for its only one."""
+    """Configuration of the prompts' data set; None if it has only one."""
     prompt_dataset_split: str = "train"
-    """Its split, such as validation or train[:5000]."""
+    """Split of the prompts' data set, such as validation or train[:5000]."""
     caption_column: str = "text"
     """Column of the prompts in a data set or a file."""
     height: int | None = None
-    """Of prompts' samples, in pixels; None for the pipeline's default."""
+    """Height of samples from prompts, in pixels; None for the pipeline's default."""
     width: int | None = None
-    """Likewise."""
+    """Width of samples from prompts, in pixels; None for the pipeline's default."""
     call_options: str = "{}"
     """With prompts: more arguments of the pipeline's call as JSON, such as {"negative_prompt": "blurry"}."""
     num_inference_steps: int = 40
     """Steps of the sampler."""
     scheduler: str | None = None
-    """Class of diffusers or diffusers_tread to sample with; None for the pipeline's."""
+    """Scheduler to sample with, a class of diffusers or diffusers_tread; None for the pipeline's."""
     scheduler_config: str = "{}"
-    """Changes of its settings as JSON, such as {"shift": 3.0}."""
+    """Changes to the scheduler's settings as JSON, such as {"shift": 3.0}."""
     guidance: Literal["pipeline", "none", "cfg", "sparse", "auto"] = "pipeline"
-    """pipeline: the guider saved with it; cfg: classifier-free; sparse: Sparse Guidance; auto: autoguidance by the
-    pipeline's guidance_transformer, an earlier checkpoint."""
+    """pipeline: the guider saved with the pipeline; cfg: classifier-free; sparse: Sparse Guidance; auto: autoguidance
+    by the pipeline's guidance_transformer, an earlier checkpoint."""
     guidance_transformer: str | None = None
-    """Of sparse with weak_checkpoint, and of auto: a TREADPipeline whose transformer this is; None for the one that
-    was saved with the pipeline."""
+    """For auto, and for sparse with weak_checkpoint: a TREADPipeline whose transformer is the guidance transformer;
+    None for the one that was saved with the pipeline."""
     guidance_scale: float | None = None
-    """Of cfg, which needs it, of sparse or of auto; None for the default of SparseGuidance."""
+    """Scale of cfg, sparse or auto. cfg needs it; for the others None is the default of SparseGuidance."""
     guidance_interval: str | None = None
     """Noise levels low,high between which guidance acts, such as 0.28,2.9, in the unit of the scheduler's sigmas:
     sigma of EDM, t in [0, 1] of flow matching, sqrt((1 - abar) / abar) of DDPM; None for all."""
     guidance_rescale: float | None = None
-    """Of cfg, sparse or auto: share, in [0, 1], of the rescaling of arXiv 2305.08891."""
+    """For cfg, sparse and auto: strength, in [0, 1], of the rescaling of arXiv 2305.08891."""
     strong_ratio: float | None = None
-    """Of sparse: share of tokens, in [0, 1), routed away in the strong branch; None for the default, 0 of auto."""
+    """For sparse and auto: share of tokens, in [0, 1), routed away in the strong branch; None for the default of
+    SparseGuidance, or 0 with auto."""
     weak_ratio: float | None = None
-    """Of sparse: likewise in the weak branch."""
+    """For sparse and auto: share of tokens routed away in the weak branch, likewise."""
     guider_config: str | None = None
     """More settings of SparseGuidance as JSON, such as {"stop": 0.8}: start and stop are shares of the model calls."""
     routes: str | None = None
-    """Of sparse with prompts: routes that the pipeline was trained with, as for training; None for those of its run,
-    whose folder it lies in."""
+    """For sparse with prompts: the routes that the pipeline was trained with, in the format of the training flag; None
+    takes them from the run whose folder the pipeline is in."""
 
     def __post_init__(self):
         check_at_least(self, 1, "num_samples", "num_inference_steps", "height", "width")
@@ -116,12 +118,12 @@ class SamplingConfig:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether the pipeline makes images of prompts."""
+        """Whether the samples are made from prompts."""
         return self.prompts is not None or self.prompt_dataset_name is not None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The noise levels between which guidance acts. Raises ValueError for what is no interval."""
+        """The noise levels between which guidance acts. Raises ValueError if the text is not an interval."""
         if self.guidance_interval is None:
             return None
         try:
@@ -173,14 +175,15 @@ def open_pipeline_images(
     guider: SparseGuidance | None = None,
     cache_dir: str | None = None,
 ) -> PipelineImages | PromptImages:
-    """The samples that a config asks for, see `load_pipeline` and `load_text_pipeline`.
+    """Makes the samples that a config describes, see `load_pipeline` and `load_text_pipeline`.
 
     Args:
-        config: Of the samples.
-        device: Of the networks.
-        guider: Instead of the one that the config asks for.
+        config: The sampling config.
+        device: Device of the networks.
+        guider: Replaces the guider of the config; without prompts only.
         cache_dir: Where a downloaded data set of prompts is kept; None for the cache of `datasets`.
     """
+    # From prompts.
     scale = {"none": 1.0, "cfg": config.guidance_scale}.get(config.guidance)
     common = {"num_inference_steps": config.num_inference_steps, "guidance_scale": scale, "seed": config.seed}
     if config.has_prompts:
@@ -190,6 +193,8 @@ def open_pipeline_images(
         if config.guidance == "sparse":
             pipeline = guide_text_pipeline(pipeline, config)
         return PromptImages(pipeline, prompts, num_images=config.num_samples, **common)
+
+    # From classes.
     rescale = config.guidance_rescale if config.guidance == "cfg" else None  # a guider has its own
     return PipelineImages(
         load_pipeline(config, device, guider=guider),
@@ -202,7 +207,7 @@ def open_pipeline_images(
 
 
 def load_prompts(config: SamplingConfig, *, cache_dir: str | None = None) -> list[str]:
-    """The prompts that a config names; says so if they are fewer than the samples."""
+    """Loads the prompts that a config names, and warns if there are fewer prompts than samples."""
     if config.prompts is not None:
         prompts = read_prompts(config.prompts, caption_column=config.caption_column)
     else:
@@ -219,14 +224,15 @@ def load_prompts(config: SamplingConfig, *, cache_dir: str | None = None) -> lis
 
 
 def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffusers.DiffusionPipeline:
-    """A text-to-image pipeline of diffusers with the scheduler that a config asks for.
+    """Loads a text-to-image pipeline of diffusers with the config's scheduler.
 
-    Weights are read from safetensors only, and no code of a repository is executed.
+    Weights are read from safetensors only, and no code from a repository is executed.
 
     Raises:
-        ValueError: There is no such pipeline; the scheduler refuses a setting, or samples from other models.
+        ValueError: There is no such pipeline; the scheduler refuses a setting or is for other objectives.
     """
-    dtype = getattr(torch, config.dtype)  # by the name that the oldest release knows, of which newer ones warn
+    # Load, without code from the repository. `torch_dtype` is the name in old releases; newer ones warn about it.
+    dtype = getattr(torch, config.dtype)
     try:
         folder = find_pipeline(config.pretrained_pipeline)
         if not Path(folder).is_dir():
@@ -239,7 +245,7 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
             f"{config.pretrained_pipeline} ({error}). A TREADPipeline is evaluated without prompts. {ADVICE}"
         ) from error
 
-    # Schedulers that sample from models of the same objective.
+    # Replace the scheduler only by one for models of the same objective.
     saved = pipeline.scheduler
     pipeline.scheduler = make_scheduler(saved, config.scheduler, read_json(config.scheduler_config))
     objectives = [kind for kind in OBJECTIVES.values() if kind.accepts(saved)]
@@ -253,10 +259,10 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
 
 
 def guide_text_pipeline(pipeline: diffusers.DiffusionPipeline, config: SamplingConfig) -> GuidedPipeline:
-    """A text-to-image pipeline with Sparse Guidance on the routes that it was trained with.
+    """Adds Sparse Guidance, on the routes of its training, to a text-to-image pipeline.
 
     Raises:
-        ValueError: Its routes are not known, or it cannot be guided so.
+        ValueError: The routes are not known, or the pipeline does not support Sparse Guidance.
     """
     routes = config.routes or read_run_settings(config.pretrained_pipeline).get("routes", "unknown")
     if routes in ("unknown", "none"):
@@ -269,16 +275,16 @@ def guide_text_pipeline(pipeline: diffusers.DiffusionPipeline, config: SamplingC
 
 
 def find_call_options(config: SamplingConfig, pipeline: diffusers.DiffusionPipeline) -> dict[str, Any]:
-    """More arguments of a text-to-image pipeline's call: those of its training, unless the config says otherwise.
+    """More arguments of a text-to-image pipeline's call: those of its training, overridden by the config.
 
-    Captions are then encoded as in the run in whose folder the pipeline lies.
+    If the pipeline is in the folder of its run, captions are so encoded as in that run.
     """
     run, parameters = read_run_settings(config.pretrained_pipeline), inspect.signature(pipeline.__call__).parameters
     trained = read_json(run.get("call_options") or "{}")
     if run.get("max_sequence_length") is not None:
         trained |= {name: run["max_sequence_length"] for name in LENGTHS if name in parameters}
     given = read_json(config.call_options)
-    # Those that have flags of their own stay with these.
+    # Arguments with flags of their own are left to these flags.
     trained = {name: value for name, value in trained.items() if name not in given and name != "guidance_scale"}
     if trained:
         logger.warning(f"Called with {trained}, as in training. Other values are said by --call_options.")
@@ -286,7 +292,7 @@ def find_call_options(config: SamplingConfig, pipeline: diffusers.DiffusionPipel
 
 
 def read_run_settings(pretrained_pipeline: str) -> dict[str, Any]:
-    """The settings of the run in whose folder a pipeline lies; empty for other pipelines."""
+    """The settings of the run whose folder a pipeline is in; empty if it is not in one."""
     path = Path(pretrained_pipeline).resolve().parent / RUN_SETTINGS
     return read_json(str(path)) if path.is_file() else {}
 
@@ -294,16 +300,17 @@ def read_run_settings(pretrained_pipeline: str) -> dict[str, Any]:
 def load_pipeline(
     config: SamplingConfig, device: torch.device, *, guider: SparseGuidance | None = None
 ) -> TREADPipeline:
-    """The pipeline with the scheduler and the guider that a config asks for.
+    """Loads a TREADPipeline with the config's scheduler and guider.
 
     Args:
-        config: Of the samples.
-        device: Of the networks.
-        guider: Instead of the one that the config asks for.
+        config: The sampling config.
+        device: Device of the networks.
+        guider: Replaces the guider of the config.
 
     Raises:
-        ValueError: There is no pipeline; it, the scheduler or the guider refuses a setting.
+        ValueError: There is no pipeline; the pipeline, the scheduler or the guider refuses a setting.
     """
+    # Load, with the scheduler.
     try:
         pipeline = TREADPipeline.from_pretrained(find_pipeline(config.pretrained_pipeline), revision=config.revision)
     except LOST as error:
@@ -311,11 +318,15 @@ def load_pipeline(
             f"Expected a TREADPipeline in --pretrained_pipeline, got {config.pretrained_pipeline} ({error}). {ADVICE}"
         ) from error
     pipeline.scheduler = make_scheduler(pipeline.scheduler, config.scheduler, read_json(config.scheduler_config))
+
+    # Guider.
     if config.guidance in ("sparse", "auto"):
         if config.guidance_transformer is not None:
             pipeline.guidance_transformer = TREADPipeline.from_pretrained(config.guidance_transformer).transformer
         pipeline.guider = guider or make_guider(config)
         pipeline.guider.check_denoisers(pipeline.transformer, pipeline.guidance_transformer)
+
+    # Device and precision.
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             part.to(device, torch.float32 if name == "vae" else getattr(torch, config.dtype))
@@ -324,7 +335,7 @@ def load_pipeline(
 
 
 def _check_no_code(folder: str | Path) -> None:
-    """Raises ValueError if loading a pipeline's folder executes code of it, which diffusers 0.36 does unasked."""
+    """Raises ValueError if loading the folder would execute code in it, which diffusers 0.36 does without asking."""
     parts = diffusers.DiffusionPipeline.load_config(folder)
     pipeline_class = parts.pop("_class_name")
     libraries = {name: value[0] for name, value in parts.items() if isinstance(value, list) and len(value) == 2}
@@ -336,7 +347,12 @@ def _check_no_code(folder: str | Path) -> None:
 
 
 def make_scheduler(scheduler, name: str | None, changes: dict[str, Any]):
-    """The named scheduler, or one of the same class, with the settings of `scheduler` that it knows and the changes.
+    """Makes a scheduler with the settings of another one, as far as it knows them, and with changes.
+
+    Args:
+        scheduler: The scheduler whose settings are taken.
+        name: Class of the new scheduler; None for the same class.
+        changes: Settings that override those of `scheduler`.
 
     Raises:
         ValueError: There is no such scheduler, or it has no such setting.
@@ -351,10 +367,10 @@ def make_scheduler(scheduler, name: str | None, changes: dict[str, Any]):
 
 
 def make_guider(config: SamplingConfig, **changes: Any) -> SparseGuidance:
-    """Sparse Guidance or autoguidance as a config asks for it, with changes.
+    """Makes the guider of a config with --guidance sparse or auto; `changes` override its settings.
 
     Raises:
-        ValueError: A setting that it does not have, or out of its range.
+        ValueError: A setting is unknown or out of its range.
     """
     names = ("guidance_scale", "guidance_rescale", "strong_ratio", "weak_ratio")
     settings = {"weak_checkpoint": True, "strong_ratio": 0.0, "weak_ratio": 0.0} if config.guidance == "auto" else {}

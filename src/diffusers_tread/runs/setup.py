@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a training script makes of its config before the first step."""
+"""What a training script sets up from its config before the first step."""
 
 import dataclasses
 import inspect
@@ -33,10 +33,10 @@ from .parsing import read_json
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate for one process, DDP or FSDP2; trackers write into the run's folder.
+    """Makes an `Accelerator` for one process, DDP or FSDP2, whose trackers write into the run's folder.
 
     Raises:
-        ValueError: Another kind of parallelism; a tracker that is not installed.
+        ValueError: Another kind of parallelism is configured, or the tracker is not installed.
     """
     if config.report_to not in ("none", "all") and find_spec(config.report_to) is None:
         raise ValueError(
@@ -53,8 +53,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
+
     # A run makes its model several times: on the meta device to describe it, to train and to save it.
     warnings.filterwarnings("once", message="The route ends at block")
+
+    # Refuse other kinds of parallelism.
     refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
     is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
     if accelerator.distributed_type in refused or is_fsdp1:
@@ -71,14 +74,14 @@ def init_trackers(accelerator: Accelerator, config: RunConfig, settings: dict[st
         return
     logs = Path(config.output_dir, "logs")
     logs.mkdir(parents=True, exist_ok=True)
-    if config.report_to in ("trackio", "all"):  # which takes no folder as an argument
+    if config.report_to in ("trackio", "all"):  # trackio takes no folder as an argument
         os.environ.setdefault("TRACKIO_DIR", str(logs / "trackio"))
     scalars = {key: value for key, value in settings.items() if isinstance(value, (str, int, float))}
     accelerator.init_trackers(config.tracker_project_name, scalars, init_kwargs={"wandb": {"dir": str(logs)}})
 
 
 class UnseenSource(TrainingSource):
-    """For a dry run: what data that were not opened will look like."""
+    """Stands in for data that a dry run does not open: their shapes and number of classes, from the config."""
 
     def __init__(self, config: TrainConfig):
         if None in (config.resolution, config.num_classes):
@@ -92,7 +95,7 @@ class UnseenSource(TrainingSource):
         self.num_classes, self.resolution, self.name, self.vae = config.num_classes, side, None, None
         self.id2label = {}
         self.buckets, self.has_captions, self.info = config.buckets(), False, None
-        # As the preset is made for, else as the VAEs of Stable Diffusion have it.
+        # The latents that the preset is made for, else those of Stable Diffusion's VAEs.
         kind = None if config.preset is None else denoiser_class(config.preset)
         known = kind.preset_config(config.preset) if hasattr(kind, "preset_config") else {}
         latents = known.get("in_channels", 4), known.get("sample_size", side // 8)
@@ -103,7 +106,7 @@ class UnseenSource(TrainingSource):
 
 
 def open_data(config: RunConfig, accelerator: Accelerator) -> TrainingSource:
-    """The data of a run; for a dry run only what lies on this machine."""
+    """Opens the data of a run; a dry run opens only data on this machine."""
     kind, _, name = config.data.partition(":")
     if config.dry_run and kind in ("folder", "hub", "latents") and not Path(name).exists():
         return UnseenSource(config)
@@ -115,9 +118,9 @@ def open_data(config: RunConfig, accelerator: Accelerator) -> TrainingSource:
 
 
 def objective_fields(config: RunConfig, source: TrainingSource | None) -> dict[str, Any]:
-    """The fields of --objective_config, of which a shift of "auto" becomes the number for the source's latents.
+    """The fields of --objective_config, with the shift "auto" replaced by the number for the source's latents.
 
-    With buckets it is that of their mean area.
+    With buckets, the number is for their mean area.
 
     Raises:
         ValueError: The shift is "auto" and there is no source.
@@ -135,7 +138,7 @@ def objective_fields(config: RunConfig, source: TrainingSource | None) -> dict[s
 
 
 def make_objective(config: RunConfig, source: TrainingSource | None) -> Objective:
-    """The objective for a source, see `objective_fields`. Raises ValueError for fields that it does not have."""
+    """Makes the objective for a source, see `objective_fields`. Raises ValueError for unknown fields."""
     fields, kind = objective_fields(config, source), find_objective(config.objective)
     if unknown := sorted(set(fields) - set(inspect.signature(kind).parameters)):
         raise ValueError(f"Expected fields of {kind.__name__} in --objective_config, got {unknown}.")
@@ -143,15 +146,15 @@ def make_objective(config: RunConfig, source: TrainingSource | None) -> Objectiv
 
 
 def make_terms(config: TrainConfig, model: torch.nn.Module, *, with_images: bool = True) -> list[LossTerm]:
-    """The terms of --loss_terms for a model, which is not wrapped; their heads are the same in every process.
+    """Makes the terms of --loss_terms; their heads get the same initialisation in every process.
 
     Args:
-        config: Of the run.
-        model: As the trainer makes it.
-        with_images: False leaves out those that look at images, which may fetch a network to do so.
+        config: The run's config.
+        model: The model, not yet wrapped.
+        with_images: False leaves out terms that look at images, because they may download a network.
 
     Raises:
-        ValueError: For unknown ones, and those that do not fit the model.
+        ValueError: A term is unknown or does not fit the model.
     """
     settings = read_json(config.loss_terms)
     if unknown := sorted(set(settings) - set(LOSS_TERMS)):
@@ -165,16 +168,19 @@ def make_terms(config: TrainConfig, model: torch.nn.Module, *, with_images: bool
 
 
 def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
-    """The model at its initialisation, the same in every process.
+    """Makes the model, with the same initialisation in every process.
 
     Raises:
-        ValueError: A model config of another class, with unknown settings, or at odds with the data.
+        ValueError: The model config is of another class, has unknown settings or contradicts the data or the flags.
     """
+    # Settings from data and flags.
     given = {"in_channels": source.channels, "sample_size": source.latent_size, "objective": config.objective}
     given["num_classes"] = 0 if config.num_classes == 0 else source.num_classes
     if config.routes is not None:
         routes = {"default": "default", "none": None}
         given["routes"] = routes[config.routes] if config.routes in routes else json.loads(config.routes)
+
+    # Settings from the preset or the model config.
     torch.manual_seed(derive_seed(config.seed, "init"))
     if config.preset is not None:
         name, values = config.preset, read_json(config.preset_config or "{}")
@@ -184,6 +190,8 @@ def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
         if name not in DENOISERS:
             raise ValueError(f"Expected a model config of one of {list(DENOISERS)}, got {name!r}.")
         values = {key: value for key, value in values.items() if key[0] != "_"}
+
+    # Check that they agree.
     if unknown := sorted(set(values) - set(inspect.signature(denoiser_class(name).__init__).parameters)):
         raise ValueError(f"Expected settings of {name} in the model config, got {unknown}.")
     for key in set(values) & set(given) - {"routes"}:
@@ -195,16 +203,16 @@ def make_model(config: TrainConfig, source: TrainingSource) -> torch.nn.Module:
 def make_lr_scheduler(
     config: RunConfig, optimizer: torch.optim.Optimizer, settings: Groups, *, step: int, max_steps: int
 ) -> LRScheduler:
-    """The learning rate of a run that goes on from a step: a function of the step, so that it needs no state.
+    """Makes the learning-rate schedule of a new or resumed run: a function of the step, which needs no saved state.
 
     Args:
-        config: Of the run.
-        optimizer: With the state of the checkpoint.
-        settings: Of its groups, as they were when it was made.
+        config: The run's config.
+        optimizer: The optimiser, with the state from the checkpoint.
+        settings: Settings of its parameter groups before the checkpoint was loaded.
         step: Optimiser steps done.
-        max_steps: Of the whole run.
+        max_steps: Optimiser steps of the whole run.
     """
-    for group, own in zip(optimizer.param_groups, settings, strict=True):  # a checkpoint brings those of its own run
+    for group, own in zip(optimizer.param_groups, settings, strict=True):  # the checkpoint's may be of another config
         group.update(own, initial_lr=own["lr"])
     return get_scheduler(
         config.lr_scheduler,
@@ -216,10 +224,10 @@ def make_lr_scheduler(
 
 
 def open_feature_extractor(config: RunConfig, accelerator: Accelerator) -> FeatureExtractor | None:
-    """The network that samples are compared with; None without --eval_steps."""
+    """Loads the network whose features are compared for the FID; None without --eval_steps."""
     if config.eval_steps is None:
         return None
-    require("eval", "matplotlib")  # which draws the curve
+    require("eval", "matplotlib")  # for the curve
     with accelerator.main_process_first():  # one process downloads
         return load_feature_extractor(
             config.eval_feature_extractor, weights=config.eval_feature_extractor_weights, device=accelerator.device
@@ -229,20 +237,21 @@ def open_feature_extractor(config: RunConfig, accelerator: Accelerator) -> Featu
 def describe_run(
     config: TrainConfig, accelerator: Accelerator, source: TrainingSource, model: torch.nn.Module
 ) -> dict[str, Any]:
-    """All that the run depends on, for the eye and for telling this run from others (JSON).
+    """Collects everything that the run depends on (JSON), to be printed and to tell this run from others.
 
     Args:
-        config: Of the run.
-        accelerator: Of the run.
-        source: Its data.
-        model: On the meta device.
+        config: The run's config.
+        accelerator: The run's accelerator.
+        source: The run's data.
+        model: The model, on the meta device.
 
     Raises:
-        ValueError: The loss terms, the optimiser or the sizes of images do not fit the model, the terms want images
+        ValueError: The loss terms, the optimiser or the sizes of images do not fit the model, the terms need images
             that the data do not have, or the length of the run is not known.
     """
-    with accelerator.main_process_first():  # one process downloads what they look with
-        # Networks that look at images are not fetched where the images are not; that there are none shows in any case.
+    # Check that loss terms, optimiser and data fit the model.
+    with accelerator.main_process_first():  # one process downloads the networks of loss terms
+        # Do not download them if the images are not here either. Missing images raise an error in any case.
         is_unseen = isinstance(source, UnseenSource) and source.has_images
         terms = make_terms(config, model, with_images=not is_unseen)
         heads = describe_heads(terms, source)
@@ -250,6 +259,8 @@ def describe_run(
     step = source.resolution // source.latent_size * model.config.get("patch_size", 1)
     if wrong := [size for size in source.sizes if any(side % step for side in size)]:
         raise ValueError(f"Expected buckets with sides that are multiples of {step} for this model, got {wrong}.")
+
+    # Settings.
     settings = common_settings(config, accelerator, source) | {
         "num_classes": model.config.num_classes,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -261,10 +272,10 @@ def describe_run(
 
 
 def describe_heads(terms: Sequence[LossTerm], source: TrainingSource) -> dict[str, list[list[int]]]:
-    """The shapes of what is trained beside a model, by the block (JSON).
+    """The shapes of the loss terms' heads, which are trained beside the model, by block (JSON).
 
     Raises:
-        ValueError: A term wants images and the data have none, nor what it takes instead.
+        ValueError: A term needs images, but the data have neither images nor stored features for it.
     """
     stored = getattr(getattr(source, "info", None), "patch_features", None)
     for term in terms if not source.has_images else ():
@@ -281,11 +292,12 @@ def describe_heads(terms: Sequence[LossTerm], source: TrainingSource) -> dict[st
 
 
 def common_settings(config: RunConfig, accelerator: Accelerator, source: TrainingSource) -> dict[str, Any]:
-    """What every run depends on, but for the model (JSON).
+    """The settings that all kinds of runs depend on, without the model (JSON).
 
     Raises:
         ValueError: The length of the run is not known.
     """
+    # Length.
     total_batch_size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     try:
         num_images = None if config.streaming else len(source)
@@ -293,11 +305,13 @@ def common_settings(config: RunConfig, accelerator: Accelerator, source: Trainin
         num_images = None
     if config.max_train_steps is None and num_images is None:
         raise ValueError("Expected --max_train_steps for data whose length is not known, got none.")
+
+    # Settings of the config and of the data.
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in CONTROL_FIELDS}
     if (fields := objective_fields(config, source)) != read_json(config.objective_config):
         settings["objective_config"] = json.dumps(fields)
     if "latents" in (identity := source.identity()):
-        settings["data"] = "latents"  # wherever they lie
+        settings["data"] = "latents"  # the same run, even if their folder has moved
     epochs = None if num_images is None else config.num_train_epochs * num_images
     return (
         settings
@@ -315,7 +329,7 @@ def common_settings(config: RunConfig, accelerator: Accelerator, source: Trainin
 
 
 def describe_classes(config: TrainConfig, settings: dict[str, Any]) -> dict[str, list[Any]]:
-    """What `settings_table` says of a class-conditional run alone."""
+    """The rows of `settings_table` that are specific to class-conditional runs."""
     model, side = settings["model"], settings["model"]["sample_size"]
     return {
         "sees": [f"{model['in_channels']}x{side}x{side}", f"{settings['num_classes']} classes"],
@@ -329,7 +343,7 @@ def describe_classes(config: TrainConfig, settings: dict[str, Any]) -> dict[str,
 
 
 def describe_routes(routes: Sequence[TokenRoute]) -> list[str]:
-    """Routes for the eye."""
+    """Describes routes in words, one text for each route."""
     texts = [f"{one.selection_ratio:.0%} of the {one.unit}s skip blocks {one.start} to {one.end}" for one in routes]
     fused = [", fused after them" if one.rejoin == "fuse" else "" for one in routes]
     drops = [f", {one.path_drop:.0%} of the samples all of them" if one.path_drop else "" for one in routes]
@@ -339,13 +353,13 @@ def describe_routes(routes: Sequence[TokenRoute]) -> list[str]:
 def settings_table(
     config: RunConfig, accelerator: Accelerator, settings: dict[str, Any], about: dict[str, list[Any]]
 ) -> str:
-    """A dozen lines about a run; the whole lies as JSON in its folder.
+    """A summary of a run in a dozen lines; all settings are in its folder as JSON.
 
     Args:
-        config: Of the run.
-        accelerator: Of the run.
-        settings: All that it depends on.
-        about: What it `sees`, its `model`, `routes` and `objective`.
+        config: The run's config.
+        accelerator: The run's accelerator.
+        settings: The run's settings.
+        about: The rows `sees`, `model`, `routes` and `objective`, which depend on the kind of run.
     """
     epoch, saved = settings["steps_per_epoch"], settings["block_flops_saved"]
     copies = 5 if settings["use_ema"] else 4  # weights, gradients, two moments of AdamW (one of Muon), average

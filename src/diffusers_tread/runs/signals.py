@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Ends a run that is told to stop (SIGTERM, SIGINT) so that the same command goes on with it."""
+"""Stops a run cleanly on SIGTERM or SIGINT, so that the same command resumes it."""
 
 import os
 import shlex
@@ -20,18 +20,18 @@ from ..installation import NAME
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ONE_CALL = 1.0  # seconds within which the terminal and the launcher pass on the same call
+_ONE_CALL = 1.0  # seconds; a repeated signal within them is the same one, passed on by terminal and launcher
 
 
 class StopRequest:
-    """Notes the first SIGTERM or SIGINT for the loop to stop at; a second one stops the process at once.
+    """Records the first SIGTERM or SIGINT, for the training loop to stop at; a second one kills the process at once.
 
-    Use it as a context manager, in all processes together. Signals are handled in the main thread only; elsewhere
-    nothing changes.
+    Use it as a context manager, in all processes together. Signals are handled in the main thread only; in other
+    threads nothing changes.
 
     Args:
         argv: The script's arguments; None for those of this process.
-        overrides: Flags that the command to go on needs besides, over those of a config file.
+        overrides: Flags to add to the command that resumes the run, to override those of a config file.
     """
 
     def __init__(self, argv: Sequence[str] | None = None, *, overrides: Sequence[str] = ()):
@@ -53,16 +53,21 @@ class StopRequest:
             self._work = None
 
     def is_due(self) -> bool:
-        """Whether to stop after this step: the same answer in all processes, which ask once a step, together.
+        """Whether to stop after this step; the same answer in all processes, which call this together once per step.
 
-        The processes' votes travel on the CPU while the next step runs, so that nobody waits; one step later all know.
+        The processes exchange their votes on the CPU while the next step runs, so that no process waits; the answer
+        is known one step later.
         """
         if self._group is None:
             return self.signal is not None
+
+        # The vote of the step before.
         is_due = False
         if self._work is not None:
             self._work.wait()
             is_due = bool(self._vote.item())
+
+        # A new vote.
         if not is_due:
             self._vote = torch.tensor(self.signal or 0)
             options = {"op": torch.distributed.ReduceOp.MAX, "group": self._group, "async_op": True}
@@ -72,19 +77,19 @@ class StopRequest:
         return is_due
 
     def end(self, done: str) -> NoReturn:
-        """Ends the run, which `is_due` asked for.
+        """Ends the run after `is_due` returned True.
 
         Args:
-            done: What is safe, a sentence without its stop.
+            done: What has been saved, as a sentence without full stop.
 
         Raises:
-            SystemExit: With 128 plus the signal's number, as shells report it.
+            SystemExit: With code 128 plus the signal's number, as shells report it.
         """
         _say(f"{done}. To go on: {resume_command(self.argv, overrides=self.overrides)}")
         raise SystemExit(128 + (self.signal or 0))
 
     def _handle(self, number: int, frame) -> None:
-        if os.getpid() != self._pid:  # a forked worker: its parent tells it
+        if os.getpid() != self._pid:  # a forked worker, which its parent stops
             if number == signal.SIGTERM:
                 _stop_at_once(number)
             return
@@ -99,14 +104,14 @@ class StopRequest:
 
 @contextmanager
 def stopped_cleanly(argv: Sequence[str] | None, *, kept: str) -> Iterator[None]:
-    """Turns SIGTERM and SIGINT into an end that leaves nothing half-written and says how to go on.
+    """Turns SIGTERM and SIGINT into a clean exit that leaves nothing half-written and prints how to resume.
 
     Args:
         argv: The script's arguments; None for those of this process.
-        kept: What the same command finds done, such as "finished batches".
+        kept: Finished work that the same command will not repeat, such as "finished batches".
 
     Raises:
-        SystemExit: In place of the signal, with 128 plus its number, as shells report it.
+        SystemExit: After a signal, with code 128 plus its number, as shells report it.
     """
     pid = os.getpid()
 
@@ -115,7 +120,7 @@ def stopped_cleanly(argv: Sequence[str] | None, *, kept: str) -> Iterator[None]:
             if number == signal.SIGTERM:
                 _stop_at_once(number)
             return
-        _replace_handlers(before)  # the next one stops at once
+        _replace_handlers(before)  # a second signal stops the process at once
         raise _Stopped(number)
 
     before = _replace_handlers(dict.fromkeys(SIGNALS, handle))
@@ -130,20 +135,20 @@ def stopped_cleanly(argv: Sequence[str] | None, *, kept: str) -> Iterator[None]:
 
 
 def run_command(command: Sequence[str], **options: Any) -> None:
-    """Runs a script that ends cleanly by itself when it is told to stop; to be called inside of `stopped_cleanly`.
+    """Runs a script that handles SIGTERM and SIGINT itself. Call it inside `stopped_cleanly`.
 
-    SIGTERM and SIGINT are passed on to it, and its end is waited for, where `subprocess.run` would kill it. From
-    another thread than the main one only the terminal tells it.
+    The signals are passed on to the script, and its end is waited for; `subprocess.run` would kill it. If this is not
+    called from the main thread, the script only gets signals from the terminal.
 
     Args:
         command: Program and arguments.
-        options: As `subprocess.Popen` takes them.
+        **options: Further arguments of `subprocess.Popen`.
 
     Raises:
-        SystemExit: With its code if that is not 0. If it was told to stop, `stopped_cleanly` says how to go on.
+        SystemExit: With the script's exit code if it is not 0. After a signal, `stopped_cleanly` says how to resume.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    process = subprocess.Popen(command, start_new_session=is_main, **options)  # the terminal would tell it twice
+    process = subprocess.Popen(command, start_new_session=is_main, **options)  # else the terminal would signal it too
     before = _replace_handlers(dict.fromkeys(SIGNALS, lambda number, frame: process.send_signal(number)))
     try:
         code = process.wait()
@@ -157,7 +162,7 @@ def run_command(command: Sequence[str], **options: Any) -> None:
 
 
 def resume_command(argv: Sequence[str] | None, *, overrides: Sequence[str] = ()) -> str:
-    """The command that goes on with a stopped run: the same, without what would delete it or go back again.
+    """The command that resumes a stopped run: the same, without --overwrite_output_dir and --resume_from_checkpoint.
 
     Args:
         argv: The script's arguments; None for those of this process.
@@ -175,7 +180,7 @@ def resume_command(argv: Sequence[str] | None, *, overrides: Sequence[str] = ())
 
 
 def _program(num_processes: int) -> list[str]:
-    """What started this process, without its flags."""
+    """The command that started this process, without its flags."""
     script, launcher = [sys.argv[0]], ["python"]
     if num_processes > 1:
         launcher = ["accelerate", "launch", "--num_processes", str(num_processes)]
@@ -186,7 +191,7 @@ def _program(num_processes: int) -> list[str]:
 
 
 class _Stopped(BaseException):
-    """Goes through everything that only catches errors."""
+    """A signal arrived. It is a BaseException, so that `except Exception` does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -194,7 +199,7 @@ class _Stopped(BaseException):
 
 
 def _replace_handlers(handlers: dict) -> dict:
-    """Sets handlers and returns those before; none outside of the main thread, where Python allows none."""
+    """Sets signal handlers and returns the old ones; does nothing outside of the main thread, as Python requires."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -206,6 +211,6 @@ def _stop_at_once(number: int) -> None:
 
 
 def _say(text: str) -> None:
-    """Past buffers that the signal may have interrupted, from the main process."""
+    """Writes to stderr from the main process, bypassing buffers that the signal may have interrupted."""
     if PartialState().is_main_process:
         os.write(2, f"\n{text}\n".encode())

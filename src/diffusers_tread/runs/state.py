@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a run's folder knows of the run: its settings, where it began, and the files that it wrote."""
+"""The record of a run in its folder: its settings, where it began, and the files that it wrote."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class RunState:
     """The content of `run.json`."""
 
     settings: dict[str, Any]
-    """All that the run depends on."""
+    """Everything the run depends on."""
     lineage: Lineage
-    """The branches that it went through. A run that goes back to an earlier checkpoint begins a new one."""
+    """The branches the run went through. Going back to an earlier checkpoint begins a new branch."""
     origin: str | None = None
     """The checkpoint that the last branch began at; None if it began at step 0."""
     written: tuple[str, ...] = ()
-    """Files that it wrote, relative to the folder, sorted."""
+    """Files that the run wrote, relative to the folder, sorted."""
 
     @property
     def first_step(self) -> int:
@@ -32,7 +32,7 @@ class RunState:
         return self.lineage[-1][1]
 
     def save(self, folder: Path) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         write_json(folder / STATE_FILE, dataclasses.asdict(self))
 
     @classmethod

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Settings of sampling that are compared: the points of a sweep, and its table and picture."""
+"""Sweeps over sampling settings: the points of a sweep, and the table and picture of its results."""
 
 import itertools
 import json
@@ -28,27 +28,30 @@ class SweepPoint:
     """One setting of a sweep."""
 
     name: str
-    """Of its folder, and in the table."""
+    """Name of the point's folder, and in the table."""
     values: dict[str, Any]
-    """Values of fields of `SamplingConfig`."""
+    """Values for fields of `SamplingConfig`."""
 
 
 def read_points(text: str, *, scales: Sequence[float] = ()) -> list[SweepPoint]:
-    """The points of a sweep.
+    """Reads the points of a sweep.
 
     Args:
-        text: JSON, or a file with it: an object with a list of values for each field, all of whose combinations are
-            points, or a list of points, objects with one value for each field and perhaps a "name".
-        scales: Values of "guidance_scale", before those of a grid.
+        text: JSON, or the path of a JSON file. Either a grid: an object with a list of values for each field, of which
+            each combination is a point. Or a list of points: objects with one value for each field, and optionally a
+            "name".
+        scales: Values of "guidance_scale", as the first field of the grid.
 
     Raises:
-        ValueError: No such file, another kind of JSON, fields that are not swept, or two points with one name.
+        ValueError: The file does not exist; the JSON is of another form; a field cannot be swept; two points have the
+            same name.
 
     Example:
         >>> from diffusers_tread.runs.sweep import read_points
         >>> [point.name for point in read_points('{"guidance_scale": [1, 1.5], "weak_ratio": [0.8]}')]
         ['guidance_scale-1-weak_ratio-0.8', 'guidance_scale-1.5-weak_ratio-0.8']
     """
+    # Grid or list.
     content = _read(text)
     if isinstance(content, dict):
         grid = ({"guidance_scale": list(scales)} if scales else {}) | content
@@ -59,6 +62,8 @@ def read_points(text: str, *, scales: Sequence[float] = ()) -> list[SweepPoint]:
         raise ValueError("Expected --guidance_scales with a grid in --sweep, got a list of points.")
     else:
         entries = content
+
+    # Points, each with a name of its own.
     points = [_make_point(entry) for entry in entries]
     names = [point.name for point in points]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -73,19 +78,24 @@ def find_best(rows: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, An
 
 
 def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], *, num_points: int, sample: str) -> str:
-    """Writes `sweep.json`, `sweep.md` and `sweep.png` of the points that were measured, and gives the table.
+    """Writes `sweep.json`, `sweep.md` and `sweep.png` for the points measured so far.
 
     Args:
-        folder: Of the sweep.
+        folder: The sweep's folder.
         rows: `name`, `values` and `metrics` of each measured point, in order; at least one.
-        num_points: Of the whole sweep.
-        sample: What was measured, such as "5,000 samples, seed 0".
+        num_points: Number of points of the whole sweep.
+        sample: Description of the samples, such as "5,000 samples, seed 0".
+
+    Returns:
+        The text of `sweep.md`.
     """
+    # JSON and picture.
     metric = next(iter(rows[0]["metrics"]))
     best = find_best(rows, metric)
     write_json(folder / f"{RESULTS}.json", {"best": best["name"], "metric": metric, "points": list(rows)})
     _draw(folder / f"{RESULTS}.png", rows, metric=metric, best=best)
 
+    # Table.
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
     metrics = list(rows[0]["metrics"])
     lines = [table_row("point", *names, *map(value_label, metrics)), "|---" * (1 + len(names) + len(metrics)) + "|"]
@@ -93,6 +103,8 @@ def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], *, num_points: 
         settings = [_told(row["values"].get(name)) for name in names]
         values = [f"{row['metrics'][name]:.4g}" for name in metrics]
         lines.append(table_row(row["name"] + (" (best)" if row is best else ""), *settings, *values))
+
+    # The best point, and a warning about how it was chosen.
     told = (
         f"{len(rows)} of {num_points} points measured. Best {value_label(metric)} on this sample ({sample}): "
         f"{best['metrics'][metric]:.4g} of {best['name']}. It was chosen by the samples that it was measured on, so "
@@ -106,9 +118,9 @@ def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], *, num_points: 
 
 
 def curves_of(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, dict[str, list[tuple[Any, float]]]]:
-    """The axis of a picture, and a curve per combination of the other settings that differ.
+    """Chooses the x axis of a picture, and makes one curve for each combination of the other settings that differ.
 
-    The axis is the first field with two numbers or more, else the names of the points.
+    The axis is the first field that takes several values, all of them numbers; if there is none, the points' names.
     """
     fields = list(dict.fromkeys(name for row in rows for name in row["values"]))
     seen = {name: {json.dumps(row["values"].get(name)) for row in rows} for name in fields}
@@ -151,7 +163,7 @@ def _make_point(entry: Mapping[str, Any]) -> SweepPoint:
     values = {name: _as_flag(value) for name, value in entry.items() if name != "name"}
     if unknown := sorted(set(values) - set(SWEPT)):
         raise ValueError(f"Expected fields among {list(SWEPT)} in --sweep, got {unknown}.")
-    # A folder's name, on any file system.
+    # Make it a valid folder name on any file system.
     told = str(entry.get("name") or "-".join(f"{name}-{_told(value)}" for name, value in values.items()))
     name = re.sub(r"[^\w.+-]+", "-", told).strip("-.")
     if not name or len(name) > 120:
@@ -160,7 +172,7 @@ def _make_point(entry: Mapping[str, Any]) -> SweepPoint:
 
 
 def _as_flag(value: Any) -> Any:
-    """A value as the command line has it: an interval as low,high, settings as JSON text."""
+    """A value in the format of the command line: an interval as low,high, settings as JSON text."""
     if isinstance(value, list):
         return ",".join(str(one) for one in value)
     return json.dumps(value) if isinstance(value, dict) else value

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a text-to-image run makes of its config, and of its weights."""
+"""What a text-to-image run sets up from its config, and the outputs it makes from its weights."""
 
 import copy
 import hashlib
@@ -41,24 +41,25 @@ from .text_config import DEFAULT_ROUTES, TextTrainConfig
 
 
 logger = logging.getLogger(__name__)
-_COUNTED = 10_000  # captions whose length is looked at before the run
+_COUNTED = 10_000  # captions whose length is checked before the run
 FROZEN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def open_pipeline(
     config: TextTrainConfig, accelerator: Accelerator, *, transformer_dtype: torch.dtype = torch.float32
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """The pipeline to train: a new transformer at its initialisation, the same in every process, or an old one.
+    """Loads the pipeline to train, with a pretrained transformer or a new one, initialised equally in every process.
 
-    Its other parts are frozen, on the device, the text encoders in the precision of the run, in which they are loaded.
-    A transformer that is trained is in float32, whatever the run's precision.
+    Its other parts are frozen and on the device. The text encoders are loaded in the run's precision; the transformer
+    is in `transformer_dtype`, float32 by default, whatever the run's precision.
 
     Returns:
-        The pipeline, and what tells its text encoders from others (JSON).
+        The pipeline, and the identity of its text encoders (JSON).
 
     Raises:
-        ValueError: What `make_transformer` and `load_pipeline` refuse.
+        ValueError: As for `make_transformer` and `load_pipeline`.
     """
+    # Load.
     values = config.transformer_values()
     torch.manual_seed(derive_seed(config.seed, "init"))
     transformer = None if values is None else make_transformer(values)
@@ -72,23 +73,27 @@ def open_pipeline(
             scheduler=setup.make_objective(config, None).scheduler(),
             dtypes=dtypes,
         )
-    if transformer is not None and "default_sample_size" in pipeline.config and config.resolution:  # PRX's
+
+    # Default size of samples (PRX only).
+    if transformer is not None and "default_sample_size" in pipeline.config and config.resolution:
         pipeline.register_to_config(default_sample_size=config.resolution)
         pipeline.default_sample_size = config.resolution
+
+    # Freeze all parts but the transformer.
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(part is pipeline.transformer).eval()
-            torch.nn.Module.to(part, accelerator.device)  # not by diffusers' `to`, which may warn of an empty list
+            torch.nn.Module.to(part, accelerator.device)  # diffusers' `to` may warn about an empty list
     return pipeline, text_identity(pipeline, **encoding_options(config))
 
 
 def encoding_options(config: TextTrainConfig) -> dict[str, Any]:
-    """How the captions of a run are encoded, which is how those of its samples are."""
+    """How a run encodes captions, in training and for its samples."""
     return {"max_sequence_length": config.max_sequence_length, "call_options": read_json(config.call_options)}
 
 
 def route_transformer(config: TextTrainConfig, transformer: torch.nn.Module) -> list[TokenRoute]:
-    """Puts the routes of --routes on a transformer; the reason why that cannot be is a ValueError."""
+    """Applies --routes to a transformer. Raises ValueError if that is not possible."""
     routes = DEFAULT_ROUTES if config.routes in (None, "default") else config.routes
     return [] if routes == "none" else list(apply_token_routing(transformer, json.loads(routes)).routes)
 
@@ -96,11 +101,12 @@ def route_transformer(config: TextTrainConfig, transformer: torch.nn.Module) -> 
 def open_data(
     config: TextTrainConfig, encoder: PromptEncoder, text: dict[str, Any], accelerator: Accelerator
 ) -> TrainingSource:
-    """Images with captions, encoded by the pipeline's VAE; says how many captions are too long.
+    """Opens images with captions, to be encoded by the pipeline's VAE, and prints how many captions are too long.
 
     Raises:
-        ValueError: Data without captions, or with text that another encoder made.
+        ValueError: The data have no captions, or their stored text was encoded by another encoder.
     """
+    # Open.
     if config.data == "digits:":
         raise ValueError("Expected --data with captions, such as folder:PATH or hub:NAME, got 'digits:', the default.")
     vae = encoder.pipeline.components.get("vae")
@@ -108,9 +114,11 @@ def open_data(
         source = open_source(config.data, pretrained_vae_name_or_path=vae, **config.data_options())
     if not source.has_captions:
         raise ValueError(f"Expected data with captions, got {config.data}. See --caption_column.")
+
+    # Check the text.
     if source.info is not None and source.info.text is not None:
         source.info.text.check_encoder(text)
-    elif hasattr(source.dataset, "first_captions"):  # no stream
+    elif hasattr(source.dataset, "first_captions"):  # not a stream
         captions = source.dataset.first_captions(_COUNTED)
         if cut := encoder.count_too_long(captions):
             accelerator.print(
@@ -123,10 +131,10 @@ def open_data(
 def make_denoiser(
     config: TextTrainConfig, encoder: PromptEncoder, source: TrainingSource, accelerator: Accelerator
 ) -> PipelineDenoiser:
-    """The pipeline as what is trained. Raises ValueError for parts that do not fit each other or the data."""
+    """Wraps the pipeline as a denoiser to train. Raises ValueError if its parts do not fit each other or the data."""
     factor, text = source.resolution // source.latent_size, encoder([""])
     shape, *others = [(source.channels, *(side // factor for side in size)) for size in sorted(source.sizes)[::-1]]
-    with accelerator.autocast():  # in which it is tried
+    with accelerator.autocast():  # for the trial calls
         denoiser = PipelineDenoiser(
             encoder.pipeline,
             latents_shape=shape,
@@ -146,7 +154,7 @@ def text_conditions(
     batch: dict[str, Any],
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """Captions as the pipeline's encoders give them, or as they were stored, a share of them empty."""
+    """The encoded captions of a batch, from the pipeline's encoders or as stored. A share of them is made empty."""
     told = source.conditions(batch)
     captions, stored = told["captions"], told.get("text")
     dropped = (torch.rand(len(captions), generator=generator) < config.proportion_empty_prompts).tolist()
@@ -157,9 +165,11 @@ def text_conditions(
 
 
 def count_flops(denoiser: PipelineDenoiser, *, is_routed: bool) -> tuple[dict[bool, int] | None, float | None]:
-    """FLOPs of the training of one sample, routed and dense, and the share of the blocks' that routing saves.
+    """Counts the FLOPs of training one sample, routed (True) and dense (False).
 
-    None, after a warning, of a transformer whose forward looks at values.
+    Returns:
+        These FLOPs, and the share of the blocks' FLOPs that routing saves. Both are None, after a warning, if they
+        cannot be counted because the transformer's forward depends on values of tensors.
     """
     try:
         dense = training_flops(denoiser.transformer, denoiser.inputs, selection_ratio=0.0 if is_routed else None)
@@ -180,7 +190,7 @@ def describe_run(
     text: dict[str, Any],
     flops_saved: float | None,
 ) -> dict[str, Any]:
-    """All that the run depends on (JSON); ValueError for an optimiser that does not fit the model."""
+    """Everything the run depends on (JSON). Raises ValueError if the optimiser does not fit the model."""
     make_optimizer(config, pipeline.transformer)
     model = json.loads(pipeline.transformer.to_json_string())
     return setup.common_settings(config, accelerator, source) | {
@@ -196,7 +206,7 @@ def describe_run(
 def describe_text(
     config: TextTrainConfig, source: TrainingSource, settings: dict[str, Any], routes: list[TokenRoute]
 ) -> dict[str, list[Any]]:
-    """What `settings_table` says of a text-to-image run alone."""
+    """The rows of `settings_table` that are specific to text-to-image runs."""
     sizes = [f"{height}x{width}" for height, width in source.sizes]
     return {
         "sees": [" or ".join(sizes[:4]) + ("" if len(sizes) < 5 else f" or {len(sizes) - 4} other sizes"), "captions"],
@@ -207,13 +217,13 @@ def describe_text(
 
 
 class TextOutputs(RunOutputs):
-    """Of a text-to-image run, whose pipelines are plain ones of diffusers, see `RunOutputs`.
+    """Outputs of a text-to-image run, whose pipelines are those of diffusers, see `RunOutputs`.
 
     Args:
         *args: As for `RunOutputs`.
-        pipeline: That is trained.
-        make_transformer: Makes its transformer without weights, of which there are more than those of the run where
-            the others are frozen.
+        pipeline: The pipeline that is trained.
+        make_transformer: Makes its transformer without weights. Trained weights come from the run; frozen ones are
+            taken from `pipeline`.
         **options: As for `RunOutputs`.
     """
 
@@ -235,6 +245,7 @@ class TextOutputs(RunOutputs):
         return {"prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest()}
 
     def make_pipeline(self) -> DiffusionPipeline:
+        # A transformer with the trained and the frozen weights.
         with init_empty_weights():
             transformer = self.make_transformer()
         device, trained = self.accelerator.device, whole_weights(self.weights, self.names, device="cpu")
@@ -246,6 +257,8 @@ class TextOutputs(RunOutputs):
         buffers = {name for name, _ in transformer.named_buffers()}
         if left_out.unexpected_keys or set(left_out.missing_keys) - buffers:
             raise ValueError(f"Expected all weights of {type(transformer).__name__}, got others: {left_out}.")
+
+        # The pipeline with this transformer.
         pipeline = copy.copy(self.pipeline)
         pipeline.transformer = transformer.requires_grad_(False).eval().to(device)
         pipeline.set_progress_bar_config(disable=True)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What text-to-image runs are told, and their presets and recipes."""
+"""Config of text-to-image training runs, with presets and recipes."""
 
 import json
 from dataclasses import dataclass
@@ -17,41 +17,42 @@ DEFAULT_ROUTES = '[{"start": 2, "end": -4}]'
 
 @dataclass(frozen=True, kw_only=True)
 class TextTrainConfig(RunConfig):
-    """How the transformer of a diffusers text-to-image pipeline is trained, from scratch or further.
+    """Settings for training the transformer of a diffusers text-to-image pipeline, from scratch or further.
 
     Raises:
-        ValueError: As `RunConfig`; caption columns or texts that are none; no transformer, or two.
+        ValueError: As for `RunConfig`; caption columns or prompts are not valid; no transformer is given, or two.
     """
 
     dry_run: bool = False
-    """Print the settings and write nothing in the output folder; pipeline and data are loaded for it."""
+    """Print the settings and write nothing to the output folder. Pipeline and data are loaded nevertheless."""
 
     # Data.
     caption_column: str = "text"
-    """Column with captions, or several with probabilities, such as long:0.8,short:0.2."""
+    """Column with captions, or several with their probabilities, such as long:0.8,short:0.2."""
     proportion_empty_prompts: float = 0.1
-    """Share of captions, in [0, 1], replaced by the empty one, which classifier-free guidance is made of."""
+    """Share of captions, in [0, 1], replaced by the empty one, for classifier-free guidance."""
 
     # Pipeline.
     pretrained_model_name_or_path: str | None = None
-    """Folder or repository of a pipeline: its VAE, text encoders, tokenizers and, without a preset or a config, its
-    transformer, which is trained further."""
+    """Folder or repository of a pipeline that gives the VAE, text encoders and tokenizers. Without preset and
+    transformer_config_name_or_path, its transformer is trained further."""
     preset: str | None = None
-    """Size of a new transformer: prx-s or sd3-s."""
+    """Kind and size of a new transformer: prx-s or sd3-s."""
     transformer_config_name_or_path: str | None = None
-    """Instead of a preset: a model folder, a JSON file or the JSON itself, with `_class_name`."""
+    """Config of a new transformer, instead of a preset: a model folder, a JSON file or the JSON itself, with
+    `_class_name`."""
     parts: str = "{}"
-    """Where other parts lie, as JSON, such as {"vae": "folder", "text_encoder": ["repository", "subfolder"]}."""
+    """Where to load other parts, as JSON, such as {"vae": "folder", "text_encoder": ["repository", "subfolder"]}."""
     max_sequence_length: int | None = None
-    """Tokens of a caption, more are cut off; None for what the pipeline takes."""
+    """Maximal number of tokens of a caption, the rest is cut off; None for the pipeline's default."""
     call_options: str = "{}"
-    """Arguments of the pipeline's call as JSON, such as {"guidance_scale": 3.5} for distilled models."""
+    """More arguments of the pipeline's call as JSON, such as {"guidance_scale": 3.5} for distilled models."""
 
     # Prompts of samples.
     validation_prompts: str | None = None
-    """Prompts of the grids: a JSON list, or a text file with one per line."""
+    """Prompts of the sample grids: a JSON list, or a text file with one prompt per line."""
     eval_prompts: str | None = None
-    """Prompts of the samples whose FID is measured, likewise; they take turns."""
+    """Prompts of the samples for the FID, as a list or a file likewise; they are used in turn."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,7 +72,7 @@ class TextTrainConfig(RunConfig):
 
     @property
     def objective(self) -> str:
-        """Flow matching, which the pipelines of these models sample."""
+        """Flow matching, the objective of these pipelines."""
         return FlowMatchingObjective.name
 
     def transformer_values(self) -> dict[str, Any] | None:
@@ -88,7 +89,7 @@ class TextTrainConfig(RunConfig):
         return None if source is None else read_json(source)
 
     def prompts(self, field: str) -> list[str]:
-        """The prompts that a field names. Raises ValueError for no list of texts, or no file."""
+        """The prompts of a field. Raises ValueError if it is neither a JSON list of texts nor a file."""
         text = getattr(self, field)
         if text is None:
             return []
@@ -107,7 +108,7 @@ class TextTrainConfig(RunConfig):
 
 
 TEXT_PRESETS: dict[str, dict[str, Any]] = {
-    # Shallow variants of what PRX-1.2B and SD3-medium are; depth and width are DiT-B's. Never trained to the end here.
+    # Small variants of PRX-1.2B and SD3-medium with about DiT-B's depth and width. Never trained to the end here.
     "prx-s": {
         "_class_name": "PRXTransformer2DModel",
         "in_channels": 16,
@@ -138,23 +139,23 @@ TEXT_PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """A run on eight processes; none of them was run to its end by this package."""
+    """A run on eight processes. None of them has been run to its end with this package."""
 
     preset: str
     """Size of the transformer."""
     resolution: int
     """Side of the images in pixels."""
     pretrained: str | None
-    """A pipeline whose text encoders and VAE are taken."""
+    """Pipeline that gives the text encoders and the VAE; None if `parts` gives them."""
     parts: dict[str, Any]
-    """Parts by name instead."""
+    """As `TextTrainConfig.parts`."""
     batch_size: int
-    """Images per optimiser step, of all processes."""
+    """Images per optimiser step, over all processes."""
     learning_rate: float
-    """Of AdamW."""
+    """Learning rate of AdamW."""
 
     def settings(self) -> dict[str, Any]:
-        """Values for the fields of `TextTrainConfig`, but for the data."""
+        """Values for the fields of `TextTrainConfig`, except for the data."""
         return {
             "preset": self.preset,
             "resolution": self.resolution,
@@ -194,7 +195,7 @@ TEXT_RECIPES = {
 
 
 def text_recipe_settings(name: str) -> dict[str, Any]:
-    """Values for the fields of `TextTrainConfig`. Raises ValueError: there is no such recipe."""
+    """The values of a recipe for the fields of `TextTrainConfig`. Raises ValueError if there is no such recipe."""
     if name not in TEXT_RECIPES:
         raise ValueError(f"Expected a recipe among {list(TEXT_RECIPES)}, got {name!r}.")
     return {key: value for key, value in TEXT_RECIPES[name].settings().items() if value is not None}

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The loop around a training step: batches and seeds, checkpoints and resume, what is due after a step."""
+"""The loop around a training step: batches and seeds, checkpoints and resume, actions that are due after a step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -37,22 +37,25 @@ def open_run(
     fixed_settings: Sequence[str] = ("model", "optimizer"),
     results: Sequence[str] = (PIPELINE,),
 ) -> Iterator[dict[str, Any]]:
-    """A run in its folder, with its trackers, that a signal asks to end; gives `run` and `stop` for `TrainingLoop`.
+    """Opens a run: claims its folder, starts its trackers and handles the signals that stop it.
 
     Args:
-        config: Of the run.
-        accelerator: Of the run.
-        settings: All that it depends on.
-        argv: The command line, for the message of how to go on.
-        fixed_settings: Those that no checkpoint can be resumed without.
-        results: What a finished run leaves in the folder.
+        config: The run's config.
+        accelerator: The run's accelerator.
+        settings: Everything the run depends on.
+        argv: The command line, for the message that says how to resume.
+        fixed_settings: Keys of `settings` that must be the same to resume a checkpoint.
+        results: Files or folders that a finished run leaves in the folder.
+
+    Yields:
+        The arguments `run` and `stop` of `TrainingLoop`.
 
     Raises:
-        ValueError: As `open_run_folder`.
+        ValueError: As for `open_run_folder`.
     """
     options = {"resume_from_checkpoint": config.resume_from_checkpoint, "overwrite": config.overwrite_output_dir}
     options |= {"fixed_settings": fixed_settings, "free_settings": FREE_FIELDS, "results": results}
-    # What a config file asks for once, the command that goes on must not ask for again.
+    # The command that resumes the run must neither overwrite it nor go back again, even if a config file says so.
     overrides = ["--no-overwrite_output_dir"] if config.overwrite_output_dir else []
     overrides += ["--resume_from_checkpoint=latest"] if config.resume_from_checkpoint else []
     stop_request, total_steps = StopRequest(argv, overrides=overrides), settings["max_train_steps"]
@@ -63,25 +66,25 @@ def open_run(
 
 
 class TrainingLoop(ABC):
-    """Everything that lives through a run; `train` runs it. A subclass says what a step is and what the model is told.
+    """The state of a run; `train` runs it. A subclass defines the training step and the model's conditions.
 
-    All random draws are functions of the seed, the step, the micro step and the process, so that a run goes on from a
-    checkpoint as if nothing had happened.
+    All random draws are functions of the seed, the step, the micro step and the process, so that a resumed run makes
+    the same draws as one that was never stopped.
 
     Args:
-        config: Of the run.
-        accelerator: Of the run.
-        source: Its data.
-        model: To be trained: its parameters that require gradients.
-        settings: As `describe_run` gives them.
-        run: Its folder.
-        stop: That asks the run to end.
-        flops: Of the training of one sample, routed (True) and dense (False); None where they cannot be counted.
+        config: The run's config.
+        accelerator: The run's accelerator.
+        source: The run's data.
+        model: The model, whose parameters that require gradients are trained.
+        settings: The run's settings, from `describe_run`.
+        run: The run's folder.
+        stop: Says when a signal asks the run to stop.
+        flops: FLOPs of training one sample, routed (True) and dense (False); None if they cannot be counted.
     """
 
     outputs: RunOutputs
     terms: Sequence[LossTerm] = ()
-    """Of the loss."""
+    """Further terms of the loss."""
 
     def __init__(
         self,
@@ -97,7 +100,7 @@ class TrainingLoop(ABC):
     ):
         self.config, self.accelerator, self.source, self.settings = config, accelerator, source, settings
         self.run, self.stop, self.max_steps = run, stop, settings["max_train_steps"]
-        self.flops = flops if len(source.sizes) == 1 else None  # which are of images of one size
+        self.flops = flops if len(source.sizes) == 1 else None  # they are for images of one size
         self.objective = setup.make_objective(config, source)
 
         # Model and optimiser.
@@ -141,31 +144,36 @@ class TrainingLoop(ABC):
 
     @property
     def weights(self) -> list[torch.Tensor]:
-        """What is shown and saved, in the order of `names`: the averages, or the parameters."""
+        """The weights to show and save, in the order of `names`: the averages with EMA, else the parameters."""
         return self.parameters if self.ema is None else self.ema.shadow_params
 
     @abstractmethod
     def train_step(self) -> torch.Tensor:
-        """One optimiser step; the loss of this process as a tensor, so that nothing waits for the device."""
+        """Takes one optimiser step. Returns this process's loss as a tensor, so that nothing waits for the device."""
 
     @abstractmethod
     def conditions(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        """What the model is told of a batch, on the device; some of it dropped by draws of the generator."""
+        """The model's conditions for a batch, on the device; `generator` decides which of them are dropped."""
 
     @abstractmethod
     def null_conditions(self) -> dict[str, Any]:
-        """What the model is told of a sample of which nothing is known."""
+        """The model's conditions for one sample without label or caption."""
 
     def train(self) -> None:
-        """From where the run is to its last step."""
+        """Trains from the current step to the last one."""
+        # What is done every so many steps.
         config, accelerator = self.config, self.accelerator
         first_dense_step = round(self.max_steps * (1 - config.dense_fraction))
         outputs, push_steps = self.outputs, config.hub_push_steps or self.max_steps
         actions = {self.save_checkpoint: config.checkpointing_steps, outputs.save_grid: config.validation_steps}
         actions |= {outputs.measure_fid: config.eval_steps, outputs.push: push_steps if config.push_to_hub else None}
-        if self.step > 0:  # the run may have been killed before it sampled what it had checkpointed
+
+        # After a checkpoint, the run may have been killed before its other actions.
+        if self.step > 0:
             for action in [action for action, every in list(actions.items())[1:] if self.is_due(every)]:
                 action(self.step)
+
+        # Train.
         self.model.train()
         total_batch_size = self.settings["total_batch_size"]
         monitor = LossMonitor(accelerator, step=self.step, samples_per_step=total_batch_size)
@@ -178,7 +186,7 @@ class TrainingLoop(ABC):
                 self.samples_seen += total_batch_size
                 progress.update()
 
-                # A checkpoint or samples are only made of weights that were looked at.
+                # Check loss and weights before a checkpoint or samples are made.
                 due = [action for action, every in actions.items() if self.is_due(every)]
                 if is_stopped := self.stop.is_due():
                     due = [self.save_checkpoint]
@@ -198,11 +206,12 @@ class TrainingLoop(ABC):
         return every is not None and (self.step % every == 0 or self.step == self.max_steps)
 
     def next_batch(self, micro_step: int) -> tuple[torch.Tensor, dict[str, Any], RoutingCall]:
-        """Latents, conditions and how to route; seeds the generator. All draws are functions of where the run is.
+        """The next latents, their conditions and how to route them.
 
-        `images` are those of the latents, where a term of the loss looks at them, or `image_features` what was stored
-        of them.
+        All draws are functions of the position in the run, which also seeds `generator`. If a loss term looks at
+        images, sets `images` to those of the latents, or `image_features` to their stored features.
         """
+        # Batch, conditions, latents.
         seed = partial(derive_seed, self.config.seed, self.step, micro_step, self.accelerator.process_index)
         batch = next(self.batches)
         self.position = batch.get("position")
@@ -210,6 +219,8 @@ class TrainingLoop(ABC):
         conditions = self.conditions(batch, torch.Generator().manual_seed(seed("labels")))
         self.generator.manual_seed(seed("noise"))
         latents = self.source.to_latents(batch, device=self.accelerator.device, generator=self.generator)
+
+        # Images for the loss terms.
         source, device, self.images, self.image_features = self.source, self.accelerator.device, None, None
         if self.wants_images and source.has_images:
             self.images = source.images(batch, device=device)
@@ -218,7 +229,7 @@ class TrainingLoop(ABC):
         return latents, conditions, RoutingCall(selection_ratio=None if self.is_routed else 0.0, seed=seed("routing"))
 
     def log(self, progress: tqdm, loss: float, images_per_second: float) -> None:
-        """Tells the trackers and the progress bar how the run goes."""
+        """Sends loss, learning rate and speed to the trackers and the progress bar."""
         values = {"loss": loss, "lr": self.lr_scheduler.get_last_lr()[0], "images_per_second": images_per_second}
         values |= {name: value for term in self.watching for name, value in term.read(self.accelerator).items()}
         shown = {"loss": f"{loss:.4f}", "img_s": f"{images_per_second:.1f}"}
@@ -230,7 +241,7 @@ class TrainingLoop(ABC):
         self.accelerator.log(values, step=self.step)
 
     def save_checkpoint(self, step: int) -> None:
-        """Writes `checkpoint-<step>`; all processes together."""
+        """Writes `checkpoint-<step>`; all processes call it together."""
         state = {"global_step": step, "samples_seen": self.samples_seen, "settings": self.settings}
         state["corrupt_images"] = sorted(set(gather_object(sorted(self.corrupt.names))))
         if self.position is not None:

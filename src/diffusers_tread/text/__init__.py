@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Text-to-image pipelines of diffusers as denoisers to train, and what their encoders make of captions."""
+"""Text-to-image pipelines of diffusers as denoisers to train, and the encoding of captions."""
 
 from .building import PIPELINES, load_pipeline, make_transformer, register_text_pipeline, save_pipeline
 from .denoiser import PipelineDenoiser

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Text-to-image pipelines of diffusers from a new transformer and parts that exist."""
+"""Builds text-to-image pipelines of diffusers from a new transformer and existing parts."""
 
 import inspect
 import json
@@ -30,29 +30,29 @@ PIPELINES = {
     "BriaTransformer2DModel": "BriaPipeline",
     "OvisImageTransformer2DModel": "OvisImagePipeline",
 }
-"""The pipeline of diffusers that a transformer of its is trained for, by class names."""
+"""The diffusers pipeline for each diffusers transformer, by class names."""
 
-# Whose calls scale noise and inputs by their scheduler, which diffusers' flow matching schedulers cannot.
+# Pipelines that scale noise and inputs by their scheduler, which diffusers' flow matching schedulers do not support.
 _WITH_SOLVER = ("PixArtSigmaPipeline", "SanaPipeline")
 
 
 def register_text_pipeline(transformer: str, pipeline: str) -> None:
-    """Adds a transformer's class name and that of its text-to-image pipeline, both of diffusers.
+    """Registers the text-to-image pipeline of a transformer, both by the names of their diffusers classes.
 
     Raises:
-        ValueError: The transformer is known.
+        ValueError: The transformer is already registered.
     """
     add_entry(PIPELINES, transformer, pipeline)
 
 
 def make_transformer(config: Mapping[str, Any]) -> torch.nn.Module:
-    """A transformer of diffusers with new weights.
+    """Makes a transformer of diffusers with new weights.
 
     Args:
-        config: With its class name as `_class_name`, as in a model's `config.json`.
+        config: Settings, with the class name as `_class_name`, as in a model's `config.json`.
 
     Raises:
-        ValueError: A class that no pipeline is known for, or settings that it does not have.
+        ValueError: No pipeline is registered for the class, or it does not have one of the settings.
     """
     name = config.get("_class_name")
     if name not in PIPELINES:
@@ -75,21 +75,22 @@ def load_pipeline(
     scheduler: Any = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> DiffusionPipeline:
-    """A text-to-image pipeline of a transformer and parts by name.
+    """Loads a text-to-image pipeline from a transformer and parts by name.
 
     Args:
-        pretrained: Folder or repository of a pipeline, or a run's folder, whose parts are taken, unless they are named
-            otherwise.
-        transformer: A new one, of whose class the pipeline is; None for that of `pretrained`.
-        parts: Where other parts lie, such as {"vae": "folder", "text_encoder": ["repository", "subfolder"]}; None for
-            one that the pipeline does without.
-        scheduler: Of a pipeline with a new transformer; PixArt and Sana get a solver of the same shift.
-        dtypes: In what parts are loaded, by name, and "default"; layers that must stay in float32 do, such as some of
+        pretrained: Folder or repository of a pipeline, or a run's folder, whose parts are used unless `parts` replaces
+            them.
+        transformer: A new transformer, whose class determines that of the pipeline; None for that of `pretrained`.
+        parts: Where to load other parts, such as {"vae": "folder", "text_encoder": ["repository", "subfolder"]}; a
+            part that is None is left out of the pipeline.
+        scheduler: Scheduler of a pipeline with a new transformer; PixArt and Sana get a solver with the same shift.
+        dtypes: Precision of the parts, by name, and "default". Layers that must stay in float32 do, such as some of
             T5's in float16. None for float32.
 
     Raises:
-        ValueError: A part that the pipeline needs is missing, none of it, or cannot be loaded.
+        ValueError: A part that the pipeline needs is missing or cannot be loaded, or a part does not belong to it.
     """
+    # Class and scheduler.
     pretrained = None if pretrained is None else find_pipeline(pretrained)
     if pretrained is None and transformer is None:
         raise ValueError("Expected a pretrained pipeline, the config of a transformer, or both, got neither.")
@@ -99,6 +100,8 @@ def load_pipeline(
         given["scheduler"] = diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=scheduler.config.shift
         )
+
+    # Parts, and the pipeline if there is one to start from.
     try:
         if pretrained is not None:
             base = DiffusionPipeline.load_config(pretrained)
@@ -127,10 +130,10 @@ def load_pipeline(
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
-    """Saves a pipeline so that it can be loaded again, without the folders of this machine that it came from.
+    """Saves a pipeline so that it can be loaded again, and removes local paths from its configs.
 
-    diffusers loads the text encoder of PRX as a class of its own. What it saves of that names a class that it does not
-    have, and a config without the part for the encoder that it looks for:
+    diffusers loads the text encoder of PRX as a class of its own. When it saves this encoder, it names a class that
+    does not exist, and writes a config without the section `encoder`, which is needed to load it:
     https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/prx/__init__.py
     """
     pipeline.save_pretrained(folder)
@@ -146,7 +149,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
 
 
 def _class_to_train(pretrained: str, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
-    """The class that a `model_index.json` names, before anything large is fetched."""
+    """The pipeline class that a `model_index.json` names, checked before anything large is downloaded."""
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     if kind is None or "transformer" not in index:
         raise ValueError(
@@ -157,7 +160,7 @@ def _class_to_train(pretrained: str, index: Mapping[str, Any]) -> type[Diffusion
 
 
 def _load_part(name: str, place: Any, parameter: inspect.Parameter, dtype: torch.dtype) -> Any:
-    """A VAE, text encoder or tokenizer."""
+    """Loads a VAE, text encoder or tokenizer."""
     if place is None:
         return None
     place, *subfolder = [place] if isinstance(place, str) else place
@@ -168,7 +171,7 @@ def _load_part(name: str, place: Any, parameter: inspect.Parameter, dtype: torch
 
     if name.startswith("tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(place, **options)
-    # The class that the pipeline names, such as the encoder half of T5, unless that is a family.
+    # The class that the pipeline names, such as the encoder half of T5, unless it is only a base class.
     kind = parameter.annotation
     is_model = isinstance(kind, type) and hasattr(kind, "from_pretrained") and "PreTrained" not in kind.__name__
     options |= {"dtype": dtype} if name.startswith(("text_encoder", "image_encoder")) else {}

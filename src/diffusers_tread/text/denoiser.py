@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""A text-to-image pipeline of diffusers as a denoiser, with gradients.
+"""Wraps a text-to-image pipeline of diffusers as a denoiser with gradients.
 
-The prediction goes through the pipeline's own `__call__`: whatever its transformer wants of positions, masks, packed
-latents or signs is right, for every size, without a line per model.
+The prediction goes through the pipeline's own `__call__`, so that positions, masks, packed latents and signs are right
+for every transformer and size, without code for each model.
 """
 
 import copy
@@ -24,17 +24,18 @@ _PROBES = (250.0, 500.0, 750.0)
 
 
 class PipelineDenoiser(torch.nn.Module):
-    """Predicts what a flow-matching pipeline hands its scheduler: the velocity noise - data, [B, C, H, W].
+    """Predicts what a flow-matching pipeline passes to its scheduler: the velocity noise - data, [B, C, H, W].
 
     Args:
-        pipeline: A text-to-image pipeline; it stays as it is, its transformer is the one that is trained.
-        latents_shape: [C, H, W] of some latents that it will be asked for, to try it with.
-        text: What `PromptEncoder` makes of one caption, likewise.
-        pixels_per_latent: Pixels on the side of one latent pixel, so that the pipeline is told the image's size.
+        pipeline: A text-to-image pipeline. It is not changed; its transformer is trained.
+        latents_shape: A shape [C, H, W] of latents, for a trial call.
+        text: A caption encoded by `PromptEncoder`, for the trial call.
+        pixels_per_latent: Image pixels per side of one latent pixel, from which the image size is computed.
         call_options: Further arguments of the pipeline's `__call__`, such as `guidance_scale` for distilled models.
 
     Raises:
-        ValueError: The pipeline is not for flow matching, is of another kind, or its parts do not fit each other.
+        ValueError: The pipeline is not for flow matching, does not work in the usual way, or its parts do not fit each
+            other.
     """
 
     def __init__(
@@ -52,14 +53,16 @@ class PipelineDenoiser(torch.nn.Module):
                 f"Expected a pipeline for flow matching, with {FlowMatchingObjective.scheduler_advice}, got one with "
                 f"{type(pipeline.scheduler).__name__}."
             )
-        self.transformer = pipeline.transformer  # what accelerate wraps, moves and synchronises
+
+        # The transformer.
+        self.transformer = pipeline.transformer  # Accelerate wraps, moves and synchronises it
         classes = {type(module).__name__ for module in self.transformer.modules()}
         kept = getattr(self.transformer, "_no_split_modules", None) or []
         self.is_routed = hasattr(self.transformer, "token_router")
         self._no_split_modules = [name for name in kept if name in classes]  # FSDP's units
         self.pixels_per_latent = pixels_per_latent
 
-        # The pipeline with another scheduler, prompts that are encoded already, and a timestep for each sample.
+        # A copy of the pipeline with a scheduler for one step and without a text encoder.
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = _OneStepScheduler()
         self.pipeline.encode_prompt = lambda *args, **kwargs: self._asked.text
@@ -72,6 +75,8 @@ class PipelineDenoiser(torch.nn.Module):
                 f"Expected a transformer with guidance_embeds for a guidance_scale other than 1 in training, got "
                 f"{type(self.transformer).__name__} without and {scale}. Leave it out of the call's options."
             )
+
+        # Each sample gets a timestep of its own.
         self._asked = threading.local()
         names = list(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self.timestep_name = next((name for name in ("timestep", "t") if name in names), None)
@@ -81,7 +86,7 @@ class PipelineDenoiser(torch.nn.Module):
         self.transformer.register_forward_pre_hook(self._before_transformer, with_kwargs=True)
 
         self.inputs = self._try_out(latents_shape, text)
-        """Arguments of the transformer for one sample, such as `forward_flops` takes."""
+        """Arguments of the transformer for one sample, for `forward_flops`."""
 
     def forward(
         self,
@@ -90,13 +95,13 @@ class PipelineDenoiser(torch.nn.Module):
         text: tuple[Any, ...],
         routing: RoutingCall | None = None,
     ) -> DenoiserOutput:
-        """Predicts.
+        """Predicts the velocity.
 
         Args:
-            hidden_states: [B, C, H, W], noisy latents.
-            timestep: [B], 1000 t with t in [0, 1], 1 for noise.
-            text: Of the captions, as `PromptEncoder` gives it.
-            routing: How to route; None leaves it to what surrounds the call.
+            hidden_states: Noisy latents, [B, C, H, W].
+            timestep: 1000 t, [B], with t in [0, 1] and noise at t = 1.
+            text: The captions encoded by `PromptEncoder`.
+            routing: How to route; None for the routing that is active around the call.
         """
         asked = {name: value for name, value in vars(routing or RoutingCall()).items() if value is not None}
         with token_routing(self.transformer, **asked) if asked and self.is_routed else nullcontext():
@@ -121,8 +126,8 @@ class PipelineDenoiser(torch.nn.Module):
         )
 
     def _pack(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents as the pipeline takes them, Flux's and others' as 2x2 patches, and where each value went."""
-        if not hasattr(self.pipeline, "_pack_latents"):  # the function that diffusers' own training scripts use
+        """Packs latents as the pipeline needs them (Flux and others: 2x2 patches); also says where each value went."""
+        if not hasattr(self.pipeline, "_pack_latents"):  # this function is also used by diffusers' training scripts
             return latents, None
         shape = latents.shape
         places = torch.arange(shape[1:].numel(), device=latents.device).view(1, *shape[1:])
@@ -130,7 +135,7 @@ class PipelineDenoiser(torch.nn.Module):
         return pack(latents, *shape), pack(places, 1, *shape[1:]).flatten()
 
     def _before_transformer(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """Gives the transformer a timestep for each sample; the pipeline knows one for all."""
+        """Gives the transformer a timestep for each sample; the pipeline only has one for all."""
         asked = vars(self._asked)
         if not asked:
             return args, kwargs
@@ -139,14 +144,15 @@ class PipelineDenoiser(torch.nn.Module):
         if "timestep" not in asked:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             raise _Called(given, dict(zip(names, args, strict=False)) | kwargs)
-        # On the device, where the scheduler's is not.
+        # This timestep is on the device, unlike the scheduler's.
         timestep = asked["timestep"] / self.timestep_divisor + self.timestep_offset
         if named:
             return args, kwargs | {self.timestep_name: timestep}
         return (*args[:place], timestep, *args[place + 1 :]), kwargs
 
     def _try_out(self, latents_shape: Sequence[int], text: tuple[Any, ...]) -> dict[str, Any]:
-        """Finds how the pipeline makes the transformer's timestep of the scheduler's, which must be linear."""
+        """Finds how the pipeline computes the transformer's timestep from the scheduler's; this must be linear."""
+        # Call the pipeline with several timesteps.
         self.timestep_divisor, self.timestep_offset = 1.0, 0.0
         self.try_shape(latents_shape, text)
         latents, values = torch.zeros(1, *latents_shape, device=self.transformer.device), []
@@ -157,6 +163,8 @@ class PipelineDenoiser(torch.nn.Module):
             except _Called as called:
                 values.append(called.args[0].double().mean().item())
                 inputs = called.args[1]
+
+        # Fit a line.
         low, middle, high = values
         if abs(low + high - 2 * middle) > 1e-4 * abs(high - low) or low == high:
             raise ValueError(
@@ -168,11 +176,11 @@ class PipelineDenoiser(torch.nn.Module):
         return inputs
 
     def try_shape(self, latents_shape: Sequence[int], text: tuple[Any, ...]) -> None:
-        """Predicts once, for the shapes.
+        """Checks the shapes by one prediction.
 
         Args:
-            latents_shape: [C, H, W] of some latents.
-            text: Of one caption.
+            latents_shape: Shape [C, H, W] of latents.
+            text: An encoded caption.
 
         Raises:
             ValueError: Transformer, latents and text do not fit each other.
@@ -180,7 +188,7 @@ class PipelineDenoiser(torch.nn.Module):
         latents = torch.zeros(1, *latents_shape, device=self.transformer.device)
         patch_size = self.transformer.config.get("patch_size", 1)
         try:
-            # PRX before diffusers 0.42 leaves out what is no whole patch.
+            # PRX before diffusers 0.42 silently drops incomplete patches.
             if isinstance(patch_size, int) and any(side % patch_size for side in latents_shape[1:]):
                 raise ValueError(f"patches of {patch_size}x{patch_size} do not fill these latents")
             with torch.no_grad(), token_routing(self.transformer, enabled=False) if self.is_routed else nullcontext():
@@ -208,13 +216,13 @@ class _Called(Exception):
 
 
 class _OneStepScheduler(FlowMatchEulerDiscreteScheduler):
-    """Makes a pipeline predict once; the timestep that it says is replaced where the transformer gets it."""
+    """Makes a pipeline predict once. Its timestep is replaced before it reaches the transformer."""
 
     init_noise_sigma = 1.0
     probe = _PROBES[0]
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        self.timesteps = torch.tensor([self.probe])  # on the CPU, where looking at it waits for nothing
+        self.timesteps = torch.tensor([self.probe])  # on the CPU, where reading it waits for nothing
         self.sigmas, self.num_inference_steps = self.timesteps / 1000, 1
 
     def scale_model_input(self, sample, timestep):
@@ -225,17 +233,17 @@ class _OneStepScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 def _call_options(call) -> dict[str, Any]:
-    """Arguments that keep a pipeline from guiding and from changing the size."""
+    """Arguments that turn off guidance and changes of the image size."""
     parameters = inspect.signature(call).parameters
     wanted = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "use_resolution_binning": False}
-    # Where guidance_scale is None, it is for distilled models.
+    # A default guidance_scale of None means that it is for distilled models.
     return {
         name: value for name, value in wanted.items() if name in parameters and parameters[name].default is not None
     }
 
 
 def _unpack(prediction: torch.Tensor, shape: torch.Size, order: torch.Tensor | None) -> torch.Tensor:
-    """A prediction as packed latents, [B, C, H, W] again."""
+    """Unpacks a prediction to [B, C, H, W]."""
     if order is None:
         return prediction
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

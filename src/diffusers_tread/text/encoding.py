@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a pipeline's own `encode_prompt` makes of captions: as a batch, or one by one to be stored and put together."""
+"""Encodes captions by a pipeline's own `encode_prompt`, as a batch, or one by one to be stored and collated later."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,23 @@ from ..fingerprint import weights_fingerprint
 
 
 Encoded = dict[str, torch.Tensor]
-"""What was made of one caption: tensors without batch dimension, by their place in what `encode_prompt` returns."""
+"""An encoded caption: tensors without batch dimension, by their index in the output of `encode_prompt`."""
 
 LENGTHS = ("max_sequence_length", "tokenizer_max_length")
-"""What pipelines call the number of tokens of a caption."""
+"""Names of pipelines' arguments for the number of tokens of a caption."""
 
 
 class PromptEncoder:
-    """Captions as a text-to-image pipeline of diffusers encodes them, without a negative prompt.
+    """Encodes captions as a text-to-image pipeline of diffusers does, without a negative prompt.
 
     Args:
-        pipeline: With its tokenizers and text encoders; the other parts may be None.
-        max_sequence_length: Tokens of a caption, more are cut off; None for what the pipeline's `__call__` takes.
-        call_options: Arguments of the pipeline's `__call__`, of which those that it hands on to `encode_prompt` count.
+        pipeline: A pipeline with its tokenizers and text encoders; the other parts may be None.
+        max_sequence_length: Maximal number of tokens of a caption, the rest is cut off; None for the default of the
+            pipeline's `__call__`.
+        call_options: Arguments of the pipeline's `__call__`; only those that it passes on to `encode_prompt` are used.
 
     Raises:
-        ValueError: The pipeline has no `encode_prompt` of the usual kind, or one without a length that can be set.
+        ValueError: The pipeline has no `encode_prompt` of the usual kind, or a length is given that it cannot set.
     """
 
     def __init__(
@@ -45,11 +46,11 @@ class PromptEncoder:
                 f"Expected {type(pipeline).__name__}.encode_prompt to give tensors with an entry per prompt, got none."
             )
         self.common = one
-        """What it returns for an empty prompt; of places that are no samples' it is the same for all."""
+        """Output for an empty prompt. Entries without a batch axis are the same for all prompts."""
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Any, ...]:
-        """What `encode_prompt` returns for captions; nothing is said of those that it cuts off."""
+        """Returns the output of `encode_prompt` for captions, without its warnings about captions that are cut off."""
         import transformers
 
         loggers = [diffusers.utils.logging, transformers.utils.logging]
@@ -64,10 +65,10 @@ class PromptEncoder:
         return tuple(encoded) if isinstance(encoded, (tuple, list)) else (encoded,)
 
     def encode(self, captions: list[str]) -> list[Encoded]:
-        """The same caption by caption, on the CPU.
+        """Encodes captions one by one, on the CPU, to be stored.
 
         Raises:
-            ValueError: The pipeline masks only some batches, so that its captions cannot be put together again.
+            ValueError: The pipeline returns masks only for some batches, so that its captions cannot be collated.
         """
         if self._drops_masks:
             raise ValueError(
@@ -84,9 +85,9 @@ class PromptEncoder:
         return samples
 
     def collate(self, samples: Sequence[Encoded], *, device: "torch.device | str") -> tuple[Any, ...]:
-        """What `encode` gave, here or in another dtype, as `encode_prompt` would return it.
+        """Collates captions from `encode`, in any dtype, to the output that `encode_prompt` would return.
 
-        Shorter ones are filled up with zeros.
+        Shorter captions are padded with zeros.
         """
         values = list(self.common)
         for place, axis in enumerate(self.axes):
@@ -97,10 +98,10 @@ class PromptEncoder:
         return tuple(values)
 
     def count_too_long(self, captions: Sequence[str]) -> int:
-        """How many captions lose their end: each tokenizer counts, the longest limit decides."""
+        """Number of captions that are cut off by the tokenizer with the longest limit."""
         names = [name for name in self.pipeline.components if name.startswith("tokenizer")]
         tokenizers = [one for name in names if (one := self.pipeline.components[name]) is not None]
-        if not tokenizers:  # of a pipeline that calls it otherwise
+        if not tokenizers:  # the pipeline has another name for it
             return 0
         limits = [self._limit(tokenizer) for tokenizer in tokenizers]
         longest = max(range(len(tokenizers)), key=limits.__getitem__)
@@ -108,22 +109,23 @@ class PromptEncoder:
         return sum(len(ids) > limits[longest] for ids in lengths)
 
     def identity(self) -> dict[str, Any]:
-        """What its results depend on (JSON)."""
+        """Everything the encoded captions depend on (JSON)."""
         return text_identity(self.pipeline, max_sequence_length=self.given[0], call_options=self.given[1])
 
     @cached_property
     def _drops_masks(self) -> bool:
-        """Whether it leaves out the mask of a batch of equally long captions, as Qwen-Image does."""
+        """Whether the pipeline returns no mask for a batch of equally long captions, as Qwen-Image does."""
         pairs = zip(self([""]), self(["", "a caption of several words"]), strict=True)
         return any(one is None and other is not None for one, other in pairs)
 
     def _limit(self, tokenizer) -> int:
-        # CLIP's encoders have a length of their own, which no pipeline lets anybody set.
+        # CLIP's encoders have a fixed length, which no pipeline can change.
         asked = next((self.options[name] for name in LENGTHS if self.options.get(name)), tokenizer.model_max_length)
         return tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else asked
 
     def _find_options(self, max_sequence_length: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of `encode_prompt` besides the captions."""
+        """The arguments of `encode_prompt` besides the captions."""
+        # Arguments that are required.
         kind = type(self.pipeline)
         if not hasattr(kind, "encode_prompt"):
             raise ValueError(f"Expected a text-to-image pipeline with encode_prompt, got {kind.__name__} without.")
@@ -132,7 +134,8 @@ class PromptEncoder:
         options: dict[Any, Any] = {
             name: None for name, one in others if one.default is one.empty and one.kind is not one.VAR_KEYWORD
         }
-        # What `__call__` would say, such as the length or Sana's instruction: not always the same default.
+
+        # Defaults of `__call__`, such as the length or Sana's instruction, which may differ from `encode_prompt`'s.
         called = inspect.signature(kind.__call__).parameters
         shared = {name: called[name].default for name, _ in others if name in called and "prompt" not in name}
         options |= {name: default for name, default in shared.items() if default is not inspect.Parameter.empty}
@@ -142,6 +145,7 @@ class PromptEncoder:
         if "device" in parameters:
             options["device"] = self.pipeline.device
 
+        # The length.
         name = next((name for name in LENGTHS if name in parameters), None)
         if max_sequence_length is not None and name is None:
             raise ValueError(
@@ -156,7 +160,7 @@ class PromptEncoder:
 def text_identity(
     pipeline, *, max_sequence_length: int | None, call_options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What the results of a `PromptEncoder` depend on (JSON), but for the precision that it computes in."""
+    """Everything the results of a `PromptEncoder` depend on (JSON), except for its precision."""
     max_sequence_length, shared = _encoding_options(pipeline, max_sequence_length, call_options or {})
     parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
     return {
@@ -173,10 +177,10 @@ def text_identity(
 def _encoding_options(
     pipeline, max_sequence_length: int | None, call_options: Mapping[str, Any]
 ) -> tuple[int | None, dict[str, Any]]:
-    """The length of a caption, and the options of a pipeline's call that it hands on to `encode_prompt`.
+    """The length of a caption, and the options of a pipeline's call that it passes on to `encode_prompt`.
 
     Raises:
-        ValueError: Two lengths.
+        ValueError: Two different lengths are given.
     """
     kind, shared = type(pipeline), {}
     if hasattr(kind, "encode_prompt"):
@@ -193,7 +197,7 @@ def _encoding_options(
 
 
 def _batch_axis(one: Any, two: Any) -> int | None:
-    """The axis of samples, from what is returned for one prompt and for two; None for what is no sample's."""
+    """The batch axis, found by comparing the outputs for one and for two prompts; None if there is none."""
     if isinstance(one, list):
         return 0
     if not isinstance(one, torch.Tensor):
@@ -202,7 +206,7 @@ def _batch_axis(one: Any, two: Any) -> int | None:
 
 
 def _pad(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors [L, ...] of the same length, with zeros after the shorter ones."""
+    """Pads tensors [L, ...] with zeros to the length of the longest one."""
     longest = max(part.shape[0] if part.ndim else 0 for part in parts)
     return [
         part if part.ndim == 0 or len(part) == longest

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Batches of latents as Arrow tables, and what is looked at when they are read back.
+"""Converts batches of latents to Arrow tables, and checks tables that are read back.
 
-The letters of the shapes are those of codec.py.
+The letters of the shapes are explained in codec.py.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,22 +15,22 @@ from .info import INFO, LatentsInfo
 from .text import from_bytes, to_bytes
 
 
-# Rows per record batch: few enough that a random read touches little, many enough to find it quickly.
+# Rows per record batch: few enough for cheap random reads, many enough to find a row quickly.
 RECORD_BATCH = 64
 
 
 def to_table(batch: dict[str, Any], info: LatentsInfo):
-    """A batch as a `pyarrow.Table` in the dtype of its folder.
+    """Converts a batch to a `pyarrow.Table` in the dtype of its folder.
 
     Args:
-        batch: `moments` (and `moments_flipped`) [B, M, H, W] of one size, B `names`; where the folder has them,
-            `label` [B], for each caption column `captions`, B texts, and `text`, B dicts of arrays, and `features`
+        batch: `moments` (and `moments_flipped`) [B, M, H, W] of one size, and B `names`. If the folder has them, also
+            `label` [B]; for each caption column, B texts in `captions` and B dicts of arrays in `text`; `features`
             (and `features_flipped`) [B, N, E].
-        info: Of the folder.
+        info: Description of the folder.
 
     Raises:
-        ValueError: A value that is not finite in that dtype, a caption without words, arrays of another kind than the
-            folder's, with the image's name.
+        ValueError: A value is not finite in that dtype, a caption is blank, or arrays differ from those of the folder;
+            the message names the image.
     """
     import pyarrow as pa
 
@@ -76,7 +76,7 @@ def to_table(batch: dict[str, Any], info: LatentsInfo):
 
 
 def _check_finite(values: Iterable[torch.Tensor], *, names: list[str], advice: str) -> None:
-    """Raises ValueError, with its name, for the first of some tensors that is not finite."""
+    """Raises ValueError for the first tensor that is not finite, with its name."""
     for name, part in zip(names, values, strict=True):
         if not part.isfinite().all():
             dtype = str(part.dtype).removeprefix("torch.")
@@ -84,7 +84,7 @@ def _check_finite(values: Iterable[torch.Tensor], *, names: list[str], advice: s
 
 
 def _to_lists(values: torch.Tensor, type):
-    """A tensor [B, n] as B lists of an Arrow type, bfloat16 as its bits."""
+    """Converts a tensor [B, n] to B lists of an Arrow type; bfloat16 is stored as its bits."""
     import pyarrow as pa
 
     flat = values.cpu().contiguous().view(-1)
@@ -96,7 +96,7 @@ def _to_lists(values: torch.Tensor, type):
 
 
 def regroup(tables: Iterable[Any]) -> Iterator[Any]:
-    """The rows of some tables in tables of one chunk and a multiple of `RECORD_BATCH` rows, but for the last one."""
+    """Regroups rows to tables of one chunk whose length is a multiple of `RECORD_BATCH`, except for the last one."""
     import pyarrow as pa
 
     rest = None
@@ -110,13 +110,14 @@ def regroup(tables: Iterable[Any]) -> Iterator[Any]:
 
 
 def open_shard(folder: str | Path, shard: dict[str, Any], info: LatentsInfo):
-    """A shard as a memory-mapped `datasets.Dataset`; its values are not read.
+    """Opens a shard as a memory-mapped `datasets.Dataset`, without reading its values.
 
     Raises:
-        ValueError: It is damaged, or has other columns or another number of records than `latents.json` says.
+        ValueError: The shard is damaged, or its columns or number of records differ from `latents.json`.
     """
     import datasets
 
+    # Open.
     path, schema = Path(folder, shard["file"]), info.features().arrow_schema
     try:
         dataset = datasets.Dataset.from_file(str(path))
@@ -126,6 +127,8 @@ def open_shard(folder: str | Path, shard: dict[str, Any], info: LatentsInfo):
         raise ValueError(
             f"Expected a whole shard, got {path}, which cannot be read ({error}). Fetch it again."
         ) from error
+
+    # Compare with the description.
     if len(dataset) != shard["num_samples"] or not table.schema.equals(schema):
         raise ValueError(
             f"Expected {shard['num_samples']} records of {schema.names}, as {INFO} says, in {path}, got "
@@ -137,18 +140,19 @@ def open_shard(folder: str | Path, shard: dict[str, Any], info: LatentsInfo):
 
 
 def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) -> str | None:
-    """What of the lengths of lists, texts and features does not fit a folder, if anything; no values are read.
+    """Says which lengths of lists, texts or features do not fit the folder, if any, without reading values.
 
     Args:
-        table: A `pyarrow.Table` of the folder's schema.
-        info: Of the folder.
-        size: Height and width that all its latents must have; None for any of the folder's.
+        table: A `pyarrow.Table` with the folder's schema.
+        info: Description of the folder.
+        size: Height and width that all its latents must have; None for any size of the folder.
     """
     import pyarrow.compute as pc
 
     def lengths(column: str) -> np.ndarray:
         return pc.list_value_length(table.column(column)).to_numpy()
 
+    # Latents.
     if any(column.null_count for column in table.columns):
         return "has records without values"
     heights, widths = info.shape[1:]
@@ -162,12 +166,15 @@ def find_misfit(table, info: LatentsInfo, *, size: Sequence[int] | None = None) 
             (lengths(column) != expected).any() for column in ("moments", "moments_flipped")[: 1 + info.has_flipped]
         ):
             return "has latents of another length than their height and width say"
+
+    # Features.
     for column in info.feature_columns():
         its_lengths = pc.binary_length(table.column(column)).to_numpy()
         if (its_lengths != info.patch_features.num_bytes(heights, widths)).any():
             return f"has another length of {column!r} than one feature for each patch"
+
+    # Captions. Lengths are differences of offsets: if none is negative, all texts and bytes are inside their buffers.
     for caption in info.captions:
-        # Lengths are differences of offsets: where none is negative, all texts and bytes lie in their buffers.
         if (pc.binary_length(table.column(caption)).to_numpy() < 1).any():
             return f"has records without {caption!r}"
         for name, column in (info.text.columns(caption) if info.text else {}).items():
@@ -227,6 +234,6 @@ def _find_wrong_values(batch, column: str, info: LatentsInfo) -> str | None:
 
 
 def _is_finite(values: np.ndarray) -> np.ndarray:
-    if values.dtype == np.uint16:  # bfloat16: an exponent of ones stands for infinities and NaN
+    if values.dtype == np.uint16:  # bfloat16: infinities and NaN have an exponent of all ones
         return (values & 0x7F80) != 0x7F80
     return np.isfinite(values)

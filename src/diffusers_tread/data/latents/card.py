@@ -57,17 +57,20 @@ That of the images and of the VAE; look them up before you share or use these la
 
 
 def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
-    """Writes down what a folder of latents is and how to use it, with the metadata that the Hub and `datasets` read.
+    """Makes the card of a folder of latents: content, usage, and metadata for the Hub and `datasets`.
 
     Args:
-        info: Of the folder.
-        repo_id: The repository it is for, or a folder.
+        info: Description of the folder.
+        repo_id: The repository that the card is for, or a folder.
     """
+    # Names and shapes.
     channels, size, _ = info.shape
     height, width = ('table["height"][0].as_py()', 'table["width"][0].as_py()') if info.latent_sizes else (size, size)
     repo_id = " ".join(repo_id.split())  # a line break would end the block of code
     name = repo_id.rstrip("/").split("/")[-1]
     bits = info.dtype == "bfloat16"
+
+    # How to get latents from the stored values.
     lines = ["latents = values"]
     if info.kind == "moments":
         lines = ["mean, std = values.chunk(2, dim=1)", "latents = mean + std * torch.randn_like(std)"]
@@ -79,12 +82,16 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
     lines.append(
         f"latents = {formula}  # what a model is trained on, with table[{json.dumps([*info.captions, 'label'][0])}]"
     )
+
+    # How to train on them.
     data_argument, conditions = shlex.quote(f"latents:{repo_id}"), f"classes | {len(info.id2label)}"
     training = f"train --data {data_argument} --preset XL/2 --output_dir runs/xl2"
     if info.captions:
         conditions = f"captions | {as_text(', '.join(info.captions))}{', encoded' if info.text else ''}"
         column = shlex.quote(info.captions[0])
         training = f"train-text --data {data_argument} --caption_column {column} ..."
+
+    # Features of a vision encoder.
     features = ""
     if (stored := info.patch_features) is not None:
         size = stored.num_bytes(*(max(info.latent_sizes, key=math.prod) if info.latent_sizes else info.shape[1:]))
@@ -95,6 +102,8 @@ def latents_card(info: LatentsInfo, *, repo_id: str) -> DatasetCard:
             f"{as_text(stored.name_or_path)}, run in {as_text(stored.encoder_dtype)}, revision "
             f"{as_text(stored.revision or 'not known')} |\n"
         )
+
+    # The whole card.
     text = _TEXT.format(
         features=features,
         title=as_text(name),

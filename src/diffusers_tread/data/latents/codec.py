@@ -1,18 +1,18 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Between images and the latents that a denoiser is trained on: one formula for both ways.
+"""Converts between images and the latents that a denoiser is trained on, by one formula for all VAEs.
 
     encoding    latents = (vae.encode(images) - mean) * scaling_factor / std
     decoding    images = vae.decode(latents * std / scaling_factor + mean)
 
 mean and std, as in the pipelines of diffusers:
 
-    AutoencoderKL, DC, Tiny, ...        `shift_factor` and 1, as Stable Diffusion and Flux have them
-    with `latents_mean`, `latents_std`  these, per channel, from the config or (LTX) the weights, as SDXL and Wan
-    AutoencoderKLFlux2                  of its batch norm, after each 2x2 pixels of latents became one, as Flux.2
-    AutoencoderRAE                      0 and 1: its `encode` normalises, its `decode` goes back; images are in [0, 1]
+    AutoencoderKL, DC, Tiny, ...        `shift_factor` and 1, as in Stable Diffusion and Flux
+    with `latents_mean`, `latents_std`  these, per channel, from the config or (LTX) the weights, as in SDXL and Wan
+    AutoencoderKLFlux2                  from its batch norm, after packing 2x2 pixels of latents into one, as in Flux.2
+    AutoencoderRAE                      0 and 1: `encode` and `decode` normalise themselves; images are in [0, 1]
 
-VAEs of videos get and give one frame. Shapes: B batch, C channels and S side of the latents as the denoiser gets them,
-M values of a record: 2C if it holds mean and standard deviation, else C.
+Video VAEs are used with one frame. Shapes: B batch, C channels and S side of the denoiser's latents, M channels of a
+stored record: 2C if it holds mean and standard deviation, else C.
 """
 
 import math
@@ -29,20 +29,20 @@ from ...field_docs import with_field_docs
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class LatentCodec:
-    """How latents of a VAE are normalised for a denoiser, and back.
+    """How the latents of a VAE are normalised for a denoiser, and back.
 
     Raises:
-        ValueError: A number that cannot be, one of mean and std without the other, or a shift besides them.
+        ValueError: A number is out of range; only one of mean and std is given; or there is a shift besides them.
     """
 
     scaling_factor: float = 1.0
-    """What the latents are multiplied with, positive."""
+    """Factor by which latents are multiplied, positive."""
     shift_factor: float = 0.0
-    """What is subtracted before, the same for all channels."""
+    """Number that is subtracted before, the same for all channels."""
     latents_mean: tuple[float, ...] | None = None
-    """C numbers that are subtracted instead."""
+    """C numbers that are subtracted instead, one per channel."""
     latents_std: tuple[float, ...] | None = None
-    """C positive numbers that the latents are divided by; None divides by nothing."""
+    """C positive numbers by which latents are divided; None for no division."""
 
     def __post_init__(self):
         mean, std = self.latents_mean, self.latents_std
@@ -60,7 +60,7 @@ class LatentCodec:
             )
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents of the VAE [B, C, S, S] as a denoiser is trained on them."""
+        """Normalises the VAE's latents [B, C, S, S] for a denoiser."""
         if self.latents_mean is None:
             return (latents - self.shift_factor) * self.scaling_factor
         mean, std = self._statistics(latents)
@@ -78,10 +78,10 @@ class LatentCodec:
 
 
 def latent_codec(vae) -> LatentCodec:
-    """What a VAE says of its latents, in its config or in its weights.
+    """Reads the normalisation of a VAE's latents from its config or its weights.
 
     Raises:
-        ValueError: As `LatentCodec`; statistics of another number of channels than the latents have.
+        ValueError: As for `LatentCodec`; the number of statistics is not the number of channels.
     """
     if _normalizes_itself(vae):
         return LatentCodec()
@@ -100,10 +100,10 @@ def latent_codec(vae) -> LatentCodec:
 
 
 def latent_channels(vae) -> int:
-    """C, the channels of the latents that a denoiser gets.
+    """C, the number of channels of the denoiser's latents.
 
     Raises:
-        ValueError: The VAE's config does not tell.
+        ValueError: It is not in the VAE's config.
     """
     for name in ("vq_embed_dim", "latent_channels", "z_dim", "z_channels"):
         if (channels := vae.config.get(name)) is not None:
@@ -114,19 +114,19 @@ def latent_channels(vae) -> int:
 
 
 def latent_patch_size(vae) -> int:
-    """P: P x P latents are one for `AutoencoderKLFlux2`, whose batch norm comes after that; 1 for others."""
+    """P: `AutoencoderKLFlux2` packs P x P pixels of latents into one before its batch norm; 1 for other VAEs."""
     return vae.config.patch_size[0] if "batch_norm_eps" in vae.config else 1
 
 
 def spatial_compression(vae) -> int:
-    """Image pixels on the side of a pixel of the latents that a denoiser gets.
+    """Downsampling factor: image pixels per side of one pixel of the denoiser's latents.
 
     Raises:
-        ValueError: The VAE does not tell.
+        ValueError: The VAE does not tell its factor.
     """
     if _normalizes_itself(vae):
         return vae.config.patch_size
-    if (levels := vae.config.get("dim_mult")) is not None:  # Wan and Qwen-Image, whose other fields need not agree
+    if (levels := vae.config.get("dim_mult")) is not None:  # Wan and Qwen-Image, whose other fields may be wrong
         return 2 ** (len(levels) - 1) * (vae.config.get("patch_size") or 1)
     ratio = vae.config.get("spatial_compression_ratio") or getattr(vae, "spatial_compression_ratio", None)
     levels = vae.config.get("block_out_channels") or vae.config.get("ch_mult")
@@ -136,19 +136,19 @@ def spatial_compression(vae) -> int:
 
 
 def encode_images(vae, pixel_values: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Encodes images with any diffusers image VAE, or one of videos, as a denoiser is trained on them.
+    """Encodes images to a denoiser's latents, with any image or video VAE of diffusers.
 
     Args:
-        vae: An `AutoencoderKL` (a sample of its posterior is taken), `AutoencoderDC`, `AutoencoderTiny` or other model
-            whose `encode` returns a posterior or latents.
-        pixel_values: [B, 3, H, W] in [-1, 1].
+        vae: An `AutoencoderKL` (its posterior is sampled), `AutoencoderDC`, `AutoencoderTiny` or another model whose
+            `encode` returns a posterior or latents.
+        pixel_values: Images [B, 3, H, W] in [-1, 1].
         generator: Source of randomness for the posterior sample.
 
     Returns:
-        [B, C, h, w] of the dtype of the images, normalised as said at the top.
+        Latents [B, C, h, w] in the dtype of the images, normalised as described at the top of this module.
 
     Raises:
-        ValueError: `encode` returned neither; see `latent_codec`.
+        ValueError: `encode` returned neither a posterior nor latents; as for `latent_codec`.
     """
     posterior, latents = _encode(vae, pixel_values)
     if posterior is not None:
@@ -157,24 +157,24 @@ def encode_images(vae, pixel_values: torch.Tensor, *, generator: torch.Generator
 
 
 def encode_moments(vae, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What a folder of latents stores of images: the moments of the posterior, or the latents of a VAE without one.
+    """Encodes images to what a folder of latents stores: moments of the posterior, or latents if the VAE has none.
 
     Args:
         vae: As for `encode_images`.
-        pixel_values: [B, 3, R, R] in [-1, 1].
+        pixel_values: Images [B, 3, R, R] in [-1, 1].
 
     Returns:
-        [B, 2C, S, S] float32, mean and standard deviation, or [B, C, S, S]; not normalised.
+        Mean and standard deviation [B, 2C, S, S], or latents [B, C, S, S]; float32, not normalised.
 
     Raises:
-        ValueError: `encode` returned neither.
+        ValueError: `encode` returned neither a posterior nor latents.
     """
     posterior, latents = _encode(vae, pixel_values)
     return (latents if posterior is None else torch.cat(posterior, dim=1)).float()
 
 
 def sample_moments(moments: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
-    """A sample [B, C, S, S] of posteriors, given as mean and standard deviation [B, 2C, S, S]."""
+    """Samples latents [B, C, S, S] from posteriors, given as mean and standard deviation [B, 2C, S, S]."""
     mean, std = moments.chunk(2, dim=1)
     return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
@@ -184,10 +184,10 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 
     Args:
         vae: As for `encode_images`.
-        latents: [B, C, h, w], as a denoiser makes them.
+        latents: The denoiser's latents [B, C, h, w].
 
     Returns:
-        [B, 3, H, W] float32, in [-1, 1] but for what the VAE overshoots.
+        Images [B, 3, H, W], float32, in about [-1, 1]: the VAE may overshoot.
     """
     latents = unpack_latents(latent_codec(vae).denormalize(latents), latent_patch_size(vae)).to(vae.dtype)
     images = vae.decode(latents.unsqueeze(2) if _has_frames(vae) else latents, return_dict=False)[0].float()
@@ -196,19 +196,20 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 
 
 def check_vae(vae, resolution: int | tuple[int, int]) -> tuple[str, int, int]:
-    """Encodes and decodes an empty image, before any work starts.
+    """Checks a VAE by encoding and decoding an empty image, before any work starts.
 
     Args:
         vae: As for `encode_images`.
         resolution: R, side of the images in pixels, or height and width.
 
     Returns:
-        "moments" or "latents", what `encode_moments` gives; C; S, the longer side of the latents.
+        "moments" or "latents", the kind that `encode_moments` returns; C; S, the longer side of the latents.
 
     Raises:
-        ValueError: The VAE is none, or does not give images of this size back, or its config tells another size of
-            latents than it makes.
+        ValueError: The model is not a VAE, does not return images of the same size, or makes latents of another size
+            than its config says.
     """
+    # The factor divides the size.
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     pixels = torch.zeros(1, 3, height, width, device=vae.device)
     name, factor = type(vae).__name__, spatial_compression(vae)
@@ -218,6 +219,8 @@ def check_vae(vae, resolution: int | tuple[int, int]) -> tuple[str, int, int]:
                 f"Expected a --resolution that is a multiple of the VAE's downsampling, got {side}, which becomes "
                 f"{side // factor}: {name} makes one pixel of {factor}x{factor}."
             )
+
+    # Encode and decode.
     try:
         with torch.no_grad():
             posterior, _ = _encode(vae, pixels)
@@ -229,11 +232,13 @@ def check_vae(vae, resolution: int | tuple[int, int]) -> tuple[str, int, int]:
         AttributeError,
         IndexError,
         ValueError,
-    ) as error:  # whatever a foreign model raises
+    ) as error:  # a foreign model may raise any of them
         raise ValueError(
             f"Expected a VAE that encodes and decodes single images of {height}x{width} pixels, got {name}, "
             f"which raises: {error}. Choose another --resolution or VAE."
         ) from error
+
+    # The sizes are right.
     expected = (latent_channels(vae), height // factor, width // factor)
     if latents.shape != (1, *expected) or images.shape != pixels.shape:
         raise ValueError(
@@ -245,7 +250,7 @@ def check_vae(vae, resolution: int | tuple[int, int]) -> tuple[str, int, int]:
 
 
 def pack_latents(latents: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """[B, C, H, W] with each PxP square as one pixel, [B, C*P*P, H/P, W/P], in the order of diffusers' Flux.2."""
+    """Packs P x P squares of [B, C, H, W] into pixels, [B, C*P*P, H/P, W/P], in the order of diffusers' Flux.2."""
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return patches.permute(0, 1, 3, 5, 2, 4).reshape(batch, -1, height // patch_size, width // patch_size)
@@ -259,7 +264,8 @@ def unpack_latents(latents: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def _encode(vae, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
-    """Mean and standard deviation of the posterior, or the latents, whichever this VAE gives."""
+    """Encodes images to mean and standard deviation of the posterior, or to latents, depending on the VAE."""
+    # Encode.
     pixel_values = (pixel_values + 1) / 2 if _normalizes_itself(vae) else pixel_values
     pixel_values = pixel_values.unsqueeze(2) if _has_frames(vae) else pixel_values
     with torch.no_grad():
@@ -268,6 +274,7 @@ def _encode(vae, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor] | None,
     def prepare(latents: torch.Tensor) -> torch.Tensor:
         return pack_latents(latents.squeeze(2) if _has_frames(vae) else latents, latent_patch_size(vae))
 
+    # Find posterior or latents in the output.
     posterior = getattr(encoded, "latent_dist", None)
     if hasattr(posterior, "std"):
         return [prepare(posterior.mean), prepare(posterior.std)], None
@@ -280,7 +287,7 @@ def _encode(vae, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor] | None,
 
 
 def _statistic(vae, name: str, channels: int) -> Sequence[float] | None:
-    """`latents_mean` or `latents_std` of a VAE: in the config or, in LTX's, a buffer."""
+    """`latents_mean` or `latents_std` of a VAE, from its config or (LTX) from a buffer."""
     values = vae.config.get(name)
     if values is None:
         buffer = dict(vae.named_buffers(recurse=False)).get(name)
@@ -288,7 +295,7 @@ def _statistic(vae, name: str, channels: int) -> Sequence[float] | None:
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"Expected a list of numbers as {name} of {type(vae).__name__}, got {values!r}.")
     frames = len(values) // channels if _has_frames(vae) and len(values) % channels == 0 else 1
-    values = values[::frames] if frames > 1 else values  # AutoencoderKLCosmos has them for each frame, too
+    values = values[::frames] if frames > 1 else values  # AutoencoderKLCosmos repeats them for each frame
     if len(values) != channels:
         raise ValueError(
             f"Expected {channels} numbers as {name} of {type(vae).__name__}, one for each channel of its latents, got "
@@ -298,12 +305,12 @@ def _statistic(vae, name: str, channels: int) -> Sequence[float] | None:
 
 
 def _normalizes_itself(vae) -> bool:
-    """Whether it is an `AutoencoderRAE`, which is not in diffusers 0.36."""
+    """Whether the VAE is an `AutoencoderRAE`, a class that diffusers 0.36 does not have."""
     return "encoder_norm_mean" in vae.config
 
 
 def _has_frames(vae) -> bool:
-    """Whether the VAE is one of videos, [B, C, F, H, W]. Qwen-Image 2.1's has convolutions of images all the same."""
+    """Whether the VAE is for videos, [B, C, F, H, W]. This includes Qwen-Image 2.1's, despite its 2D convolutions."""
     encoder = getattr(vae, "encoder", vae)
     return "temperal_downsample" in vae.config or any(isinstance(part, torch.nn.Conv3d) for part in encoder.modules())
 

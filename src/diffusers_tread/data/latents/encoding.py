@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""From a data set of images to the shards of a folder of latents."""
+"""Encodes a data set of images to the shards of a folder of latents."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from .info import LatentsInfo
 from .writing import LatentsWriter, digest_files
 
 
-_ROWS = 256  # that are read at once where none is decoded: one by one takes `datasets` a hundred times as long
+_ROWS = 256  # undecoded rows read at once: one by one, `datasets` takes a hundred times as long
 
 
 def encode_shards(
@@ -38,28 +38,29 @@ def encode_shards(
 ) -> None:
     """Encodes the images of some shards, and their captions, and writes them.
 
-    Batches start anew with each shard, so that the bytes of a shard depend neither on the process that writes it nor
-    on what was written before.
+    Each shard starts with a new batch, so that its bytes depend neither on the process that writes it nor on the
+    shards written before.
 
     Args:
-        writer: Of an opened folder.
-        shards: The numbers of those to write.
-        source: A data set as `open_images` returns it, images undecoded.
+        writer: Writer of an opened folder.
+        shards: The numbers of the shards to write.
+        source: A data set from `open_images`, with undecoded images.
         vae: As for `encode_moments`.
-        plan: For each shard of the folder the rows of the source whose readable images it holds, see `plan_shards`.
+        plan: Rows of the source for each shard of the folder, see `plan_shards`; unreadable images are left out.
         image_column: The column of the source with images.
-        label_column: The column with class labels, if the folder has some.
-        batch_size: B, images per forward.
-        encode_captions: What a folder with `text` stores of captions: `PromptEncoder.encode`.
-        encode_features: What a folder with `patch_features` stores of images [B, 3, height, width] with latents of a
-            height and width: [B, N, E].
-        background: Colour behind transparent images, see `load_image`.
+        label_column: The column with class labels, if the folder has labels.
+        batch_size: B, images per forward pass.
+        encode_captions: `PromptEncoder.encode`, for a folder with `text`.
+        encode_features: For a folder with `patch_features`: encodes images [B, 3, height, width], given the height and
+            width of their latents, to features [B, N, E].
+        background: Colour put behind transparent images, see `load_image`.
         num_workers: Processes that decode images.
-        progress: What the progress bar says; None for no bar.
+        progress: Label of the progress bar; None for no bar.
 
     Raises:
-        ValueError, OSError: As `LatentsWriter.write`.
+        ValueError, OSError: As for `LatentsWriter.write`.
     """
+    # Decode images, in batches that never cross a shard.
     info, batches = writer.info, []
     for shard in shards:
         size, rows = info.sizes[writer.size_places[shard]], plan[shard]
@@ -75,6 +76,8 @@ def encode_shards(
             pin_memory=vae.device.type == "cuda",
         )
     )
+
+    # Encode and write each shard.
     num_images = sum(len(batch) for shard in batches for batch in shard)
     with tqdm(total=num_images, desc=progress, unit="images", disable=progress is None) as bar:
         for shard, its_batches in zip(shards, batches, strict=True):
@@ -85,14 +88,14 @@ def encode_shards(
 
 
 def plan_shards(rows_of_sizes: Sequence[Sequence[int]], shard_size: int) -> tuple[list[Sequence[int]], list[int]]:
-    """The rows of each shard.
+    """Assigns rows to shards.
 
     Args:
-        rows_of_sizes: For each size of images its rows; all rows in one for images of one size.
-        shard_size: Rows of a shard, less in the last one of a size.
+        rows_of_sizes: The rows of each size of images; one sequence with all rows if there is one size.
+        shard_size: Number of rows of a shard; the last shard of a size may have fewer.
 
     Returns:
-        For each shard its rows, and the place of its size.
+        The rows of each shard, and the index of each shard's size.
     """
     plan, places = [], []
     for place, rows in enumerate(rows_of_sizes):
@@ -102,10 +105,10 @@ def plan_shards(rows_of_sizes: Sequence[Sequence[int]], shard_size: int) -> tupl
 
 
 def digest_sources(source, *, image_column: str, plan: Sequence[Sequence[int]]) -> list[str]:
-    """For each shard a hash that changes with its images, for `LatentsWriter.open`.
+    """Computes a hash for each shard that changes with its images, for `LatentsWriter.open`.
 
-    Of image files it takes names, sizes and times of change, which reads none of them; of images that lie in the data
-    set itself the content.
+    Image files are not read: their names, sizes and modification times are hashed. For images stored in the data set
+    itself, the content is hashed.
 
     Args:
         source: As for `encode_shards`.
@@ -125,12 +128,12 @@ def digest_sources(source, *, image_column: str, plan: Sequence[Sequence[int]]) 
 
 
 class SourceImages(Dataset):
-    """Rows of a source by (row, size): `name`, `pixels` [3, H, W] or None if they cannot be read, and other columns.
+    """Rows of a source by key (row, size): `name`, `pixels` [3, H, W] or None if unreadable, and other columns.
 
     Args:
-        source: A data set, images undecoded.
-        columns: The column with images and those to give beside it.
-        **options: Of `read_image`.
+        source: A data set with undecoded images.
+        columns: The column with images, then other columns to return.
+        **options: Options of `read_image`.
     """
 
     def __init__(self, source, columns: Sequence[str], **options: Any):
@@ -142,14 +145,14 @@ class SourceImages(Dataset):
         record = self.source[row]
         image = record[self.image_column]
         path = (image or {}).get("path")
-        # As much of the path as says nothing of this machine.
+        # Only the end of the path, which says nothing about this machine.
         name = f"image {row} ({'/'.join(Path(path).parts[-2:])})" if path else f"image {row}"
         pixels = read_image(image, resolution=size, **self.options)
         return {"name": name, "pixels": pixels, "others": {column: record[column] for column in self.columns}}
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """The readable images as a batch, and the names of the others."""
+    """Collates the readable images to a batch, with the names of the unreadable ones."""
     good = [item for item in items if item["pixels"] is not None]
     return {
         "names": [item["name"] for item in good],
@@ -162,7 +165,7 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 def _encode(
     vae, batches: Iterable[dict[str, Any]], *, info: LatentsInfo, label_column: str, encode_captions, encode_features
 ) -> Iterator[dict[str, Any]]:
-    """Batches of images as `to_table` reads them."""
+    """Encodes batches of images to batches for `to_table`."""
     for batch in batches:
         encoded, others = {"names": batch["names"], "unreadable": batch["unreadable"]}, batch["others"]
         if batch["names"]:

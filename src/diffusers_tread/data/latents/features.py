@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a vision encoder makes of images, stored beside their latents: a feature for each token of a denoiser.
+"""Features of a vision encoder, stored with the latents of the images: one feature for each token of a denoiser.
 
-A shard has the features of an image as bytes, little-endian, row by row, in its column `features`, and those of the
-mirrored image in `features_flipped`.
+The column `features` of a shard has the features of an image as little-endian bytes, row by row, and the column
+`features_flipped` those of the mirrored image.
 
 Shapes: B batch, h and w latent size, P patch size, N = (h / P) * (w / P) tokens, E the encoder's width.
 """
@@ -25,26 +25,26 @@ COLUMNS = ("features", "features_flipped")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFeatures:
-    """What encoded the images of a folder of latents, and what of that is stored.
+    """Describes the vision encoder of a folder of latents and its stored features.
 
     Raises:
-        ValueError: A dtype that does not exist, a number out of range, a field of another type.
+        ValueError: The dtype does not exist, a number is out of range, or a field has the wrong type.
     """
 
     encoder: dict[str, Any]
-    """`VisionEncoder.identity()`: an alignment with another encoder would not fit."""
+    """`VisionEncoder.identity()`, because the features only fit an alignment with the same encoder."""
     name_or_path: str
-    """Where the encoder lay."""
+    """Name or path from which the encoder was loaded."""
     revision: str | None
-    """Its commit, of a repository of the Hub."""
+    """Commit of the encoder's repository on the Hub; None for a folder."""
     encoder_dtype: str
-    """What the encoder computed in."""
+    """Precision of the encoder."""
     dtype: str
-    """"float16" or "bfloat16", what is stored."""
+    """Stored precision, "float16" or "bfloat16"."""
     width: int
-    """E."""
+    """E, the encoder's width."""
     patch_size: int
-    """P, that of the denoiser: a feature is of P x P latents."""
+    """P, the denoiser's patch size: there is one feature for each P x P patch of latents."""
 
     def __post_init__(self):
         if not isinstance(self.encoder, dict) or not self.encoder:
@@ -63,17 +63,17 @@ class StoredFeatures:
         return getattr(torch, self.dtype)
 
     def shape(self, latent_size: Sequence[int]) -> tuple[int, int]:
-        """[N, E] of latents of a height and a width."""
+        """Shape [N, E] of the features of an image, by the height and width of its latents."""
         height, width = (side // self.patch_size for side in latent_size)
         return height * width, self.width
 
     def num_bytes(self, height, width):
-        """Of one image with latents of that size; also of arrays of sizes."""
+        """Bytes of the features of one image, by the size of its latents; also for arrays of sizes."""
         tokens = (height // self.patch_size) * (width // self.patch_size)
         return tokens * self.width * self.torch_dtype.itemsize
 
     def check_wanted(self, wanted: Mapping[str, Any]) -> None:
-        """Raises ValueError, with what differs, where `LossTerm.stored_features` wants others."""
+        """Raises ValueError, naming the differences, if `LossTerm.stored_features` needs other features."""
         found = {"encoder": self.encoder, "patch_size": self.patch_size}
         if changes := list_changes(found, dict(wanted)):
             raise ValueError(
@@ -84,13 +84,13 @@ class StoredFeatures:
             )
 
     def pack(self, features: torch.Tensor, latent_size: Sequence[int]) -> list[bytes]:
-        """[B, N, E] of the stored dtype as a shard has them. Raises ValueError for another shape."""
+        """Converts features [B, N, E] of the stored dtype to a shard's bytes. Raises ValueError for a wrong shape."""
         if tuple(features.shape[1:]) != self.shape(latent_size):
             raise ValueError(f"Expected features {list(self.shape(latent_size))}, got {list(features.shape[1:])}.")
         return [to_bytes(values) for values in features]
 
     def unpack(self, column, latent_size: Sequence[int]) -> torch.Tensor:
-        """[n, N, E] of the stored dtype, copied, of an Arrow column of n records."""
+        """Copies an Arrow column of n records to features [n, N, E] of the stored dtype."""
         shape = self.shape(latent_size)
         values = np.empty((len(column), shape[0] * shape[1]), np.uint16)
         for row, content in zip(values, column, strict=True):
@@ -99,15 +99,15 @@ class StoredFeatures:
 
 
 class FeatureReading:
-    """What data sets of latents have in common, memory-mapped and streamed."""
+    """Shared by memory-mapped and streamed data sets of latents: reading of features on request."""
 
     reads_features = False
 
     def with_features(self):
-        """The same records with a vision encoder's features, which cost more to read than the latents.
+        """Returns the data set with a vision encoder's features, which cost more to read than the latents.
 
         Raises:
-            ValueError: There are none.
+            ValueError: There are no stored features.
         """
         if self.info.patch_features is None:
             raise ValueError(

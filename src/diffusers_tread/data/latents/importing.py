@@ -1,13 +1,13 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Latents that others made, as batches for a `LatentsWriter`: webdataset shards.
+"""Reads latents made by other tools, in webdataset shards, as batches for a `LatentsWriter`.
 
-Such files do not say what their values are; `values` does:
+Such files do not say what their values are, so the argument `values` does:
 
     "latents"       latents                                                            C channels
     "moments"       mean and standard deviation of the VAE's posterior                 2C
     "mean_logvar"   mean and logarithm of the variance, as in MaskDiT and U-ViT        2C
 
-The letters of the shapes are those of codec.py.
+The letters of the shapes are explained in codec.py.
 """
 
 import io
@@ -25,7 +25,7 @@ from .codec import pack_latents
 from .info import LatentsInfo
 
 
-# What is read of a member at most, in bytes: 2C x S x S float64 is far below, and a shard may hold anything.
+# Largest member that is read, in bytes. 2C x S x S float64 is far below; a foreign shard may hold anything.
 _MAX_ARRAY, _MAX_LABEL = 2**28, 2**10
 
 
@@ -39,21 +39,22 @@ class Record(NamedTuple):
 def read_webdataset(
     tar: str | Path, *, latent_member: str = "latent.npy", label_member: str = "cls"
 ) -> Iterator[Record]:
-    """The records of one shard, in order, read one by one. Nothing is unpickled.
+    """Reads the records of one shard, in order, one by one. Nothing is unpickled.
 
     Args:
-        tar: A shard; files of one record follow each other and share their name up to the first dot.
-        latent_member: What follows that dot for the array, [M, S, S] or [1, M, S, S] in NumPy's format.
-        label_member: What follows it for the class label, an integer as text.
+        tar: A shard. The files of a record follow each other and have the same name up to the first dot.
+        latent_member: Rest of the name, after that dot, of the array: [M, S, S] or [1, M, S, S] in NumPy's format.
+        label_member: Rest of the name of the class label: an integer as text.
 
     Raises:
-        ValueError: No readable tar, one without records, cut off or going on after its end; a name that stands twice;
-            a record without such members or with others than described, with its name.
+        ValueError: The tar is unreadable, empty or cut off, or has data after its end; a name occurs twice; a record
+            lacks one of these members or has it in another format. The message names the record.
     """
     wanted, seen = {latent_member: _MAX_ARRAY, label_member: _MAX_LABEL}, set()
     try:
         with tarfile.open(tar) as archive:
             for key, members in groupby(_files(archive, tar), key=lambda member: _split(member.name)[0]):
+                # Members of the record.
                 name, names, content = f"{key} of {tar}", set(), {}
                 if key in seen:
                     raise ValueError(f"Expected the files of a record one after the other, got {name} twice.")
@@ -69,6 +70,8 @@ def read_webdataset(
                         )
                     if part in wanted:
                         content[part] = archive.extractfile(member).read()
+
+                # The record.
                 if missing := sorted(set(wanted) - names):
                     raise ValueError(
                         f"Expected members {latent_member!r} and {label_member!r} in each record, got {sorted(names)} "
@@ -84,18 +87,18 @@ def read_webdataset(
 def to_batches(
     records: Iterable[Record], *, values: str, info: LatentsInfo, patch_size: int = 1, batch_size: int = 64
 ) -> Iterator[dict[str, Any]]:
-    """Records as batches for `LatentsWriter.write`.
+    """Converts records to batches for `LatentsWriter.write`.
 
     Args:
-        records: As read.
-        values: What they hold, see above.
-        info: Of the folder to write.
-        patch_size: Of the VAE, see `pack_record`.
+        records: Records from `read_webdataset`.
+        values: What the records hold, see the top of this module.
+        info: Description of the folder to write.
+        patch_size: Patch size of the VAE, see `pack_record`.
         batch_size: B.
 
     Raises:
-        ValueError: A record of another shape than the folder's, with a label outside its classes, or with values that
-            cannot be what `values` says, with its name.
+        ValueError: A record's shape differs from the folder's, its label is outside the classes, or its values cannot
+            be what `values` says. The message names the record.
     """
     records = (pack_record(record, info, patch_size) for record in records)
     while batch := list(islice(records, batch_size)):
@@ -104,19 +107,19 @@ def to_batches(
         moments = torch.from_numpy(np.stack([record.values for record in batch]))
         if values == "mean_logvar":
             mean, logvar = moments.chunk(2, dim=1)
-            # The range is that of diffusers' DiagonalGaussianDistribution.
+            # Clamped to the range of diffusers' DiagonalGaussianDistribution.
             moments = torch.cat([mean, (0.5 * logvar.clamp(-30.0, 20.0)).exp()], dim=1)
         names, labels = [record.name for record in batch], [record.label for record in batch]
         yield {"names": names, "unreadable": [], "moments": moments, "label": labels}
 
 
 def pack_record(record: Record, info: LatentsInfo, patch_size: int) -> Record:
-    """A record as the denoiser gets it: squares of latents become one where the VAE's `encode` does not do that.
+    """Packs P x P squares of a record's latents into one pixel, if its VAE needs that and it is not done yet.
 
     Args:
-        record: As read.
-        info: Of the folder to write.
-        patch_size: P, see `latent_patch_size`. Records that are packed already stay as they are.
+        record: A record from `read_webdataset`.
+        info: Description of the folder to write.
+        patch_size: P, see `latent_patch_size`. Records that are already packed are returned unchanged.
     """
     channels, side, _ = info.shape
     if patch_size == 1 or record.values.shape != (channels // patch_size**2, side * patch_size, side * patch_size):
@@ -144,9 +147,9 @@ def _check_record(record: Record, values: str, info: LatentsInfo) -> None:
 
 
 def _files(archive: tarfile.TarFile, tar: str | Path) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive, one by one; OSError unless it ends as it should."""
+    """Yields the files of an archive, one by one. Raises OSError unless it ends properly."""
     while (member := archive.next()) is not None:
-        archive.members.clear()  # tarfile would remember every one of them
+        archive.members.clear()  # tarfile would keep all of them in memory
         if member.isreg():
             yield member
         elif not member.isdir():
@@ -155,7 +158,7 @@ def _files(archive: tarfile.TarFile, tar: str | Path) -> Iterator[tarfile.TarInf
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """Raises OSError unless an archive ends as it should: tarfile takes any damage between two members for the end."""
+    """Raises OSError unless an archive ends properly: tarfile mistakes any damage between two members for the end."""
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(512) != bytes(512):
         raise OSError("it is cut off or damaged between two files")
@@ -165,7 +168,7 @@ def _check_end(archive: tarfile.TarFile) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The name of a record's file up to the first dot of its last part, and the rest."""
+    """Splits the name of a record's file at the first dot of its last part."""
     folder, slash, last = name.rpartition("/")
     key, _, member = last.partition(".")
     return f"{folder}{slash}{key}", member

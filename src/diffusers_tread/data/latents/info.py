@@ -1,17 +1,17 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What a folder of latents holds.
+"""Describes a folder of latents.
 
-A folder of latents, which is a Hub data set as it lies there:
+Such a folder can be uploaded unchanged as a Hub data set:
 
     latents.json                       `LatentsInfo`: what the values are and how to use them
     data/train-00000-of-00128.arrow    Arrow streams: `moments` (and `moments_flipped`), flat, and `label`
     README.md                          the card
 
-Format 2 has captions, aspect-ratio buckets or a vision encoder's features besides: columns of text, what a text
-encoder makes of them (text.py), `height` and `width` of the latents, which are those of a shard, and what a vision
-encoder makes of the images (features.py).
+Format 2 adds captions, aspect-ratio buckets or a vision encoder's features: columns with captions and their encoding
+by a text encoder (text.py), `height` and `width` of the latents, which are the same within a shard, and features of
+the images (features.py).
 
-The letters of the shapes are those of codec.py.
+The letters of the shapes are explained in codec.py.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from .text import MAX_VALUES, StoredText, is_count
 
 
 INFO = "latents.json"
-# bfloat16 is no Arrow type: its bits are stored as uint16.
+# Arrow has no bfloat16: its bits are stored as uint16.
 _COLUMN_DTYPES = {"float16": "float16", "bfloat16": "uint16", "float32": "float32"}
 _SHARD_FILE = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*\.arrow", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -40,25 +40,25 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class LatentsInfo:
-    """What a folder of latents holds, the content of its `latents.json`.
+    """The description of a folder of latents: the content of its `latents.json`.
 
     Raises:
-        ValueError: A kind or dtype that does not exist, a number out of range, a field of another type.
+        ValueError: The kind or dtype does not exist, a number is out of range, or a field has the wrong type.
     """
 
     kind: str
-    """"moments": mean and standard deviation of the VAE's posterior, from which training samples; "latents": latents
-    themselves, of a VAE without posterior. Both before they are normalised."""
+    """"moments": mean and standard deviation of the VAE's posterior, which training samples; "latents": the latents
+    of a VAE without posterior. Both are stored before normalisation."""
     dtype: str
-    """"float16", "bfloat16" or "float32"."""
+    """Stored precision: "float16", "bfloat16" or "float32"."""
     latent_channels: int
-    """C."""
+    """C, channels of the latents."""
     latent_size: int
     """S, the side of the square latents; with `latent_sizes` the longest side."""
     resolution: int
     """Side of the images in pixels; with `latent_sizes` the longest side."""
     scaling_factor: float
-    """How training normalises latents, see `LatentCodec`; 1 with the others absent for values that already are."""
+    """How training normalises latents, see `LatentCodec`; 1, without the fields below, if they already are."""
     shift_factor: float = 0.0
     """See `LatentCodec`."""
     latents_mean: tuple[float, ...] | None = None
@@ -67,11 +67,11 @@ class LatentsInfo:
     """See `LatentCodec`."""
     vae: dict[str, Any]
     """`name_or_path`, `revision`, `subfolder`, `class_name` and `fingerprint` (see `weights_fingerprint`) of the VAE,
-    and the `dtype` that it encoded in."""
+    and the `dtype` in which it encoded."""
     source: dict[str, Any]
-    """Where the images came from: `dataset_name`, `config`, `split`, `revision`, `columns` or `train_data_dir`."""
+    """Source of the images: `dataset_name`, `config`, `split`, `revision`, `columns` or `train_data_dir`."""
     crop: str = "center"
-    """How images became squares: "center" is `center_crop`."""
+    """How images were cropped: "center" stands for `center_crop`."""
     has_flipped: bool = False
     """Whether each record also holds the mirrored image, in `moments_flipped`."""
     id2label: dict[int, str]
@@ -79,22 +79,23 @@ class LatentsInfo:
     captions: tuple[str, ...] = ()
     """Columns with captions."""
     text: StoredText | None = None
-    """What a text encoder made of the captions."""
+    """Description of the encoded captions; None if they are not stored."""
     latent_sizes: tuple[tuple[int, int], ...] = ()
-    """With aspect-ratio buckets the heights and widths of latents, of which each shard has one; () for squares."""
+    """With aspect-ratio buckets: the heights and widths of latents, one of them for each shard; () for squares."""
     patch_features: StoredFeatures | None = None
-    """What a vision encoder made of the images."""
+    """Description of the images' features; None if they are not stored."""
     num_samples: int
-    """Records in all shards."""
+    """Number of records in all shards."""
     shards: tuple[dict[str, Any], ...]
     """For each shard, in order: `file` (relative to the folder), `num_samples`, `size` in bytes, `sha256`; with
-    `latent_sizes` its `latent_size`, one of them."""
+    `latent_sizes` also its `latent_size`."""
     unreadable: tuple[str, ...] = ()
-    """Images of the source that could not be read and are left out."""
+    """Names of the source's images that could not be read and are left out."""
     format_version: int = 1
-    """Of this description: 2 if it has captions, `latent_sizes` or `patch_features`."""
+    """Version of this format: 2 if there are captions, `latent_sizes` or `patch_features`."""
 
     def __post_init__(self):
+        # Kind, dtype and sizes.
         if self.kind not in ("moments", "latents"):
             raise ValueError(f"Expected kind 'moments' or 'latents', got {self.kind!r}.")
         if self.dtype not in _COLUMN_DTYPES:
@@ -105,6 +106,8 @@ class LatentsInfo:
         channels, height, width = self.shape
         if channels * height * width > MAX_VALUES:
             raise ValueError(f"Expected records of at most {MAX_VALUES} values, got {list(self.shape)}.")
+
+        # Codec, classes and types.
         if len(self.codec.latents_mean or [0.0] * self.latent_channels) != self.latent_channels:
             raise ValueError(
                 f"Expected latents_mean of the {self.latent_channels} latent_channels, got {self.latents_mean}."
@@ -120,6 +123,7 @@ class LatentsInfo:
         self._check_format_2()
 
     def _check_format_2(self) -> None:
+        # Captions.
         is_format_2 = bool(self.captions or self.latent_sizes or self.patch_features)
         if (self.format_version == 2) != is_format_2 or (self.text and not self.captions):
             raise ValueError(
@@ -132,6 +136,8 @@ class LatentsInfo:
             raise ValueError(f"Expected names of caption columns, got {wrong[0]!r}.")
         if len(set(columns := self.columns())) != len(columns):
             raise ValueError(f"Expected caption columns with names of their own, got {columns}. Rename them.")
+
+        # Sizes and features.
         sizes = self.latent_sizes
         if any(len(size) != 2 or not all(map(is_count, size)) for size in sizes) or len(set(sizes)) != len(sizes):
             raise ValueError(f"Expected latent_sizes, each a height and a width >= 1, once each, got {sizes}.")
@@ -165,12 +171,12 @@ class LatentsInfo:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[M, S, S], the shape of one record."""
+        """Shape [M, S, S] of one record."""
         channels = self.latent_channels * (2 if self.kind == "moments" else 1)
         return channels, self.latent_size, self.latent_size
 
     def record_shape(self, place: int = 0) -> tuple[int, int, int]:
-        """[M, H, W], the shape of the records of a place in `latent_sizes`, or `shape` without these."""
+        """Shape [M, H, W] of records of `latent_sizes[place]`; `shape` if there are no buckets."""
         return (self.shape[0], *self.latent_sizes[place]) if self.latent_sizes else self.shape
 
     @property
@@ -186,11 +192,11 @@ class LatentsInfo:
 
     @classmethod
     def load(cls, folder: str | Path) -> "LatentsInfo":
-        """Reads `latents.json` of a folder, which may come from anybody.
+        """Reads and checks `latents.json` of a folder, which may come from an untrusted source.
 
         Raises:
-            ValueError: There is none, or it is not of this format; shards outside the folder or named twice; counts
-                that do not add up.
+            ValueError: The file is missing or has another format; a shard is outside the folder or listed twice; the
+                counts do not add up.
         """
         path = Path(folder, INFO)
         try:
@@ -226,7 +232,7 @@ class LatentsInfo:
         if self.format_version == 1:
             for name in ("captions", "text", "latent_sizes"):
                 del values[name]
-        if self.patch_features is None:  # as before there were any
+        if self.patch_features is None:  # as in folders from before features existed
             del values["patch_features"]
         return values
 
@@ -240,19 +246,22 @@ class LatentsInfo:
         return columns
 
     def feature_columns(self) -> list[str]:
-        """The names of those with a vision encoder's features, which `features` does not mean."""
+        """The columns with a vision encoder's features (`features` is something else: it describes all columns)."""
         return [] if self.patch_features is None else list(COLUMNS[: 1 + self.has_flipped])
 
     def features(self):
-        """The columns of a shard, `datasets.Features`."""
+        """The columns of a shard as `datasets.Features`."""
         import datasets
 
-        # Lists as long as the square, or of any length where shards have other sizes than others.
+        # Latents: lists of a fixed length for squares, of any length if shards have different sizes.
         length = -1 if self.latent_sizes else math.prod(self.shape)
         values = datasets.Sequence(datasets.Value(_COLUMN_DTYPES[self.dtype]), length=length)
+
+        # Classes. Their names may occur twice (ImageNet has two cranes), but those of a ClassLabel must be unique.
         names = [self.id2label[label] for label in range(len(self.id2label))]
-        # Names need not be unique (ImageNet has two cranes), but those of a ClassLabel must.
         names = names if len(set(names)) == len(names) else [f"{label} {name}" for label, name in enumerate(names)]
+
+        # Types by column.
         kinds = {"moments": values, "moments_flipped": values}
         kinds |= {"height": datasets.Value("int32"), "width": datasets.Value("int32")}
         kinds |= {"label": datasets.ClassLabel(names=names)} if names else {}
@@ -265,7 +274,8 @@ class LatentsInfo:
 
 
 def _check_shards(info: LatentsInfo) -> None:
-    """Raises ValueError for shards and images left out that no writer describes so."""
+    """Raises ValueError for lists of shards and unreadable images that no writer makes."""
+    # Each shard.
     if wrong := [name for name in info.unreadable if not isinstance(name, str)]:
         raise ValueError(f"expected names of unreadable images, got {wrong[0]!r}")
     fields, files = (
@@ -276,7 +286,7 @@ def _check_shards(info: LatentsInfo) -> None:
         if not isinstance(shard, dict) or set(shard) != fields:
             raise ValueError(f"expected shards with {sorted(fields)}, got {shard!r}")
         file, digest = shard["file"], shard["sha256"]
-        # Plain names, no path out of the folder, no pattern and no address, all of which `datasets` would follow.
+        # Only plain names: `datasets` would follow paths out of the folder, patterns and URLs.
         if not isinstance(file, str) or not _SHARD_FILE.fullmatch(file):
             raise ValueError(f"expected shards in the folder, such as data/train-00000-of-00001.arrow, got {file!r}")
         if file in files:
@@ -288,6 +298,8 @@ def _check_shards(info: LatentsInfo) -> None:
             raise ValueError(f"expected num_samples and size >= 1 of {file}, got {shard!r}")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise ValueError(f"expected the SHA-256 of {file} in hexadecimal digits, got {digest!r}")
+
+    # All shards together.
     if missing := {*info.latent_sizes} - {tuple(shard["latent_size"]) for shard in info.shards if info.latent_sizes}:
         raise ValueError(f"expected a shard of every latent_size, got none of {sorted(missing)}")
     if (total := sum(shard["num_samples"] for shard in info.shards)) != info.num_samples:

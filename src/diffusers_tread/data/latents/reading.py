@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Reads folders of latents (info.py shows the layout), from disk or from the Hub, downloaded or streamed.
+"""Reads folders of latents (info.py shows the layout) from disk or from the Hub, downloaded or streamed.
 
 A batch is {"moments": [B, M, S, S] of the stored dtype, "class_labels": [B] int64, "corrupt": []};
-`latents_from_moments` turns it into what a denoiser is trained on. With captions it has "captions", B texts, instead
-of labels, and "text", for each caption the arrays that its folder has of it (text.py); with aspect-ratio buckets
-moments are [B, M, H, W]. A data set `with_features` adds "features" [B, N, E] of the stored dtype, those of the image
-or the mirrored image that the moments are of (features.py). The letters of the shapes are those of codec.py.
+`latents_from_moments` converts moments to a denoiser's latents. With captions, a batch has B texts in "captions"
+instead of labels, and in "text" the stored arrays of each caption, if there are any (text.py). With aspect-ratio
+buckets, moments are [B, M, H, W]. A data set `with_features` adds "features" [B, N, E] of the stored dtype, for the
+same image, mirrored or not, as the moments (features.py). The letters of the shapes are explained in codec.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,21 +29,21 @@ from .writing import verify_latents
 
 
 class LatentsDataset(FeatureReading, Dataset):
-    """A folder of latents, memory-mapped: what is not asked for is not read, and no copy stays in memory.
+    """A memory-mapped folder of latents: only requested records are read, and no copy stays in memory.
 
-    Whole batches are asked for by (epoch, index) pairs, because the flip depends on both. Safe in forked and spawned
-    `DataLoader` workers.
+    It is read by whole batches of keys (epoch, index), because the flip depends on both. It is safe in forked and
+    spawned `DataLoader` workers.
 
     Args:
-        folder: The folder, whole: `latents.json` and every shard that it names.
+        folder: The complete folder: `latents.json` and every shard that it lists.
         seed: The run's seed.
         random_flip: Whether to take the mirrored image's latents at random.
         captions: The caption columns to read instead of labels.
 
     Raises:
-        ValueError: A `latents.json` that does not hold together; shards that are missing, cut off, damaged or hold
-            something else than it says, by name (checksums are for `verify_latents`); labels outside
-            [0, num_classes); `random_flip` of latents made without flips; captions that are not there.
+        ValueError: `latents.json` is inconsistent; a shard is missing, cut off, damaged or differs from its
+            description (checksums are only compared by `verify_latents`); labels are outside [0, num_classes);
+            `random_flip` is set, but there are no mirrored latents; captions are missing.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LatentsDataset(FeatureReading, Dataset):
         schema = info.features().arrow_schema
         self.dtype = schema.field("moments").type.value_type.to_pandas_dtype()
 
-        # Sizes, of which a batch has one.
+        # Sizes; all records of a batch have the same.
         self.bucket_ids = None
         if info.latent_sizes:
             places = [info.latent_sizes.index(tuple(shard["latent_size"])) for shard in info.shards]
@@ -84,6 +84,7 @@ class LatentsDataset(FeatureReading, Dataset):
         return len(self.source)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        # Flips and space for the values.
         indices = np.array([index for _, index in keys])
         flips = np.array([self.random_flip and derive_seed(self.seed, "flip", *key) % 2 == 1 for key in keys])
         shape = self.info.record_shape(0 if self.bucket_ids is None else self.bucket_ids[indices[0]])
@@ -92,15 +93,19 @@ class LatentsDataset(FeatureReading, Dataset):
         stored = self.info.patch_features
         if self.reads_features:
             features = torch.empty(len(keys), *stored.shape(shape[1:]), dtype=stored.torch_dtype)
+
+        # Read latents, labels and features, each mirrored or not.
         for column, rows in (("moments", np.flatnonzero(~flips)), ("moments_flipped", np.flatnonzero(flips))):
             if len(rows) > 0:
-                records = self.source[indices[rows]]  # slices of the shards: only what is copied is read
+                records = self.source[indices[rows]]  # slices of the memory map: only what is copied is read
                 moments[rows] = _as_array(records[column], shape)
                 if not self.captions:
                     labels[rows] = records["label"]
                 if self.reads_features:
                     column = COLUMNS[column == "moments_flipped"]
                     features[torch.from_numpy(rows)] = stored.unpack(records[column], shape[1:])
+
+        # The batch, with captions instead of labels if wanted.
         batch = {"moments": _as_tensor(moments, self.info), "corrupt": []}
         batch |= {"features": features} if self.reads_features else {}
         if not self.captions:
@@ -114,13 +119,13 @@ class StreamingLatentsDataset(FeatureReading, StreamingDataset):
 
     Args:
         source: A streamed `datasets` data set of the shards.
-        info: What the shards hold.
+        info: Description of the shards.
         captions: The caption columns to read instead of labels.
-        empty_text: The empty caption's arrays, if the folder has them.
+        empty_text: Arrays of the empty caption, if the folder has them.
         **options: `seed`, `random_flip` and `shuffle_buffer`, see `StreamingDataset`.
 
     Raises:
-        ValueError: `random_flip` of latents made without flips; captions that are not there.
+        ValueError: `random_flip` is set, but there are no mirrored latents; captions are missing.
     """
 
     value = "moments"
@@ -147,14 +152,14 @@ class StreamingLatentsDataset(FeatureReading, StreamingDataset):
         self.info, self.channels, self.captions, self.empty_text = info, info.latent_channels, captions, empty_text
 
     def records(self, source) -> Iterator[Any]:
-        # As Arrow tables, many at once: as Python lists, or one by one, `datasets` reads them far slower.
+        # Read many records at once as Arrow tables: one by one or as Python lists, `datasets` is far slower.
         tables = iter(source.iter(batch_size=RECORD_BATCH))
         while True:
             try:
                 table = next(tables, None)
                 if table is not None and (fault := find_misfit(table, self.info)):
                     raise ValueError(f"it {fault}")
-            except (ValueError, TypeError, KeyError) as error:  # what pyarrow and `datasets` raise for other columns
+            except (ValueError, TypeError, KeyError) as error:  # raised by pyarrow and `datasets` for other columns
                 raise ValueError(
                     f"Expected shards as {INFO} describes them, got one that cannot be read ({error}). Download the "
                     "data set and name it with examples/precompute_latents.py --verify, or make it again."
@@ -200,20 +205,21 @@ def open_latents(
     """Opens latents and checks them before any work starts.
 
     Args:
-        name: A folder; if there is none of that name, a data set on the Hub, "org/name".
-        seed: Of the flips and of a stream's order.
+        name: A folder or, if there is no such folder, a data set on the Hub, "org/name".
+        seed: Seed of the flips and of a stream's order.
         random_flip: Whether to take the mirrored image's latents at random.
         streaming: Whether to read a data set on the Hub without downloading it first, or a folder in sequence.
-        shuffle_buffer: Records that the shuffle of a stream holds in memory.
+        shuffle_buffer: Records held in memory to shuffle a stream.
         cache_dir: Where downloads are kept.
         captions: The caption columns to read instead of labels.
 
     Raises:
-        ValueError: There is no such folder or data set, or the Hub cannot be reached; and what `LatentsDataset`
-            refuses, except, in a stream, what only shows when it is read.
+        ValueError: There is no such folder or data set, or the Hub cannot be reached; as for `LatentsDataset`, but
+            errors in the records of a stream are only raised when they are read.
     """
     import datasets
 
+    # Memory-mapped.
     common = {"seed": seed, "random_flip": random_flip, "captions": captions}
     folder, is_local = Path(name), Path(name).is_dir()
     if not streaming:
@@ -224,13 +230,14 @@ def open_latents(
             )
         return LatentsDataset(folder, **common)
 
+    # The shards of a stream, in a folder or on the Hub.
     if is_local:
         info = verify_latents(folder, checksums=False)
         for shard in info.shards:
             open_shard(folder, shard, info)
         files = [str(folder / shard["file"]) for shard in info.shards]
     else:
-        # One commit for everything: the repository may change while it is read.
+        # Read everything from one commit, because the repository may change in the meantime.
         repo = _ask_hub(HfApi().dataset_info, name, files_metadata=True)
         options = {"repo_type": "dataset", "revision": repo.sha, "cache_dir": cache_dir}
         info = LatentsInfo.load(Path(_ask_hub(hf_hub_download, name, filename=INFO, **options)).parent)
@@ -243,6 +250,8 @@ def open_latents(
         files = [f"hf://datasets/{name}@{repo.sha}/{shard['file']}" for shard in info.shards]
         if info.text is not None:
             folder = Path(_ask_hub(hf_hub_download, name, filename=EMPTY, **options)).parent
+
+    # The stream.
     source = datasets.load_dataset(
         "arrow",
         data_files={"train": files},
@@ -258,30 +267,30 @@ def open_latents(
 def latents_from_moments(
     moments: torch.Tensor, info: LatentsInfo, *, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Latents to train on: a sample of the stored posterior, normalised.
+    """Converts stored moments to a denoiser's latents: samples the posterior and normalises.
 
     Args:
-        moments: [B, M, S, S] of the stored dtype.
-        info: Of the folder that they come from.
+        moments: Moments [B, M, S, S] of the stored dtype.
+        info: Description of the folder that they come from.
         generator: Source of randomness for the posterior sample.
 
     Returns:
-        [B, C, S, S] float32.
+        Latents [B, C, S, S], float32.
     """
     moments = moments.float()
     return info.codec.normalize(sample_moments(moments, generator=generator) if info.kind == "moments" else moments)
 
 
 def _is_same(file, shard: dict[str, Any]) -> bool:
-    """Whether a file of a repository is a shard; the Hub has checksums of large files."""
+    """Whether a file of a repository is this shard, by its size and, for large files, the Hub's checksum."""
     return file is not None and file.size == shard["size"] and (file.lfs is None or file.lfs.sha256 == shard["sha256"])
 
 
 def _ask_hub(request, name: str | Path, **options: Any) -> Any:
-    """Calls a function of huggingface_hub for a data set; what it raises becomes one message."""
+    """Calls a function of huggingface_hub for a data set, and turns its errors into one ValueError."""
     try:
         return request(str(name), **options)
-    except (ValueError, *LOST) as error:  # ValueErrors are those of names that cannot be
+    except (ValueError, *LOST) as error:  # ValueError: the name is not valid
         raise ValueError(
             f"Expected a folder of latents or a data set on the Hub, got {str(name)!r}: there is no such folder, and "
             "the Hub did not give it. If it should be there, check the name, the network and `hf auth login`, and run "
@@ -308,7 +317,7 @@ def _check_captions(info: LatentsInfo, captions: CaptionColumns | None) -> None:
 
 
 def _read_captions(table, captions: CaptionColumns, places: list[dict[str, int]], info: LatentsInfo) -> dict[str, Any]:
-    """For each record of a table the caption that is drawn for its place, and the arrays of that."""
+    """Draws a caption for each record of a table, and reads its arrays."""
     names = {name: name for name in captions.names}
     columns = [captions.choose(names, **place) for place in places]
     texts = [table.column(column)[row].as_py() for row, column in enumerate(columns)]
@@ -316,10 +325,10 @@ def _read_captions(table, captions: CaptionColumns, places: list[dict[str, int]]
 
 
 def _as_array(column, shape: Sequence[int]) -> np.ndarray:
-    """An Arrow column of n records as [n, *shape], without a copy where it is in one piece."""
+    """Converts an Arrow column of n records to [n, *shape]; it is not copied if it has one chunk."""
     return column.combine_chunks().flatten().to_numpy().reshape(-1, *shape)
 
 
 def _as_tensor(values: np.ndarray, info: LatentsInfo) -> torch.Tensor:
-    """Stored values as what they stand for: bfloat16 is stored as its bits."""
+    """Converts stored values to a tensor of the folder's dtype; bfloat16 is stored as its bits."""
     return torch.from_numpy(values).view(info.torch_dtype)

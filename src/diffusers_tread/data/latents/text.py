@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What text encoders make of captions, stored beside latents.
+"""Captions encoded by text encoders, stored with latents.
 
-A caption becomes some named arrays [L, ...], as `PromptEncoder.encode` gives them; L is the caption's own, such as its
-number of tokens, and the rest of the shape that of all captions. A shard has their values as bytes, little-endian as
-safetensors has them, for the caption column "long" and the array "0" in its column "long.0". As lists of numbers the
-shuffle of a stream would copy them one by one. The arrays of the empty caption, which training puts in the place of
-some, lie in `text_empty.safetensors`.
+A caption is encoded to named arrays [L, ...] by `PromptEncoder.encode`. L depends on the caption, such as its number
+of tokens; the rest of the shape is the same for all captions. A shard stores the values as little-endian bytes, as in
+safetensors: the array "0" of the caption column "long" is in its column "long.0". They are not stored as lists of
+numbers, because the shuffle of a stream would copy these one by one. The arrays of the empty caption, which replaces
+some captions in training, are in `text_empty.safetensors`.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ from ...settings import list_changes
 
 EMPTY = "text_empty.safetensors"
 DTYPES = ("float16", "bfloat16", "float32", "int64", "int32", "bool")
-MAX_VALUES = 2**31 - 1  # of a list of Arrow, and of an array for each of its L
+MAX_VALUES = 2**31 - 1  # values in a list of Arrow, and in one row (of L) of an array
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredText:
-    """What encoded the captions of a folder of latents, and what of that is stored.
+    """Describes the text encoders of a folder of latents and the stored arrays.
 
     Raises:
-        ValueError: A dtype that does not exist, a shape that cannot be, a field of another type.
+        ValueError: A dtype does not exist, a shape is not possible, or a field has the wrong type.
     """
 
     encoder: dict[str, Any]
-    """`PromptEncoder.identity()`: training with another encoder would not fit."""
+    """`PromptEncoder.identity()`, because the arrays only fit a pipeline with the same encoders."""
     arrays: dict[str, dict[str, Any]]
-    """For each array its `dtype` and its `shape`, whose first size is None: that of each caption."""
+    """`dtype` and `shape` of each array; the first size is None, because it depends on the caption."""
     empty: dict[str, Any]
-    """`size` in bytes and `sha256` of the empty caption's file."""
+    """`size` in bytes and `sha256` of the file with the empty caption."""
 
     def __post_init__(self):
         if not isinstance(self.encoder, dict) or not isinstance(self.arrays, dict) or not self.arrays:
@@ -56,24 +56,24 @@ class StoredText:
             raise ValueError(f"Expected size and sha256 of {EMPTY}, got {self.empty!r}.")
 
     def columns(self, caption: str) -> dict[str, str]:
-        """For each array of a caption column the name of its column in a shard."""
+        """The shard's column for each array of a caption column, by the array's name."""
         return {name: f"{caption}.{name}" for name in self.arrays}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of an array."""
+        """The dtype of an array."""
         return getattr(torch, self.arrays[name]["dtype"])
 
     def row_size(self, name: str) -> int:
-        """Bytes of an array for each of its L."""
+        """Bytes of one of the L rows of an array."""
         return math.prod(self.arrays[name]["shape"][1:]) * self.dtype(name).itemsize
 
     def check(self, arrays: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError for arrays with other names, dtypes or shapes."""
+        """Raises ValueError if names, dtypes or shapes of the arrays differ from the stored ones."""
         if (found := describe_arrays(arrays)) != self.arrays:
             raise ValueError(f"Expected arrays {self.arrays} of a caption, got {found}.")
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
-        """Raises ValueError, with what differs, for the identity of another encoder than made the arrays."""
+        """Raises ValueError, naming the differences, unless this is the encoder that made the arrays."""
         if changes := list_changes(self.encoder, identity):
             raise ValueError(
                 f"Expected the text encoder that the captions of these latents were encoded with, got another one "
@@ -81,10 +81,10 @@ class StoredText:
             )
 
     def load_empty(self, folder: str | Path) -> dict[str, torch.Tensor]:
-        """The empty caption's arrays.
+        """Loads the arrays of the empty caption.
 
         Raises:
-            ValueError: The file is missing, changed or holds something else.
+            ValueError: The file is missing, has changed or holds something else.
         """
         import safetensors.torch
 
@@ -104,10 +104,10 @@ class StoredText:
 
 
 def describe_empty(encoder: dict[str, Any], arrays: dict[str, torch.Tensor]) -> tuple[StoredText, bytes]:
-    """What a folder says of an encoder that makes these arrays of the empty caption, and the content of `EMPTY`.
+    """Makes the description of an encoder, from its arrays of the empty caption, and the content of the file `EMPTY`.
 
     Raises:
-        ValueError: An array without sizes, or of a dtype that is not stored.
+        ValueError: An array is a scalar or has a dtype that cannot be stored.
     """
     import safetensors.torch
 
@@ -117,7 +117,7 @@ def describe_empty(encoder: dict[str, Any], arrays: dict[str, torch.Tensor]) -> 
 
 
 def describe_arrays(arrays: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """`dtype` and `shape` of arrays, see `StoredText`."""
+    """`dtype` and `shape` of arrays, see `StoredText`. Raises ValueError for a scalar."""
     if flat := [name for name, values in arrays.items() if values.ndim == 0]:
         raise ValueError(f"Expected arrays of captions with at least one size, got a number for {flat}.")
     return {
@@ -127,24 +127,24 @@ def describe_arrays(arrays: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]
 
 
 def to_bytes(values: torch.Tensor) -> bytes:
-    """The values of a tensor as a shard has them."""
+    """Converts a tensor to the bytes that a shard stores."""
     return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def from_bytes(content, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `to_bytes`, flat, of a buffer, which is copied."""
+    """The inverse of `to_bytes`: copies a buffer to a flat tensor."""
     values = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
-    # Not a view of bytes as booleans, which must be 0 or 1.
+    # Convert to booleans instead of viewing the bytes, because a boolean's byte must be 0 or 1.
     return values.bool() if dtype == torch.bool else values.view(dtype)
 
 
 def read_arrays(table, rows_captions: Sequence[str], text: StoredText) -> list[dict[str, torch.Tensor]]:
-    """The arrays of the records of a table, copied.
+    """Copies the arrays of the records of a table.
 
     Args:
         table: `pyarrow.Table` of n records.
-        rows_captions: For each the caption column.
-        text: Of the folder.
+        rows_captions: The caption column to read for each record.
+        text: Description of the folder's arrays.
     """
     records = []
     for row, caption in enumerate(rows_captions):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The VAE that makes the latents of a folder, and what tells it from others."""
+"""Loads the VAE that makes the latents of a folder, and identifies it."""
 
 import re
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from .codec import LatentCodec, latent_codec
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedVAE:
-    """What `load_vae` gives."""
+    """A VAE loaded by `load_vae`."""
 
     model: torch.nn.Module
-    """On its device, without gradients."""
+    """The VAE on its device, without gradients."""
     identity: dict[str, Any]
-    """`LatentsInfo.vae`: where it lies, its commit, a hash of its weights, what it computes in."""
+    """`LatentsInfo.vae`: its name or path, its commit, a hash of its weights, its precision."""
     codec: LatentCodec
     """How its latents are normalised."""
 
@@ -35,18 +35,19 @@ def load_vae(
     dtype: str = "float32",
     device: torch.device | str = "cpu",
 ) -> LoadedVAE:
-    """Loads a VAE to encode a data set with.
+    """Loads a VAE to encode a data set.
 
     Args:
-        name: A folder or a repository of the Hub.
-        subfolder: Its folder in there.
+        name: A folder or a repository on the Hub.
+        subfolder: Folder of the VAE in it.
         revision: Branch, tag or commit of the repository.
-        dtype: What it computes in.
-        device: Where.
+        dtype: Precision of the VAE.
+        device: Device of the VAE.
 
     Raises:
         ValueError: There is no diffusers VAE with safetensors weights.
     """
+    # Load.
     place = {key: value for key, value in {"subfolder": subfolder, "revision": revision}.items() if value is not None}
     try:
         vae = AutoModel.from_pretrained(name, **place, use_safetensors=True)
@@ -57,7 +58,7 @@ def load_vae(
     if not hasattr(vae, "encode"):
         raise ValueError(f"Expected a VAE at {name}, got {type(vae).__name__}. Name its --vae_subfolder.")
 
-    # The commit, of a repository: its files are in the cache, in a folder with that name.
+    # Identity. The commit of a repository is the name of the folder with its cached files.
     cached = None
     if not Path(name).exists():
         config = "/".join(filter(None, (subfolder, "config.json")))
@@ -71,7 +72,9 @@ def load_vae(
         "fingerprint": weights_fingerprint(vae),
         "dtype": dtype,
     }
-    codec = latent_codec(vae)  # before the cast, which would round statistics that are weights
+
+    # Codec, then the cast, which would round statistics that are weights.
+    codec = latent_codec(vae)
     vae = vae.to(device).requires_grad_(False).eval()
     vae = vae if dtype == "float32" else vae.to(getattr(torch, dtype))
     return LoadedVAE(model=vae, identity=identity, codec=codec)

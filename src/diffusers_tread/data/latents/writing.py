@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Writing a folder of latents shard by shard, with any number of processes, and checking one.
+"""Writes a folder of latents shard by shard, with any number of processes, and verifies it.
 
-While it is written, a folder also holds `unfinished/`, with a record of each shard that is whole. It is gone once
-`latents.json` is there. The layout is that of info.py, the letters of the shapes are those of codec.py.
+While a folder is being written, it also holds `unfinished/` with a record of each complete shard, which is removed
+once `latents.json` is written. info.py shows the layout; the letters of the shapes are explained in codec.py.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo
 
     Args:
         folder: A folder of latents.
-        checksums: Whether to read every shard, compare its SHA-256 and look at its labels and values, or to look at
-            its size only.
+        checksums: Whether to read every shard and check its SHA-256, labels and values; False checks sizes only.
 
     Returns:
         The content of `latents.json`.
 
     Raises:
-        ValueError: There is none; shards are missing, cut off or changed, with their names.
+        ValueError: `latents.json` is missing, or shards are missing, cut off or changed; the message names them.
     """
+    # Find problems.
     folder, info = Path(folder), LatentsInfo.load(folder)
     if info.text is not None:
         info.text.load_empty(folder)
@@ -56,6 +56,8 @@ def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo
             problem = find_fault(path, info, shard)
         if problem is not None:
             problems[shard["file"]] = problem
+
+    # Report them together.
     if problems:
         raise ValueError(
             f"Expected the {len(info.shards)} shards of {folder} as they were written, got {_listed(problems)}. Fetch "
@@ -65,17 +67,18 @@ def verify_latents(folder: str | Path, *, checksums: bool = True) -> LatentsInfo
 
 
 class LatentsWriter:
-    """Writes a folder of latents; one that was killed goes on where it was.
+    """Writes a folder of latents; after an interruption, it goes on with the missing shards.
 
-    The main process calls `open`, then any processes `write` the missing shards, then the main process `finish`.
+    The main process calls `open`, then any number of processes `write` the missing shards, then the main process calls
+    `finish`.
 
     Args:
-        folder: The folder; made if missing.
-        info: What it will hold. Its `num_samples`, `shards` and `unreadable` are replaced by what is written.
-        num_shards: Shards of the whole folder.
-        max_unreadable: How many unreadable images may be left out.
-        size_places: For each shard the place of its latents' size in `info.latent_sizes`; None without buckets.
-        empty_text: Content of the empty caption's file, of a folder with encoded captions.
+        folder: The folder; created if missing.
+        info: Description of the folder. Its `num_samples`, `shards` and `unreadable` are replaced in the end.
+        num_shards: Number of shards of the whole folder.
+        max_unreadable: Number of unreadable images that may be left out.
+        size_places: For each shard, the index of its latents' size in `info.latent_sizes`; None without buckets.
+        empty_text: Content of the file with the empty caption, for a folder with encoded captions.
     """
 
     def __init__(
@@ -94,36 +97,40 @@ class LatentsWriter:
         self.files = [f"data/train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
 
     def open(self, settings: dict[str, Any], *, sources: Sequence[str] | None = None) -> list[int]:
-        """Claims the folder and finds what is left to do.
+        """Claims the folder and finds the shards that are left to write.
 
         Args:
-            settings: What the shards depend on besides `info`, JSON. Kept in `latents_config.json`.
-            sources: For each shard a text that changes with what it is made from, see `digest_files`. None if nothing
-                is known of that.
+            settings: Everything the shards depend on besides `info`, as JSON. Kept in `latents_config.json`.
+            sources: For each shard, a text that changes with its source files, see `digest_files`; None if they are
+                not known.
 
         Returns:
-            The shards still to be written, those whose sources changed since included.
+            The shards to write, including those whose sources have changed.
 
         Raises:
-            ValueError: The folder holds something else, with what differs; it is finished and its sources changed.
+            ValueError: The folder was begun with other settings (the message says which) or holds other data; or it is
+                finished and its sources have changed.
             OSError: The disk is full.
         """
+        # Settings, compared with those of the folder.
         draft = dataclasses.replace(self.info, num_samples=1, shards=(), unreadable=()).to_dict()
         settings = json.loads(json.dumps(draft | settings | {"num_shards": len(self.files)}))
         settings[_SOURCES] = [None] * len(self.files) if sources is None else list(sources)
         before = _check_owner(self.folder, settings)
         if (self.folder / INFO).exists():
             self._check_sources(before, settings[_SOURCES])
+
+        # Claim the folder. The settings come first: without them it would look like somebody else's.
         with self._disk_full_explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / SETTINGS, settings)
-            for name in ("data", UNFINISHED):  # after the settings, without which they are somebody else's
+            for name in ("data", UNFINISHED):
                 (self.folder / name).mkdir(exist_ok=True)
             if self.empty_text is not None:
                 with whole(self.folder / EMPTY) as temporary:
                     temporary.write_bytes(self.empty_text)
 
-        # What a killed process left.
+        # Delete what a killed process left.
         for half in self.folder.rglob("*.tmp"):
             half.unlink()
         if (self.folder / INFO).exists():
@@ -132,19 +139,20 @@ class LatentsWriter:
         return [shard for shard, source in enumerate(settings[_SOURCES]) if not self._is_whole(shard, source)]
 
     def write(self, shard: int, batches: Iterable[dict[str, Any]]) -> None:
-        """Writes a shard, which appears whole or not at all.
+        """Writes a shard atomically.
 
         Args:
-            shard: Its number.
-            batches: Its records in order. Each has `names`, those of B images, and `unreadable`, those of images left
-                out; unless B is 0 also what `to_table` reads.
+            shard: Number of the shard.
+            batches: The records of the shard, in order. A batch has the `names` of its B images, the names of
+                `unreadable` images that are left out and, unless B is 0, the values for `to_table`.
 
         Raises:
-            ValueError: What `to_table` refuses; too many unreadable images, or nothing else.
+            ValueError: As for `to_table`; too many images are unreadable, or all of them.
             OSError: The disk is full.
         """
         import pyarrow as pa
 
+        # The shard.
         final = self.folder / self.files[shard]
         temporary = final.with_name(final.name + ".tmp")
         schema, num_samples = self.info.features().arrow_schema, 0
@@ -166,6 +174,8 @@ class LatentsWriter:
                 publish(temporary, final)
             finally:
                 temporary.unlink(missing_ok=True)
+
+            # Its record.
             size, sha256 = final.stat().st_size, file_sha256(final)
             record = {"file": self.files[shard], "num_samples": num_samples, "size": size, "sha256": sha256}
             record |= self._latent_size(shard)
@@ -173,13 +183,14 @@ class LatentsWriter:
             write_json(self._record_path(shard), record | {"unreadable": unreadable, "source": source})
 
     def finish(self) -> LatentsInfo:
-        """Reads every shard back, checks it and, last of all, writes `latents.json`; checks a finished folder again.
+        """Reads back and checks every shard and then writes `latents.json`. A finished folder is only checked again.
 
         Raises:
-            ValueError: Too many unreadable images; a shard is not what was written, which the same command then writes
-                again.
+            ValueError: Too many images are unreadable; or a shard is missing or damaged, which the same command then
+                writes again.
             OSError: The disk is full.
         """
+        # Records of all shards.
         if (self.folder / INFO).exists():
             return verify_latents(self.folder)
         records: list[Any] = [self._read_record(shard) for shard in range(len(self.files))]
@@ -192,7 +203,7 @@ class LatentsWriter:
             del record["source"]
         self._check_unreadable(unreadable)
 
-        # Read back. What is damaged loses its record, so that it counts as missing.
+        # Read the shards back. A damaged one loses its record, so that it counts as missing.
         problems = {}
         for shard, record in enumerate(tqdm(records, desc="Verifying", unit="shard")):
             path = self.folder / record["file"]
@@ -206,6 +217,7 @@ class LatentsWriter:
                 "again, and check the disk."
             )
 
+        # Description of the folder.
         total = sum(record["num_samples"] for record in records)
         info = dataclasses.replace(self.info, num_samples=total, shards=tuple(records), unreadable=tuple(unreadable))
         with self._disk_full_explained():
@@ -214,7 +226,7 @@ class LatentsWriter:
         return info
 
     def _tables(self, batches: Iterable[dict[str, Any]], unreadable: list[str]) -> Iterator[Any]:
-        """Batches as tables; the unreadable images are added to the list."""
+        """Converts batches to tables, and adds the unreadable images to the list."""
         for batch in batches:
             unreadable += batch["unreadable"]
             self._left_out += batch["unreadable"]
@@ -230,7 +242,7 @@ class LatentsWriter:
             )
 
     def _latent_size(self, shard: int) -> dict[str, list[int]]:
-        """What a shard's record says of its size, with buckets."""
+        """The field `latent_size` of a shard's record, with buckets; else nothing."""
         sizes = self.info.latent_sizes
         return {"latent_size": list(sizes[self.size_places[shard]])} if sizes else {}
 
@@ -238,7 +250,7 @@ class LatentsWriter:
         return self.folder / UNFINISHED / f"{Path(self.files[shard]).stem}.json"
 
     def _read_record(self, shard: int) -> dict[str, Any] | None:
-        """What `write` noted of a shard; None if it is missing or damaged."""
+        """Reads the record that `write` made of a shard; None if it is missing or damaged."""
         path, fields = self._record_path(shard), {"file", "num_samples", "size", "sha256", "unreadable", "source"}
         size = self._latent_size(shard)
         try:
@@ -272,7 +284,7 @@ class LatentsWriter:
 
 
 def digest_files(paths: Iterable[str | Path]) -> str:
-    """A hash of the names, sizes and times of change of some files, that is of whether they are still the same."""
+    """A hash of the names, sizes and modification times of some files, to notice changes without reading them."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
         try:
@@ -285,7 +297,7 @@ def digest_files(paths: Iterable[str | Path]) -> str:
 
 
 def _compare(path: Path, shard: dict[str, Any], *, checksums: bool = True) -> str | None:
-    """How a file differs from what was written, if at all."""
+    """Says how a file differs from what was written; None if it does not."""
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != shard["size"]:
@@ -300,7 +312,7 @@ def _listed(problems: dict[str, str]) -> str:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """The content of `latents_config.json`."""
+    """Reads `latents_config.json`."""
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         return settings | {_SOURCES: list(settings[_SOURCES])}
@@ -312,7 +324,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_owner(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """A folder must be new, or hold what the same settings began; these are returned."""
+    """Raises ValueError unless a folder is new or was begun with the same settings, which are returned."""
     if not (folder / SETTINGS).exists():
         if (folder / INFO).exists() or (folder / "data").exists():
             raise ValueError(f"Expected a new folder, got {folder}, which holds other data. Use another one.")

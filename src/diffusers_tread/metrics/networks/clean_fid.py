@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The Inception network of FID as clean-fid has it.
+"""The Inception network of FID from clean-fid.
 
-Network and resizing are clean-fid's own. The download is not: clean-fid's leaves half a file when it breaks off.
+Network and resizing are clean-fid's own code. The download is not, because clean-fid leaves half a file if a download
+is interrupted.
 """
 
 from pathlib import Path
@@ -18,13 +19,13 @@ class CleanFIDExtractor(FeatureExtractor):
     """clean-fid's TorchScript file of TensorFlow's Inception: the 2,048 values of pool_3.
 
     Args:
-        mode: "clean" resizes with PIL's antialiased bicubic filter (arXiv 2104.11222), "legacy_tensorflow" as
-            TensorFlow 1 does.
+        mode: "clean" resizes with PIL's antialiased bicubic filter (arXiv 2104.11222), "legacy_tensorflow" like
+            TensorFlow 1.
         weights: The file inception-2015-12-05.pt; None for clean-fid's download.
 
     Raises:
         ImportError: clean-fid is missing.
-        ValueError: The mode is unknown; the weights are missing or those of another network.
+        ValueError: The mode is unknown; the weights are missing or are for another network.
     """
 
     def __init__(self, mode: str, weights: Path | None = None):

@@ -21,12 +21,12 @@ class FeatureExtractor:
     Args:
         network: The network. It is put into evaluation mode and its gradients are switched off.
         name: Name such as "inception" or "timm:resnet50".
-        outputs: Names of the tensors that a call returns. "features", the pooled ones, is always among them; "spatial"
-            (for sFID) and "logits" (for the Inception Score) are there if the network has them.
+        outputs: Names of the tensors that a call returns. "features" (pooled) is always among them; "spatial" (for
+            sFID) and "logits" (for the Inception Score) are there if the network has them.
         settings: Everything besides the weights that changes the features, as JSON.
 
     Raises:
-        ValueError: Weights with NaN or infinity.
+        ValueError: Weights have NaN or infinity.
     """
 
     def __init__(self, network: nn.Module, *, name: str, outputs: tuple[str, ...], settings: dict[str, Any]):
@@ -103,7 +103,7 @@ class TorchFeatureExtractor(FeatureExtractor):
         super().__init__(network, name=name, outputs=("features",), settings=settings)
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        # Resize. A bicubic filter overshoots; an 8-bit image cannot.
+        # Resize, and clamp: a bicubic filter may overshoot the range of 8-bit images.
         size = (self.size, self.size)
         pixels = nn.functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
         pixels = pixels.clamp(0, 255) / 255  # B 3 size size

@@ -10,7 +10,7 @@ from .weights import read_state_dict
 
 
 def load_timm(name: str, weights: Path | None = None) -> TorchFeatureExtractor:
-    """Loads a timm model whose features are the pooled ones in front of its classifier.
+    """Loads a timm model; its features are the pooled ones before the classifier.
 
     Args:
         name: Name of the model, such as "vit_large_patch14_dinov2.lvd142m".
@@ -18,7 +18,7 @@ def load_timm(name: str, weights: Path | None = None) -> TorchFeatureExtractor:
 
     Raises:
         ImportError: timm, or the torchvision it imports, is missing or broken.
-        ValueError: There is no such model, or the weights are those of another one.
+        ValueError: There is no such model, or the weights are for another one.
     """
     try:
         import timm  # type: ignore[import-not-found]
@@ -37,7 +37,7 @@ def load_timm(name: str, weights: Path | None = None) -> TorchFeatureExtractor:
         except RuntimeError as error:
             raise ValueError(f"Expected the weights of timm:{name} in {weights}, got others. {error}") from error
 
-    # Without its classifier, a model returns what it would classify.
+    # Without its classifier, a model returns the classifier's input.
     model.reset_classifier(0)
     config = timm.data.resolve_model_data_config(model)
     return TorchFeatureExtractor(

@@ -12,14 +12,14 @@ from .feature_extractor import TorchFeatureExtractor
 
 
 def load_transformers(repository: str, weights: Path | None = None) -> TorchFeatureExtractor:
-    """Loads a transformers model whose features are the class token after the last normalisation.
+    """Loads a transformers model; its feature is the class token after the last normalisation.
 
     Size, mean and std come from preprocessor_config.json. The image processor itself is not used: the fast ones need
     torchvision, and DINOv2's crops the border. Weights are read from safetensors only.
 
     Args:
         repository: Repository on the Hub, or a local folder.
-        weights: Must be None: the weights are the repository's.
+        weights: Must be None; the weights are those of the repository.
 
     Raises:
         ImportError: transformers is not installed.

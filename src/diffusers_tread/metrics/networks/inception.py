@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """TensorFlow's Inception network of 2015-12-05 in torch-fidelity's port: the network of FID, sFID and Inception Score.
 
-Network and resizing are torch-fidelity's own. Loading the weights is not: torch-fidelity unpickles whatever is in the
-file. Nor is importing it: torch-fidelity imports torchvision, which neither of the two needs.
+Network and resizing are torch-fidelity's own code. The weights are loaded here, because torch-fidelity unpickles
+anything in the file. Only the module of the network is imported, because torch-fidelity itself imports torchvision,
+which is not needed for it.
 """
 
 import importlib
@@ -30,7 +31,7 @@ class InceptionExtractor(FeatureExtractor):
 
     Outputs:
         features: pool_3, 2,048 values.
-        logits: 1,008 classes without bias, from which the Inception Score is computed.
+        logits: 1,008 logits without bias, for the Inception Score.
         spatial: The first 7 channels of mixed_6/conv, 17 x 17 x 7 = 2,023 values with the channel last, as in ADM's
             sFID. In torch-fidelity's table of names this node is `Mixed_6d.branch1x1`; the values were not compared
             with TensorFlow's.
@@ -40,7 +41,7 @@ class InceptionExtractor(FeatureExtractor):
 
     Raises:
         ImportError: torch-fidelity is missing.
-        ValueError: The weights are missing or those of another network.
+        ValueError: The weights are missing or are for another network.
     """
 
     def __init__(self, weights: Path | None = None):
@@ -63,7 +64,7 @@ class InceptionExtractor(FeatureExtractor):
 
 
 def _import_network() -> ModuleType:
-    """torch-fidelity's module of the network, without what its `__init__` imports besides. Raises ImportError."""
+    """Imports torch-fidelity's module of the network without its `__init__`. Raises ImportError if it is missing."""
     try:
         if PACKAGE in sys.modules:
             return importlib.import_module(f"{PACKAGE}.feature_extractor_inceptionv3")
@@ -75,7 +76,7 @@ def _import_network() -> ModuleType:
 
 @contextmanager
 def _without_init(name: str) -> Iterator[None]:
-    """Inside, a package that was not imported yet is an empty one with the real one's modules; afterwards none."""
+    """Replaces a package that is not imported yet by an empty one with the same modules; at the end removes it."""
     if (spec := find_spec(name)) is None:
         raise ModuleNotFoundError(f"No module named {name!r}")
     package = sys.modules[name] = ModuleType(name)
@@ -88,7 +89,7 @@ def _without_init(name: str) -> Iterator[None]:
 
 
 def _load_network(network_class: type[nn.Module], weights: Path) -> nn.Module:
-    """Builds torch-fidelity's network. Its class unpickles the file it is given, so it gets a copy of the tensors."""
+    """Builds torch-fidelity's network. Its class unpickles its file, so it gets a file with only the tensors."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "weights.pth"
         torch.save(read_state_dict(weights), copy)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Which networks there are, and loading one by its name."""
+"""The table of feature networks, and loading one by its name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from .from_transformers import load_transformers
 from .inception import InceptionExtractor
 
 
-# By what stands before the colon of a name; each takes what stands behind it and a file with weights.
+# Loaders by the part of a name before the colon. Each takes the part behind it and a file with weights.
 LOADERS: dict[str, Callable[[str, Path | None], FeatureExtractor]] = {
     "inception": lambda _, weights: InceptionExtractor(weights),
     "clean-fid": CleanFIDExtractor,
@@ -30,19 +30,19 @@ def load_feature_extractor(
     Args:
         spec: One of
 
-            - "inception": the Inception of 2015 in torch-fidelity's port, resizing as TensorFlow 1 does: the network
+            - "inception": the Inception of 2015 in torch-fidelity's port, with TensorFlow 1's resizing: the network
               of FID, sFID, Inception Score, precision and recall in papers.
-            - "clean-fid:clean" and "clean-fid:legacy_tensorflow": the same network in clean-fid's file, with
-              clean-fid's resizing and with TensorFlow 1's. Features only.
+            - "clean-fid:clean" and "clean-fid:legacy_tensorflow": the same network from clean-fid, with clean-fid's
+              or TensorFlow 1's resizing. Features only.
             - "transformers:<repository or folder>": the class token of a vision transformer, such as
               "transformers:facebook/dinov2-large" for FDD. Features only.
             - "timm:<name>": the pooled features of a timm model. Features only.
         weights: A local file to use instead of a download: for "inception" and "timm" a state dict (.safetensors, or
             .pth, from which only tensors are unpickled), for "clean-fid" its inception-2015-12-05.pt.
-        device: Where the network runs.
+        device: Device of the network.
 
     Raises:
-        ValueError: The name is unknown; the weights are missing or those of another network; a download failed.
+        ValueError: The name is unknown; the weights are missing or are for another network; a download failed.
         ImportError: The library is not installed.
     """
     kind, _, argument = spec.partition(":")

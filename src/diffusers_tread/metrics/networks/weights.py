@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Weights of the networks: verified downloads, and state dicts that are read without running code."""
+"""Weights of the networks: downloads that are verified, and state dicts that are read without running code."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ SHA256 = {
 
 
 def download_weights(url: str) -> Path:
-    """Downloads a file to torch's cache unless it is there already, and checks its hash if it is known.
+    """Downloads a file to torch's cache unless it is already there, and checks its hash if it is known.
 
-    A download that breaks off leaves no file behind.
+    An interrupted download leaves no file behind.
 
     Raises:
         ValueError: The download failed, or the file has another hash.
@@ -37,7 +37,7 @@ def download_weights(url: str) -> Path:
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a state dict from a .safetensors file or, unpickling nothing but tensors, from torch's own format.
+    """Reads a state dict from a .safetensors file or from torch's format, of which only tensors are unpickled.
 
     Raises:
         ValueError: The file holds no state dict.

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""What rates images for their prompts."""
+"""Scorers, which rate how well images fit their prompts."""
 
 from .from_file import load_scorer_file
 from .registry import SCORERS, load_scorers, register_scorer

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""CLIPScore: how well an image fits its prompt, by the cosine of a CLIP's two embeddings (arXiv 2104.08718).
+"""CLIPScore: how well an image fits its prompt, by the cosine between CLIP's two embeddings (arXiv 2104.08718).
 
 Shapes: B images, H and W their sides, E the width of the embeddings.
 """
@@ -26,12 +26,14 @@ logger = logging.getLogger(__name__)
 class CLIPScore:
     """Rates images by 100 max(cos(E_image, E_text), 0), in [0, 100].
 
-    Text-to-image papers and torchmetrics scale by 100; equation 1 of the paper, written for captions, by w = 2.5: that
-    is this score / 40. The prompt is taken as it is, as by torchmetrics; the paper puts "A photo depicts" before it.
+    Text-to-image papers and torchmetrics scale by 100. Equation 1 of the paper, written for captions, scales by
+    w = 2.5, which is this score / 40. The prompt is used unchanged, as in torchmetrics; the paper puts "A photo
+    depicts" before it.
 
-    The image is resized with a bicubic, antialiased filter and rounded to 8 bits; its shorter side to the model's, and
-    then cropped, for a CLIP; the whole image for a SigLIP. What transformers' processors do differs by rounding; they
-    are not used, because which one is loaded depends on whether there is a torchvision.
+    The image is resized with a bicubic, antialiased filter and rounded to 8 bits. For a CLIP, the shorter side is
+    resized to the model's, and the image is then cropped; for a SigLIP, the whole image is resized. The processors of
+    transformers differ by rounding. They are not used, because which one is loaded depends on whether torchvision is
+    installed.
 
     Args:
         model: Network with `get_text_features` and `get_image_features`.
@@ -39,7 +41,7 @@ class CLIPScore:
         image_settings: Content of its preprocessor_config.json.
 
     Raises:
-        ValueError: Weights with NaN or infinity.
+        ValueError: Weights have NaN or infinity.
     """
 
     def __init__(self, model: nn.Module, tokenizer, image_settings: dict[str, Any]):
@@ -60,9 +62,9 @@ class CLIPScore:
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Rates images [B, 3, H, W] uint8 for B prompts; gives [B]."""
+        """Rates images [B, 3, H, W] uint8 for B prompts. Returns scores [B]."""
         device = next(self.model.parameters()).device
-        # SigLIP was trained with texts of full length; a CLIP ignores what is padded.
+        # Pad to full length, as in SigLIP's training; CLIP ignores the padding.
         tokens = self.tokenizer(
             prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
@@ -72,7 +74,7 @@ class CLIPScore:
         return 100 * torch.cosine_similarity(_pooled(self.model.get_image_features(pixels)), texts).clamp(min=0)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Resizes, crops and normalises uint8 images [B, 3, H, W] to what the model takes."""
+        """Resizes, crops and normalises uint8 images [B, 3, H, W] for the model."""
         # Resize.
         if "shortest_edge" in (size := _as_sides(self.size, square=self.crop_size is None)):
             short, (height, width) = size["shortest_edge"], images.shape[-2:]
@@ -107,10 +109,10 @@ def load_clip_score(*, clip_model: str, device: str | torch.device) -> tuple[Sco
 
     Args:
         clip_model: Repository on the Hub, or a local folder.
-        device: Where the network runs.
+        device: Device of the network.
 
     Returns:
-        The function and what identifies it.
+        The function, and a description that identifies it.
 
     Raises:
         ImportError: transformers is not installed.
@@ -142,12 +144,12 @@ CLIP_SCORE = Scorer(label="CLIPScore", load=load_clip_score)
 
 
 def _pooled(features) -> torch.Tensor:
-    """[B, E] of what `get_..._features` gives: a tensor, or since transformers 5 an output that holds it."""
+    """The embeddings [B, E] from the output of `get_..._features`: a tensor or, since transformers 5, an object."""
     return features if isinstance(features, torch.Tensor) else features.pooler_output
 
 
 def _as_sides(size: int | dict[str, int], *, square: bool) -> dict[str, int]:
-    """Reads 224 as both sides or as the shorter one, and dictionaries as they are."""
+    """Reads 224 as both sides or as the shorter side; returns dictionaries unchanged."""
     if isinstance(size, dict):
         return size
     return {"height": size, "width": size} if square else {"shortest_edge": size}

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Scorers from a file of the user's own, which is executed."""
+"""Loads scorers from a file of the user, which is executed."""
 
 import dataclasses
 import runpy
@@ -14,15 +14,15 @@ _LOADED: dict[str, dict[str, Scorer]] = {}  # by the hash of the file, which is 
 
 
 def load_scorer_file(path: str | Path) -> dict[str, Scorer]:
-    """Executes a Python file that calls `register_scorer`; never call it with a file that you do not trust.
+    """Executes a Python file that calls `register_scorer`. Never use it for a file that you do not trust.
 
-    The scorers' descriptions get the hash of the file, so that results say which code made them.
+    The hash of the file is added to the scorers' descriptions, so that results say which code made them.
 
     Args:
         path: The file.
 
     Returns:
-        The scorers that it added, by name.
+        The scorers that the file registered, by name.
 
     Raises:
         ValueError: There is no such file, or it adds no scorer.

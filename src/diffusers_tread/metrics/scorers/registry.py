@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Which scorers there are, and loading them by name.
+"""The table of scorers, and loading them by name.
 
-A scorer is added by a file with its function and a line in `SCORERS`; outside of this package by `register_scorer`.
+To add a scorer to this package, write a file with its function and add a line to `SCORERS`. Outside of this package,
+call `register_scorer`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from .scorer import LoadedScorer, ScoreFunction, Scorer
 
 
 SCORERS: dict[str, Scorer] = {"clip": CLIP_SCORE}
-"""By the name that `--scorers` uses; results add "_score"."""
+"""The scorers, by their names in `--scorers`; results add "_score"."""
 
 
 def register_scorer(
@@ -26,15 +27,15 @@ def register_scorer(
     higher_is_better: bool = True,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    """Adds a scorer to those that `load_scorers` and `--scorers` know.
+    """Registers a scorer for `load_scorers` and `--scorers`.
 
     Args:
-        name: What they call it; results call its mean `<name>_score`.
-        score: Called as `score(images, prompts)`, images uint8 [B, 3, H, W] on any device, prompts a list of B texts;
-            gives [B] finite numbers. The score of an image must not depend on the others of its batch.
+        name: Its name; its mean is called `<name>_score` in results.
+        score: Called as `score(images, prompts)`, with images uint8 [B, 3, H, W] on any device and a list of B texts;
+            returns [B] finite numbers. The score of an image must not depend on other images of its batch.
         label: Name in tables; None for `name`.
-        higher_is_better: Direction in which images are better.
-        settings: What scores depend on besides images and prompts (JSON), such as a model and its revision. A
+        higher_is_better: Whether a higher score means better images.
+        settings: Everything scores depend on besides images and prompts (JSON), such as a model and its revision. A
             resumed evaluation with other settings is refused.
 
     Raises:
@@ -51,9 +52,9 @@ def load_scorers(
     """Loads scorers by name.
 
     Args:
-        names: Names of `SCORERS`.
-        clip_model: Repository on the Hub, or a local folder, of the model of "clip".
-        device: Where its network runs.
+        names: Names in `SCORERS`.
+        clip_model: Model of "clip": a repository on the Hub, or a local folder.
+        device: Device of its network.
 
     Raises:
         ValueError: A name is unknown or given twice, or a model cannot be loaded.

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""The description of a scorer, and a scorer that is ready."""
+"""The description of a scorer, and a scorer that is loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,20 +11,20 @@ from ...field_docs import with_field_docs
 
 
 ScoreFunction = Callable[[torch.Tensor, list[str]], torch.Tensor]
-"""Called as `score(images, prompts)`, images uint8 [B, 3, H, W] on any device; gives [B] numbers, one per image."""
+"""Called as `score(images, prompts)`, with images uint8 [B, 3, H, W] on any device; returns [B], one per image."""
 
 
 @with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class LoadedScorer:
-    """What rates images for their prompts."""
+    """A scorer that is ready to rate images for their prompts."""
 
     name: str
-    """Of `SCORERS`."""
+    """Name in `SCORERS`."""
     score: ScoreFunction
     """The function."""
     description: dict[str, Any] = field(default_factory=dict)
-    """Identifies in feature stores and results (JSON) what scores depend on besides images and prompts."""
+    """Everything scores depend on besides images and prompts (JSON), for feature stores and results."""
 
     @property
     def output(self) -> str:
@@ -43,7 +43,7 @@ class LoadedScorer:
             [B, 1] float32 on the CPU.
 
         Raises:
-            ValueError: The function gives another number of scores.
+            ValueError: The function returns another number of scores.
         """
         scores = torch.as_tensor(self.score(images, prompts), dtype=torch.float32, device="cpu")
         if scores.shape != (len(prompts),):
@@ -56,11 +56,11 @@ class LoadedScorer:
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """What a scorer is called, and how it is loaded."""
+    """The label of a scorer, and how it is loaded."""
 
     label: str
     """Name in tables and results, such as "CLIPScore"."""
     load: Callable[..., tuple[ScoreFunction, dict[str, Any]]]
-    """Called as `load(clip_model=..., device=...)`; gives the function and what identifies it (JSON)."""
+    """Called as `load(clip_model=..., device=...)`; returns the function and its description (JSON)."""
     higher_is_better: bool = True
-    """Direction in which images are better."""
+    """Whether a higher score means better images."""
