@@ -24,7 +24,8 @@ def summarise(report: Report) -> dict[str, Any]:
     """Per variant with finished runs its curve over the seeds, and the points where variants are compared."""
     finished = [run for run in report["runs"] if run["finished"]]
     summary = {}
-    for name in dict.fromkeys(run["variant"] for run in finished):
+    trained = {run["variant"] for run in finished}
+    for name in [name for name in report["steps"] if name in trained]:
         own = [run for run in finished if run["variant"] == name]
         steps = {"equal_steps": report["settings"]["steps"], **end_steps(report, name)}
         summary[name] = {
@@ -73,14 +74,15 @@ def learning_table(report: Report) -> str:
     """Guided samples are compared at equal steps alone."""
     first, *others = [f"{scale:g}" for scale in report["settings"]["guidance_scales"]]
     scales = {where: [first, *others] if where == "equal_steps" else [first] for where in TITLES}
+    titles = {key: title for key, title in TITLES.items() if any(key in own for own in report["summary"].values())}
     columns = ["variant", "seeds"]
-    for where, title in TITLES.items():
+    for where, title in titles.items():
         columns += [title, "held-out loss"]
         columns += ["Fréchet distance" if scale == "1" else f"with CFG {scale}" for scale in scales[where]]
     lines = [columns, ["---"] * len(columns)]
     for name, own in report["summary"].items():
         cells = [name, str(len(own["seeds"]))]
-        for where in TITLES:
+        for where in titles:
             if where not in own:
                 cells += ["-"] * (2 + len(scales[where]))
                 continue
@@ -92,24 +94,19 @@ def learning_table(report: Report) -> str:
 
 def cost_table(report: Report) -> str:
     """Each variant's step beside that of its base without pieces."""
-    columns = [
-        "variant",
-        "step, ms",
-        "over its base",
-        "kernels, ms",
-        "over its base",
-        "GFLOP an image",
-        "over its base",
-    ]
+    kernels = any(step_cost(row, "kernel_seconds") for row in report["steps"].values())
+    costs = ["step, ms", *(["kernels, ms"] if kernels else []), "GFLOP an image"]
+    columns = ["variant", *(column for cost in costs for column in (cost, "over its base"))]
     lines = [columns, ["---"] * len(columns)]
     for name, row in report["steps"].items():
         base = report["steps"].get(name.split("+")[0], {})
         seconds, per_image = row["seconds"], row["flops"] / report["settings"]["batch_size"]
-        medians = [step_cost(one, "seconds") for one in (row, base)]
         quartiles = " to ".join(f"{1e3 * seconds[f'{one}_quartile']:.1f}" for one in ("first", "third"))
-        cells = [name, f"{1e3 * seconds['median']:.1f} ({quartiles})", over(*medians)]
-        kernels = [step_cost(one, "kernel_seconds") for one in (row, base)]
-        cells += [f"{1e3 * kernels[0]:.1f}" if kernels[0] else "-", over(*kernels)]
+        cells = [name, f"{1e3 * seconds['median']:.1f} ({quartiles})"]
+        cells.append(over(*(step_cost(one, "seconds") for one in (row, base))))
+        if kernels:
+            own, of_base = (step_cost(one, "kernel_seconds") for one in (row, base))
+            cells += [f"{1e3 * own:.1f}" if own else "-", over(own, of_base)]
         lines.append([*cells, f"{per_image / 1e9:.2f}", over(row["flops"], base.get("flops"))])
     return as_markdown(lines)
 
@@ -133,7 +130,7 @@ def conditions(report: Report) -> str:
         f"classifier's features (real images: {judge['distance_of_real_images']:.2f}). Equal time is that of "
         f"{settings['steps']:,} dense steps by the step times below, medians of {settings['repeats']} turns of "
         f"{settings['steps_per_turn']} steps with their quartiles, one process, nothing else on the device; equal "
-        "kernel time leaves out what the GPU waits for launches. Pieces "
+        "kernel time leaves out what a GPU waits for launches. Pieces "
         f"are compared with the base that they are added to, in FLOPs with teacher, projector and Muon. "
         f"{rates(report)}"
     )
