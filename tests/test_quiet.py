@@ -118,7 +118,7 @@ def test_ids_of_kept_tokens_out_of_range_are_named_with_their_route(model, ids):
 
 
 def test_blocks_that_there_are_not_are_named(model):
-    with pytest.raises(ValueError, match=r"0 to 5, got \[6\]"):
+    with pytest.raises(ValueError, match=r"0 to 5 .*got \[6\]"):
         model(torch.zeros(1, 4, 8, 8), torch.zeros(1), hidden_states_at=[0, 6])
     with pytest.raises(ValueError, match=r"6 blocks \(0 to 5\), got start=2, end=7"):
         TREADTransformer2DModel(**TINY, routes=[TokenRoute(start=2, end=7)])

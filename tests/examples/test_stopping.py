@@ -164,6 +164,7 @@ def test_a_sampling_that_is_told_to_stop_keeps_whole_images_and_goes_on(made, tm
 
 
 def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(evaluate_tread, "Judges", lambda *args: None)  # which would download a network
     monkeypatch.setattr(evaluate_tread, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     argv = ["--images", str(tmp_path), "--reference", str(tmp_path), "--output_dir", str(tmp_path / "results")]
     with pytest.raises(SystemExit) as ended:

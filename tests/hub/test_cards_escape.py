@@ -80,7 +80,7 @@ def test_the_card_of_a_pipeline(pipeline, name):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_card_of_latents(name):
     def card(name):
-        info = {field.name: 1 for field in dataclasses.fields(LatentsInfo)}
+        info = {field.name: 1 for field in dataclasses.fields(LatentsInfo)} | {"patch_features": None}
         info |= {"kind": "moments", "dtype": "float32", "shape": (4, 8, 8), "shards": (), "unreadable": ()}
         info |= {
             "latents_mean": None,

@@ -123,4 +123,9 @@ def _defined_names(tree: ast.Module) -> list[str]:
 def _body(module: ModuleType, tree: ast.Module) -> str:
     """The source after docstring and imports, with comments."""
     skipped = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))] or tree.body[:1]
-    return "\n".join(inspect.getsource(module).splitlines()[skipped[-1].end_lineno :]).strip("\n")
+    lines = inspect.getsource(module).splitlines()
+    # diffusers would look for the files that a block for type checkers imports from, although it never runs.
+    for node in reversed(tree.body):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse:
+            del lines[node.lineno - 1 : node.end_lineno]
+    return "\n".join(lines[skipped[-1].end_lineno :]).strip("\n")

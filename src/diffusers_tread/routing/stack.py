@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from .ops import put_tokens, take_tokens
+from .ops import out_of_range, put_tokens, take_tokens
 from .route import TokenRoute
 
 
@@ -157,9 +157,8 @@ class RoutedStack(nn.ModuleList):
                     f"Expected int64 kept_token_ids of shape [{batch_size}, K <= {num_tokens}], or None, for each of "
                     f"the {len(routes)} routes, got {[_describe_ids(ids) for ids in kept_token_ids]}."
                 )
-            # Values are checked on the CPU only, where nothing waits, and not while tracing, where there are none.
-            if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-                for index, ids in enumerate(kept_token_ids):
+            for index, ids in enumerate(kept_token_ids):
+                if ids is not None:
                     _check_ids(ids, num_tokens=num_tokens, route_index=index)
 
         # The prefix.
@@ -231,10 +230,9 @@ def _describe_ids(ids: Any) -> str:
     return f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
 
 
-def _check_ids(ids: torch.Tensor | None, *, num_tokens: int, route_index: int) -> None:
+def _check_ids(ids: torch.Tensor, *, num_tokens: int, route_index: int) -> None:
     """Raises ValueError for ids out of range, which would silently take tokens of another sample."""
-    if ids is not None and ids.numel() and not (0 <= ids.min() and ids.max() < num_tokens):
-        wrong = ids[(ids < 0) | (ids >= num_tokens)].unique().tolist()
+    if wrong := out_of_range(ids, num_tokens):
         raise ValueError(
             f"Expected kept_token_ids in [0, {num_tokens}), got {wrong[:10]} for route {route_index}. Ids count the "
             "tokens of one sample."
