@@ -98,6 +98,11 @@ def _is_inside(node: "ast.Import | ast.ImportFrom") -> bool:
     return isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module.partition(".")[0] == _PACKAGE)
 
 
+def _is_for_types(node: ast.stmt) -> bool:
+    """Whether it is `if TYPE_CHECKING:` without else, whose imports diffusers would look for beside the file."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
+
+
 def _import_line(source: str, names: list[str]) -> str:
     line = f"from {source} import {', '.join(names)}"
     if len(line) <= _WIDTH:
@@ -120,6 +125,6 @@ def _defined_names(tree: ast.Module) -> list[str]:
 
 
 def _body(module: ModuleType, tree: ast.Module) -> str:
-    """The source after docstring and imports, comments included."""
-    skipped = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))] or tree.body[:1]
-    return "\n".join(inspect.getsource(module).splitlines()[skipped[-1].end_lineno :]).strip("\n")
+    """The source after docstring and imports, those for type checkers too, comments included."""
+    skipped = [*_imports(tree), *(node for node in tree.body if _is_for_types(node))] or tree.body[:1]
+    return "\n".join(inspect.getsource(module).splitlines()[max(node.end_lineno for node in skipped) :]).strip("\n")
