@@ -48,7 +48,7 @@ from diffusers_tread.metrics import (
 from diffusers_tread.pictures import add_labels, caption_grid, make_grid, name_classes, save_image
 from diffusers_tread.runs.evaluation import EvaluationConfig
 from diffusers_tread.runs.parsing import parse_config
-from diffusers_tread.runs.sampling import open_pipeline_images
+from diffusers_tread.runs.sampling import check_scheduler_settings, open_pipeline_images
 from diffusers_tread.runs.signals import stopped_cleanly
 from diffusers_tread.runs.sweep import write_sweep
 
@@ -180,11 +180,15 @@ class Judges:
         # Compare their settings.
         there = load_results(path)
         now = make_results(config, images, there.metrics, scorers=self.scorers, **known)
-        wanted = {*(self.prepared.metrics if self.prepared else ()), *(scorer.output for scorer in self.scorers)}
+        wanted = [*(self.prepared.metrics if self.prepared else ()), *(scorer.output for scorer in self.scorers)]
         names = ("num_samples", "images", "feature_extractor", "reference", "batch_size", "scorers")
         # As JSON, because tuples become lists in the file.
         sides = [json.dumps({name: getattr(one, name) for name in names}, sort_keys=True) for one in (there, now)]
-        return there.metrics if sides[0] == sides[1] and wanted <= set(there.metrics) else None
+        if sides[0] != sides[1] or not set(wanted) <= set(there.metrics):
+            return None
+        # Those that this run asks for, in its order, with their deviations and errors.
+        values = [name + suffix for name in wanted for suffix in ("", "_std", "_standard_error")]
+        return {name: there.metrics[name] for name in values if name in there.metrics}
 
 
 def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path, judges: Judges) -> dict | None:
@@ -231,13 +235,18 @@ def evaluate(config: EvaluationConfig, state: PartialState, output_dir: Path, ju
 
 def evaluate_sweep(config: EvaluationConfig, state: PartialState, output_dir: Path) -> None:
     """Evaluates each point in a folder of its own, and updates the table and the picture after each."""
-    judges, rows, points = Judges(config, state), [], config.points
+    points = config.points
+    for point in points:
+        check_scheduler_settings(config.at(point))
+    judges, rows = Judges(config, state), []
     for point in points:
         folder = output_dir / point.name
         values = evaluate(config.at(point, output_dir=str(folder)), state, folder, judges)
         if values is not None:
             rows.append({"name": point.name, "values": point.values, "metrics": values})
-            sample = f"{config.num_samples or 'all'} samples, seed {config.seed}"
+            num_samples = config.num_samples or (None if config.has_prompts else 50_000)
+            sample = f"{num_samples:,} samples" if num_samples else "one sample per prompt"
+            sample += f", seed {config.seed}"
             text = write_sweep(output_dir, rows, num_points=len(points), sample=sample)
     if rows:
         print(text)

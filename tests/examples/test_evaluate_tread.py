@@ -211,6 +211,11 @@ def test_a_sweep_goes_on_measures_nothing_twice_and_is_made_of_single_evaluation
     assert batches.pop((1.5, None)) == [1] and batches.pop((1.5, interval)) == [1, 4, 2]
     assert batches == {(2.5, None): [1, 4, 4, 2], (2.5, interval): [1, 4, 4, 2]}
 
+    # A run with fewer metrics than are there has those that it asks for, in its order.
+    for path in (tmp_path / "sweep").glob("*/results/*.json"):
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"metrics": {"recall": 0.5} | told["metrics"]}))
+
     # Nothing is left to do, and the values are those of a single evaluation.
     calls.clear()
     run(*words)
@@ -219,6 +224,7 @@ def test_a_sweep_goes_on_measures_nothing_twice_and_is_made_of_single_evaluation
     assert [row["values"]["guidance_interval"] for row in found["points"]] == [None, "0.1,0.7"] * 2
     run(*argv, "--guidance_scale", 2.5, "--guidance_interval", "0.1,0.7", "--output_dir", tmp_path / "single")
     values = [row["metrics"]["fid"] for row in found["points"]]
+    assert found["metric"] == "fid" and all(list(row["metrics"]) == ["fid"] for row in found["points"])
     assert values[-1] == results_of(tmp_path / "single").metrics["fid"] and len(set(values)) == 4
     assert found["best"] == found["points"][values.index(min(values))]["name"]
     table = (tmp_path / "sweep/sweep.md").read_text()
@@ -262,6 +268,21 @@ def test_a_list_of_points_may_compare_kinds_of_guidance(argv, material, tmp_path
         (["--guidance", "cfg", "--sweep", '{"guidance_scale": [1, 2], "seed": [0, 1]}'], r"got \['seed'\]"),
         (["--guidance", "sparse", "--sweep", '{"weak_ratio": [0.8, 0.1]}'], "weak_ratio > strong_ratio"),
         (["--sweep", '[{"guidance": "none"}, {"guidance": "none"}]'], "names of their own"),
+        (["--sweep", '[{"name": "A"}, {"name": "a"}]'], r"own, got \['a'\]"),
+        (["--sweep", '[{"name": "Features"}]'], "other names of points than 'features'"),
+        (["--sweep", '{"scheduler": [null, "NoSuchScheduler"]}'], "NoSuchScheduler"),
+        (["--sweep", '{"scheduler": [null, "EDMHeunScheduler"]}'], "a scheduler for models that FlowMatchEuler"),
+        (["--sweep", '{"scheduler_config": [null, {"shfit": 2}]}'], "shfit"),
+        (["--sweep", '{"guidance": ["none", "sprase"]}'], r"--guidance as Literal\['pipeline', .* got 'sprase'"),
+        (["--sweep", '{"num_inference_steps": [3, true]}'], "num_inference_steps as 'int', .* got True"),
+        (["--guidance", "cfg", "--sweep", '{"guidance_scale": [2, NaN]}'], "numbers finite, got nan"),
+        (["--guidance", "cfg", "--guidance_scale", "nan"], "numbers finite, got nan"),
+        (
+            ["--guidance", "cfg", "--guidance_scales", "2", "--sweep", '{"guidance_scale": [3]}'],
+            "in --sweep, got both",
+        ),
+        (["--guidance_interval", "0.1,0.7"], "only with a guider or a guidance_scale"),
+        (["--guidance", "cfg", "--guidance_scales", "1.5,2", "--guidance_interval", "20,80"], "to 1 in 3 calls"),
         (["--guidance", "cfg", "--guidance_scale", "2", "--guidance_interval", "0.7,0.1"], "0 <= low < high"),
         (["--guidance", "auto"], "second denoiser"),
         (["--guidance", "sparse", "--guider_config", '{"ratio": 0.5}'], "ratio"),

@@ -19,6 +19,8 @@ from diffusers_tread import (
     get_token_router,
     token_routing,
 )
+from diffusers_tread.pipelines import guided_pipeline
+from diffusers_tread.pipelines.noise_levels import steps_inside
 from diffusers_tread.routing import draw_routing_seed
 
 
@@ -162,6 +164,19 @@ def test_outside_the_interval_there_is_the_dense_prediction_with_the_prompt(pipe
     negative = with_negative(pipeline.name, prompts) if null else {}
     actual = sample(GuidedPipeline(pipeline, guider), pipeline.name, prompts, **negative)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_an_interval_of_levels_is_found_once_per_call(pipeline, monkeypatch):
+    by_share = GuidedPipeline(pipeline, SparseGuidance(SCALE, 0.25, 0.75, start=0.34, stop=0.67))
+    expected = sample(by_share, pipeline.name, PROMPTS[:1])
+    levels, found = pipeline.scheduler.sigmas.tolist(), []
+    monkeypatch.setattr(
+        guided_pipeline, "steps_inside", lambda *given: found.append(steps_inside(*given)) or found[-1]
+    )
+    guided = GuidedPipeline(pipeline, SparseGuidance(SCALE, 0.25, 0.75), guidance_interval=(levels[2], levels[1]))
+    torch.testing.assert_close(sample(guided, pipeline.name, PROMPTS[:1]), expected)
+    assert found == [[1]]
 
 
 def test_an_earlier_checkpoint_runs_the_weak_branch(pipeline):

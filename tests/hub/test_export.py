@@ -20,7 +20,7 @@ from diffusers_tread.hub import export_for_hub
 from diffusers_tread.hub.bundle import bundle_module
 
 
-_ROUTING = [f"routing.{name}" for name in ("route", "refusals", "router", "rows", "subset")]
+_ROUTING = ["field_docs", *(f"routing.{name}" for name in ("route", "refusals", "router", "rows", "subset"))]
 _MODEL = [
     "models.latent_denoiser",
     "models.modeling_outputs",

@@ -140,6 +140,14 @@ def test_a_saved_model_has_its_fusion_and_one_without_has_none(fused, inputs, tm
     }  # fmt: skip
 
 
+def test_a_dense_checkpoint_gets_a_new_fusion(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    options = {"routes": [FUSE], "low_cpu_mem_usage": False}
+    fusion = TREADTransformer2DModel.from_pretrained(tmp_path, **options).route_fusions["0"]
+    assert fusion.proj.weight.sum() == len(fusion.mask) and not fusion.proj.bias.any()
+    assert 0.005 < fusion.mask.std() < 0.05
+
+
 def test_what_a_fusion_does_not_go_with_is_refused(fused, make_model, inputs):
     with pytest.raises(ValueError, match="Expected a route with rejoin='fuse', whose path can be dropped"):
         make_model()(*inputs, routing=DROP)

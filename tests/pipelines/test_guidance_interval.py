@@ -16,7 +16,7 @@ from pipeline_calls import latents_of
 
 from diffusers_tread import EDMHeunScheduler, FlowSDEScheduler, SparseGuidance
 from diffusers_tread.flops import guidance_flops
-from diffusers_tread.pipelines.noise_levels import noise_levels
+from diffusers_tread.pipelines.noise_levels import noise_levels, steps_inside
 
 
 def level_of(scheduler, timestep):
@@ -49,6 +49,14 @@ def test_the_null_branch_runs_in_the_interval_alone(make_pipeline, record_calls,
     null_calls = [step for step, (_, _, labels) in enumerate(calls) if 5 in labels.tolist()]
     assert null_calls == [step for step, level in enumerate(levels) if interval[0] < level <= interval[1]]
     assert null_calls == pipe.guided_steps and 0 < len(null_calls) < len(calls)
+
+
+@pytest.mark.parametrize("interval", [(0.3, 0.7), (0.1, 0.9), (0.2, 0.6), (0.4, 0.8)])
+def test_the_upper_end_is_inside_and_the_lower_one_is_not_as_written(interval):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[tenths / 10 for tenths in range(10, 0, -1)])
+    tenths = [10 - step for step in steps_inside(scheduler, interval)]
+    assert (max(tenths), min(tenths) - 1) == (round(10 * interval[1]), round(10 * interval[0]))
 
 
 @pytest.mark.parametrize("guider", [ClassifierFreeGuidance, SparseGuidance, None])
@@ -85,6 +93,8 @@ def test_full_rescaling_of_a_scale_gives_the_deviation_of_the_conditional_predic
         ({"guidance_interval": (0.7, 0.1)}, "0 <= low < high"),
         ({"guidance_interval": (math.nan, 1.0)}, "0 <= low < high"),
         ({"guidance_interval": (0.1,)}, "two noise levels"),
+        ({"guidance_interval": (0.1, 0.7)}, "only with a guider or a guidance_scale"),
+        ({"guidance_interval": (100.0, 200.0), "guidance_scale": 2.0}, r"got levels from 0.002 to 80 in 3 calls"),
         ({"guidance_scale": 2.0, "guidance_rescale": 1.5}, r"guidance_rescale in \[0, 1\]"),
         ({"guidance_rescale": 0.5}, "only with a guidance_scale"),
     ],

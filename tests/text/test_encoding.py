@@ -1,13 +1,16 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """`PromptEncoder` against the pipelines' own encoding."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 from tiny_pipelines import PIPELINES
 
-from diffusers_tread.text import LENGTHS, PromptEncoder, load_pipeline
+from diffusers_tread.data.latents.text import StoredText
+from diffusers_tread.fingerprint import weights_fingerprint
+from diffusers_tread.text import LENGTHS, PromptEncoder, load_pipeline, text_identity
 
 
 CAPTIONS = ["a red square", "a blue square", ""]
@@ -76,6 +79,25 @@ def test_another_encoder_or_length_is_another_identity(pipeline):
     else:  # PRX before diffusers 0.42
         with pytest.raises(ValueError, match="Expected no max_sequence_length"):
             PromptEncoder(pipeline, max_sequence_length=4)
+
+
+def test_encoders_are_the_same_in_bfloat16_but_not_in_float16(pipeline):
+    def identity(*dtypes):
+        part = copy.deepcopy(pipeline.text_encoder)
+        for dtype in dtypes:
+            part.to(dtype)
+        return {"text_encoder": weights_fingerprint(part, rounded_to=torch.bfloat16)}
+
+    stored = StoredText(encoder=identity(torch.bfloat16), arrays={"0": {"dtype": "float16", "shape": (None, 2)}},
+                        empty={"size": 1, "sha256": ""})  # fmt: skip
+    stored.check_encoder(identity())
+    with pytest.raises(ValueError, match=r"--mixed_precision fp16\) make them by --text_dtype float16"):
+        stored.check_encoder(identity(torch.float16))
+
+
+def test_no_length_among_the_options_of_the_call_is_none():
+    given = {"max_sequence_length": 4, "call_options": {"max_sequence_length": None}}
+    assert text_identity(Stub(), **given)["max_sequence_length"] == 4
 
 
 class Stub:

@@ -99,6 +99,11 @@ def _is_inside(node: "ast.Import | ast.ImportFrom") -> bool:
     return isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module.partition(".")[0] == _PACKAGE)
 
 
+def _is_for_types(node: ast.stmt) -> bool:
+    """Whether it is `if TYPE_CHECKING:` without else, whose imports diffusers would look for beside the file."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
+
+
 def _import_line(source: str, names: list[str]) -> str:
     line = f"from {source} import {', '.join(names)}"
     if len(line) <= _WIDTH:
@@ -121,11 +126,6 @@ def _defined_names(tree: ast.Module) -> list[str]:
 
 
 def _body(module: ModuleType, tree: ast.Module) -> str:
-    """The source after docstring and imports, with comments."""
-    skipped = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))] or tree.body[:1]
-    lines = inspect.getsource(module).splitlines()
-    # diffusers would look for the files that a block for type checkers imports from, although it never runs.
-    for node in reversed(tree.body):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse:
-            del lines[node.lineno - 1 : node.end_lineno]
-    return "\n".join(lines[skipped[-1].end_lineno :]).strip("\n")
+    """The source after docstring and imports, those for type checkers too, comments included."""
+    skipped = [*_imports(tree), *(node for node in tree.body if _is_for_types(node))] or tree.body[:1]
+    return "\n".join(inspect.getsource(module).splitlines()[max(node.end_lineno for node in skipped) :]).strip("\n")

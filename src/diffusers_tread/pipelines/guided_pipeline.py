@@ -132,6 +132,7 @@ class _GuidedSteps:
         self.denoisers = {"main": guided.pipeline.transformer, "guidance": guided.guidance_transformer}
         self.guider, self.uses_cfg, self.generator = copy.copy(guided.guider), uses_cfg, generator
         self.interval, self.step, self.calls = guided.guidance_interval, 0, 0
+        self.guided_steps: list[int] = []
         self.num_rows: Any = None
         self.calls_per_step = 2 if uses_cfg and self.layout.cfg == "two calls" else 1
 
@@ -144,8 +145,9 @@ class _GuidedSteps:
         if self.calls == 1:
             times = self.pipeline.scheduler.timesteps
             self.guider.set_state(step=self.step, num_inference_steps=len(times), timestep=times[self.step])
-            scheduler, interval = self.pipeline.scheduler, self.interval
-            is_guided = interval is None or self.step in steps_inside(scheduler, interval)
+            if self.step == 0 and self.interval is not None:
+                self.guided_steps = steps_inside(self.pipeline.scheduler, self.interval)
+            is_guided = self.interval is None or self.step in self.guided_steps
             self.branches = self.guider.branches() if is_guided else [Branch()]
 
         # The answer.

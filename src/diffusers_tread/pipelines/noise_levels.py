@@ -4,6 +4,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from diffusers import SchedulerMixin
 
 
@@ -21,7 +22,7 @@ def noise_levels(scheduler: SchedulerMixin) -> list[float]:
     """
     num_calls, sigmas = len(scheduler.timesteps), getattr(scheduler, "sigmas", ())
     if num_calls <= len(sigmas) <= num_calls + 1:
-        return [float(sigma) for sigma in sigmas[:num_calls]]
+        return torch.as_tensor(sigmas[:num_calls]).tolist()  # one wait for the device
     if hasattr(scheduler, "alphas_cumprod"):
         alphas = scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double()
         return ((1 - alphas) / alphas).sqrt().tolist()
@@ -40,8 +41,17 @@ def check_interval(interval: Sequence[float]) -> None:
 def steps_inside(scheduler: SchedulerMixin, interval: Sequence[float]) -> list[int]:
     """Indices of the model calls, 0-based, whose noise level lies in (low, high], as in arXiv 2404.07724.
 
+    Both are compared in float32, in which schedulers keep their levels, so that 0.7 is inside (0.1, 0.7].
+
     Raises:
-        ValueError: See `noise_levels`.
+        ValueError: There is none; see also `noise_levels`.
     """
-    low, high = interval
-    return [step for step, level in enumerate(noise_levels(scheduler)) if low < level <= high]
+    low, high = torch.tensor(interval, dtype=torch.float32)
+    levels = torch.tensor(noise_levels(scheduler), dtype=torch.float32)
+    inside = ((low < levels) & (levels <= high)).nonzero().flatten().tolist()
+    if not inside:
+        raise ValueError(
+            f"Expected a noise level of {type(scheduler).__name__} in guidance_interval={tuple(interval)}, got levels "
+            f"from {levels.min():.4g} to {levels.max():.4g} in {len(levels)} calls. Without guidance leave it out."
+        )
+    return inside

@@ -253,6 +253,7 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             guidance_interval: Noise levels (low, high] at which guidance is on, by `guidance_scale` or by the guider;
                 other steps make one dense prediction with the class. In the unit of `scheduler.sigmas`: EDM's
                 sigma, flow matching's t in [0, 1], for DDPM sqrt((1 - abar) / abar). None for all. arXiv 2404.07724.
+                An interval without any step is refused.
             guidance_rescale: Share, in [0, 1], of the rescaling of arXiv 2305.08891, section 3.4, with
                 `guidance_scale`; a guider has its own.
 
@@ -388,6 +389,10 @@ class TREADPipeline(HubPipeline, SanaLoraLoaderMixin):
             raise ValueError(f"Expected a finite guidance_scale or None, got {guidance_scale!r}.")
         if guidance_interval is not None:
             check_interval(guidance_interval)
+            if guider is None and guidance_scale is None:
+                raise ValueError(
+                    "Expected guidance_interval only with a guider or a guidance_scale, got neither. Leave it out."
+                )
         if not 0.0 <= guidance_rescale <= 1.0 or (guidance_rescale and guidance_scale is None):
             raise ValueError(
                 f"Expected guidance_rescale in [0, 1], above 0 only with a guidance_scale, got {guidance_rescale}. A "

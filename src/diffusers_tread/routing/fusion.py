@@ -38,8 +38,9 @@ class RouteFusion(nn.Module):
         """
         half = torch.eye(len(self.mask), dtype=self.proj.weight.dtype, device=self.proj.weight.device) / 2
         self.proj.weight.copy_(torch.cat([half, half], dim=1))
-        nn.init.zeros_(self.proj.bias)
-        nn.init.normal_(self.mask, std=0.02)
+        # Not by nn.init, which does nothing inside `from_pretrained`: a dense checkpoint has no fusion.
+        self.proj.bias.zero_()
+        self.mask.normal_(std=0.02)
 
     def forward(
         self,

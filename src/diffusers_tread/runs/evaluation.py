@@ -157,8 +157,9 @@ class EvaluationConfig(SamplingConfig):
 
     def at(self, point: SweepPoint, **changes: Any) -> "EvaluationConfig":
         """The config of a single point. Raises ValueError if its values are not valid."""
+        values = {name: value for name, value in point.values.items() if value is not None}  # None is the default
         try:
-            return dataclasses.replace(self, sweep=None, guidance_scales=None, **point.values, **changes)
+            return dataclasses.replace(self, sweep=None, guidance_scales=None, **values, **changes)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Expected a point of a sweep that can be sampled, got {point.values}: {error}"

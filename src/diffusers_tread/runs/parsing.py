@@ -4,7 +4,10 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -125,3 +128,22 @@ def check_at_least(config: Any, fewest: int, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and value < fewest:
             raise ValueError(f"Expected --{name} >= {fewest}, got {value}.")
+
+
+def check_types(config: Any, *names: str) -> None:
+    """Raises ValueError for fields of a config with values of other types than theirs, or that are not finite."""
+    hints = typing.get_type_hints(type(config))
+    for name in names:
+        if not _fits(value := getattr(config, name), hints[name]):
+            told = str(hints[name]).removeprefix("typing.").removeprefix("<class ").removesuffix(">")
+            raise ValueError(f"Expected --{name} as {told}, numbers finite, got {value!r}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

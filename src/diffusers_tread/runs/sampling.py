@@ -19,11 +19,12 @@ from ..hub_errors import ADVICE, LOST
 from ..metrics import PipelineImages, PromptImages, load_dataset_prompts, read_prompts
 from ..objectives import OBJECTIVES
 from ..pipelines import GuidedPipeline, TREADPipeline
-from ..pipelines.noise_levels import check_interval
+from ..pipelines.noise_levels import check_interval, steps_inside
 from ..schedulers import SCHEDULERS
 from ..text import LENGTHS
 from .folder import SETTINGS as RUN_SETTINGS
-from .parsing import check_at_least, read_json
+from .parsing import check_at_least, check_types, read_json
+from .sweep import SWEPT
 from .text_config import DEFAULT_ROUTES
 
 
@@ -112,6 +113,7 @@ class SamplingConfig:
     takes them from the run whose folder the pipeline is in."""
 
     def __post_init__(self):
+        check_types(self, *SWEPT)
         check_at_least(self, 1, "num_samples", "num_inference_steps", "height", "width")
         self._check_guidance()
         self._check_prompts()
@@ -246,14 +248,7 @@ def load_text_pipeline(config: SamplingConfig, device: torch.device) -> diffuser
         ) from error
 
     # Replace the scheduler only by one for models of the same objective.
-    saved = pipeline.scheduler
-    pipeline.scheduler = make_scheduler(saved, config.scheduler, read_json(config.scheduler_config))
-    objectives = [kind for kind in OBJECTIVES.values() if kind.accepts(saved)]
-    if objectives and not any(kind.accepts(pipeline.scheduler) for kind in objectives):
-        raise ValueError(
-            f"Expected a scheduler for models that {type(saved).__name__} samples from, got "
-            f"{type(pipeline.scheduler).__name__}. Use one of the same kind."
-        )
+    pipeline.scheduler = _make_similar_scheduler(pipeline.scheduler, config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -359,11 +354,50 @@ def make_scheduler(scheduler, name: str | None, changes: dict[str, Any]):
     """
     kind = type(scheduler)
     if name is not None:
-        kind = SCHEDULERS.get(name) or getattr(diffusers, name, None)
-        if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
+        kind = _scheduler_class(name)
+        if kind is None:
             raise ValueError(f"Expected a scheduler of diffusers or diffusers_tread in --scheduler, got {name!r}.")
     _check_settings(kind, changes, "--scheduler_config")
     return kind.from_config(scheduler.config, **changes)
+
+
+def check_scheduler_settings(config: SamplingConfig) -> None:
+    """Checks how a config samples by its pipeline's saved scheduler alone, if there is one, before anything is loaded.
+
+    Raises:
+        ValueError: What `make_scheduler` refuses; a scheduler for other models; without prompts an interval that no
+            step lies in.
+    """
+    try:
+        saved = diffusers.DDIMScheduler.load_config(
+            find_pipeline(config.pretrained_pipeline), subfolder="scheduler", revision=config.revision
+        )
+    except (ValueError, *LOST):
+        return  # of which loading tells more
+    kind = _scheduler_class(saved.get("_class_name", ""))
+    if kind is None:
+        return
+    scheduler = _make_similar_scheduler(kind.from_config(saved), config)
+    if config.interval is not None and not config.has_prompts:
+        scheduler.set_timesteps(config.num_inference_steps)
+        steps_inside(scheduler, config.interval)
+
+
+def _make_similar_scheduler(saved, config: SamplingConfig):
+    """As `make_scheduler`, one that samples from models of the same objective."""
+    scheduler = make_scheduler(saved, config.scheduler, read_json(config.scheduler_config))
+    objectives = [kind for kind in OBJECTIVES.values() if kind.accepts(saved)]
+    if objectives and not any(kind.accepts(scheduler) for kind in objectives):
+        raise ValueError(
+            f"Expected a scheduler for models that {type(saved).__name__} samples from, got "
+            f"{type(scheduler).__name__}. Use one of the same kind."
+        )
+    return scheduler
+
+
+def _scheduler_class(name: str) -> Any:
+    kind = SCHEDULERS.get(name) or getattr(diffusers, name, None)
+    return kind if inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin) else None
 
 
 def make_guider(config: SamplingConfig, **changes: Any) -> SparseGuidance:

@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,11 +41,11 @@ def read_points(text: str, *, scales: Sequence[float] = ()) -> list[SweepPoint]:
         text: JSON, or the path of a JSON file. Either a grid: an object with a list of values for each field, of which
             each combination is a point. Or a list of points: objects with one value for each field, and optionally a
             "name".
-        scales: Values of "guidance_scale", as the first field of the grid.
+        scales: Values of "guidance_scale", as the first field of the grid, which then has none of its own.
 
     Raises:
-        ValueError: The file does not exist; the JSON is of another form; a field cannot be swept; two points have the
-            same name.
+        ValueError: The file does not exist; the JSON is of another form; a field cannot be swept; there are two lists
+            of scales; a name is taken, or two points have the same name but for upper case.
 
     Example:
         >>> from diffusers_tread.runs.sweep import read_points
@@ -54,6 +55,8 @@ def read_points(text: str, *, scales: Sequence[float] = ()) -> list[SweepPoint]:
     # Grid or list.
     content = _read(text)
     if isinstance(content, dict):
+        if scales and "guidance_scale" in content:
+            raise ValueError("Expected either --guidance_scales or guidance_scale in --sweep, got both.")
         grid = ({"guidance_scale": list(scales)} if scales else {}) | content
         if not grid or not all(isinstance(values, list) and values for values in grid.values()):
             raise ValueError(f"Expected a list of values for each field of a sweep, such as {_EXAMPLE}, got {grid}.")
@@ -65,16 +68,19 @@ def read_points(text: str, *, scales: Sequence[float] = ()) -> list[SweepPoint]:
 
     # Points, each with a name of its own.
     points = [_make_point(entry) for entry in entries]
-    names = [point.name for point in points]
+    names = [point.name.lower() for point in points]  # folders, which some file systems take for the same
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Expected points of a sweep with names of their own, got {twice} more than once.")
+    if "features" in names:
+        raise ValueError("Expected other names of points than 'features', the folder of the reference's.")
     return points
 
 
-def find_best(rows: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any]:
-    """The row with the best value of a metric."""
-    values = [row["metrics"][metric] for row in rows]
-    return rows[values.index((max if is_higher_better(metric) else min)(values))]
+def find_best(rows: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any] | None:
+    """The row with the best finite value of a metric; None without any."""
+    finite = [row for row in rows if math.isfinite(row["metrics"][metric])]
+    choose = max if is_higher_better(metric) else min
+    return choose(finite, key=lambda row: row["metrics"][metric], default=None)
 
 
 def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], *, num_points: int, sample: str) -> str:
@@ -92,7 +98,7 @@ def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], *, num_points: 
     # JSON and picture.
     metric = next(iter(rows[0]["metrics"]))
     best = find_best(rows, metric)
-    write_json(folder / f"{RESULTS}.json", {"best": best["name"], "metric": metric, "points": list(rows)})
+    write_json(folder / f"{RESULTS}.json", {"best": best and best["name"], "metric": metric, "points": list(rows)})
     _draw(folder / f"{RESULTS}.png", rows, metric=metric, best=best)
 
     # Table.
@@ -105,12 +111,15 @@ def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], *, num_points: 
         lines.append(table_row(row["name"] + (" (best)" if row is best else ""), *settings, *values))
 
     # The best point, and a warning about how it was chosen.
-    told = (
-        f"{len(rows)} of {num_points} points measured. Best {value_label(metric)} on this sample ({sample}): "
-        f"{best['metrics'][metric]:.4g} of {best['name']}. It was chosen by the samples that it was measured on, so "
-        "that it looks better than it is, the more so the more points there are and the fewer samples: measure it "
-        "once more with another --seed."
-    )
+    told = f"{len(rows)} of {num_points} points measured. Best {value_label(metric)} on this sample ({sample}): "
+    if best is None:
+        told += "none is finite."
+    else:
+        told += (
+            f"{best['metrics'][metric]:.4g} of {best['name']}. It was chosen by the samples that it was measured on, "
+            "so that it looks better than it is, the more so the more points there are and the fewer samples: measure "
+            "it once more with another --seed."
+        )
     text = "\n".join([*lines, "", told, ""])
     with whole(folder / f"{RESULTS}.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -135,15 +144,15 @@ def curves_of(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, dict
     return axis or "point", {label: sorted(points) if axis else points for label, points in curves.items()}
 
 
-def _draw(path: Path, rows: Sequence[Mapping[str, Any]], *, metric: str, best: Mapping[str, Any]) -> None:
+def _draw(path: Path, rows: Sequence[Mapping[str, Any]], *, metric: str, best: Mapping[str, Any] | None) -> None:
     axis, curves = curves_of(rows, metric)
-    place = best["values"][axis] if axis in best["values"] else best["name"]
+    place = best and (best["values"][axis] if axis in best["values"] else best["name"])
     save_curves(
         curves,
         path,
         x_label=axis.replace("_", " "),
         y_label=value_label(metric),
-        best=(place, best["metrics"][metric]),
+        best=best and (place, best["metrics"][metric]),
     )
 
 

@@ -187,7 +187,8 @@ def _encoding_options(
         names = [set(inspect.signature(function).parameters) for function in (kind.encode_prompt, kind.__call__)]
         shared = {name: value for name, value in call_options.items() if name in names[0] & names[1]}
         shared = {name: value for name, value in shared.items() if "prompt" not in name}
-    lengths = {shared.pop(name) for name in LENGTHS if name in shared} | {max_sequence_length} - {None}
+    lengths = {shared.pop(name) for name in LENGTHS if name in shared} | {max_sequence_length}
+    lengths -= {None}
     if len(lengths) > 1:
         raise ValueError(
             f"Expected one length of captions, got {sorted(lengths)} of max_sequence_length and the call's options. "

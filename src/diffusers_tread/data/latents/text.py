@@ -77,7 +77,8 @@ class StoredText:
         if changes := list_changes(self.encoder, identity):
             raise ValueError(
                 f"Expected the text encoder that the captions of these latents were encoded with, got another one "
-                f"({'; '.join(changes)}). Name the same pipeline and max_sequence_length, or make the latents anew."
+                f"({'; '.join(changes)}). Name the same pipeline and max_sequence_length, or make the latents anew. "
+                "For a run in float16 (--mixed_precision fp16) make them by --text_dtype float16: it rounds otherwise."
             )
 
     def load_empty(self, folder: str | Path) -> dict[str, torch.Tensor]:
