@@ -143,6 +143,8 @@ def test_an_index_takes_the_wheel(wheel):
     command = [sys.executable, "-m", "twine", "check", "--strict", wheel.filename]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    assert wheel.read(name).startswith(b"Metadata-Version: 2.4\n")  # which older ones take, too
 
 
 def test_the_readme_of_an_index_s_page_has_links_that_lead_somewhere(tmp_path, monkeypatch):
