@@ -105,6 +105,15 @@ def test_code_that_nothing_names_is_neither_run_nor_refused(folder):
     assert not (folder / "RAN").exists()
 
 
+def test_a_bin_is_read_only_if_it_is_asked_for(folder):
+    make_pipeline().transformer.save_pretrained(folder / "transformer", safe_serialization=False)
+    for path in (folder / "transformer").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        TREADPipeline.from_pretrained(folder)
+    assert isinstance(TREADPipeline.from_pretrained(folder, use_safetensors=False), TREADPipeline)
+
+
 # diffusers' DiT, whose folders the converter reads by diffusers' own pipeline.
 
 
