@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +20,8 @@ from ..installation import NAME
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A closed terminal and Ctrl-\, where the system has them.
+_HANGUPS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name))
 _ONE_CALL = 1.0  # seconds within which the terminal and the launcher pass on the same call
 
 
@@ -132,8 +134,9 @@ def stopped_cleanly(argv: Sequence[str] | None, *, kept: str) -> Iterator[None]:
 def run_command(command: Sequence[str], **options: Any) -> None:
     """Runs a script that ends cleanly by itself when it is told to stop; to be called inside of `stopped_cleanly`.
 
-    SIGTERM and SIGINT are passed on to it, and its end is waited for, where `subprocess.run` would kill it. From
-    another thread than the main one only the terminal tells it.
+    SIGTERM and SIGINT are passed on to it, SIGHUP (unless it is ignored, as by nohup) and SIGQUIT as SIGTERM, and its
+    end is waited for, where `subprocess.run` would kill it. From another thread than the main one only the terminal
+    tells it.
 
     Args:
         command: Program and arguments.
@@ -144,7 +147,12 @@ def run_command(command: Sequence[str], **options: Any) -> None:
     """
     is_main = threading.current_thread() is threading.main_thread()
     process = subprocess.Popen(command, start_new_session=is_main, **options)  # the terminal would tell it twice
-    before = _replace_handlers(dict.fromkeys(SIGNALS, lambda number, frame: process.send_signal(number)))
+
+    def pass_on(number: int, frame) -> None:
+        process.send_signal(number if number in SIGNALS else signal.SIGTERM)
+
+    hangups = [number for number in _HANGUPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = _replace_handlers(dict.fromkeys([*SIGNALS, *hangups], pass_on))
     try:
         code = process.wait()
     finally:
@@ -208,4 +216,5 @@ def _stop_at_once(number: int) -> None:
 def _say(text: str) -> None:
     """Past buffers that the signal may have interrupted, from the main process."""
     if PartialState().is_main_process:
-        os.write(2, f"\n{text}\n".encode())
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, f"\n{text}\n".encode())
