@@ -89,6 +89,9 @@ def test_the_examples_are_copied_out_and_not_over_others(argv, tmp_path, capsys)
     with pytest.raises(SystemExit):
         cli.main(["examples", str(tmp_path)])
     assert "sample.py" in capsys.readouterr().err and (tmp_path / "sample.py").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        cli.main(["examples", str(tmp_path / "sample.py")])
+    assert "Expected a folder, got the file" in capsys.readouterr().err
     assert cli.main(["examples", str(tmp_path), "--overwrite"]) == 0
     assert (tmp_path / "sample.py").read_text() == (ROOT / "examples" / "sample.py").read_text()
 

@@ -92,6 +92,8 @@ def _copy_examples() -> int:
     parser.add_argument("--overwrite", action="store_true", help="Replace files of the same names.")
     args = parser.parse_args()
 
+    if files := [str(path) for path in (args.folder, *args.folder.parents) if path.exists() and not path.is_dir()]:
+        parser.error(f"Expected a folder, got the file {files[0]}. Name another one.")
     source = examples_folder()
     files = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.suffix in (".py", ".yaml")]
     there = [str(path) for path in files if (args.folder / path).exists()]
