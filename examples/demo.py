@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Trains a routed transformer on handwritten digits, samples it in three ways and judges the samples.
 
-In a clone: `make demo`. It runs examples/train_tread.py as it is, loads the pipeline that it saved, and ends with a table and a picture in the
+In a clone: `make demo`.
+
+It runs examples/train_tread.py as it is, loads the pipeline that it saved, and ends with a table and a picture in the
 output folder. The exit code is 1 if an SVM trained on real digits recognises fewer than 95 % of the samples, unguided
 or with Sparse Guidance, or if the pipeline loaded a second time gives other images. About 4 minutes on two CPU cores;
 a run that was interrupted goes on where it stopped.

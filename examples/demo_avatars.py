@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Trains a routed transformer on small avatars of twenty classes, samples and judges it.
 
-In a clone: `make demo-avatars`. It runs examples/make_avatars.py, train_tread.py and sample.py as they are, and ends with a table, a picture of the
+In a clone: `make demo-avatars`.
+
+It runs examples/make_avatars.py, train_tread.py and sample.py as they are, and ends with a table, a picture of the
 samples and one of the training's course in the output folder. The judge is a small network that learns the classes
 from avatars of other seeds. Fréchet distances are measured in its features, to as many avatars that neither it nor the
 model has seen. The exit code is 1 if it recognises fewer than 85 % of the samples, unguided or with Sparse Guidance.

@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """Trains a routed text-to-image model from nothing, samples prompts that it never saw and judges it.
 
-In a clone: `make demo-text`. The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say
+In a clone: `make demo-text`.
+
+The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say
 so. A fifth of the pairs of digit and ink are never trained on, such as a red zero. The demo makes a small VAE, a
 byte-level tokenizer and a text encoder that stays at its random weights. examples/precompute_latents.py encodes images
 and captions, examples/train_text_to_image_tread.py trains the transformer, both as they are. What is sampled is the
