@@ -79,6 +79,16 @@ def test_exit_codes_and_errors_are_the_task_s_own(argv):
     assert ended.value.code == 2
 
 
+def test_a_shell_gets_a_refusal_as_one_sentence_and_other_errors_whole(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffusers-tread", "demo", "--num_images", "5"])
+    assert cli.command() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("diffusers-tread demo: Expected --num_images divisible") and said.count("\n") == 1
+    monkeypatch.setattr(cli, "main", lambda: int("Expected "))  # an error of Python's own
+    with pytest.raises(ValueError):
+        cli.command()
+
+
 def test_the_examples_are_copied_out_and_not_over_others(argv, tmp_path, capsys):
     assert cli.main(["examples", str(tmp_path)]) == 0
     copied = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
