@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
 """What pyproject.toml cannot say: addresses, and the README with links that work outside the repository.
 
-The repository's address is `repository-code` of CITATION.cff, or the one in which GitHub's workflow runs. Without one
-the README keeps its relative links.
+The repository's address is `repository-code` of CITATION.cff, or DIFFUSERS_TREAD_REPOSITORY of the environment, which
+the workflow that publishes sets. Without one the README keeps its relative links.
 """
 
 import os
@@ -45,9 +45,7 @@ def repository(root: Path) -> str | None:
     citation = (root / "CITATION.cff").read_text(encoding="utf-8")
     if found := re.search(r"^repository-code: *[\"']?([^\s\"']+)", citation, re.MULTILINE):
         return found[1].rstrip("/")
-    if name := os.environ.get("GITHUB_REPOSITORY"):
-        return f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
-    return None
+    return os.environ.get("DIFFUSERS_TREAD_REPOSITORY") or None
 
 
 def with_absolute_links(text: str, address: str, revision: str) -> str:

@@ -1,5 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Trains a routed transformer on handwritten digits, samples it in three ways and judges the samples: `make demo`.
+"""Trains a routed transformer on handwritten digits, samples it in three ways and judges the samples.
+
+In a clone: `make demo`.
 
 It runs examples/train_tread.py unchanged, loads the pipeline that was saved, and ends with a table and a picture in
 the output folder. The exit code is 1 if an SVM trained on real digits recognises fewer than 95 % of the samples,

@@ -1,5 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Trains a routed transformer on small avatars of twenty classes, samples and judges it: `make demo-avatars`.
+"""Trains a routed transformer on small avatars of twenty classes, samples and judges it.
+
+In a clone: `make demo-avatars`.
 
 It runs examples/make_avatars.py, train_tread.py and sample.py unchanged, and ends with a table, a picture of the
 samples and one of the training's progress in the output folder. The judge is a small network that learns the classes

@@ -1,5 +1,7 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Trains a routed text-to-image model from nothing, samples prompts that it never saw and judges it: `make demo-text`.
+"""Trains a routed text-to-image model from nothing, samples prompts that it never saw and judges it.
+
+In a clone: `make demo-text`.
 
 The images are scikit-learn's handwritten digits, tilted, in coloured ink on coloured paper, with captions that say so.
 A fifth of the pairs of digit and ink are never trained on, such as a red zero. The demo makes a small VAE, a

@@ -4,6 +4,11 @@
 docs/own-loop.md says why each line is there.
 """
 
+from diffusers_tread.installation import require
+
+
+require("train", "sklearn")
+
 import torch
 from diffusers.training_utils import EMAModel
 from sklearn.datasets import load_digits

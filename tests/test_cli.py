@@ -23,10 +23,12 @@ from diffusers_tread.runs.signals import resume_command
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SCRIPTS = [path for path in EXAMPLES if path.stem != "minimal_loop"]  # which has no flags: it is there to be copied
 PACKAGE = ROOT / "src" / "diffusers_tread"
 # What the dependencies of the package bring, theirs included.
 BASE = {"torch", "diffusers", "safetensors", "huggingface_hub", "numpy", "PIL", "tqdm"}
 by_file = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+by_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def argv(monkeypatch):
 
 
 def test_help_has_a_sentence_for_each_example_and_a_few_tasks_more(capsys):
-    assert sorted(TASKS.values()) == [path.stem for path in EXAMPLES]
+    assert sorted(TASKS.values()) == [path.stem for path in SCRIPTS]
     assert cli.main([]) is None
     lines = re.findall(r"^  (\S+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE)
     tasks = dict(lines)
@@ -77,6 +79,16 @@ def test_exit_codes_and_errors_are_the_task_s_own(argv):
     assert ended.value.code == 2
 
 
+def test_a_shell_gets_a_refusal_as_one_sentence_and_other_errors_whole(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffusers-tread", "demo", "--num_images", "5"])
+    assert cli.command() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("diffusers-tread demo: Expected --num_images divisible") and said.count("\n") == 1
+    monkeypatch.setattr(cli, "main", lambda: int("Expected "))  # an error of Python's own
+    with pytest.raises(ValueError):
+        cli.command()
+
+
 def test_the_examples_are_copied_out_and_not_over_others(argv, tmp_path, capsys):
     assert cli.main(["examples", str(tmp_path)]) == 0
     copied = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
@@ -87,6 +99,9 @@ def test_the_examples_are_copied_out_and_not_over_others(argv, tmp_path, capsys)
     with pytest.raises(SystemExit):
         cli.main(["examples", str(tmp_path)])
     assert "sample.py" in capsys.readouterr().err and (tmp_path / "sample.py").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        cli.main(["examples", str(tmp_path / "sample.py")])
+    assert "Expected a folder, got the file" in capsys.readouterr().err
     assert cli.main(["examples", str(tmp_path), "--overwrite"]) == 0
     assert (tmp_path / "sample.py").read_text() == (ROOT / "examples" / "sample.py").read_text()
 
@@ -106,7 +121,7 @@ def test_the_command_to_go_on_is_the_way_it_was_started(program, processes, comm
     assert resume_command(None) == command
 
 
-@by_file
+@by_script
 def test_a_file_alone_in_a_folder_runs(path, tmp_path, monkeypatch, capsys):
     """In this process, without the folder of the examples on the path."""
     if path.stem == "app":

@@ -143,15 +143,18 @@ def test_an_index_takes_the_wheel(wheel):
     command = [sys.executable, "-m", "twine", "check", "--strict", wheel.filename]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    assert wheel.read(name).startswith(b"Metadata-Version: 2.4\n")  # which older ones take, too
 
 
 def test_the_readme_of_an_index_s_page_has_links_that_lead_somewhere(tmp_path, monkeypatch):
     hook = runpy.run_path(str(ROOT / "hatch_build.py"))
     citation = tmp_path / "CITATION.cff"
     citation.write_text("cff-version: 1.2.0\n")
-    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    monkeypatch.delenv("DIFFUSERS_TREAD_REPOSITORY", raising=False)
+    monkeypatch.setenv("GITHUB_REPOSITORY", "cat/dog")  # of whoever builds the package in a workflow
     assert hook["repository"](tmp_path) is None
-    monkeypatch.setenv("GITHUB_REPOSITORY", "ant/bee")
+    monkeypatch.setenv("DIFFUSERS_TREAD_REPOSITORY", "https://github.com/ant/bee")
     assert hook["repository"](tmp_path) == "https://github.com/ant/bee"
     citation.write_text('cff-version: 1.2.0\nrepository-code: "https://example.org/ant/"\n')
     address = hook["repository"](tmp_path)

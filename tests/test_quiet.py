@@ -133,6 +133,9 @@ def test_a_run_s_folder_stands_for_the_pipeline_in_it(model, tmp_path):
     assert isinstance(load_pipeline(config, torch.device("cpu")), TREADPipeline)
     (run / "model_index.json").write_text("{}")  # a pipeline with a part of that name
     assert find_pipeline(run) == str(run)
+    (tmp_path / "train_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="the run is not finished"):
+        find_pipeline(tmp_path)
 
 
 def test_the_bar_of_a_sampling_has_a_name(model, capsys):

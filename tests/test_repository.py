@@ -2,6 +2,7 @@
 """What the repository says of itself: workflows, promises and the tests that hold them, versions."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,13 @@ def test_forms_have_what_github_asks_for(form):
 def test_the_changelog_s_latest_release_is_the_version():
     versions = re.findall(r"^## (\d+\.\d+\.\d+)", read("CHANGELOG.md"), re.MULTILINE)
     assert versions[0] == __version__ and f"version: {__version__}" in read("CITATION.cff")
+    assert f"diffusers_tread-{__version__}-py3-none-any.whl[" in read("README.md")
+
+
+def test_no_file_names_a_folder_of_the_machine_it_was_written_on():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    names = [name for name in listed.stdout.splitlines() if not name.endswith(".png") and (ROOT / name).exists()]
+    assert len(names) > 100
+    assert [name for name in names if re.search(r"(?<![\w.~-])/(root|work)/", read(name))] == []

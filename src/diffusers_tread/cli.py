@@ -6,6 +6,7 @@ import ast
 import importlib
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,23 @@ usage: {NAME} TASK ...
 
 `{NAME} TASK --help` lists the flags of a task, `{NAME} --version` tells the version.
 """
+
+
+def command() -> int | None:
+    """`main` for a shell, where an error that this package or an example raises on purpose is told in one sentence.
+
+    Returns:
+        The exit code, 2 for such an error; the examples run as files have the traceback.
+    """
+    try:
+        return main()
+    except (ValueError, ImportError, OSError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        is_ours = Path(__file__).parent in (file := Path(frame.f_code.co_filename)).parents
+        if not (is_ours or examples_folder() in file.parents) or not str(error).startswith("Expected "):
+            raise
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -93,6 +111,9 @@ def _copy_examples() -> int:
     parser.add_argument("folder", type=Path, help="Where they go; it is made if missing.")
     parser.add_argument("--overwrite", action="store_true", help="Replace files of the same names.")
     args = parser.parse_args()
+
+    if files := [str(path) for path in (args.folder, *args.folder.parents) if path.exists() and not path.is_dir()]:
+        parser.error(f"Expected a folder, got the file {files[0]}. Name another one.")
 
     # The files, none of which may be there yet.
     source = examples_folder()

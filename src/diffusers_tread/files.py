@@ -173,7 +173,18 @@ def find_pipeline(name: str | Path) -> str:
 
     Args:
         name: The folder of a pipeline or of a run, or a repository on the Hub.
+
+    Raises:
+        ValueError: A run's folder has no pipeline.
     """
     inside = Path(name, "pipeline")
-    is_run = (inside / "model_index.json").is_file() and not Path(name, "model_index.json").exists()
-    return str(inside if is_run else name)
+    if Path(name, "model_index.json").exists():
+        return str(name)
+    if (inside / "model_index.json").is_file():
+        return str(inside)
+    if Path(name, "train_config.json").is_file():
+        raise ValueError(
+            f"Expected the folder of a run that saved its pipeline, got {name} without one: the run is not finished. "
+            "Its command goes on with it."
+        )
+    return str(name)

@@ -237,7 +237,7 @@ def test_a_list_of_points_may_compare_kinds_of_guidance(argv, material, tmp_path
     points = [{"name": "none", "guidance": "none"}]
     points += [{"name": "sparse", "guidance": "sparse", "guidance_scale": 2, "guider_config": {"stop": 0.5}}]
     points += [{"name": "auto", "guidance": "auto", "guidance_scale": 3, "guidance_rescale": 0.5}]
-    points[-1]["guidance_transformer"] = str(material / "pipeline")
+    points[-1]["guidance_transformer"] = str(material)  # as a run's folder
     (tmp_path / "points.json").write_text(json.dumps(points))
     run(*argv, "--metrics", "fid", "--sweep", tmp_path / "points.json", "--output_dir", tmp_path / "sweep")
     found = {name: results_of(tmp_path / "sweep" / name) for name in ("none", "sparse", "auto")}

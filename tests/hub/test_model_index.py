@@ -105,6 +105,14 @@ def test_code_that_nothing_names_is_neither_run_nor_refused(folder):
     assert not (folder / "RAN").exists()
 
 
+def test_a_bin_is_read_only_if_it_is_asked_for(tmp_path):
+    make_pipeline().save_pretrained(tmp_path, safe_serialization=False)
+    assert list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+        TREADPipeline.from_pretrained(tmp_path)
+    assert isinstance(TREADPipeline.from_pretrained(tmp_path, use_safetensors=False), TREADPipeline)
+
+
 # diffusers' DiT, whose folders the converter reads by diffusers' own pipeline.
 
 

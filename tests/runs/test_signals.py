@@ -22,9 +22,10 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 @pytest.fixture(autouse=True)
 def handlers():
-    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    numbers = signals.SIGNALS + signals._HANGUPS
+    before = [signal.getsignal(number) for number in numbers]
     yield
-    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @BOTH
@@ -133,8 +134,16 @@ time.sleep(60)
 """
 
 
-@BOTH
-def test_a_script_within_a_script_ends_cleanly_and_the_outer_one_says_how_to_go_on(capfd, number):
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGHUP, signal.SIGTERM),
+        (signal.SIGQUIT, signal.SIGTERM),
+    ],
+)
+def test_a_script_within_a_script_ends_cleanly_and_the_outer_one_says_how_to_go_on(capfd, number, told):
     def tell_once_ready():
         while "ready" not in capfd.readouterr().out:
             time.sleep(0.01)
@@ -143,10 +152,10 @@ def test_a_script_within_a_script_ends_cleanly_and_the_outer_one_says_how_to_go_
     with pytest.raises(SystemExit) as ended, stopped_cleanly(["--seed", "3"], kept="checkpoints"):
         threading.Thread(target=tell_once_ready).start()
         run_command([sys.executable, "-c", WAITS])
-    assert ended.value.code == 128 + number
+    assert ended.value.code == 128 + told
     said = capfd.readouterr()
     assert "child ends cleanly" in said.out
-    assert f"Stopped by {number.name}; checkpoints are kept. To go on: python" in said.err and "--seed 3" in said.err
+    assert f"Stopped by {told.name}; checkpoints are kept. To go on: python" in said.err and "--seed 3" in said.err
 
 
 def test_a_script_within_a_script_that_fails_ends_both_with_its_code():

@@ -3,7 +3,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
@@ -14,11 +14,19 @@ from .model_card import CardDetails
 from .model_index import check_model_index
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _DOWNLOAD_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
 class HubPipeline(DiffusionPipeline):
     """A pipeline that loads and pushes folders in the format of `export_for_hub`."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "Self":
+        """As diffusers', but weights are read from safetensors alone; `use_safetensors=False` takes a .bin."""
+        return super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> "dict[str, Any] | tuple":

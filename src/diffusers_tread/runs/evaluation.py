@@ -84,7 +84,8 @@ class EvaluationConfig(SamplingConfig):
         judged = [name for name in (self.pretrained_pipeline, self.images) if name is not None]
         if len(judged) > 1 or not (judged or self.save_statistics):
             raise ValueError(
-                f"Expected either --pretrained_pipeline or --images, or only --save_statistics, got {judged}."
+                f"Expected either --pretrained_pipeline or --images, or only --save_statistics, got {judged}. Name "
+                "what is judged, and --reference or --scorers; --help lists the flags."
             )
         of_pipelines = {field.name for field in dataclasses.fields(SamplingConfig)}
         of_pipelines |= {"num_kept_images", "guidance_scales", "sweep"}
@@ -99,7 +100,8 @@ class EvaluationConfig(SamplingConfig):
         num_references = (self.reference is not None) + (self.reference_dataset_name is not None)
         if num_references == 2 or not (num_references or self.scorers):
             raise ValueError(
-                "Expected either --reference or --reference_dataset_name, or --scorers, got both or none."
+                "Expected either --reference or --reference_dataset_name, or --scorers, got both or none. Name what "
+                "the images are compared with."
             )
         if not num_references and (self.metrics or self.save_statistics):
             raise ValueError("Expected a reference for --metrics and --save_statistics, got --scorers alone.")

@@ -317,7 +317,8 @@ def load_pipeline(
     # Guider.
     if config.guidance in ("sparse", "auto"):
         if config.guidance_transformer is not None:
-            pipeline.guidance_transformer = TREADPipeline.from_pretrained(config.guidance_transformer).transformer
+            earlier = TREADPipeline.from_pretrained(find_pipeline(config.guidance_transformer))
+            pipeline.guidance_transformer = earlier.transformer
         pipeline.guider = guider or make_guider(config)
         pipeline.guider.check_denoisers(pipeline.transformer, pipeline.guidance_transformer)
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +21,8 @@ from ..installation import NAME
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ONE_CALL = 1.0  # seconds; a repeated signal within them is the same one, passed on by terminal and launcher
+# A closed terminal and Ctrl-\, where the system has them.
+_HANGUPS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
 
 class StopRequest:
@@ -137,8 +139,9 @@ def stopped_cleanly(argv: Sequence[str] | None, *, kept: str) -> Iterator[None]:
 def run_command(command: Sequence[str], **options: Any) -> None:
     """Runs a script that handles SIGTERM and SIGINT itself. Call it inside `stopped_cleanly`.
 
-    The signals are passed on to the script, and its end is waited for; `subprocess.run` would kill it. If this is not
-    called from the main thread, the script only gets signals from the terminal.
+    The signals are passed on to the script, SIGHUP (unless it is ignored, as by nohup) and SIGQUIT as SIGTERM, and its
+    end is waited for; `subprocess.run` would kill it. If this is not called from the main thread, the script only gets
+    signals from the terminal.
 
     Args:
         command: Program and arguments.
@@ -149,7 +152,12 @@ def run_command(command: Sequence[str], **options: Any) -> None:
     """
     is_main = threading.current_thread() is threading.main_thread()
     process = subprocess.Popen(command, start_new_session=is_main, **options)  # else the terminal would signal it too
-    before = _replace_handlers(dict.fromkeys(SIGNALS, lambda number, frame: process.send_signal(number)))
+
+    def pass_on(number: int, frame) -> None:
+        process.send_signal(number if number in SIGNALS else signal.SIGTERM)
+
+    hangups = [number for number in _HANGUPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = _replace_handlers(dict.fromkeys([*SIGNALS, *hangups], pass_on))
     try:
         code = process.wait()
     finally:
@@ -213,4 +221,5 @@ def _stop_at_once(number: int) -> None:
 def _say(text: str) -> None:
     """Writes to stderr from the main process, bypassing buffers that the signal may have interrupted."""
     if PartialState().is_main_process:
-        os.write(2, f"\n{text}\n".encode())
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, f"\n{text}\n".encode())
