@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 
 
+@pytest.mark.long
 def test_the_alignment_adds_the_flops_of_encoder_and_projector(small_s):
     import alignment_step
 

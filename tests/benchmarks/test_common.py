@@ -51,6 +51,7 @@ def test_latents_have_the_side_that_the_tokens_ask_for():
             common.latent_size("XL/2", tokens)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_memory_that_was_freed_is_kept():
     """In a process of its own, where nothing asked for it before."""

@@ -17,6 +17,7 @@ from diffusers_tread import RoutingCall, TokenRoute, TREADTransformer2DModel, ge
 TINY = ["--preset", "S/8", "--tokens", "4", "--batch_sizes", "1,2", "--check_batch_size", "3"]
 
 
+@pytest.mark.long
 def test_it_writes_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "KINDS", {"routed": memory.KINDS["routed"]})
     report = memory.main([*TINY, "--output", str(tmp_path / "new" / "report.json")])

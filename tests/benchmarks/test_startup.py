@@ -21,7 +21,7 @@ def test_the_differences_of_imports_are_those_of_pairs(monkeypatch):
     assert medians["`from diffusers_tread import TREADPipeline`"] == 4.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_import_and_a_first_step_are_timed_in_processes_of_their_own(monkeypatch):
     args = startup.parse_args(["--seed", "3"])
     start = time.perf_counter()

@@ -94,9 +94,11 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_a_plain_pipeline_with_the_same_bits(bases, photos, tmp_path):
+@pytest.mark.parametrize("names", [["flux"], pytest.param(["sd3", "prx"], marks=pytest.mark.long)])
+def test_a_killed_run_ends_as_a_plain_pipeline_with_the_same_bits(bases, photos, tmp_path, names):
     plan, entry = [], {"script": "train_text_to_image_tread"}
     kill = {"at": ["train_text_to_image_tread.Trainer.next_batch"], "count": 4}
+    bases = {name: bases[name] for name in names}
     for name, base in bases.items():
         whole, parts = (flags(base, photos, tmp_path / name / part) for part in ("whole", "parts"))
         plan += [entry | {"argv": whole}, entry | {"argv": parts, "kill": kill}, entry | {"argv": parts}]

@@ -171,7 +171,7 @@ def test_targets_that_reach_nothing_are_said(make_model):
 # Graphs.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("routed", "sizes", "graphs"),
     [
