@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-tread authors. Licensed under the Apache License, Version 2.0.
-"""Converts other projects' diffusion transformers into `TREADPipeline`s, and ours into DiT's layout.
+"""Converts other projects' diffusion transformers into pipelines of this package, and ours into DiT's layout.
 
 Command line: `python -m diffusers_tread.converters`.
 """
