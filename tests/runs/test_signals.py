@@ -134,6 +134,15 @@ time.sleep(60)
 """
 
 
+@pytest.fixture
+def heeded():
+    """The signals of a terminal are not ignored, as they are for what nohup or a shell's & started."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGQUIT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("number", "told"),
     [
@@ -143,7 +152,7 @@ time.sleep(60)
         (signal.SIGQUIT, signal.SIGTERM),
     ],
 )
-def test_a_script_within_a_script_ends_cleanly_and_the_outer_one_says_how_to_go_on(capfd, number, told):
+def test_a_script_within_a_script_ends_cleanly_and_the_outer_one_says_how_to_go_on(capfd, heeded, number, told):
     def tell_once_ready():
         while "ready" not in capfd.readouterr().out:
             time.sleep(0.01)
