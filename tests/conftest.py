@@ -17,6 +17,11 @@ from hub_server import HubServer  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test comes first: at the end, one worker would wait for it."""
+    items.sort(key=lambda item: not item.name.endswith("with_the_wheel_alone"))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Makes a test's random numbers independent of the tests that ran before it."""

@@ -24,7 +24,7 @@ def data(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_images_become_latents_a_model_and_an_fid_with_one_process_and_with_two(data, tmp_path):
     """Two processes write the bytes of one; the FID that one measures while training, two find again, and back."""
     encode = ["--data", f"folder:{data / 'images'}", "--resolution", 16, "--flip", "--shard_size", 8]
